@@ -1,0 +1,1 @@
+"""What sharing is: plans, penalties' units, shared attention, materializing, exporting."""

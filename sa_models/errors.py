@@ -1,0 +1,5 @@
+"""The one error that a user is meant to read."""
+
+
+class PostshareError(Exception):
+    """Bad input. The message is one line: the cause, then the cure. The command line exits with 2."""
