@@ -1,0 +1,94 @@
+"""Where a unit's rows and columns lie in q, k, v and o, under MHA, GQA and MQA.
+
+A unit is what a tie moves as a whole: a KV head with all query heads that read it (under MHA a
+single head). Its rows of q, k and v are contiguous, so are its columns of o.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .errors import PostshareError
+
+if TYPE_CHECKING:
+    import torch
+
+PROJECTIONS = ("q", "k", "v", "o")
+
+
+@dataclass(frozen=True)
+class HeadLayout:
+    """The attention shape of a Llama."""
+
+    layers: int
+    hidden_size: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+    @classmethod
+    def from_config(cls, config: Any) -> HeadLayout:
+        """Read it from a LlamaConfig.
+
+        Raises:
+            PostshareError: attention biases (no released Llama has them), or a head count that
+                does not divide into KV groups.
+        """
+        if getattr(config, "attention_bias", False):
+            raise PostshareError(
+                "the model has attention biases, which sharing does not support; "
+                "use a Llama with attention_bias: false"
+            )
+        heads = config.num_attention_heads
+        kv_heads = config.num_key_value_heads or heads
+        if heads % kv_heads:
+            raise PostshareError(
+                f"{heads} attention heads do not divide into {kv_heads} KV groups; "
+                "correct num_key_value_heads in the model's config.json"
+            )
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        return cls(config.num_hidden_layers, config.hidden_size, heads, kv_heads, head_dim)
+
+    @property
+    def units(self) -> int:
+        """Units in one layer."""
+        return self.kv_heads
+
+    @property
+    def heads_per_unit(self) -> int:
+        return self.heads // self.kv_heads
+
+    def width(self, projection: str) -> int:
+        """Rows of q, k, v (columns of o) that belong to one unit."""
+        return self.head_dim * (self.heads_per_unit if projection in "qo" else 1)
+
+    def axis(self, projection: str) -> int:
+        """The weight's dimension along which units lie: 0 (rows) for q, k, v; 1 for o."""
+        return 1 if projection == "o" else 0
+
+    def shape(self, projection: str) -> tuple[int, int]:
+        """Shape of the dense weight, (out_features, in_features)."""
+        rows = self.units * self.width(projection)
+        return (self.hidden_size, rows) if projection == "o" else (rows, self.hidden_size)
+
+    def unit_parameters(self, projection: str) -> int:
+        return self.width(projection) * self.hidden_size
+
+    @property
+    def attention_parameters(self) -> int:
+        """Parameters of q, k, v and o of all layers."""
+        return self.layers * self.units * sum(map(self.unit_parameters, PROJECTIONS))
+
+    @staticmethod
+    def parameter_name(layer: int, projection: str) -> str:
+        return f"model.layers.{layer}.self_attn.{projection}_proj.weight"
+
+
+def unit_view(weight: torch.Tensor, layout: HeadLayout, projection: str) -> torch.Tensor:
+    """A view of one layer's weight by unit, shape (units, width, hidden_size); writes go through.
+
+    Element [u] holds the rows of unit u (q, k, v), or its columns, transposed (o).
+    """
+    rows = weight.t() if projection == "o" else weight
+    return rows.unflatten(0, (-1, layout.width(projection)))
