@@ -1,0 +1,311 @@
+"""Packed blocks of tokens, a held-out split, and the order in which they are read.
+
+**Packing.** The documents of a source, each `[bos] + ids + [eos]`, are laid end to end and cut every
+`sequence_length` tokens; the last incomplete block is left out. By default tokens of different
+documents in one block DO attend to each other. With `document_mask: true` positions restart at
+every document, from which transformers builds a block-diagonal mask (only when the forward pass gets
+neither an attention mask nor a cache: call the model with `use_cache=False`), and the first
+token of a document is not predicted. Tokenizers without BOS: only EOS.
+
+**Mixtures.** Weights are shares of training *tokens*, exactly: an epoch lasts until every source has
+been read once, and sources that are too short for their share begin again. Several sources all need
+a weight; the default of 1 each means equal shares. Validation sources are concatenated, unweighted.
+
+**Held-out split.** Either `validation` sources, or `validation_fraction` of the documents (never
+of the blocks), chosen by the hash of their text: see `train.tokens.Encoder`.
+
+**Streaming** reads only as many documents as the run needs and packs them into an indexable, cached
+table, so resuming is as exact as without. The table holds the first documents of the stream, for
+the number of steps asked for: another number of steps is another table.
+
+**Order.** The stream of samples is infinite: sample p is block `permutation(n, seed, p // n)[p % n]`.
+The position in it is one integer, the samples consumed so far, independent of the world size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import datasets
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import Dataset, Sampler
+
+from sa_models.errors import PostshareError
+from train.tokens import Encoder, streamed_token_table, token_table
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from train.recipe import DataSource, Recipe
+
+IGNORED = -100  # the label that transformers' losses leave out
+
+
+class Packed:
+    """Documents laid end to end: one long sequence of int32 token ids that is never copied.
+
+    The ids stay where they are, in the memory-mapped chunks of an Arrow table.
+    """
+
+    def __init__(self, chunks: Sequence[NDArray[np.int32]], lengths: NDArray[np.int64]) -> None:
+        self._chunks = [chunk for chunk in chunks if len(chunk)]
+        self._ends = np.cumsum([len(chunk) for chunk in self._chunks], dtype=np.int64)
+        self._document_starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])[:-1]
+
+    @classmethod
+    def from_table(cls, table: datasets.Dataset) -> Packed:
+        chunks, lengths = [], []
+        for column in table.with_format("arrow")[:]["input_ids"].chunks:
+            chunks.append(column.flatten().to_numpy(zero_copy_only=True))
+            lengths.append(column.value_lengths().to_numpy(zero_copy_only=False))
+        empty = np.zeros(0, dtype=np.int64)
+        return cls(chunks, np.concatenate([empty, *lengths]).astype(np.int64))
+
+    @classmethod
+    def from_documents(cls, documents: Sequence[Sequence[int]]) -> Packed:
+        chunks = [np.asarray(document, dtype=np.int32) for document in documents]
+        return cls(chunks, np.array([len(chunk) for chunk in chunks], dtype=np.int64))
+
+    def __len__(self) -> int:
+        """The number of tokens."""
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def read(self, start: int, stop: int) -> NDArray[np.int32]:
+        """Tokens [start, stop)."""
+        parts = []
+        index = int(np.searchsorted(self._ends, start, side="right"))
+        while start < stop:
+            end = int(self._ends[index])
+            base = end - len(self._chunks[index])
+            parts.append(self._chunks[index][start - base : min(stop, end) - base])
+            start, index = min(stop, end), index + 1
+        return np.concatenate(parts)
+
+    def document_starts(self, start: int, stop: int) -> NDArray[np.int64]:
+        """Where documents begin in [start, stop), counted from `start`."""
+        first, last = np.searchsorted(self._document_starts, [start, stop])
+        return self._document_starts[first:last] - start
+
+    def largest_id(self) -> int:
+        return max((int(chunk.max()) for chunk in self._chunks), default=-1)
+
+
+class Blocks(Dataset[dict[str, torch.Tensor]]):
+    """Blocks of `length` tokens, in a fixed order, by index.
+
+    `blocks[i]` is `{"input_ids": int64[length], "labels": int64[length]}`; with `document_mask` also
+    `"position_ids": int64[length]`. Labels are not shifted (the model shifts them); -100 = not predicted.
+
+    `weights` gives each source its exact share of the blocks (see the module); None = each source once.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Packed],
+        length: int,
+        *,
+        weights: Sequence[float] | None = None,
+        document_mask: bool = False,
+    ) -> None:
+        self.length = length
+        self.document_mask = document_mask
+        self._sources = list(sources)
+        self._sizes = [len(source) // length for source in self._sources]
+        counts = self._sizes if weights is None else _mix(self._sizes, weights)
+        self._ends = np.cumsum(counts, dtype=np.int64)
+
+    @classmethod
+    def from_documents(
+        cls, documents: Sequence[Sequence[int]], length: int, *, document_mask: bool = False
+    ) -> Blocks:
+        """From token ids in memory (BOS and EOS included where wanted)."""
+        return cls([Packed.from_documents(documents)], length, document_mask=document_mask)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in one epoch."""
+        return len(self) * self.length
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"block {index} of {len(self)}")
+        which = int(np.searchsorted(self._ends, index, side="right"))
+        within = index - (int(self._ends[which - 1]) if which else 0)
+        start = within % self._sizes[which] * self.length
+        stop = start + self.length
+        source = self._sources[which]
+        input_ids = torch.from_numpy(source.read(start, stop).astype(np.int64))
+        block = {"input_ids": input_ids, "labels": input_ids.clone()}
+        if self.document_mask:
+            starts = source.document_starts(start, stop)
+            block["labels"][torch.from_numpy(starts)] = IGNORED
+            position = np.arange(self.length)
+            begun = np.zeros(self.length, dtype=np.int64)
+            begun[starts] = starts
+            block["position_ids"] = torch.from_numpy(position - np.maximum.accumulate(begun))
+        return block
+
+
+def _mix(sizes: Sequence[int], weights: Sequence[float]) -> list[int]:
+    """Blocks of each source in an epoch: shares equal to the weights, every source read through."""
+    shares = [weight / sum(weights) for weight in weights]
+    epoch = max(size / share for size, share in zip(sizes, shares, strict=True))
+    return [max(size, round(epoch * share)) for size, share in zip(sizes, shares, strict=True)]
+
+
+def prepare_data(
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    needed_blocks: int | None,
+    vocab_size: int,
+) -> tuple[Blocks, Blocks]:
+    """Training and validation blocks of a recipe, tokenized once and cached.
+
+    `needed_blocks` = samples that the run consumes; only streaming uses it. `vocab_size` is the model's.
+    Raises PostshareError for sources that cannot be read, are empty or too small, or hold a token id that
+    the model has no embedding for.
+    """
+    data = recipe.data
+    fraction = 0.0 if data.validation else data.validation_fraction
+    if not data.validation and not fraction:
+        raise PostshareError(
+            "there is no held-out text; set data.validation, or data.validation_fraction=0.05"
+        )
+    if data.streaming and (needed_blocks is None or recipe.evaluate.blocks is None):
+        raise PostshareError(
+            "data.streaming reads what a run needs, and a stream has no length; set train.steps "
+            "(not train.epochs) and evaluate.blocks, or data.streaming=false"
+        )
+
+    def packed(source: DataSource, held_out: bool, blocks: int | None) -> Packed:
+        encoder = Encoder.build(
+            tokenizer,
+            bos=data.bos,
+            eos=data.eos,
+            fraction=fraction,
+            held_out=held_out if fraction else None,
+        )
+        if data.streaming and blocks is not None:
+            table = streamed_token_table(source, encoder, blocks * data.sequence_length)
+        else:
+            table = token_table(source, encoder, processes=data.processes)
+        tokens = Packed.from_table(table)
+        _check_ids(source, tokens, len(tokenizer), vocab_size)
+        return tokens
+
+    total = sum(source.weight for source in data.train)
+    train = []
+    for source in data.train:
+        share = source.weight / total
+        blocks = None if needed_blocks is None else math.ceil(needed_blocks * share)
+        train.append(packed(source, False, blocks))
+        if len(train[-1]) < data.sequence_length:
+            raise PostshareError(
+                f"{source.path} ({source.split}) has {len(train[-1])} tokens for training, fewer than one "
+                f"block of {data.sequence_length}; lower data.sequence_length or add text"
+            )
+    validation = [
+        packed(source, True, recipe.evaluate.blocks) for source in data.validation or data.train
+    ]
+    training_blocks = Blocks(
+        train,
+        data.sequence_length,
+        weights=[source.weight for source in data.train],
+        document_mask=data.document_mask,
+    )
+    held_out = Blocks(validation, data.sequence_length, document_mask=data.document_mask)
+    if len(held_out) < 1:
+        cure = "raise data.validation_fraction" if fraction else "add text to data.validation"
+        raise PostshareError(
+            f"the held-out text has {sum(map(len, validation))} tokens, fewer than one block of "
+            f"{data.sequence_length}; {cure} or lower data.sequence_length"
+        )
+    return training_blocks, held_out
+
+
+def _check_ids(source: DataSource, tokens: Packed, tokenizer_size: int, vocab_size: int) -> None:
+    if tokenizer_size <= vocab_size:  # then no id can be too large: do not read every token
+        return
+    largest = tokens.largest_id()
+    if largest >= vocab_size:
+        raise PostshareError(
+            f"{source.path} holds token id {largest}, but the model's vocab_size is {vocab_size}; set "
+            "model.tokenizer to the tokenizer that belongs to the model"
+        )
+
+
+def permutation(size: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """The order of one epoch: the same on every machine and at every world size."""
+    return np.random.default_rng([seed, epoch]).permutation(size)
+
+
+class PositionSampler(Sampler[list[int]]):
+    """Micro-batches of block indices for one rank, from a position on.
+
+    Sample p of the infinite stream is block `permutation(size, seed, p // size)[p % size]`. Optimizer
+    step k (from 0) of this sampler covers the positions `position + k * batch_size` and the following
+    batch_size - 1; of them micro-batch m of rank r takes the `micro_batch_size` that begin at
+    `(m * world + r) * micro_batch_size`: the same samples at every step for any factorization.
+
+    Yields `steps * accumulation` lists (without end when `steps` is None); give it to
+    `DataLoader(blocks, batch_sampler=...)`. After step k the position is `position + (k+1) * batch_size`:
+    that integer, put into a new sampler, resumes exactly.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        *,
+        batch_size: int,
+        micro_batch_size: int,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        position: int = 0,
+        steps: int | None = None,
+    ) -> None:
+        if batch_size % (micro_batch_size * world):
+            nearest = max(1, round(batch_size / (micro_batch_size * world)))
+            raise PostshareError(
+                f"train.batch_size {batch_size} does not divide into micro-batches of "
+                f"{micro_batch_size} on {world} processes; set "
+                f"train.batch_size={nearest * micro_batch_size * world}"
+            )
+        self.size, self.seed = size, seed
+        self.batch_size, self.micro_batch_size = batch_size, micro_batch_size
+        self.rank, self.world = rank, world
+        self.position, self.steps = position, steps
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches of this rank in one optimizer step."""
+        return self.batch_size // (self.micro_batch_size * self.world)
+
+    def __len__(self) -> int:
+        if self.steps is None:
+            raise TypeError("a sampler without `steps` has no length")
+        return self.steps * self.accumulation
+
+    def __iter__(self) -> Iterator[list[int]]:
+        epoch, order = -1, np.zeros(0, dtype=np.int64)
+        step = 0
+        while self.steps is None or step < self.steps:
+            for micro in range(self.accumulation):
+                offset = (micro * self.world + self.rank) * self.micro_batch_size
+                begin = self.position + step * self.batch_size + offset
+                indices = []
+                for sample in range(begin, begin + self.micro_batch_size):
+                    if sample // self.size != epoch:
+                        epoch = sample // self.size
+                        order = permutation(self.size, self.seed, epoch)
+                    indices.append(int(order[sample % self.size]))
+                yield indices
+            step += 1

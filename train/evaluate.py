@@ -1,0 +1,71 @@
+"""Perplexity on held-out blocks."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from rich.progress import track
+from torch.utils.data import default_collate
+
+from sa_models.errors import PostshareError
+from train.data import IGNORED, Blocks
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """Mean negative log-likelihood in nats per token, its exponential, and the tokens predicted."""
+
+    loss: float
+    perplexity: float
+    tokens: int
+
+
+@torch.no_grad()
+def perplexity(
+    model: torch.nn.Module,
+    blocks: Blocks,
+    batch_size: int,
+    limit: int | None = None,
+    progress: bool = True,
+) -> Perplexity:
+    """Token-weighted over the first `limit` blocks (None = all), in order, without dropout.
+
+    Every token but the first of a block is predicted; with document masks, the first of each
+    document is not. Losses are computed in fp32 whatever the model's dtype, and summed in float64, so
+    the result does not depend on `batch_size` beyond rounding inside the model. The model's training
+    mode is restored. Raises PostshareError when there is nothing to predict or the loss is not finite.
+    """
+    count = len(blocks) if limit is None else min(limit, len(blocks))
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    total, tokens = 0.0, 0
+    try:
+        starts = range(0, count, batch_size)
+        for start in track(starts, "evaluating", disable=not progress, transient=True):
+            batch = default_collate(
+                [blocks[index] for index in range(start, min(start + batch_size, count))]
+            )
+            labels = batch.pop("labels")[:, 1:].to(device)
+            inputs = {name: tensor.to(device) for name, tensor in batch.items()}
+            logits = model(**inputs, use_cache=False).logits[:, :-1]
+            for row, target in zip(logits, labels, strict=True):  # one fp32 copy of a row at a time
+                nll = F.cross_entropy(
+                    row.float(), target, ignore_index=IGNORED, reduction="none"
+                )
+                total += nll.double().sum().item()
+            tokens += int((labels != IGNORED).sum())
+    finally:
+        model.train(was_training)
+    if tokens == 0:
+        raise PostshareError("no token to evaluate; add text to data.validation")
+    loss = total / tokens
+    if not math.isfinite(loss):
+        raise PostshareError(
+            f"the evaluation loss is {loss}; look for the step where it first appears in metrics.jsonl "
+            "and lower train.learning_rate"
+        )
+    return Perplexity(loss=loss, perplexity=math.exp(loss), tokens=tokens)
