@@ -1,0 +1,221 @@
+"""Backward and step on one process, DDP or ZeRO, behind one small interface.
+
+Two implementations: :class:`PlainEngine` (one process, or DDP through Accelerate) here, and
+:class:`train.zero.ZeroEngine` (DeepSpeed ZeRO-1, 2 and 3, driven explicitly). The launcher decides
+which one starts; the training loop never asks.
+
+The gradient's contract, the same on every backend: between two steps the gradients of all
+`backward` calls of all ranks are **added**, never averaged. A loss of (sum of token losses of this
+micro-batch) / (tokens of the whole accumulation window over all ranks) therefore gives the gradient
+of the mean over all tokens, whatever the micro-batch, the accumulation and the world size.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import gc
+import math
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from sa_models.errors import PostshareError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from train.recipe import Recipe
+
+
+@dataclass
+class Shard:
+    """This rank's contiguous flat range [start, stop) of one parameter, in fp32.
+
+    Between the last `backward` of an accumulation window and `step`, read the gradient, change it
+    in place and write it back: clipping, its norm and the optimizer then see the change.
+
+    Attributes:
+        shape: of the whole parameter.
+        values: fp32 [stop - start], the master weights of the range; not to be written to.
+    """
+
+    name: str
+    shape: torch.Size
+    start: int
+    stop: int
+    values: torch.Tensor
+
+    @property
+    def whole(self) -> bool:
+        """Whether the range is the whole parameter."""
+        return self.stop - self.start == self.shape.numel()
+
+    def read_gradient(self) -> torch.Tensor:
+        """The summed gradient of the range, [stop - start]: the live tensor or a copy of it."""
+        raise NotImplementedError
+
+    def write_gradient(self, gradient: torch.Tensor) -> None:
+        """Hand back what `read_gradient` gave, changed in place."""
+
+
+class Engine(ABC):
+    """One training's backend: made by :func:`start`, ended by :meth:`close`.
+
+    Attributes:
+        rank, world: this process and how many there are.
+        device: where batches belong.
+        backend: "plain" or "deepspeed"; `stage` is the ZeRO stage, 0 on "plain".
+        sharded: whether the values and gradients of one parameter are spread over the ranks.
+        resolved: the resolved backend configuration, JSON-ready, for the run folder.
+        model: callable like the prepared model; also `.train()` and `.eval()`. bf16 logits may
+            come back as bf16: compute the loss in fp32.
+        optimizer: the optimizer given to `prepare` (on ZeRO it holds this rank's partitions).
+    """
+
+    backend: str
+    stage: int = 0
+    sharded: bool = False
+    model: Any
+    optimizer: torch.optim.Optimizer
+
+    def __init__(self, accelerator: Accelerator, resolved: dict[str, Any]) -> None:
+        self.accelerator = accelerator
+        self.resolved = resolved
+        self.rank: int = accelerator.process_index
+        self.world: int = accelerator.num_processes
+        self.device: torch.device = accelerator.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    # --- one training -----------------------------------------------------------------------------
+
+    @abstractmethod
+    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Place and wrap the model (fp32 parameters) and its optimizer; call once.
+
+        Raises:
+            PostshareError: the model was not wrapped as the launch asked.
+        """
+
+    @abstractmethod
+    def backward(self, loss: torch.Tensor, boundary: bool) -> None:
+        """Add the gradient of `loss` (scalar); `boundary`: the last call before `step`."""
+
+    @abstractmethod
+    def step(self) -> float:
+        """Clip, update, and drop the gradients.
+
+        Returns:
+            the total gradient norm before clipping, penalty included; inf or nan when it is not
+            finite (the update may then have been applied: stop without saving).
+        """
+
+    @abstractmethod
+    def zero_grad(self) -> None:
+        """Drop the gradients without a step."""
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+
+    @abstractmethod
+    def shards(self, names: list[str] | None = None) -> dict[str, Shard]:
+        """This rank's range of each trainable parameter (or of those named), by name.
+
+        Names are those of the unwrapped model. On ZeRO the order is the same on all ranks and a
+        range may be empty; frozen parameters are left out.
+        """
+
+    # --- weights and state ------------------------------------------------------------------------
+
+    @abstractmethod
+    def full_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Each parameter once, as (name, whole fp32 CPU tensor), from the master weights.
+
+        A collective: every rank must run it to its end, and gets the same tensors. One parameter
+        is in memory at a time; tied embeddings come once, under their first name.
+        """
+
+    def save_state(self, folder: Path) -> None:
+        """Write the backend's own state below `folder`, from all ranks (ZeRO only)."""
+        raise NotImplementedError("plain state is optimizer.state_dict() and full_weights()")
+
+    def load_state(self, folder: Path) -> None:
+        """Read what `save_state` wrote, after `prepare`, on the same number of ranks.
+
+        DeepSpeed's files are pickles: check their hashes against the manifest first.
+        """
+        raise NotImplementedError("plain state is optimizer.state_dict() and full_weights()")
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free the wrapped model and the optimizer. The process group stays for the next engine.
+
+        After a plain engine the model holds its trained fp32 weights; after ZeRO it is unusable
+        (take the weights from `full_weights` before).
+        """
+
+    # --- between ranks ----------------------------------------------------------------------------
+
+    def reduce_sum(self, value: Any) -> Any:
+        """Sum over ranks: a float for a number (in float64), a new tensor for a tensor."""
+        return self._reduce(value, dist.ReduceOp.SUM)
+
+    def reduce_max(self, value: Any) -> Any:
+        """Maximum over ranks; types as in `reduce_sum`."""
+        return self._reduce(value, dist.ReduceOp.MAX)
+
+    def all_reduce_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum a tensor over ranks in place."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            self.accelerator.wait_for_everyone()
+
+    def check_replicas(self) -> None:
+        """Compare a bitwise checksum of the parameters over ranks (nothing to compare on ZeRO-3).
+
+        Call it after the first steps: ranks that train different models fail nowhere else.
+
+        Raises:
+            PostshareError: the ranks hold different weights.
+        """
+        raise NotImplementedError
+
+    def _reduce(self, value: Any, op: Any) -> Any:
+        tensor = value if isinstance(value, torch.Tensor) else None
+        result = (
+            torch.tensor(value, dtype=torch.float64, device=self.device)
+            if tensor is None
+            else tensor.detach().clone()
+        )
+        if self.world > 1:
+            dist.all_reduce(result, op=op)
+        return result.item() if tensor is None else result
+
+
+def start(recipe: Recipe) -> Engine:
+    """Make the engine that the launch asks for; several may follow one another in a process.
+
+    Raises:
+        PostshareError: several processes were launched but this one is alone; the launch file sets
+            something that the recipe decides or that is not supported.
+    """
+    raise NotImplementedError
+
+
+def shutdown() -> None:
+    """Destroy the process group; call once, at the end of a run that went well."""
