@@ -255,7 +255,13 @@ class TrainSection(Section):
     decay_steps: Positive | None = None
     """Steps of the final decay, for wsd."""
     weight_decay: Weight = 0.1
-    """Decoupled weight decay on matrices; norms and biases are excluded."""
+    """Decoupled weight decay on the parameters that weight_decay_exclude does not name."""
+    weight_decay_exclude: Annotated[tuple[Name, ...], _Sequence] = (
+        "*norm*",
+        "*bias",
+        "*embed_tokens*",
+    )
+    """Shell patterns of the parameter names without weight decay; []: decay all of them."""
     betas: Annotated[tuple[Beta, Beta], _Sequence] = (0.9, 0.95)
     """Adam's betas."""
     eps: Annotated[float, Field(gt=0, lt=1)] = 1e-8
