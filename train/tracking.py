@@ -1,0 +1,301 @@
+"""What a training says about itself: `metrics.jsonl`, wandb, and one progress line.
+
+Only the main process tracks. The file is the record; wandb and the line are views of the same row.
+"""
+
+from __future__ import annotations
+
+import json
+import netrc
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlparse
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from sa_models.errors import PostshareError
+
+if TYPE_CHECKING:
+    from train.recipe import Recipe, WandbSection
+
+Row = dict[str, Any]
+
+# Everything else in a row is a function of recipe and step: equal however often a run was stopped.
+TIMING_KEYS = ("seconds", "tokens_per_second", "data_wait_seconds", "memory_bytes")
+
+
+class Tracker:
+    """Writes one row a step. Use it as a context manager; `close` ends the wandb run.
+
+    Args:
+        folder: run folder; rows go to `folder/metrics.jsonl`.
+        steps: optimizer steps of the whole training, for the ETA.
+        resumed_step: rows beyond this step are dropped from an existing file, so that the curve
+            holds every step once.
+        wandb_run_id: id of an earlier segment, from the checkpoint.
+        main: whether this is the main process; elsewhere every method does nothing.
+
+    Raises:
+        PostshareError: wandb is online and no account is set up.
+    """
+
+    def __init__(
+        self,
+        job: str,
+        recipe: Recipe,
+        folder: Path,
+        steps: int,
+        resumed_step: int = 0,
+        wandb_run_id: str | None = None,
+        main: bool = True,
+    ) -> None:
+        check_wandb(recipe.wandb)
+        self.path = folder / "metrics.jsonl"
+        self.main = main
+        if main:
+            truncate_rows(self.path, resumed_step)
+            self._wandb = WandbRun(job, recipe, folder, wandb_run_id)
+            self._line = ProgressLine(job, steps, resumed_step)
+
+    @property
+    def wandb_run_id(self) -> str | None:
+        """Goes into the checkpoint, so that a resumed run continues the same curve."""
+        return self._wandb.run_id if self.main else None
+
+    def log(self, row: Row, distances: torch.Tensor | None = None) -> None:
+        """Record one step.
+
+        Args:
+            row: has `step` and `tokens`; the other keys are listed in docs and the loop.
+            distances: float [pairs], the penalty's distance of every pair, for a histogram.
+        """
+        if not self.main:
+            return
+        append_row(self.path, row)
+        self._wandb.log(row, distances)
+        self._line.show(row)
+
+    def say(self, text: str) -> None:
+        """Print a line above the progress line."""
+        if self.main:
+            self._line.say(text)
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.main:
+            self._line.close()
+            self._wandb.close(failed=exception[0] is not None)
+
+
+# --- metrics.jsonl --------------------------------------------------------------------------------
+
+
+def append_row(path: Path, row: Row) -> None:
+    # JSON has no NaN: a row that could not be read back must fail here.
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row, allow_nan=False) + "\n")
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a metrics file; a last line that a killed process left half written is dropped."""
+    if not path.exists():
+        return []
+    rows = []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            if number < len(lines):
+                raise PostshareError(
+                    f"{path}: line {number} is not JSON; delete the line, or move the file away"
+                ) from None
+    return rows
+
+
+def truncate_rows(path: Path, step: int) -> None:
+    """Drop the rows beyond `step`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [row for row in read_rows(path) if row["step"] <= step]
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    os.replace(beside, path)
+
+
+def memory_bytes() -> int:
+    """Peak memory of this process so far: of its GPU where it uses one, else resident."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+# --- wandb ----------------------------------------------------------------------------------------
+
+
+def wandb_mode(section: WandbSection) -> str:
+    """`recipe.wandb.mode`, unless the environment asks for less or more (`WANDB_MODE`).
+
+    A recipe that disables wandb is not overruled by a variable that happens to be set.
+    """
+    if section.mode == "disabled" or os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1"):
+        return "disabled"
+    return os.environ.get("WANDB_MODE") or section.mode
+
+
+def check_wandb(section: WandbSection) -> None:
+    """Raises PostshareError when runs should go online and nobody is logged in."""
+    if wandb_mode(section) != "online" or os.environ.get("WANDB_API_KEY"):
+        return
+    if os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    file = Path(os.environ.get("NETRC", Path.home() / ".netrc"))
+    try:
+        known = netrc.netrc(file).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        known = False
+    if not known:
+        raise PostshareError(
+            "wandb.mode is online and no account is set up; run `wandb login`, "
+            "or train with wandb.mode=offline (or disabled)"
+        )
+
+
+class WandbRun:
+    """A wandb run that can fail without the training noticing: one warning, then silence.
+
+    `WANDB_*` variables win over the recipe (project, group, tags, name, folder). Offline runs
+    cannot be resumed in place: a resumed training writes a new offline segment with the same id,
+    and `wandb sync` joins them.
+    """
+
+    def __init__(self, job: str, recipe: Recipe, folder: Path, run_id: str | None) -> None:
+        self.run_id = run_id
+        self._run: Any = None
+        mode = wandb_mode(recipe.wandb)
+        if mode != "disabled":
+            self._guard(lambda: self._start(job, recipe, folder, mode))
+
+    def _start(self, job: str, recipe: Recipe, folder: Path, mode: str) -> None:
+        import wandb
+
+        self.run_id = self.run_id or os.environ.get("WANDB_RUN_ID") or os.urandom(4).hex()
+        section = recipe.wandb
+        asked: Mapping[str, Any] = {
+            "project": section.project,
+            "run_group": section.group or recipe.name,
+            "tags": section.tags,
+            "name": f"{recipe.name}-{job}",
+            "dir": str(folder),
+        }
+        # An argument beats the environment in wandb: pass only what the environment leaves open.
+        options = {key: v for key, v in asked.items() if f"WANDB_{key.upper()}" not in os.environ}
+        if "run_group" in options:
+            options["group"] = options.pop("run_group")
+        if mode == "online":
+            options["resume"] = "allow"
+        self._run = wandb.init(
+            id=self.run_id, mode=mode, job_type=job, config=recipe.model_dump(), **options
+        )
+        self._run.define_metric("tokens")
+        self._run.define_metric("*", step_metric="tokens")
+
+    def log(self, row: Row, distances: torch.Tensor | None) -> None:
+        if self._run is not None:
+            self._guard(lambda: self._log(row, distances))
+
+    def _log(self, row: Row, distances: torch.Tensor | None) -> None:
+        import wandb
+
+        values: Row = dict(row)
+        if distances is not None:
+            values["pair_distances"] = wandb.Histogram(distances.float().cpu().numpy())
+        self._run.log(values)
+
+    def close(self, failed: bool) -> None:
+        if self._run is not None:
+            self._guard(lambda: self._run.finish(exit_code=int(failed)))
+
+    def _guard(self, call: Callable[[], None]) -> None:
+        # Whatever wandb raises (network, disk, its service process), training goes on.
+        try:
+            call()
+        except Exception as error:
+            self._run = None
+            reason = " ".join(str(error).split())[:200]
+            print(f"warning: wandb failed and is off from here on ({reason})", file=sys.stderr)
+
+
+# --- the progress line ----------------------------------------------------------------------------
+
+
+class ProgressLine:
+    """One line on stderr: redrawn on a terminal, else a new line about 20 times a training."""
+
+    def __init__(self, job: str, steps: int, done: int) -> None:
+        self.job, self.steps, self.first = job, steps, done
+        self.every = max(1, steps // 20)
+        self.started = time.perf_counter()
+        self.average: float | None = None
+        self.console = Console(stderr=True)
+        self.bar: Progress | None = None
+        self.task = TaskID(0)
+        if self.console.is_terminal:
+            self.bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=20),
+                TextColumn("{task.completed}/{task.total} {task.fields[text]} ETA"),
+                TimeRemainingColumn(),
+                console=self.console,
+            )
+            self.task = self.bar.add_task(job, total=steps, completed=done, text="")
+            self.bar.start()
+
+    def show(self, row: Row) -> None:
+        step, loss = row["step"], row["lm_loss"]
+        self.average = loss if self.average is None else 0.9 * self.average + 0.1 * loss
+        if self.bar is not None:
+            self.bar.update(self.task, completed=step, text=self._text(row))
+        elif step % self.every == 0 or step in (self.first + 1, self.steps):
+            elapsed = time.perf_counter() - self.started
+            left = elapsed / (step - self.first) * (self.steps - step)
+            text = f"{self.job} {step}/{self.steps} {self._text(row)} ETA {clock(left)}"
+            print(text, file=sys.stderr, flush=True)
+
+    def _text(self, row: Row) -> str:
+        parts = [f"loss {self.average:.4f}"]
+        if row.get("penalty") is not None:
+            parts.append(f"penalty {row['penalty']:.4g}")
+        step_seconds = row["step_seconds"]
+        wait = 100 * row["data_wait_seconds"] / max(step_seconds, 1e-9)
+        parts.append(f"{row['tokens_per_second']:,.0f} tokens/s")
+        parts.append(f"data {wait:.0f}%")
+        parts.append(f"{row['memory_bytes'] / 2**30:.2f} GiB")
+        return "  ".join(parts)
+
+    def say(self, text: str) -> None:
+        if self.bar is not None:
+            self.bar.console.print(text, markup=False, highlight=False)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+
+def clock(seconds: float) -> str:
+    """`3:07`, or `2:03:07`."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
