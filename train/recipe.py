@@ -289,8 +289,8 @@ class TrainSection(Section):
             raise ValueError("takes exactly one of steps and epochs; set one, the other null")
         if self.batch_size % self.micro_batch_size:
             raise ValueError(self._indivisible(1))
-        if (self.schedule == "wsd") != (self.decay_steps is not None):
-            raise ValueError("decay_steps belongs to schedule wsd; set both or neither")
+        if self.decay_steps is not None and self.schedule != "wsd":
+            raise ValueError(f"schedule {self.schedule} ignores decay_steps; set schedule wsd")
         ramps = self.warmup_steps + (self.decay_steps or 0)
         if self.steps and ramps > self.steps:
             raise ValueError(
