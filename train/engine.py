@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import gc
-import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -108,8 +106,16 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def backward(self, loss: torch.Tensor, boundary: bool) -> None:
-        """Add the gradient of `loss` (scalar); `boundary`: the last call before `step`."""
+    def micro_step(self, boundary: bool) -> contextlib.AbstractContextManager[None]:
+        """Around one forward and its `backward`; `boundary`: the last one before `step`.
+
+        DDP decides in the forward whether the backward will communicate, so the forward belongs
+        inside: `with engine.micro_step(last): engine.backward(loss_of(engine.model(**batch)))`.
+        """
+
+    @abstractmethod
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradient of `loss` (a scalar); see the gradient's contract above."""
 
     @abstractmethod
     def step(self) -> float:
@@ -193,18 +199,136 @@ class Engine(ABC):
         Raises:
             PostshareError: the ranks hold different weights.
         """
-        raise NotImplementedError
+        if self.world == 1 or self.stage == 3:
+            return
+        checksum = torch.zeros((), dtype=torch.int64, device=self.device)
+        for index, parameter in enumerate(self.model.parameters()):
+            values = parameter.detach()
+            # Integer sums wrap and do not depend on their order: equal bits, equal checksum.
+            checksum += (index + 1) * values.view(torch.int16).sum(dtype=torch.int64)
+            checksum += (index + 7) * values.view(torch.uint8).sum(dtype=torch.int64)
+        if int(self.reduce_max(checksum)) != -int(self.reduce_max(-checksum)):
+            raise PostshareError(
+                "the ranks hold different weights after the first steps, so they train different "
+                "models; start with `accelerate launch --config_file launch/accelerate/ddp.yaml`"
+            )
 
     def _reduce(self, value: Any, op: Any) -> Any:
-        tensor = value if isinstance(value, torch.Tensor) else None
+        number = not isinstance(value, torch.Tensor)
         result = (
             torch.tensor(value, dtype=torch.float64, device=self.device)
-            if tensor is None
-            else tensor.detach().clone()
+            if number
+            else value.detach().clone()
         )
         if self.world > 1:
             dist.all_reduce(result, op=op)
-        return result.item() if tensor is None else result
+        return result.item() if number else result
+
+
+@dataclass
+class PlainShard(Shard):
+    """The whole parameter, and its live gradient."""
+
+    parameter: nn.Parameter
+
+    def read_gradient(self) -> torch.Tensor:
+        if self.parameter.grad is None:
+            self.parameter.grad = torch.zeros_like(self.parameter)
+        return self.parameter.grad.view(-1)
+
+
+class PlainEngine(Engine):
+    """One process, or DDP: fp32 parameters, bf16 by autocast."""
+
+    backend = "plain"
+
+    def __init__(self, accelerator: Accelerator, recipe: Recipe) -> None:
+        train = recipe.train
+        super().__init__(
+            accelerator,
+            {
+                "backend": self.backend,
+                "distributed_type": str(accelerator.distributed_type.value),
+                "processes": accelerator.num_processes,
+                "device": accelerator.device.type,
+                "parameters": "fp32",
+                "autocast": "bf16" if train.precision == "bf16" else None,
+                "gradient_accumulation_steps": train.accumulation(accelerator.num_processes),
+                "gradient_clipping": train.clip_norm,
+            },
+        )
+        self._clip_norm = float("inf") if train.clip_norm is None else train.clip_norm
+
+    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        require_fp32(model)
+        self.model = self.accelerator.prepare_model(model)
+        self.optimizer = optimizer
+        if self.world > 1 and not isinstance(self.model, nn.parallel.DistributedDataParallel):
+            raise PostshareError(
+                f"{self.world} processes were launched but the model was not wrapped for DDP "
+                f"(it is a {type(self.model).__name__}), so each would train its own; "
+                "launch with launch/accelerate/ddp.yaml"
+            )
+        self._parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+
+    @contextlib.contextmanager
+    def micro_step(self, boundary: bool) -> Iterator[None]:
+        with contextlib.nullcontext() if self.world == 1 or boundary else self.model.no_sync():
+            yield
+
+    def backward(self, loss: torch.Tensor) -> None:
+        (loss * self.world).backward()  # DDP averages over the ranks; the contract is a sum
+
+    def step(self) -> float:
+        norm = nn.utils.clip_grad_norm_(self._parameters.values(), self._clip_norm)
+        self.optimizer.step()
+        self.zero_grad()
+        return float(norm)
+
+    def zero_grad(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def shards(self, names: list[str] | None = None) -> dict[str, Shard]:
+        return {
+            name: PlainShard(name, p.shape, 0, p.numel(), p.detach().view(-1), p)
+            for name, p in chosen(self._parameters, names).items()
+        }
+
+    def full_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, parameter in self.accelerator.unwrap_model(self.model).named_parameters():
+            yield name, parameter.detach().to("cpu", torch.float32)
+
+    def close(self) -> None:
+        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        self.zero_grad()
+        del self.model, self.optimizer, self._parameters
+        self.accelerator.free_memory()
+
+
+def require_fp32(model: nn.Module) -> None:
+    """Refuse parameters in another dtype: bf16 training computes in bf16, and updates fp32."""
+    for name, parameter in model.named_parameters():
+        if parameter.dtype != torch.float32:
+            raise PostshareError(
+                f"{name} is {parameter.dtype}; load the model with dtype=torch.float32 "
+                "(train.precision=bf16 computes in bf16 and still updates fp32 weights)"
+            )
+
+
+def chosen(parameters: dict[str, nn.Parameter], names: list[str] | None) -> dict[str, nn.Parameter]:
+    """The named trainable parameters, all of them for None."""
+    if names is None:
+        return parameters
+    for name in names:
+        if name not in parameters:
+            raise PostshareError(
+                f"{name} is frozen or absent, so nothing can pull it; let train.trainable cover "
+                "it or leave its projection out of penalty.projections"
+            )
+    return {name: parameters[name] for name in names}
+
+
+# --- starting and ending --------------------------------------------------------------------------
 
 
 def start(recipe: Recipe) -> Engine:
@@ -212,10 +336,83 @@ def start(recipe: Recipe) -> Engine:
 
     Raises:
         PostshareError: several processes were launched but this one is alone; the launch file sets
-            something that the recipe decides or that is not supported.
+            something that the recipe decides or that is not supported; the batch size does not
+            divide over the processes.
     """
-    raise NotImplementedError
+    zero = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    _check_launch(recipe, zero)
+    accelerator = _accelerator(recipe, zero)
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != accelerator.num_processes:
+        raise PostshareError(
+            f"{launched} processes were launched but each sees a world of "
+            f"{accelerator.num_processes}; launch with a file of launch/accelerate/ that fits the "
+            "machine (ddp.yaml or zero1..3.yaml)"
+        )
+    recipe.train.accumulation(launched)
+    atexit.register(_leave)
+    if not zero:
+        return PlainEngine(accelerator, recipe)
+    from train.zero import ZeroEngine  # imports DeepSpeed, which takes seconds
+
+    return ZeroEngine(accelerator, recipe)
+
+
+def _accelerator(recipe: Recipe, zero: bool) -> Accelerator:
+    from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
+
+    on_cpu = not torch.accelerator.is_available()
+    if zero:
+        # On a CPU Accelerate finds no backend by itself, and each rank would be alone. DeepSpeed
+        # does its own mixed precision.
+        handlers = [InitProcessGroupKwargs(backend="gloo")] if on_cpu else []
+        return Accelerator(mixed_precision="no", kwargs_handlers=handlers)
+    cpu = on_cpu or os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
+    # Without cpu=True Accelerate leaves the model unwrapped on a machine without accelerator.
+    mixed = "bf16" if recipe.train.precision == "bf16" else "no"
+    return Accelerator(cpu=cpu, mixed_precision=mixed)
+
+
+def _check_launch(recipe: Recipe, zero: bool) -> None:
+    """Refuse launch settings that would be ignored: the recipe states them, in one place."""
+    setting = os.environ.get
+    mixed = setting("ACCELERATE_MIXED_PRECISION", "no")
+    if mixed not in ("no", recipe.train.precision):
+        raise PostshareError(
+            f"the launch asks for mixed_precision {mixed}, the recipe for "
+            f"{recipe.train.precision}; drop it from the launch file, train.precision decides"
+        )
+    if setting("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise PostshareError(
+            "the launch asks for FSDP, which is not supported; use launch/accelerate/zero3.yaml"
+        )
+    if not zero:
+        return
+    ignored = {
+        "ACCELERATE_DEEPSPEED_CONFIG_FILE": "deepspeed_config_file",
+        "ACCELERATE_GRADIENT_CLIPPING": "gradient_clipping",
+        "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "offload_optimizer_device",
+        "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "offload_param_device",
+        "ACCELERATE_DEEPSPEED_ZERO3_INIT": "zero3_init_flag",
+        "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "zero3_save_16bit_model",
+    }
+    for variable, key in ignored.items():
+        if setting(variable, "none").lower() not in ("none", "false", ""):
+            raise PostshareError(
+                f"the launch sets deepspeed_config.{key}, which would be ignored; remove it: the "
+                "DeepSpeed configuration is generated from the recipe"
+            )
 
 
 def shutdown() -> None:
     """Destroy the process group; call once, at the end of a run that went well."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _leave() -> None:
+    # A run that ends without `shutdown` (an error, a test): gloo can always be torn down; with
+    # NCCL a rank that failed would wait here for work that never ends.
+    if dist.is_initialized() and dist.get_backend() == "gloo":
+        shutdown()

@@ -1,0 +1,228 @@
+"""DeepSpeed ZeRO-1, 2 and 3, driven explicitly: its own backward, boundary and step.
+
+Accelerate only starts the process group: `accelerator.backward` would step by itself, before the
+penalty could be added. The DeepSpeed configuration is generated from the recipe, without "auto".
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from sa_models.errors import PostshareError
+from train.engine import Engine, Shard, chosen, require_fp32
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from train.recipe import Recipe
+
+TAG = "zero"
+
+
+def deepspeed_config(recipe: Recipe, stage: int, world: int, on_cpu: bool) -> dict[str, Any]:
+    """The whole DeepSpeed configuration of a recipe: no "auto", and nothing left to a default
+    that changes numbers. This is the one place that states clipping under ZeRO."""
+    train = recipe.train
+    zero: dict[str, Any] = {
+        "stage": stage,
+        "contiguous_gradients": True,
+        "overlap_comm": not on_cpu,
+        "reduce_scatter": True,
+        "round_robin_gradients": False,  # a rank's range of a parameter stays contiguous
+        "reduce_bucket_size": 200_000_000,
+        "allgather_bucket_size": 200_000_000,
+    }
+    if stage == 3:
+        zero |= {
+            "stage3_prefetch_bucket_size": 50_000_000,
+            "stage3_max_live_parameters": 1_000_000_000,
+            "stage3_max_reuse_distance": 1_000_000_000,
+            # Small parameters are kept whole where fetching them costs latency. Not on CPU: there
+            # it would keep a test's whole model, and ZeRO-3 would not be exercised.
+            "stage3_param_persistence_threshold": 0 if on_cpu else 100_000,
+            "sub_group_size": 1_000_000_000,
+        }
+    return {
+        "train_batch_size": train.batch_size,
+        "train_micro_batch_size_per_gpu": train.micro_batch_size,
+        "gradient_accumulation_steps": train.accumulation(world),
+        "gradient_clipping": train.clip_norm or 0.0,
+        "bf16": {"enabled": train.precision == "bf16"},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "prescale_gradients": False,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": zero,
+        "steps_per_print": 1_000_000_000,
+        "wall_clock_breakdown": False,
+    }
+
+
+@dataclass
+class FragmentShard(Shard):
+    """ZeRO-1 and 2: a slice of this rank's flat fp32 partition."""
+
+    gradient: torch.Tensor | None
+
+    def read_gradient(self) -> torch.Tensor:
+        return self.values.new_zeros(0) if self.gradient is None else self.gradient
+
+    # The live gradient is what `read_gradient` gave: nothing to write.
+
+
+@dataclass
+class PartitionShard(Shard):
+    """ZeRO-3: this rank's partition, whose tail may be padding."""
+
+    parameter: nn.Parameter
+
+    def read_gradient(self) -> torch.Tensor:
+        from deepspeed.utils import safe_get_local_grad
+
+        self._padded = safe_get_local_grad(self.parameter).clone()
+        return self._padded.view(-1)[: self.stop - self.start]
+
+    def write_gradient(self, gradient: torch.Tensor) -> None:
+        from deepspeed.utils import safe_set_local_grad
+
+        self._padded.view(-1)[: self.stop - self.start].copy_(gradient)
+        safe_set_local_grad(self.parameter, self._padded)
+
+
+class ZeroEngine(Engine):
+    """DeepSpeed ZeRO-1, 2 or 3; bf16 with fp32 master weights, gradients summed in fp32."""
+
+    backend = "deepspeed"
+
+    def __init__(self, accelerator: Accelerator, recipe: Recipe) -> None:
+        # Accelerate's launcher states the stage of the launch file, and 2 for a file without one.
+        self.stage = int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))
+        if self.stage not in (1, 2, 3):
+            raise PostshareError(
+                f"the launch asks for ZeRO stage {self.stage}; use 1, 2 or 3, or "
+                "launch/accelerate/ddp.yaml, which is what stage 0 would be"
+            )
+        on_cpu = accelerator.device.type == "cpu"
+        config = deepspeed_config(recipe, self.stage, accelerator.num_processes, on_cpu)
+        super().__init__(accelerator, config)
+        self.sharded = self.world > 1
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+
+    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        import deepspeed
+
+        require_fp32(model)
+        buffers = {name: buffer.dtype for name, buffer in model.named_buffers()}
+        self._parameters = dict(model.named_parameters())
+        self._trainable = {n: p for n, p in self._parameters.items() if p.requires_grad}
+        self.model, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=self.resolved, dist_init_required=False
+        )
+        self.optimizer = self.model.optimizer
+        if self.model.zero_optimization_stage() != self.stage:
+            raise PostshareError(
+                f"DeepSpeed prepared ZeRO stage {self.model.zero_optimization_stage()} where the "
+                f"launch asks for {self.stage}; use the DeepSpeed version of constraints.txt"
+            )
+        if any(buffers[name] != buffer.dtype for name, buffer in model.named_buffers()):
+            # A rotary table in bf16 is wrong by radians at position 4,096.
+            raise PostshareError(
+                "this DeepSpeed casts buffers (the rotary table) to bf16; use the version of "
+                "constraints.txt"
+            )
+
+    @contextlib.contextmanager
+    def micro_step(self, boundary: bool) -> Iterator[None]:
+        self.model.set_gradient_accumulation_boundary(boundary)
+        yield
+
+    def backward(self, loss: torch.Tensor) -> None:
+        # DeepSpeed averages over the ranks; the contract is a sum.
+        self.model.backward(loss * self.world, scale_wrt_gas=False)
+
+    def step(self) -> float:
+        self.model.step()
+        norm = float(self.model.get_global_grad_norm())
+        return norm if norm >= 0 else float("inf")  # DeepSpeed reports an invalid norm as -1
+
+    def zero_grad(self) -> None:
+        self.model.optimizer.zero_grad()
+
+    def shards(self, names: list[str] | None = None) -> dict[str, Shard]:
+        make = self._partition if self.stage == 3 else self._fragment
+        return {name: make(name, p) for name, p in chosen(self._trainable, names).items()}
+
+    def _partition(self, name: str, parameter: Any) -> Shard:
+        from deepspeed.utils import safe_get_local_fp32_param
+
+        values = safe_get_local_fp32_param(parameter).view(-1)
+        numel = parameter.ds_shape.numel()
+        start = min(self.rank * values.numel(), numel)
+        stop = min(start + values.numel(), numel)
+        return PartitionShard(
+            name, parameter.ds_shape, start, stop, values[: stop - start].detach(), parameter
+        )
+
+    def _fragment(self, name: str, parameter: Any) -> Shard:
+        # DeepSpeed's public calls move whole parameters, one collective each; the local range is
+        # only in this mapping, which every version since 0.9 has.
+        if not hasattr(parameter, "_hp_mapping"):
+            raise PostshareError(
+                f"DeepSpeed has no fp32 mapping for {name}; use the version of constraints.txt"
+            )
+        mapping = parameter._hp_mapping
+        if mapping is None:  # no element of it lies in this rank's partition
+            empty = torch.empty(0, dtype=torch.float32, device=self.device)
+            return FragmentShard(name, parameter.shape, 0, 0, empty, None)
+        where = mapping.lp_fragment_address
+        start, stop = where.start, where.start + where.numel
+        gradient = None
+        gradients = mapping.gradient_dict.get(mapping.param_group_index)
+        if gradients is not None:
+            gradient = gradients[parameter._index_in_param_group].view(-1)
+            if gradient.numel() != where.numel or gradient.dtype != torch.float32:
+                raise PostshareError(
+                    f"DeepSpeed keeps {gradient.numel()} {gradient.dtype} gradients of {name} for "
+                    f"{where.numel} fp32 weights; use the version of constraints.txt"
+                )
+        values = mapping.hp_fragment.detach()
+        return FragmentShard(name, parameter.shape, start, stop, values, gradient)
+
+    def full_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        from deepspeed.utils import safe_get_full_fp32_param
+        from deepspeed.zero import GatheredParameters
+
+        for name, parameter in self._parameters.items():
+            if parameter.requires_grad:
+                yield name, safe_get_full_fp32_param(parameter).detach().to("cpu", torch.float32)
+                continue
+            with GatheredParameters([parameter], enabled=self.stage == 3):
+                whole = parameter.detach().to("cpu", torch.float32, copy=True)
+            yield name, whole
+
+    def save_state(self, folder: Path) -> None:
+        self.model.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+
+    def load_state(self, folder: Path) -> None:
+        path, _ = self.model.load_checkpoint(str(folder), tag=TAG)
+        if path is None:
+            raise PostshareError(
+                f"{folder} holds no DeepSpeed checkpoint; delete the folder to start from an "
+                "earlier one"
+            )
+
+    def close(self) -> None:
+        self.model.destroy()
+        del self.model, self.optimizer, self._parameters, self._trainable
+        gc.collect()
+        self.accelerator.free_memory()
