@@ -2,4 +2,4 @@
 
 
 class PostshareError(Exception):
-    """Bad input. The message is one line: the cause, then the cure. The command line exits with 2."""
+    """Bad input. The message is one line: the cause, then the cure. The CLI exits with 2."""

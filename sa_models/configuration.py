@@ -1,0 +1,33 @@
+"""The config of a compact model: a LlamaConfig with one field more, the sharing plan."""
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import LlamaConfig
+
+from .plan import SharingPlan
+
+
+@strict
+class SharedLlamaConfig(LlamaConfig):
+    """A LlamaConfig whose ``sharing`` field holds a version 1 sharing plan (see DESIGN's JSON).
+
+    Sizes (heads, hidden size, layers) are those of the dense model that the compact one equals.
+    """
+
+    model_type = "shared_llama"
+    # Llama's plans shard whole projections; a compact projection stores a part of its rows.
+    base_model_tp_plan = None
+    base_model_pp_plan = None
+
+    sharing: dict[str, Any] | None = None
+
+    @property
+    def plan(self) -> SharingPlan:
+        """The validated plan. Raises PostshareError when it does not fit this config."""
+        plan = SharingPlan() if self.sharing is None else SharingPlan.from_dict(self.sharing)
+        plan.validate(self)
+        return plan
+
+
+__all__ = ["SharedLlamaConfig"]
