@@ -57,7 +57,7 @@ class SharedLinear(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in_features) -> (..., out_features)."""
         own = functional.linear(x, self.weight)
-        if len(self.pieces) == 1:
+        if self.owns_all:
             return own
         return torch.cat(
             [
@@ -68,6 +68,10 @@ class SharedLinear(nn.Linear):
             ],
             dim=-1,
         )
+
+    @property
+    def owns_all(self) -> bool:
+        return len(self.pieces) == 1 and self.pieces[0].owner is self
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, own={self.weight.shape[self.axis]}"
@@ -85,7 +89,7 @@ class SharedOutputLinear(SharedLinear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in_features) -> (..., out_features)."""
-        if len(self.pieces) == 1:
+        if self.owns_all:
             return functional.linear(x, self.weight)
         own = [x[..., start:stop] for owner, start, stop, _ in self.pieces if owner is self]
         y = functional.linear(torch.cat(own, dim=-1) if own else x[..., :0], self.weight)
