@@ -1,44 +1,337 @@
-"""The training loop."""
+"""The training loop: one visible `for`, the same on one process, DDP and ZeRO.
+
+A step reads its whole window (accumulation x micro-batches), counts the predicted tokens of all
+ranks once, adds the gradient of (sum of token losses) / (that count) micro-batch by micro-batch,
+then the penalty's gradient once, clips, and updates. The update is therefore the same for every
+micro-batch x accumulation x processes that makes up the global batch.
+
+Everything that a step depends on is a function of its number (samples, learning rate, coefficient,
+random seed) or lies in the checkpoint (weights, optimizer state): that is why resuming is exact.
+"""
 
 from __future__ import annotations
 
+import math
+import sys
+import time
+from collections import deque
+from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from sa_models.errors import PostshareError
+from sa_models.heads import HeadLayout
 from sa_models.plan import SharingPlan
+from train.checkpoint import Checkpoints, Position
+from train.data import IGNORED, Blocks, PositionSampler
+from train.engine import Engine, start
+from train.evaluate import perplexity
+from train.interrupt import StopSignal, TrainingStopped
+from train.optimizer import build_optimizer, learning_rate_factor, select_trainable
+from train.outcome import TrainResult, begin, finish, finished, identity
+from train.regularizer import Penalty, PenaltyResult, penalty_coefficient
+from train.tracking import Row, Tracker, check_wandb, memory_bytes
 
 if TYPE_CHECKING:
-    from torch import nn
-    from torch.utils.data import Dataset
+    from transformers import PreTrainedModel
 
     from train.recipe import Recipe
+
+__all__ = ["TrainJob", "TrainResult", "TrainingStopped", "train"]
+
+Batch = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class TrainJob:
-    """One training of one model: what differs between post-training, its control and heal."""
+    """One training of one model: what differs between post-training, its control and heal.
 
-    name: str  # "post" | "continued" | "heal" | "pretrain"
-    model: nn.Module
-    plan: SharingPlan | None  # None: no penalty
-    train_blocks: Dataset[Any]
-    validation_blocks: Dataset[Any] | None
+    Attributes:
+        name: post, continued, heal or pretrain.
+        model: a Llama with fp32 parameters; trained in place, and unusable afterwards under ZeRO.
+        plan: the ties that the penalty pulls together; None: no penalty.
+        validation_blocks: for `train.evaluate_every`; None: no evaluation.
+        folder: metrics.jsonl, checkpoints/ and, at the end, weights/ go here.
+    """
+
+    name: str
+    model: PreTrainedModel
+    plan: SharingPlan | None
+    train_blocks: Blocks
+    validation_blocks: Blocks | None
     folder: Path
     steps: int
     learning_rate: float
 
 
-@dataclass(frozen=True)
-class TrainResult:
-    """What a finished training leaves: `weights` is a Hugging Face folder with fp32 values."""
-
-    steps: int
-    tokens: int  # predicted tokens, over all ranks
-    seconds: float
-    weights: Path
-
-
 def train(job: TrainJob, recipe: Recipe) -> TrainResult:
-    """Train `job.model` for `job.steps` optimizer steps; resume from `job.folder` if it can."""
-    raise NotImplementedError
+    """Train for `job.steps` optimizer steps, from the newest checkpoint if there is one.
+
+    Every rank calls it. A training that has finished before returns its result at once.
+
+    Raises:
+        PostshareError: the folder holds another run; the loss or a gradient is not finite; a
+            checkpoint cannot be read or written; wandb is online without an account.
+        TrainingStopped: SIGINT or SIGTERM arrived; the step was finished and a checkpoint written.
+    """
+    ours = identity(job, recipe)
+    earlier = finished(job.folder, ours, recipe.resume)
+    if earlier is not None:
+        return earlier
+    check_wandb(recipe.wandb)
+    engine = start(recipe)
+    prepare(engine, job, recipe)
+    try:
+        return _train(engine, job, recipe, ours)
+    finally:
+        engine.close()
+
+
+def prepare(engine: Engine, job: TrainJob, recipe: Recipe) -> None:
+    """Give model and optimizer to the engine."""
+    select_trainable(job.model, recipe.train.trainable)
+    if recipe.train.gradient_checkpointing:
+        job.model.gradient_checkpointing_enable({"use_reentrant": False})
+    zero = engine.backend == "deepspeed"
+    optimizer = build_optimizer(job.model, recipe.train, job.learning_rate, engine.device, zero)
+    engine.prepare(job.model, optimizer)
+    engine.model.train()
+
+
+def _train(engine: Engine, job: TrainJob, recipe: Recipe, ours: dict[str, Any]) -> TrainResult:
+    section = recipe.train
+    penalty, lm_weight, penalty_weight = None, 1.0, 0.0
+    if job.plan is not None and job.plan.ties:
+        layout = HeadLayout.from_config(job.model.config)
+        penalty = Penalty(job.plan, layout, recipe.penalty.kind, recipe.penalty.projections)
+        lm_weight, penalty_weight = recipe.penalty.loss_weights
+
+    # --- where it stands
+    begin(job.folder, ours, engine)
+    checkpoints = Checkpoints(
+        job.folder / "checkpoints", engine, job.model, ours, section.keep_checkpoints, note
+    )
+    at = checkpoints.resume()
+    began = time.perf_counter() - at.seconds
+    samples = PositionSampler(
+        len(job.train_blocks),
+        batch_size=section.batch_size,
+        micro_batch_size=section.micro_batch_size,
+        seed=recipe.seed,
+        rank=engine.rank,
+        world=engine.world,
+        position=at.step * section.batch_size,
+        steps=job.steps - at.step,
+    )
+    tracker = Tracker(
+        job.name, recipe, job.folder, job.steps, at.step, at.wandb_run_id, engine.is_main
+    )
+    batches = read_ahead(job.train_blocks, samples, 2 * samples.accumulation)
+
+    with tracker, StopSignal() as stop, closing(batches):
+        for step in range(at.step, job.steps):
+            step_began = time.perf_counter()
+            seed_step(recipe.seed, step, engine.rank)
+
+            # 1. The window: what this rank reads, and how many tokens all ranks predict in it.
+            window = [next(batches) for _ in range(samples.accumulation)]
+            data_wait = time.perf_counter() - step_began
+            predicted = int(engine.reduce_sum(sum(predicted_tokens(batch) for batch in window)))
+            if predicted == 0:
+                raise PostshareError(
+                    f"step {step + 1}: no token is predicted; check the documents of data.train"
+                )
+
+            # 2. The language-model loss: the mean over those tokens, and its gradient.
+            lm = torch.zeros((), dtype=torch.float64, device=engine.device)
+            for micro, batch in enumerate(window):
+                with engine.micro_step(boundary=micro == len(window) - 1):
+                    loss = token_losses(engine, batch) / predicted
+                    engine.backward(lm_weight * loss)
+                lm += loss.detach()
+            lm_loss, stopping = engine.reduce_sum(
+                torch.stack([lm, lm.new_tensor(float(stop.received))])
+            ).tolist()
+            require_finite("lm loss", lm_loss, step, checkpoints)
+
+            # 3. The penalty: once a step, on the weights alone.
+            pulled = None
+            coefficient = penalty_weight * penalty_coefficient(step, recipe.penalty)
+            if penalty is not None:
+                pulled = penalty.apply(engine, coefficient or None)
+                require_finite("penalty", pulled.value, step, checkpoints)
+
+            # 4. The update: clip, step.
+            learning_rate = job.learning_rate * learning_rate_factor(step, job.steps, section)
+            engine.set_learning_rate(learning_rate)
+            gradient_norm = engine.step()
+            require_finite("gradient norm", gradient_norm, step, checkpoints)
+            if step == at.step:
+                engine.check_replicas()
+
+            # 5. What came of it.
+            now = time.perf_counter()
+            at = Position(
+                step=step + 1,
+                samples=(step + 1) * section.batch_size,
+                tokens=at.tokens + predicted,
+                seconds=now - began,
+                wandb_run_id=tracker.wandb_run_id,
+            )
+            row: Row = {
+                "step": at.step,
+                "tokens": at.tokens,
+                "lm_loss": lm_loss,
+                **penalty_row(pulled),
+                "total_loss": lm_weight * lm_loss + coefficient * (pulled.value if pulled else 0.0),
+                "gradient_norm": gradient_norm,
+                "learning_rate": learning_rate,
+                "seconds": at.seconds,
+                "step_seconds": now - step_began,
+                "tokens_per_second": predicted / (now - step_began),
+                "data_wait_seconds": data_wait,
+                "memory_bytes": memory_bytes(),
+            }
+            if due(section.evaluate_every, at.step) and job.validation_blocks is not None:
+                row |= validate(engine, job.validation_blocks, recipe)
+            tracker.log(row, pulled.distance if pulled else None)
+
+            # 6. A checkpoint; stopping is a checkpoint too, on all ranks at the same step.
+            last = at.step == job.steps
+            if not last and (stopping or due(section.checkpoint_every, at.step)):
+                saved = checkpoints.save(at)
+                if stopping:
+                    raise TrainingStopped(at.step, job.steps, saved, engine.world)
+
+        result = TrainResult(at.step, at.tokens, at.seconds, job.folder / "weights")
+        return finish(job.folder, engine, job.model, recipe.export.shard_bytes, result)
+
+
+# --- the parts of a step --------------------------------------------------------------------------
+
+
+def read_ahead(blocks: Blocks, samples: PositionSampler, depth: int) -> Generator[Batch]:
+    """Micro-batches of stacked blocks (int64 [micro, length] each), read `depth` ahead.
+
+    One background thread reads: blocks lie in memory-mapped files, so there is little to compute,
+    and no process is forked beside a running GPU or communication library.
+    """
+    # A generator of its own: the loader must not draw from the training's random numbers.
+    loader = iter(DataLoader(blocks, batch_sampler=samples, generator=torch.Generator()))
+    with ThreadPoolExecutor(1, "read-ahead") as pool:
+        ahead = deque(pool.submit(next, loader, None) for _ in range(depth))
+        while (batch := ahead.popleft().result()) is not None:
+            ahead.append(pool.submit(next, loader, None))
+            yield batch
+
+
+def predicted_tokens(batch: Batch) -> int:
+    """Tokens of a micro-batch that are predicted from the ones before them."""
+    return int((batch["labels"][:, 1:] != IGNORED).sum())
+
+
+def token_losses(engine: Engine, batch: Batch) -> Tensor:
+    """Sum of the micro-batch's token losses in nats, computed in fp32."""
+    batch = {name: tensor.to(engine.device, non_blocking=True) for name, tensor in batch.items()}
+    # Padding the labels instead of cutting the logits spares a copy of the logits.
+    labels = F.pad(batch.pop("labels")[:, 1:], (0, 1), value=IGNORED)
+    logits = engine.model(**batch, use_cache=False).logits.float()
+    return F.cross_entropy(
+        logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
+    )
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Make a step's random numbers a function of (seed, step, rank): nothing to checkpoint."""
+    state = np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)
+    torch.manual_seed(int(state[0] >> np.uint64(1)))
+
+
+def require_finite(what: str, value: float, step: int, checkpoints: Checkpoints) -> None:
+    """Raises PostshareError for nan and inf; `value` is the same on all ranks, so all raise."""
+    if not math.isfinite(value):
+        last = f"the last good checkpoint is {checkpoints.newest}"
+        raise PostshareError(
+            f"step {step + 1}: the {what} is {value}; lower train.learning_rate or raise "
+            "train.warmup_steps, in another output_dir; "
+            + (last if checkpoints.newest else "no checkpoint was written yet")
+        )
+
+
+def penalty_row(pulled: PenaltyResult | None) -> Row:
+    """The penalty's columns: distances and cosines over every tie and projection it pulls."""
+    if pulled is None:
+        return {"penalty": None}
+    distance = pulled.distance[~pulled.distance.isnan()]
+    cosine = pulled.cosine[~pulled.cosine.isnan()]
+    return {
+        "penalty": pulled.value,
+        "pair_distance_mean": float(distance.mean()),
+        "pair_distance_worst": float(distance.max()),
+        "pair_cosine_mean": float(cosine.mean()),
+        "pair_cosine_worst": float(cosine.min()),
+    }
+
+
+def due(every: int, step: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+# --- evaluation -----------------------------------------------------------------------------------
+
+
+class RankBlocks:
+    """Every `world`-th block from `rank` on, filled up with a block that predicts nothing.
+
+    All ranks then run the same number of forwards, which ZeRO needs.
+    """
+
+    def __init__(self, blocks: Blocks, count: int, rank: int, world: int) -> None:
+        self.blocks, self.count, self.rank, self.world = blocks, count, rank, world
+
+    def __len__(self) -> int:
+        return math.ceil(self.count / self.world)
+
+    def __getitem__(self, index: int) -> Batch:
+        mine = index * self.world + self.rank
+        if mine < self.count:
+            return self.blocks[mine]
+        block = dict(self.blocks[0])
+        block["labels"] = torch.full_like(block["labels"], IGNORED)
+        return block
+
+
+def validate(engine: Engine, blocks: Blocks, recipe: Recipe) -> Row:
+    """Validation loss (nats per token) and perplexity of the weights as they are."""
+    count = min(len(blocks), recipe.evaluate.blocks or len(blocks))
+    # Fewer blocks than ranks: each rank runs them all rather than none.
+    rank, world = (engine.rank, engine.world) if count >= engine.world else (0, 1)
+    mine = RankBlocks(blocks, count, rank, world)
+    measured = perplexity(
+        engine.model,
+        mine,  # type: ignore[arg-type]  # of Blocks it needs the length and the items
+        recipe.evaluate.batch_size,
+        progress=False,
+    )
+    total, tokens = engine.reduce_sum(
+        torch.tensor(
+            [measured.loss * measured.tokens, measured.tokens],
+            dtype=torch.float64,
+            device=engine.device,
+        )
+    ).tolist()
+    loss = total / tokens
+    return {"validation_loss": loss, "validation_perplexity": math.exp(loss)}

@@ -62,7 +62,8 @@ def parameter_groups(
                 f"train.weight_decay_exclude: {pattern!r} matches no parameter; "
                 f"names look like {names[-1]!r}"
             )
-    decayed, kept = [], []
+    decayed: list[nn.Parameter] = []
+    kept: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             free = any(fnmatchcase(name, pattern) for pattern in exclude)
@@ -75,20 +76,26 @@ def parameter_groups(
 
 
 def build_optimizer(
-    model: nn.Module, section: TrainSection, learning_rate: float
+    model: nn.Module,
+    section: TrainSection,
+    learning_rate: float,
+    device: torch.device,
+    zero: bool = False,
 ) -> torch.optim.Optimizer:
-    """AdamW over the model's trainable parameters (fused).
-
-    Call it after the model is on its device.
+    """AdamW over the model's trainable parameters, fused; `device` is where it will train.
 
     Raises:
-        PostshareError: `adamw_8bit` without a GPU or without bitsandbytes.
+        PostshareError: `adamw_8bit` without a GPU, without bitsandbytes, or under ZeRO.
     """
     groups = parameter_groups(model, section.weight_decay, section.weight_decay_exclude)
-    on_gpu = groups[0]["params"][0].device.type == "cuda"
     betas = (section.betas[0], section.betas[1])
     if section.optimizer == "adamw_8bit":
-        if not on_gpu:
+        if zero:
+            raise PostshareError(
+                "train.optimizer adamw_8bit quantizes whole parameters, which ZeRO splits; "
+                "use train.optimizer=adamw, or one process or DDP"
+            )
+        if device.type != "cuda":
             raise PostshareError(
                 "train.optimizer adamw_8bit needs a CUDA GPU; use train.optimizer=adamw"
             )
@@ -113,7 +120,7 @@ def learning_rate_factor(step: int, steps: int, section: TrainSection) -> float:
 
     - `constant`: stays 1;
     - `linear`, `cosine`: over all the updates after the warm-up;
-    - `wsd`: stays 1, then falls linearly over the last `decay_steps` updates.
+    - `wsd`: stays 1, then falls linearly over the last `decay_steps` updates (default: a tenth).
 
     A pure function of the step: nothing to store in a checkpoint, nothing to drift on resume.
     """
@@ -123,8 +130,10 @@ def learning_rate_factor(step: int, steps: int, section: TrainSection) -> float:
         return 1.0
     length = steps - section.warmup_steps
     if section.schedule == "wsd":
-        length = min(length, section.decay_steps or length)
+        length = min(length, section.decay_steps or math.ceil(steps / 10))
     progress = min(1.0, max(0.0, (step - (steps - length)) / max(1, length)))
-    falling = (1 + math.cos(math.pi * progress)) / 2 if section.schedule == "cosine" else 1 - progress
+    falling = (
+        (1 + math.cos(math.pi * progress)) / 2 if section.schedule == "cosine" else 1 - progress
+    )
     low = section.min_learning_rate_ratio
     return low + (1 - low) * falling

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlparse
 
 import torch
@@ -28,7 +28,13 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 
 # Everything else in a row is a function of recipe and step: equal however often a run was stopped.
-TIMING_KEYS = ("seconds", "tokens_per_second", "data_wait_seconds", "memory_bytes")
+TIMING_KEYS = (
+    "seconds",
+    "step_seconds",
+    "tokens_per_second",
+    "data_wait_seconds",
+    "memory_bytes",
+)
 
 
 class Tracker:
@@ -74,7 +80,7 @@ class Tracker:
 
         Args:
             row: has `step` and `tokens`; the other keys are listed in docs and the loop.
-            distances: float [pairs], the penalty's distance of every pair, for a histogram.
+            distances: float, the distance of every pair, for a histogram; nan where there is none.
         """
         if not self.main:
             return
@@ -106,7 +112,7 @@ def append_row(path: Path, row: Row) -> None:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a metrics file; a last line that a killed process left half written is dropped."""
+    """The rows of a metrics file; a last line left half written by a killed process is dropped."""
     if not path.exists():
         return []
     rows = []
@@ -205,7 +211,11 @@ class WandbRun:
         if mode == "online":
             options["resume"] = "allow"
         self._run = wandb.init(
-            id=self.run_id, mode=mode, job_type=job, config=recipe.model_dump(), **options
+            id=self.run_id,
+            mode=cast(Any, mode),
+            job_type=job,
+            config=recipe.model_dump(),
+            **options,
         )
         self._run.define_metric("tokens")
         self._run.define_metric("*", step_metric="tokens")
@@ -219,7 +229,7 @@ class WandbRun:
 
         values: Row = dict(row)
         if distances is not None:
-            values["pair_distances"] = wandb.Histogram(distances.float().cpu().numpy())
+            values["pair_distances"] = wandb.Histogram(distances[~distances.isnan()].tolist())
         self._run.log(values)
 
     def close(self, failed: bool) -> None:

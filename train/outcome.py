@@ -1,0 +1,161 @@
+"""The folder of one training: whose it is, whether it is finished, and the weights it leaves.
+
+run.json      identity and backend configuration, written at the start
+weights/      Hugging Face folder, fp32 safetensors, renamed into place at the end
+result.json   written last: a finished training is not run again
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+
+from sa_models.errors import PostshareError
+from sa_models.weights import ShardWriter
+from train.checkpoint import refuse_other_run, rename_into_place, steps_in, write_json
+
+if TYPE_CHECKING:
+    from train.engine import Engine
+    from train.loop import TrainJob
+    from train.recipe import Recipe
+
+# What may change between two segments of a run: it changes no number beyond rounding.
+FREE_TRAIN = {
+    "steps",  # the job says how many, whatever the recipe counts in
+    "epochs",
+    "learning_rate",  # likewise
+    "micro_batch_size",
+    "gradient_checkpointing",
+    "evaluate_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+}
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a finished training leaves.
+
+    Attributes:
+        tokens: predicted tokens, over all ranks.
+        seconds: of training, over all its segments.
+        weights: Hugging Face folder with fp32 values.
+    """
+
+    steps: int
+    tokens: int
+    seconds: float
+    weights: Path
+
+
+def identity(job: TrainJob, recipe: Recipe) -> dict[str, Any]:
+    """All that decides a training's numbers, JSON-ready."""
+    return {
+        "job": job.name,
+        "steps": job.steps,
+        "learning_rate": job.learning_rate,
+        "seed": recipe.seed,
+        "plan": job.plan.hash() if job.plan else None,
+        "penalty": recipe.penalty.model_dump(mode="json") if job.plan else None,
+        "model": recipe.model.model_dump(mode="json"),
+        "data": recipe.data.model_dump(mode="json", exclude={"processes"}),
+        "train": recipe.train.model_dump(mode="json", exclude=FREE_TRAIN),
+    }
+
+
+def finished(folder: Path, ours: dict[str, Any], resume: str) -> TrainResult | None:
+    """The result of an earlier, finished run of this very training.
+
+    Raises:
+        PostshareError: the folder holds another run; or it holds this one and `resume` is never.
+    """
+    if (folder / "run.json").is_file():
+        refuse_other_run(folder, _read(folder / "run.json")["identity"], ours)
+    result = folder / "result.json"
+    if resume == "never" and (result.is_file() or steps_in(folder / "checkpoints")):
+        raise PostshareError(
+            f"{folder} holds this run already and resume is never; set resume=auto, choose another "
+            "output_dir, or delete the folder"
+        )
+    if not result.is_file() or not (folder / "weights").is_dir():
+        return None
+    return TrainResult(**_read(result), weights=folder / "weights")
+
+
+def begin(folder: Path, ours: dict[str, Any], engine: Engine) -> None:
+    """Mark the folder as this run's."""
+    if engine.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "run.json", {"identity": ours, "backend": engine.resolved})
+    engine.barrier()
+
+
+def finish(
+    folder: Path, engine: Engine, model: Any, max_shard_bytes: int, result: TrainResult
+) -> TrainResult:
+    """Write the weights, then the result. A collective.
+
+    Raises:
+        PostshareError: the weights could not be written; nothing half written stays.
+    """
+    write_weights(result.weights, engine, model, max_shard_bytes)
+    if engine.is_main:
+        counts = asdict(result)
+        del counts["weights"]
+        write_json(folder / "result.json", counts)
+    engine.barrier()
+    return result
+
+
+def write_weights(folder: Path, engine: Engine, model: Any, max_shard_bytes: int) -> None:
+    """Write an HF folder from the fp32 master weights, parameter by parameter."""
+    beside = folder.with_name(folder.name + ".tmp")
+    error: Exception | None = None
+    writer: ShardWriter | None = None
+    if engine.is_main:
+        shutil.rmtree(beside, ignore_errors=True)
+        try:
+            beside.mkdir(parents=True)
+            config = copy.deepcopy(model.config)
+            config.dtype = torch.float32
+            config.save_pretrained(beside)
+            if model.generation_config is not None:
+                model.generation_config.save_pretrained(beside)
+            writer = ShardWriter(beside, max_shard_bytes)
+        except OSError as caught:
+            error = caught
+    # Every rank runs this to its end, whatever happens to the main one's disk: it is a collective.
+    for name, tensor in engine.full_weights():
+        if writer is not None and error is None:
+            try:
+                writer.add(name, tensor)
+            except (OSError, SafetensorError) as caught:
+                error = caught
+    if writer is not None and error is None:
+        try:
+            writer.close()
+            rename_into_place(beside, folder)
+        except (OSError, SafetensorError) as caught:
+            error = caught
+    if engine.reduce_max(float(error is not None)):
+        if engine.is_main:
+            shutil.rmtree(beside, ignore_errors=True)
+        reason = " ".join(str(error).split()) if error else "see the main process"
+        raise PostshareError(
+            f"the weights could not be written to {folder} ({reason}); free disk space and start "
+            "again: training continues from its last checkpoint"
+        ) from error
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise PostshareError(f"{path} is not valid JSON ({error}); delete it") from None
