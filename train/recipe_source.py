@@ -28,14 +28,15 @@ def shipped_recipes() -> dict[str, Path]:
 
 
 def description(file: Path) -> str:
-    """What a recipe says it is: its first comment line that is not an editor's directive."""
+    """What a recipe says it is: the first sentence of its opening comment."""
+    words: list[str] = []
     for line in file.read_text(encoding="utf-8").splitlines():
-        if not line.startswith("#"):
+        text = line.lstrip("#").strip()
+        if not line.startswith("#") or (words and not text):
             break
-        text = line.lstrip("# ").strip()
-        if text and not text.startswith("yaml-language-server"):
-            return text
-    return ""
+        if not text.startswith("yaml-language-server"):
+            words += text.split()
+    return " ".join(words).split(". ")[0].removesuffix(".")
 
 
 def locate(path_or_name: str | Path) -> Path:

@@ -1,0 +1,170 @@
+"""The command line. Heavy imports wait until a command needs them: `--help` answers at once."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from train.recipe import Recipe
+
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+
+app = typer.Typer(
+    name="postshare",
+    help="Post-train a Llama so that its attention heads can be shared; ship the smaller model.",
+    epilog="First: postshare run demo   (the whole pipeline on a small model, minutes on a CPU)",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+RecipeArgument = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A .yaml file, or a shipped recipe's name.")
+]
+OverridesArgument = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Overrides, such as train.steps=100."),
+]
+
+
+@app.callback(invoke_without_command=True)
+def _welcome(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(
+            "postshare run demo          the whole pipeline on a small model: start here\n"
+            "postshare recipes           the shipped recipes\n"
+            "postshare run R --dry-run   what a recipe will do, save and need\n"
+            "postshare --help            all commands"
+        )
+
+
+@app.command(epilog="Example: postshare run demo train.steps=50 output_dir=runs/short")
+def run(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Only print the resolved recipe and the estimates."),
+    ] = False,
+    gpus: Annotated[
+        int | None,
+        typer.Option(min=1, help="With --dry-run: GPUs to estimate for (default: up to 8)."),
+    ] = None,
+) -> None:
+    """Plan, post-train, materialize, export and evaluate; finished stages are skipped."""
+    if gpus is not None and not dry_run:
+        raise typer.BadParameter("--gpus goes with --dry-run; accelerate launch sets the processes")
+    loaded = _load(recipe, overrides)
+    if dry_run:
+        from train.dry_run import print_dry_run
+
+        print_dry_run(loaded, gpus)
+        return
+    _warn(loaded)
+    _stage("run", loaded)
+
+
+@app.command(epilog="Example: postshare plan demo plan.budget.ratio=0.2")
+def plan(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
+    """Find the sharing plan, print it, and draw the similarity of heads and the ties."""
+    loaded = _load(recipe, overrides)
+    _stage("plan", loaded)
+
+
+@app.command(epilog="Example: postshare export demo export.dtype=bfloat16")
+def export(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
+    """Write the compact and dense folders of a finished training, verified."""
+    loaded = _load(recipe, overrides)
+    _stage("export", loaded)
+
+
+@app.command(epilog="Example: postshare evaluate demo evaluate.blocks=64")
+def evaluate(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
+    """Perplexity of base, continued, DirectShare and PostShare on the same held-out tokens."""
+    loaded = _load(recipe, overrides)
+    _stage("evaluate", loaded)
+
+
+@app.command(epilog="Example: postshare prepare llama3.2-1b-postshare-30")
+def prepare(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
+    """Download and cache model and data, once per node; then HF_HUB_OFFLINE=1 works."""
+    loaded = _load(recipe, overrides)
+    _stage("prepare", loaded)
+
+
+@app.command(epilog="Example: postshare recipes")
+def recipes() -> None:
+    """List the shipped recipes."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from train.recipe_source import description, shipped_recipes
+
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True)
+    for name, file in shipped_recipes().items():
+        table.add_row(name, description(file))
+    Console(markup=False).print(table)
+
+
+def _load(recipe: str, overrides: list[str] | None) -> Recipe:
+    from train.recipe import load_recipe
+
+    return load_recipe(recipe, overrides or [])
+
+
+def _stage(name: Literal["run", "plan", "export", "evaluate", "prepare"], recipe: Recipe) -> None:
+    """Call the function of `train.pipeline` of this name."""
+    from train import pipeline
+    from train.interrupt import TrainingStopped
+
+    try:
+        getattr(pipeline, name)(recipe)
+    except TrainingStopped as stop:
+        if _main_process():
+            typer.echo(str(stop), err=True)
+        sys.exit(EXIT_INTERRUPTED)
+    except KeyboardInterrupt:
+        sys.exit(EXIT_INTERRUPTED)  # outside a training; typer itself would exit with 1
+
+
+def _warn(recipe: Recipe) -> None:
+    if _main_process():
+        for line in recipe.warnings():
+            typer.echo(f"warning: {line}", err=True)
+
+
+def _main_process() -> bool:
+    """Whether this is the process that speaks; read from the launcher, before torch is there."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """The `postshare` command; every expected end is an exit code and one line on stderr.
+
+    Exit codes: 0 done, 2 bad input, 130 stopped by Ctrl-C. Anything else is a bug, and shows its
+    traceback.
+    """
+    try:
+        app(arguments)
+    except Exception as error:
+        # Imported late, so that --help stays fast: whatever raised it has imported it before.
+        from sa_models.errors import PostshareError
+
+        if not isinstance(error, PostshareError):
+            raise
+        if _main_process():
+            typer.echo(f"error: {error}", err=True)
+        sys.exit(EXIT_BAD_INPUT)
+    sys.exit(0)
+
+
+def launched(arguments: list[str] | None = None) -> NoReturn:
+    """`python -m train RECIPE key=value`: `postshare run`, as `accelerate launch` calls it."""
+    rest = sys.argv[1:] if arguments is None else arguments
+    main(["run", *rest])

@@ -1,0 +1,152 @@
+"""What `--dry-run` prints: the resolved recipe, what the plan saves, what the run needs."""
+
+from __future__ import annotations
+
+from dataclasses import astuple, fields
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Console
+from rich.syntax import Syntax
+from rich.table import Table
+
+from train import estimate
+from train.known_models import DTYPE_BYTES, LlamaShape, find_shape
+
+if TYPE_CHECKING:
+    from train.recipe import Recipe
+
+
+def print_dry_run(recipe: Recipe, gpus: int | None = None, console: Console | None = None) -> None:
+    """Print the resolved recipe and every estimate, from the config alone; nothing is written.
+
+    Args:
+        gpus: GPUs to estimate for (default: the most, up to 8, that divide the batch).
+
+    Raises:
+        PostshareError: the model's config is not found, the budget cannot be met, or the batch
+            does not divide among `gpus`.
+    """
+    console = console or Console()
+    shape, origin = find_shape(recipe.model)
+    gpus = gpus or estimate.most_gpus(recipe.train)
+    accumulation = recipe.train.accumulation(gpus)
+    facts = _facts(recipe, shape, origin, gpus, accumulation)
+    memory = _memory(recipe, shape, gpus)
+    console.print(Syntax(recipe.to_yaml(), "yaml", background_color="default"))
+    console.print(facts)
+    console.print(memory)
+    for line in [*recipe.warnings(), *_length_warning(recipe, shape)]:
+        console.print(f"[yellow]warning:[/] {line}")
+
+
+def count(number: int) -> str:
+    """`6,738,415,616` as `6,738,415,616 (6.74 B)`."""
+    for factor, unit in ((10**9, "B"), (10**6, "M"), (10**3, "K")):
+        if number >= factor:
+            return f"{number:,} ({number / factor:.3g} {unit})"
+    return f"{number:,}"
+
+
+def size(number: float) -> str:
+    """Bytes in decimal units, as safetensors indices and disks count."""
+    for factor, unit in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
+        if number >= factor:
+            return f"{number / factor:,.1f} {unit}"
+    return f"{number:.0f} B"
+
+
+def _facts(recipe: Recipe, shape: LlamaShape, origin: str, gpus: int, accumulation: int) -> Table:
+    plan, train = recipe.plan, recipe.train
+    savings = estimate.plan_savings(plan, shape)
+    element = DTYPE_BYTES.get(recipe.export.dtype, shape.dtype_bytes)
+    base, stored = savings.bytes(element)
+    kv_heads = shape.num_key_value_heads or shape.num_attention_heads
+    unit = "heads" if kv_heads == shape.num_attention_heads else "KV groups"
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_row("model", f"{recipe.model.path}, config from {origin}")
+    table.add_row("parameters", count(savings.base_parameters))
+    trained = estimate.trainable_parameters(shape, train.trainable)
+    table.add_row("trained", count(trained if train.steps != 0 else 0))
+    if plan.strategy == "none":
+        table.add_row("plan", "none: nothing is shared")
+    else:
+        bound = "at most " if plan.strategy == "released" else ""
+        what = "as the plan file says" if plan.strategy == "file" else ", ".join(plan.share)
+        table.add_row(
+            "plan",
+            f"{bound}{savings.tied_units:,} of {savings.units:,} units ({unit}) tied, "
+            f"{savings.effective_ratio:.1%}; projections: {what}",
+        )
+        table.add_row(
+            "saved",
+            f"{bound}{count(savings.tied_parameters)} parameters, {savings.stored_ratio:.1%} of "
+            f"attention, {savings.tied_parameters / savings.base_parameters:.1%} of the model",
+        )
+        table.add_row(
+            "export",
+            f"compact {size(stored)}, dense {size(base)} "
+            f"({size(base - stored)} saved, {element} bytes per parameter)",
+        )
+    table.add_row("training", _training(recipe))
+    table.add_row(
+        "batch",
+        f"{train.batch_size} sequences = {gpus} GPUs x {train.micro_batch_size} x "
+        f"accumulation {accumulation}",
+    )
+    table.add_row("run folder", str(recipe.folder))
+    return table
+
+
+def _training(recipe: Recipe) -> str:
+    length = estimate.length(recipe)
+    per_step = f"{length.tokens_per_step:,} tokens per step"
+    if length.steps == 0:
+        return "none (train.steps is 0)"
+    if length.tokens is None:
+        return f"{recipe.train.epochs:g} epochs, {per_step}; the data tells how many steps"
+    return f"{length.steps:,} steps, {per_step}, {count(length.tokens)} tokens"
+
+
+def _memory(recipe: Recipe, shape: LlamaShape, gpus: int) -> Table:
+    now = recipe.train.gradient_checkpointing
+    words = {True: "on", False: "off"}
+    rows = []
+    for stage in estimate.ZERO_STAGES:
+        chosen, other = (
+            estimate.memory_per_gpu(
+                shape,
+                recipe.train,
+                stage=stage,
+                gpus=gpus,
+                sequence_length=recipe.data.sequence_length,
+                checkpointing=checkpointing,
+                eager=recipe.model.attention == "eager",
+            )
+            for checkpointing in (now, not now)
+        )
+        rows.append((*astuple(chosen), chosen.total, other.total))
+    unit, factor = ("GB", 1e9) if rows[-1][-1] >= 1e9 else ("MB", 1e6)
+    table = Table(
+        title=f"{unit} of memory per GPU at the peak of a step, {gpus} GPUs, gradient "
+        f"checkpointing {words[now]}\n(last column: {words[not now]}); "
+        "allow 2 to 4 GB more for CUDA and communication buffers",
+        title_justify="left",
+        title_style="",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("ZeRO")
+    names = [field.name for field in fields(estimate.Memory)]
+    for name in (*names, "total", f"total {words[not now]}"):
+        table.add_column(name, justify="right")
+    for stage, row in zip(estimate.ZERO_STAGES, rows, strict=True):
+        table.add_row(str(stage), *(f"{number / factor:,.1f}" for number in row))
+    return table
+
+
+def _length_warning(recipe: Recipe, shape: LlamaShape) -> list[str]:
+    length, limit = recipe.data.sequence_length, shape.max_position_embeddings
+    if length <= limit:
+        return []
+    return [f"data.sequence_length {length} exceeds the {limit} positions the model was made for"]

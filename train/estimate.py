@@ -1,0 +1,194 @@
+"""What a run needs and saves, from the config alone: parameters, units, bytes, memory per GPU.
+
+The memory is an estimate of what PyTorch must hold at the peak of a training step: it leaves out
+the CUDA context, communication buffers and fragmentation (allow 2 to 4 GB for them).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
+
+from sa_models.errors import PostshareError
+from sa_models.heads import HeadLayout
+from sa_models.plan import PlanSavings, SharingPlan, llama_parameters
+
+if TYPE_CHECKING:
+    from train.known_models import LlamaShape
+    from train.recipe import PlanSection, Recipe, TrainSection
+
+ZERO_STAGES = (0, 1, 2, 3)
+
+
+def requested_units(section: PlanSection, layout: HeadLayout) -> int:
+    """Units that the budget asks for: floor(ratio * units), or the count.
+
+    Raises:
+        PostshareError: more than there are units outside layer 0 and plan.skip_layers.
+    """
+    budget = section.budget
+    assert budget is not None
+    units = layout.layers * layout.units
+    # 1e-9 units: 0.29 * 100 is 28.999999999999996 in floating point, and 29 was meant.
+    wanted = budget.heads or math.floor((budget.ratio or 0) * units + 1e-9)
+    never = {0, *section.skip_layers} & set(range(layout.layers))
+    eligible = (layout.layers - len(never)) * layout.units
+    if not 1 <= wanted <= eligible:
+        raise PostshareError(
+            f"plan.budget asks for {wanted} of {units} units, possible are 1 to {eligible} "
+            f"(layers {sorted(never)} are never targets); "
+            f"set plan.budget.ratio between {1 / units:.4f} and {eligible / units:.4f}"
+        )
+    return wanted
+
+
+def plan_savings(section: PlanSection, shape: LlamaShape) -> PlanSavings:
+    """What the plan of a recipe will save, before it is known which units are tied.
+
+    For strategy released this is an upper bound: its chains undo some of the ties.
+
+    Raises:
+        PostshareError: a budget that cannot be met, or a plan file that does not fit the model.
+    """
+    if section.strategy == "file":
+        plan = SharingPlan.load(section.path or "")
+        plan.validate(shape)
+        return plan.savings(shape)
+    layout = HeadLayout.from_config(shape)
+    tied = 0 if section.strategy == "none" else requested_units(section, layout)
+    return PlanSavings(
+        units=layout.layers * layout.units,
+        tied_units=tied,
+        heads=layout.layers * layout.heads,
+        tied_heads=tied * layout.heads_per_unit,
+        attention_parameters=layout.attention_parameters,
+        tied_parameters=tied * sum(map(layout.unit_parameters, section.share)),
+        base_parameters=llama_parameters(shape),
+    )
+
+
+def trainable_parameters(shape: LlamaShape, patterns: tuple[str, ...]) -> int:
+    """Parameters whose name matches one of the fnmatch `patterns`."""
+    if "*" in patterns:
+        return llama_parameters(shape)
+    from sa_models.weights import llama_shapes
+
+    return sum(
+        math.prod(size)
+        for name, size in llama_shapes(shape).items()
+        if any(fnmatchcase(name, pattern) for pattern in patterns)
+    )
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one GPU at the peak of a training step."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        """Bytes in all."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
+
+
+def layer_activations(shape: LlamaShape, tokens: int, length: int, size: int, eager: bool) -> int:
+    """Bytes that one decoder layer keeps for its backward pass, without checkpointing.
+
+    RMSNorm keeps its input in fp32, and the normalized value; a linear layer keeps its input; a
+    fused attention keeps q, k, v, its output and one fp32 number per query; eager attention keeps
+    its map instead; SwiGLU keeps gate, its activation, up and their product.
+
+    Args:
+        tokens: tokens of a micro-batch.
+        length: tokens of one sequence.
+        size: bytes of an activation, 4 or 2.
+        eager: whether attention materializes its map.
+    """
+    layout = HeadLayout.from_config(shape)
+    hidden, middle = shape.hidden_size, shape.intermediate_size
+    query, key = layout.heads * layout.head_dim, layout.kv_heads * layout.head_dim
+    norms = 2 * (4 * hidden + 2 * size * hidden)
+    if eager:
+        # The fp32 softmax, and its copy in the activations' type; keys and values repeated.
+        attention = size * 4 * query + layout.heads * length * (4 if size == 4 else 4 + size)
+    else:
+        attention = size * (2 * query + 2 * key) + 4 * layout.heads
+    return tokens * (norms + attention + 4 * size * middle)
+
+
+def memory_per_gpu(
+    shape: LlamaShape,
+    train: TrainSection,
+    *,
+    stage: int,
+    gpus: int,
+    sequence_length: int,
+    checkpointing: bool,
+    eager: bool = False,
+) -> Memory:
+    """Memory of one GPU of `gpus` under a ZeRO stage (0: plain data parallel).
+
+    Without ZeRO, weights, gradients and two moments are fp32, and bf16 autocast adds a bf16 copy
+    of the weights. DeepSpeed keeps weights in the training precision, sums gradients in fp32, and
+    updates an fp32 master copy (in fp32 training too): ZeRO-1 divides master copy and moments by
+    the number of GPUs, ZeRO-2 the gradients too, ZeRO-3 the weights too. What ZeRO-3 gathers at a
+    time is counted as the larger of one layer and one embedding.
+    """
+    total = llama_parameters(shape)
+    trained = trainable_parameters(shape, train.trainable)
+    size = 2 if train.precision == "bf16" else 4
+    moments = 2 if train.optimizer == "adamw_8bit" else 8
+
+    def share(amount: int, from_stage: int) -> int:
+        return math.ceil(amount / gpus) if stage >= from_stage else amount
+
+    plain = 6 if size == 2 else 4
+    weights = plain * total if stage == 0 else share(size * total, 3)
+    if stage == 3 and gpus > 1:
+        embeddings = shape.vocab_size * shape.hidden_size
+        matrices = 1 if shape.tie_word_embeddings else 2
+        layer = (total - matrices * embeddings) // shape.num_hidden_layers
+        weights += size * max(layer, embeddings)
+    tokens = train.micro_batch_size * sequence_length
+    one_layer = layer_activations(shape, tokens, sequence_length, size, eager)
+    kept = size * tokens * shape.hidden_size if checkpointing else one_layer
+    activations = shape.num_hidden_layers * kept + (one_layer if checkpointing else 0)
+    return Memory(
+        weights=weights,
+        gradients=share(4 * trained, 2),
+        optimizer=share((moments + (4 if stage else 0)) * trained, 1),
+        activations=activations,
+        # The logits, their fp32 copy (the same in fp32), the log-probabilities, their gradient.
+        logits=tokens * shape.vocab_size * (10 if size == 2 else 12),
+    )
+
+
+@dataclass(frozen=True)
+class Length:
+    """How much a run trains on; None where only the data can tell (epochs)."""
+
+    tokens_per_step: int
+    steps: int | None
+
+    @property
+    def tokens(self) -> int | None:
+        """Tokens in all, those of the last position of a block included."""
+        return None if self.steps is None else self.steps * self.tokens_per_step
+
+
+def length(recipe: Recipe) -> Length:
+    """Tokens per optimizer step, and steps."""
+    return Length(recipe.train.batch_size * recipe.data.sequence_length, recipe.train.steps)
+
+
+def most_gpus(train: TrainSection, limit: int = 8) -> int:
+    """The largest number of GPUs up to `limit` among which the batch divides evenly."""
+    forwards = train.batch_size // train.micro_batch_size
+    return max(n for n in range(1, limit + 1) if forwards % n == 0)
