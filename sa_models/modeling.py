@@ -130,6 +130,7 @@ class SharedLlamaForCausalLM(LlamaForCausalLM):
 
         Own rows are copied; every other parameter is shared with ``model``.
         """
+        plan = plan.effective()
         config = compact_config(model.config, plan)
         with torch.device("meta"):
             compact = cls(config)

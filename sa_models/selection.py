@@ -1,0 +1,112 @@
+"""From matches and a budget to a plan (PostShare, arXiv 2402.11819, section 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from math import floor
+
+from .errors import PostshareError
+from .heads import HeadLayout
+from .plan import HeadTie, SharingPlan, resolve_roots
+from .similarity import Matches
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much may be tied: a ratio of all heads, or a number of heads. Exactly one is given."""
+
+    ratio: float | None = None
+    heads: int | None = None
+
+    def units(self, layout: HeadLayout) -> int:
+        """Units to tie: floor(ratio * all units), counted over all layers as published.
+
+        Raises:
+            PostshareError: neither or both are given, or a number of heads that would split a
+                KV group.
+        """
+        if (self.ratio is None) == (self.heads is None):
+            raise PostshareError("the plan's budget needs either ratio or heads; give exactly one")
+        if self.ratio is not None:
+            # Through the decimal that the user wrote: 0.29 of 100 units is 29, not floor(28.99...).
+            return floor(Fraction(str(self.ratio)) * layout.layers * layout.units)
+        assert self.heads is not None
+        if self.heads % layout.heads_per_unit:
+            lower = self.heads - self.heads % layout.heads_per_unit
+            raise PostshareError(
+                f"a budget of {self.heads} heads splits a KV group: query heads that read one KV "
+                f"head are tied together, {layout.heads_per_unit} at a time; ask for {lower} or "
+                f"{lower + layout.heads_per_unit} heads"
+            )
+        return self.heads // layout.heads_per_unit
+
+
+def select_pairs(
+    matches: Matches,
+    layout: HeadLayout,
+    count: int,
+    share: Sequence[str],
+    skip_layers: Sequence[int] = (0,),
+) -> tuple[HeadTie, ...]:
+    """The ``count`` targets with the highest scores, each with its best source, as published.
+
+    Chains are left in: a source may itself be a target. The order is ascending score; equal
+    scores keep the published order (last layer first, units ascending).
+
+    Args:
+        skip_layers: layers whose units are never targets. They may be sources. Layer 0 has no
+            earlier layer and is never a target.
+
+    Raises:
+        PostshareError: fewer targets than asked for are left.
+    """
+    for layer in skip_layers:
+        if not 0 <= layer < layout.layers:
+            raise PostshareError(
+                f"plan.skip_layers names layer {layer}; the model has layers 0 to "
+                f"{layout.layers - 1}"
+            )
+    candidates = [
+        (layer, unit)
+        for layer in range(layout.layers - 1, 0, -1)
+        if layer not in skip_layers
+        for unit in range(layout.units)
+    ]
+    if count > len(candidates):
+        most = floor(1e4 * len(candidates) / (layout.layers * layout.units)) / 1e4
+        raise PostshareError(
+            f"the budget asks for {count} of {layout.layers * layout.units} units, but only "
+            f"{len(candidates)} may be targets; ask for a ratio of at most {most}, or skip fewer "
+            "layers"
+        )
+    scores = {unit: float(matches.scores[unit]) for unit in candidates}
+    chosen = sorted(candidates, key=scores.__getitem__)[len(candidates) - count :]
+    return tuple(
+        HeadTie(
+            target=unit,
+            source=(int(matches.sources[unit][0]), int(matches.sources[unit][1])),
+            projections=tuple(share),
+            score=scores[unit],
+        )
+        for unit in chosen
+    )
+
+
+def make_plan(
+    matches: Matches,
+    layout: HeadLayout,
+    budget: Budget,
+    share: Sequence[str],
+    skip_layers: Sequence[int] = (0,),
+    released: bool = False,
+) -> SharingPlan:
+    """A plan from matches and a budget.
+
+    Args:
+        released: keep the published selection, chains and all (fewer heads change than asked
+            for); otherwise chains are resolved to root sources, and effective = requested.
+    """
+    pairs = select_pairs(matches, layout, budget.units(layout), share, skip_layers)
+    return SharingPlan(ties=pairs if released else resolve_roots(pairs), released=released)
