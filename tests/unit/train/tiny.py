@@ -1,0 +1,90 @@
+"""A training that takes milliseconds: a random Llama, a few blocks, a recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from sa_models.plan import HeadTie, SharingPlan
+from train.data import Blocks
+from train.loop import TrainJob
+from train.recipe import Recipe, validate
+from train.tracking import TIMING_KEYS, read_rows
+
+VOCABULARY, LENGTH = 48, 16
+PLAN = SharingPlan(
+    ties=(
+        HeadTie((1, 0), (0, 1), ("q", "k", "v")),
+        HeadTie((1, 2), (0, 1), ("q", "k", "v")),
+    )
+)
+
+
+def model(seed: int = 0, **config: Any) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    fields = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": LENGTH,
+        "tie_word_embeddings": True,
+    }
+    return LlamaForCausalLM(LlamaConfig(**{**fields, **config}))
+
+
+def blocks(count: int = 24, document_mask: bool = False, seed: int = 1) -> Blocks:
+    """Documents of 3 to 40 tokens: blocks predict unequal numbers of tokens under the mask."""
+    generator = torch.Generator().manual_seed(seed)
+    documents: list[list[int]] = []
+    while sum(map(len, documents)) < count * LENGTH:
+        size = int(torch.randint(3, 41, (), generator=generator))
+        documents.append(torch.randint(VOCABULARY, (size,), generator=generator).tolist())
+    return Blocks.from_documents(documents, LENGTH, document_mask=document_mask)
+
+
+def recipe(folder: Path, penalty: dict[str, Any] | None = None, **train: Any) -> Recipe:
+    section = {
+        "steps": 6,
+        "batch_size": 8,
+        "micro_batch_size": 4,
+        "learning_rate": 1e-2,
+        "warmup_steps": 2,
+        **train,
+    }
+    return validate(
+        {
+            "name": "tiny",
+            "output_dir": str(folder),
+            "model": {"path": "tiny"},
+            "data": {"train": "tiny", "validation": "tiny", "sequence_length": LENGTH},
+            "plan": {"strategy": "random", "budget": {"heads": 2}},
+            "penalty": penalty or {},
+            "train": section,
+        }
+    )
+
+
+def job(recipe: Recipe, plan: SharingPlan | None = PLAN, **fields: Any) -> TrainJob:
+    values: dict[str, Any] = {
+        "name": "post" if plan else "continued",
+        "model": model(),
+        "plan": plan,
+        "train_blocks": blocks(),
+        "validation_blocks": blocks(5, seed=2),
+        "folder": recipe.folder,
+        "steps": recipe.train.steps,
+        "learning_rate": recipe.train.learning_rate,
+    }
+    return TrainJob(**{**values, **fields})
+
+
+def curve(folder: Path) -> list[dict[str, Any]]:
+    """The rows of a training without what the clock decides."""
+    rows = read_rows(folder / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if k not in TIMING_KEYS} for row in rows]
