@@ -32,10 +32,11 @@ def print_dry_run(recipe: Recipe, gpus: int | None = None, console: Console | No
     gpus = gpus or estimate.most_gpus(recipe.train)
     accumulation = recipe.train.accumulation(gpus)
     facts = _facts(recipe, shape, origin, gpus, accumulation)
-    memory = _memory(recipe, shape, gpus)
+    memory = _memory(recipe, shape, gpus) if recipe.train.steps != 0 else None
     console.print(Syntax(recipe.to_yaml(), "yaml", background_color="default"))
     console.print(facts)
-    console.print(memory)
+    if memory is not None:
+        console.print(memory)
     for line in [*recipe.warnings(), *_length_warning(recipe, shape)]:
         console.print(f"[yellow]warning:[/] {line}")
 
@@ -89,11 +90,12 @@ def _facts(recipe: Recipe, shape: LlamaShape, origin: str, gpus: int, accumulati
             f"({size(base - stored)} saved, {element} bytes per parameter)",
         )
     table.add_row("training", _training(recipe))
-    table.add_row(
-        "batch",
-        f"{train.batch_size} sequences = {gpus} GPUs x {train.micro_batch_size} x "
-        f"accumulation {accumulation}",
-    )
+    if train.steps != 0:
+        table.add_row(
+            "batch",
+            f"{train.batch_size} sequences = {gpus} GPU(s) x {train.micro_batch_size} x "
+            f"accumulation {accumulation}",
+        )
     table.add_row("run folder", str(recipe.folder))
     return table
 
@@ -104,7 +106,7 @@ def _training(recipe: Recipe) -> str:
     if length.steps == 0:
         return "none (train.steps is 0)"
     if length.tokens is None:
-        return f"{recipe.train.epochs:g} epochs, {per_step}; the data tells how many steps"
+        return f"{recipe.train.epochs:g} epoch(s), {per_step}; the data tells how many steps"
     return f"{length.steps:,} steps, {per_step}, {count(length.tokens)} tokens"
 
 
@@ -128,7 +130,7 @@ def _memory(recipe: Recipe, shape: LlamaShape, gpus: int) -> Table:
         rows.append((*astuple(chosen), chosen.total, other.total))
     unit, factor = ("GB", 1e9) if rows[-1][-1] >= 1e9 else ("MB", 1e6)
     table = Table(
-        title=f"{unit} of memory per GPU at the peak of a step, {gpus} GPUs, gradient "
+        title=f"{unit} of memory per GPU at the peak of a step, {gpus} GPU(s), gradient "
         f"checkpointing {words[now]}\n(last column: {words[not now]}); "
         "allow 2 to 4 GB more for CUDA and communication buffers",
         title_justify="left",

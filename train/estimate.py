@@ -31,8 +31,7 @@ def requested_units(section: PlanSection, layout: HeadLayout) -> int:
     budget = section.budget
     assert budget is not None
     units = layout.layers * layout.units
-    # 1e-9 units: 0.29 * 100 is 28.999999999999996 in floating point, and 29 was meant.
-    wanted = budget.heads or math.floor((budget.ratio or 0) * units + 1e-9)
+    wanted = budget.heads or math.floor((budget.ratio or 0) * units)
     never = {0, *section.skip_layers} & set(range(layout.layers))
     eligible = (layout.layers - len(never)) * layout.units
     if not 1 <= wanted <= eligible:

@@ -1,0 +1,62 @@
+# `make demo` and `make test` need Python 3.11 to 3.13, make and a C++ compiler; nothing else.
+
+VENV  := .venv
+BIN   := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PYTEST_ARGS ?=
+
+.PHONY: help demo test check format bench build schema clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo    run the whole pipeline on a small model; writes runs/demo"
+	@echo "make test    run the tests (PYTEST_ARGS='-k recipe' selects)"
+	@echo "make check   ruff, ruff format, mypy"
+	@echo "make bench   speed and memory; writes .bench/bench.json"
+	@echo "make build   write the wheel to dist/"
+
+# The first Python that is new enough, or the one given as PYTHON=...
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	command -v $$p >/dev/null && \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null && \
+	{ command -v $$p; break; }; done)
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 to 3.13; install one" >&2; exit 2; }
+	@$(BIN)/python -c '' 2>/dev/null || "$(PYTHON)" -m venv --clear $(VENV) || { \
+		echo "error: $(PYTHON) cannot make a venv; install its venv package" >&2; exit 2; }
+	@echo "installing the dependencies into $(VENV) (minutes the first time)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/postshare run recipes/demo.yaml output_dir=runs/demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP)
+	mkdir -p .bench
+	$(BIN)/python tests/benchmarks/run.py --output .bench/bench.json
+
+build: $(STAMP)
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+
+schema: docs/recipe.schema.json
+
+docs/recipe.schema.json: train/recipe.py train/schema.py | $(STAMP)
+	$(BIN)/python -m train.schema > $@.tmp
+	mv $@.tmp $@
+
+clean:
+	rm -rf $(VENV) dist .bench .mypy_cache .ruff_cache .pytest_cache
