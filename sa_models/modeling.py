@@ -59,15 +59,15 @@ class SharedLinear(nn.Linear):
         own = functional.linear(x, self.weight)
         if self.owns_all:
             return own
-        return torch.cat(
-            [
-                own[..., first : first + stop - start]
-                if owner is self
-                else functional.linear(x, owner.weight[first : first + stop - start])
-                for owner, start, stop, first in self.pieces
-            ],
-            dim=-1,
-        )
+        parts = [
+            own[..., first : first + stop - start]
+            if owner is self
+            else functional.linear(x, owner.weight[first : first + stop - start])
+            for owner, start, stop, first in self.pieces
+        ]
+        if own.shape[-1] == 0:
+            parts.append(own)  # an empty weight too gets a gradient, which DDP waits for
+        return torch.cat(parts, dim=-1)
 
     @property
     def owns_all(self) -> bool:
@@ -138,7 +138,7 @@ class SharedLlamaForCausalLM(LlamaForCausalLM):
         state = dict(model.named_parameters())
         for name, parameter in list(compact.named_parameters()):
             value = state[name]
-            layer_and_projection = _parse(name)
+            layer_and_projection = HeadLayout.parse_name(name)
             if layer_and_projection is not None:
                 layer, projection = layer_and_projection
                 kept = select_units(value.detach(), own[layer][projection], config, projection)
@@ -216,13 +216,6 @@ def transpose_storage_(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, SharedOutputLinear) and not module.weight.t().is_contiguous():
             module.weight.data = module.weight.data.t().contiguous().t()
-
-
-def _parse(name: str) -> tuple[int, str] | None:
-    parts = name.split(".")
-    if len(parts) == 6 and parts[3] == "self_attn":
-        return int(parts[2]), parts[4][0]
-    return None
 
 
 def _set_parameter(

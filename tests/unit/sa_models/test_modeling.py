@@ -1,0 +1,205 @@
+"""The compact model against the materialized dense one, in every shape."""
+
+from __future__ import annotations
+
+import copy
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from sa_models.heads import HeadLayout, unit_view
+from sa_models.materialize import materialize_
+from sa_models.modeling import SharedLlamaForCausalLM
+from sa_models.plan import HeadTie, SharingPlan, resolve_roots
+
+SUBSETS = ["q", "v", "o", "qk", "qkv", "vo", "qkvo"]
+
+
+def dense(kv_heads: int, tied: bool = False, seed: int = 0, **fields) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    shape = {"hidden_size": 36, "head_dim": 10, "num_attention_heads": 6, "num_hidden_layers": 4}
+    config = LlamaConfig(
+        vocab_size=50,
+        intermediate_size=44,
+        num_key_value_heads=kv_heads,
+        tie_word_embeddings=tied,
+        initializer_range=0.3,
+        **(shape | fields),
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def some_plan(config: LlamaConfig, projections: str, whole_layer: int | None = 2) -> SharingPlan:
+    """Most units tied, and all units of one layer, so that it owns nothing there."""
+    generator = random.Random(str((config.num_key_value_heads, projections)))
+    units = HeadLayout.from_config(config).units
+    ties = [
+        HeadTie((layer, u), (generator.randrange(layer), generator.randrange(units)), (p,))
+        for p in projections
+        for layer in range(1, config.num_hidden_layers)
+        for u in range(units)
+        if layer == whole_layer or generator.random() < 0.6
+    ]
+    plan = SharingPlan(resolve_roots(ties))
+    plan.validate(config)
+    return plan
+
+
+def shared_pair(kv_heads: int, projections: str, merge="copy", tied=False):
+    model = dense(kv_heads, tied)
+    plan = some_plan(model.config, projections)
+    layout = HeadLayout.from_config(model.config)
+    materialize_(dict(model.named_parameters()), layout, plan, merge)
+    return model, SharedLlamaForCausalLM.from_materialized(model, plan), plan
+
+
+def tokens(rows: int = 2, length: int = 9) -> torch.Tensor:
+    return torch.randint(0, 50, (rows, length), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.mark.parametrize("kv_heads", [6, 3, 2, 1])
+@pytest.mark.parametrize("projections", SUBSETS)
+def test_compact_equals_materialized(kv_heads: int, projections: str) -> None:
+    model, compact, plan = shared_pair(kv_heads, projections, tied=kv_heads == 3)
+    difference = (model(tokens()).logits - compact(tokens()).logits).abs().max()
+    assert float(difference) <= 1e-5
+    stored = sum(p.numel() for p in compact.parameters())
+    assert stored == plan.savings(model.config).stored_parameters
+    assert stored < sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("kv_heads", [6, 2])
+def test_mean_merge_by_hand(kv_heads: int) -> None:
+    model = dense(kv_heads)
+    before = copy.deepcopy(model)
+    layout = HeadLayout.from_config(model.config)
+    plan = SharingPlan((HeadTie((1, 1), (0, 0), tuple("qo")), HeadTie((3, 0), (0, 0), tuple("qo"))))
+    materialize_(dict(model.named_parameters()), layout, plan, "mean")
+    for p in "qo":
+
+        def slices(m, p=p):
+            return [
+                unit_view(m.get_parameter(layout.parameter_name(layer, p)), layout, p)[unit]
+                for layer, unit in ((0, 0), (1, 1), (3, 0))
+            ]
+
+        mean = sum(s.double() for s in slices(before)) / 3
+        for got in slices(model):
+            torch.testing.assert_close(got.double(), mean, rtol=0, atol=1e-7)
+    untouched = "model.layers.0.self_attn.k_proj.weight"
+    assert torch.equal(model.get_parameter(untouched), before.get_parameter(untouched))
+
+
+@pytest.mark.parametrize("kv_heads", [6, 2])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradient_of_a_shared_slice_is_the_sum_over_its_readers(
+    kv_heads: int, checkpointing: bool
+) -> None:
+    model, compact, plan = shared_pair(kv_heads, "qkvo")
+    layout = HeadLayout.from_config(model.config)
+    if checkpointing:
+        compact.gradient_checkpointing_enable({"use_reentrant": False})
+    for m in (model, compact):
+        m.train()
+        m(tokens(), labels=tokens()).loss.backward()
+    source_of = plan.sources()
+    for name, parameter in compact.named_parameters():
+        if "self_attn" not in name:
+            expected = model.get_parameter(name).grad
+        else:
+            layer, p = int(name.split(".")[2]), name.split(".")[4][0]
+            expected = torch.cat(
+                [
+                    sum(
+                        unit_view(
+                            model.get_parameter(layout.parameter_name(at, p)).grad, layout, p
+                        )[u]
+                        for at in range(layout.layers)
+                        for u in range(layout.units)
+                        if source_of.get((at, u, p), (at, u)) == (layer, own)
+                    )
+                    for own in range(layout.units)
+                    if (layer, own, p) not in source_of
+                ]
+                or [torch.zeros(0, layout.hidden_size)]
+            )
+            expected = expected.T if p == "o" else expected
+        torch.testing.assert_close(parameter.grad, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kv_heads", [6, 2, 1])
+def test_generation_with_and_without_cache(kv_heads: int) -> None:
+    model, compact, _ = shared_pair(kv_heads, "qkvo")
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(tokens(1), **options)
+    assert torch.equal(compact.generate(tokens(1), **options), expected)
+    assert torch.equal(compact.generate(tokens(1), use_cache=False, **options), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_save_and_load_through_the_auto_class(tmp_path: Path, dtype: torch.dtype) -> None:
+    _, compact, plan = shared_pair(2, "qkvo", tied=True)
+    for parameter in compact.parameters():  # .to(dtype) would also round the rotary frequencies
+        parameter.data = parameter.data.to(dtype)
+    expected = compact(tokens()).logits
+    compact.save_pretrained(tmp_path)
+    loaded, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype="auto", output_loading_info=True
+    )
+    assert isinstance(loaded, SharedLlamaForCausalLM)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert loaded.config.plan == plan
+    assert torch.equal(loaded.eval()(tokens()).logits, expected)
+
+
+def test_storage_of_o_is_transposed_after_every_way_to_get_a_model(tmp_path: Path) -> None:
+    _, compact, _ = shared_pair(2, "qkvo")
+    compact.save_pretrained(tmp_path)
+    fresh = SharedLlamaForCausalLM(compact.config)
+    loaded = SharedLlamaForCausalLM.from_pretrained(tmp_path)
+    for model in (compact, fresh, loaded):
+        for layer in model.model.layers:
+            assert layer.self_attn.o_proj.weight.t().is_contiguous()
+
+
+def test_a_copy_reads_its_own_weights() -> None:
+    _, compact, _ = shared_pair(6, "qkvo")
+    twin = copy.deepcopy(compact)
+    with torch.no_grad():
+        for parameter in compact.parameters():
+            parameter.zero_()
+    assert float(twin(tokens()).logits.abs().max()) > 0.1
+    for layer in twin.model.layers:
+        for p in "qkvo":
+            for piece in getattr(layer.self_attn, f"{p}_proj").pieces:
+                assert any(piece.owner is module for module in twin.modules())
+
+
+def test_every_weight_is_held_once() -> None:
+    _, compact, _ = shared_pair(6, "qkvo")
+    storages = {p.untyped_storage().data_ptr(): p.numel() for p in compact.parameters()}
+    held = sum(p.untyped_storage().nbytes() for p in compact.parameters())
+    assert held == 4 * sum(p.numel() for p in compact.parameters())
+    assert len(storages) >= sum(p.numel() > 0 for p in compact.parameters())
+    assert not list(compact.buffers()) or all(b.numel() < 100 for b in compact.buffers())
+
+
+def test_projections_are_linear_layers_that_peft_can_find() -> None:
+    _, compact, _ = shared_pair(6, "qkvo")
+    attention = compact.model.layers[2].self_attn
+    for p in "qkvo":
+        projection = getattr(attention, f"{p}_proj")
+        assert isinstance(projection, torch.nn.Linear)
+        expected = (60, 36) if p != "o" else (36, 60)
+        assert (projection.out_features, projection.in_features) == expected
+
+
+def test_compile_gives_the_same_logits() -> None:
+    _, compact, _ = shared_pair(2, "qkvo")
+    compiled = torch.compile(compact, backend="eager", fullgraph=True)
+    difference = (compiled(tokens()).logits - compact(tokens()).logits).abs().max()
+    assert float(difference) <= 1e-5
