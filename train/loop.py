@@ -100,7 +100,7 @@ def prepare(engine: Engine, job: TrainJob, recipe: Recipe) -> None:
     """Give model and optimizer to the engine."""
     select_trainable(job.model, recipe.train.trainable)
     if recipe.train.gradient_checkpointing:
-        job.model.gradient_checkpointing_enable({"use_reentrant": False})
+        job.model.activation_checkpointing_enable({"use_reentrant": False})
     zero = engine.backend == "deepspeed"
     optimizer = build_optimizer(job.model, recipe.train, job.learning_rate, engine.device, zero)
     engine.prepare(job.model, optimizer)
