@@ -1,15 +1,15 @@
 """Packed blocks of tokens, a held-out split, and the order in which they are read.
 
-**Packing.** The documents of a source, each `[bos] + ids + [eos]`, are laid end to end and cut every
-`sequence_length` tokens; the last incomplete block is left out. By default tokens of different
-documents in one block DO attend to each other. With `document_mask: true` positions restart at
-every document, from which transformers builds a block-diagonal mask (only when the forward pass gets
-neither an attention mask nor a cache: call the model with `use_cache=False`), and the first
-token of a document is not predicted. Tokenizers without BOS: only EOS.
+**Packing.** The documents of a source, each `[bos] + ids + [eos]`, are laid end to end and cut
+every `sequence_length` tokens; the last incomplete block is left out. By default tokens of
+different documents in one block DO attend to each other. With `document_mask: true` positions
+restart at every document, from which transformers builds a block-diagonal mask (only when the
+forward pass gets neither an attention mask nor a cache: call the model with `use_cache=False`), and
+the first token of a document is not predicted. Tokenizers without BOS: only EOS.
 
-**Mixtures.** Weights are shares of training *tokens*, exactly: an epoch lasts until every source has
-been read once, and sources that are too short for their share begin again. Several sources all need
-a weight; the default of 1 each means equal shares. Validation sources are concatenated, unweighted.
+**Mixtures.** Weights are shares of training *tokens*, exactly: an epoch lasts until every source
+has been read once, and sources that are too short for their share begin again. The
+default weight is 1: equal shares. Validation sources are concatenated, unweighted.
 
 **Held-out split.** Either `validation` sources, or `validation_fraction` of the documents (never
 of the blocks), chosen by the hash of their text: see `train.tokens.Encoder`.
@@ -18,8 +18,9 @@ of the blocks), chosen by the hash of their text: see `train.tokens.Encoder`.
 table, so resuming is as exact as without. The table holds the first documents of the stream, for
 the number of steps asked for: another number of steps is another table.
 
-**Order.** The stream of samples is infinite: sample p is block `permutation(n, seed, p // n)[p % n]`.
-The position in it is one integer, the samples consumed so far, independent of the world size.
+**Order.** The stream of samples is infinite: sample p is block
+`permutation(n, seed, p // n)[p % n]` of n. The position in it is one integer, the samples consumed
+so far, independent of the world size.
 """
 
 from __future__ import annotations
@@ -97,10 +98,12 @@ class Packed:
 class Blocks(Dataset[dict[str, torch.Tensor]]):
     """Blocks of `length` tokens, in a fixed order, by index.
 
-    `blocks[i]` is `{"input_ids": int64[length], "labels": int64[length]}`; with `document_mask` also
-    `"position_ids": int64[length]`. Labels are not shifted (the model shifts them); -100 = not predicted.
+    `blocks[i]` is `{"input_ids": int64[length], "labels": int64[length]}`; with `document_mask`
+    also `"position_ids": int64[length]`. Labels are not shifted (the model shifts them); -100 = not
+    predicted.
 
-    `weights` gives each source its exact share of the blocks (see the module); None = each source once.
+    `weights` gives each source its exact share of the blocks (see the module); None = each source
+    once.
     """
 
     def __init__(
@@ -169,9 +172,9 @@ def prepare_data(
 ) -> tuple[Blocks, Blocks]:
     """Training and validation blocks of a recipe, tokenized once and cached.
 
-    `needed_blocks` = samples that the run consumes; only streaming uses it. `vocab_size` is the model's.
-    Raises PostshareError for sources that cannot be read, are empty or too small, or hold a token id that
-    the model has no embedding for.
+    `needed_blocks` = samples that the run consumes; only streaming uses it. `vocab_size` is the
+    model's. Raises PostshareError for sources that cannot be read, are empty or too small, or hold
+    a token id that the model has no embedding for.
     """
     data = recipe.data
     fraction = 0.0 if data.validation else data.validation_fraction
@@ -209,8 +212,8 @@ def prepare_data(
         train.append(packed(source, False, blocks))
         if len(train[-1]) < data.sequence_length:
             raise PostshareError(
-                f"{source.path} ({source.split}) has {len(train[-1])} tokens for training, fewer than one "
-                f"block of {data.sequence_length}; lower data.sequence_length or add text"
+                f"{source.path} ({source.split}) has {len(train[-1])} tokens for training, fewer "
+                f"than one block of {data.sequence_length}; lower data.sequence_length or add text"
             )
     validation = [
         packed(source, True, recipe.evaluate.blocks) for source in data.validation or data.train
@@ -237,8 +240,8 @@ def _check_ids(source: DataSource, tokens: Packed, tokenizer_size: int, vocab_si
     largest = tokens.largest_id()
     if largest >= vocab_size:
         raise PostshareError(
-            f"{source.path} holds token id {largest}, but the model's vocab_size is {vocab_size}; set "
-            "model.tokenizer to the tokenizer that belongs to the model"
+            f"{source.path} holds token id {largest}, but the model's vocab_size is {vocab_size}; "
+            "set model.tokenizer to the tokenizer that belongs to the model"
         )
 
 
@@ -250,14 +253,15 @@ def permutation(size: int, seed: int, epoch: int) -> NDArray[np.int64]:
 class PositionSampler(Sampler[list[int]]):
     """Micro-batches of block indices for one rank, from a position on.
 
-    Sample p of the infinite stream is block `permutation(size, seed, p // size)[p % size]`. Optimizer
-    step k (from 0) of this sampler covers the positions `position + k * batch_size` and the following
-    batch_size - 1; of them micro-batch m of rank r takes the `micro_batch_size` that begin at
-    `(m * world + r) * micro_batch_size`: the same samples at every step for any factorization.
+    Sample p of the infinite stream is block `permutation(size, seed, p // size)[p % size]`.
+    Optimizer step k (from 0) of this sampler covers the positions `position + k * batch_size` and
+    the following batch_size - 1; of them micro-batch m of rank r takes the `micro_batch_size` that
+    begin at `(m * world + r) * micro_batch_size`: the same samples at every step for any
+    factorization.
 
     Yields `steps * accumulation` lists (without end when `steps` is None); give it to
-    `DataLoader(blocks, batch_sampler=...)`. After step k the position is `position + (k+1) * batch_size`:
-    that integer, put into a new sampler, resumes exactly.
+    `DataLoader(blocks, batch_sampler=...)`. After step k the position is `position + (k+1) *
+    batch_size`: that integer, put into a new sampler, resumes exactly.
     """
 
     def __init__(

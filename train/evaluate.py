@@ -34,9 +34,10 @@ def perplexity(
     """Token-weighted over the first `limit` blocks (None = all), in order, without dropout.
 
     Every token but the first of a block is predicted; with document masks, the first of each
-    document is not. Losses are computed in fp32 whatever the model's dtype, and summed in float64, so
-    the result does not depend on `batch_size` beyond rounding inside the model. The model's training
-    mode is restored. Raises PostshareError when there is nothing to predict or the loss is not finite.
+    document is not. Losses are computed in fp32 whatever the model's dtype, and summed in float64,
+    so the result does not depend on `batch_size` beyond rounding inside the model. The model's
+    training mode is restored. Raises PostshareError when there is nothing to predict or the loss is
+    not finite.
     """
     count = len(blocks) if limit is None else min(limit, len(blocks))
     device = next(model.parameters()).device
@@ -53,9 +54,7 @@ def perplexity(
             inputs = {name: tensor.to(device) for name, tensor in batch.items()}
             logits = model(**inputs, use_cache=False).logits[:, :-1]
             for row, target in zip(logits, labels, strict=True):  # one fp32 copy of a row at a time
-                nll = F.cross_entropy(
-                    row.float(), target, ignore_index=IGNORED, reduction="none"
-                )
+                nll = F.cross_entropy(row.float(), target, ignore_index=IGNORED, reduction="none")
                 total += nll.double().sum().item()
             tokens += int((labels != IGNORED).sum())
     finally:
@@ -65,7 +64,7 @@ def perplexity(
     loss = total / tokens
     if not math.isfinite(loss):
         raise PostshareError(
-            f"the evaluation loss is {loss}; look for the step where it first appears in metrics.jsonl "
-            "and lower train.learning_rate"
+            f"the evaluation loss is {loss}; look for the step where it first appears in "
+            "metrics.jsonl and lower train.learning_rate"
         )
     return Perplexity(loss=loss, perplexity=math.exp(loss), tokens=tokens)

@@ -10,33 +10,26 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import datasets
-from datasets.exceptions import DatasetNotFoundError, DatasetsError
+from datasets.exceptions import DatasetsError
 from tokenizers import Tokenizer
 
 from sa_models.errors import PostshareError
+from train.sources import STDLIB, explain, load_documents, stamp
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from train.recipe import DataSource
 
-STDLIB = "stdlib"
-BUILDERS = {
-    ".jsonl": "json",
-    ".json": "json",
-    ".parquet": "parquet",
-    ".arrow": "arrow",
-    ".txt": "text",
-}
+DEMO_BASE = "demo-base"
 ROW = datasets.Features({"input_ids": datasets.List(datasets.Value("int32"))})
-STREAM_BATCH = 32  # documents tokenized at a time while streaming: at most this many are read in vain
+STREAM_BATCH = 32  # documents tokenized at a time: at most this many are read in vain
 
 
 @dataclass(frozen=True)
@@ -47,8 +40,9 @@ class Encoder:
     first called, it hashes the same in every process, and that is what the cache needs.
 
     `held_out` None keeps every document. Otherwise a document belongs to the held-out side when the
-    hash of its text, read as a number in [0, 1), is below `fraction`: equal texts always fall on the
-    same side, whatever the seed, the order and the number of processes. Empty texts are dropped.
+    hash of its text, read as a number in [0, 1), is below `fraction`: equal texts always fall on
+    the same side, whatever the seed, the order and the number of processes. Empty texts are
+    dropped.
     """
 
     tokenizer: str
@@ -107,6 +101,43 @@ class Encoder:
         return {"input_ids": [head + encoding.ids + tail for encoding in encodings]}
 
 
+def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or hub name; demo-base: the shipped one; stdlib: trained now, in
+    seconds.
+
+    Raises PostshareError when there is none, or it cannot be had offline or without permission.
+    """
+    from transformers import AutoTokenizer
+
+    if name == STDLIB:
+        from train.demo.tokenizer import train_tokenizer
+
+        return train_tokenizer()
+    if name == DEMO_BASE:
+        from train.demo import demo_base_path
+
+        name = str(demo_base_path())
+    local = Path(name).expanduser()
+    try:
+        return AutoTokenizer.from_pretrained(
+            str(local) if local.is_dir() else name, revision=revision
+        )
+    except (OSError, ValueError, KeyError) as error:
+        if local.is_dir():
+            cure = "set model.tokenizer to a folder with tokenizer.json"
+        elif "gated" in str(error).lower():
+            cure = (
+                f"it is gated: accept its terms at https://huggingface.co/{name}, run "
+                "`hf auth login`, then `postshare prepare RECIPE`"
+            )
+        else:
+            cure = (
+                "correct model.tokenizer (or model.path), or run `postshare prepare RECIPE` on a "
+                "machine with network"
+            )
+        raise PostshareError(f"no tokenizer can be loaded from {name}; {cure}") from error
+
+
 @functools.lru_cache(maxsize=4)
 def _backend(serialized: str) -> Tokenizer:
     backend = Tokenizer.from_str(serialized)
@@ -116,7 +147,7 @@ def _backend(serialized: str) -> Tokenizer:
 
 
 def token_table(source: DataSource, encoder: Encoder, *, processes: int = 1) -> datasets.Dataset:
-    """Every document of `source`, tokenized by `processes` processes: rows {"input_ids": int32[]}."""
+    """Every document of `source`, tokenized: rows {"input_ids": int32[]}."""
     documents = load_documents(source)
     return documents.map(
         encoder,
@@ -140,7 +171,7 @@ def streamed_token_table(source: DataSource, encoder: Encoder, needed: int) -> d
         "source": source.model_dump(exclude={"weight"}),
         "encoder": asdict(encoder),
         "needed": needed,
-        "stamp": _stamp(source.path),
+        "stamp": stamp(source.path),
     }
     try:
         return datasets.Dataset.from_generator(
@@ -149,7 +180,7 @@ def streamed_token_table(source: DataSource, encoder: Encoder, needed: int) -> d
     except DatasetsError as error:
         if isinstance(error.__cause__, PostshareError):
             raise error.__cause__ from None
-        raise _explain(source, error) from error
+        raise explain(source, error) from error
 
 
 def _read_stream(
@@ -168,154 +199,8 @@ def _read_stream(
                 if tokens >= needed:
                     return
             texts = []
-    yield from ({"input_ids": ids} for ids in encode(texts)["input_ids"])
-
-
-def load_documents(
-    source: DataSource, *, streaming: bool = False
-) -> datasets.Dataset | datasets.IterableDataset:
-    """The rows of a source, with `source.text` checked to be a column of text.
-
-    A .txt file is one document; a folder may hold any number of files of one kind, what
-    `Dataset.save_to_disk` writes, or whatever else `datasets.load_dataset` understands. Raises
-    PostshareError, in one line, for whatever keeps the rows from being read.
-    """
-    if source.path == STDLIB:
-        documents = _stdlib(source)
-    else:
-        try:
-            documents = _load(source, streaming)
-        except PostshareError:
-            raise
-        except (DatasetsError, OSError, ValueError, StopIteration) as error:
-            raise _explain(source, error) from error
-    _check_text(source, documents)
-    return documents
-
-
-def _load(source: DataSource, streaming: bool) -> datasets.Dataset | datasets.IterableDataset:
-    path = Path(source.path).expanduser()
-    options: dict[str, Any] = {"split": source.split, "streaming": streaming}
-    if path.is_file():
-        if path.suffix not in BUILDERS:
-            raise PostshareError(
-                f"{path}: files of kind '{path.suffix}' are not read; convert it to one of "
-                f"{', '.join(BUILDERS)}"
-            )
-        builder = BUILDERS[path.suffix]
-        options["data_files"] = {source.split: [str(path)]}
-        if builder == "text":
-            options["sample_by"] = "document"
-        return datasets.load_dataset(builder, **options)
-    if path.is_dir():
-        return _load_folder(path, source, options)
-    if path.suffix in BUILDERS or path.is_absolute() or source.path.startswith((".", "~")):
-        raise PostshareError(
-            f"{source.path} does not exist (looked in {Path.cwd()}); correct the path of this data source"
-        )
-    return datasets.load_dataset(source.path, name=source.subset, **options)
-
-
-def _load_folder(
-    path: Path, source: DataSource, options: dict[str, Any]
-) -> datasets.Dataset | datasets.IterableDataset:
-    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-        saved = datasets.load_from_disk(str(path))
-        if isinstance(saved, datasets.DatasetDict):
-            if source.split not in saved:
-                raise PostshareError(
-                    f"{path} has no split '{source.split}'; set split to one of {', '.join(saved)}"
-                )
-            saved = saved[source.split]
-        return saved.to_iterable_dataset() if options["streaming"] else saved
-    kinds = {file.suffix for file in path.rglob("*") if file.suffix in BUILDERS}
-    if not kinds:
-        raise PostshareError(f"{path} holds no {', '.join(BUILDERS)} file; correct the path")
-    if kinds == {".txt"}:  # here too a file is a document, where the library would take a line
-        return datasets.load_dataset("text", data_dir=str(path), sample_by="document", **options)
-    return datasets.load_dataset(str(path), name=source.subset, **options)
-
-
-def _stdlib(source: DataSource) -> datasets.Dataset:
-    from train.demo.corpus import SPLITS, stdlib_stamp
-
-    if source.split not in SPLITS:
-        raise PostshareError(
-            f"stdlib has no split '{source.split}'; set split to one of {', '.join(SPLITS)}"
-        )
-    return datasets.Dataset.from_generator(
-        _stdlib_rows, gen_kwargs={"split": source.split, "stamp": stdlib_stamp()}
-    )
-
-
-def _stdlib_rows(split: str, stamp: str) -> Iterator[dict[str, str]]:
-    from train.demo.corpus import stdlib_documents
-
-    yield from stdlib_documents(split)
-
-
-def _stamp(path: str) -> str:
-    """Changes when local files do, so that a cached stream is read again. Empty for hub names."""
-    root = Path(path).expanduser()
-    files = [root] if root.is_file() else sorted(root.rglob("*")) if root.is_dir() else []
-    stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return hashlib.blake2b(repr(stats).encode(), digest_size=16).hexdigest() if stats else ""
-
-
-def _check_text(
-    source: DataSource, documents: datasets.Dataset | datasets.IterableDataset
-) -> None:
-    features = documents.features
-    if features is None:  # a stream without a declared schema: look at its first row
-        row = next(iter(documents), None)
-        if row is None:
-            raise PostshareError(f"{source.path} ({source.split}) is empty; choose another source")
-        columns, is_text = list(row), isinstance(row.get(source.text), str | None)
-    else:
-        columns = list(features)
-        kind = getattr(features.get(source.text), "dtype", "")
-        is_text = kind in ("string", "large_string")
-    if isinstance(documents, datasets.Dataset) and len(documents) == 0:
-        raise PostshareError(f"{source.path} ({source.split}) is empty; choose another source")
-    if source.text not in columns:
-        raise PostshareError(
-            f"{source.path} has no column '{source.text}'; set text to one of: {', '.join(columns)}"
-        )
-    if not is_text:
-        raise PostshareError(
-            f"{source.path}: column '{source.text}' does not hold text; set text to another of: "
-            f"{', '.join(columns)}"
-        )
-
-
-def _explain(source: DataSource, error: BaseException) -> PostshareError:
-    """One line with the cure for what `datasets` raises."""
-    chain = [error]
-    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
-        chain.append(cause)
-    said = " ".join(f"{type(link).__name__}: {link}" for link in chain)
-    reason = " ".join(str(chain[-1]).split())[:200] or type(chain[-1]).__name__
-    name = source.path
-    if Path(name).expanduser().exists():
-        return PostshareError(f"{name} cannot be read ({reason}); repair or replace the file")
-    if "gated" in said.lower():
-        return PostshareError(
-            f"dataset {name} is gated; accept its terms at https://huggingface.co/datasets/{name}, "
-            "run `hf auth login`, then `postshare prepare RECIPE`"
-        )
-    if "split" in str(error).lower() or "config name" in str(error).lower():
-        return PostshareError(f"dataset {name}: {reason}; set split or subset to one that exists")
-    offline = os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") or any(
-        word in said for word in ("OfflineMode", "ConnectionError", "Couldn't reach", "Max retries")
-    )
-    if offline:
-        return PostshareError(
-            f"dataset {name} is not in the cache and the hub cannot be reached; run `postshare "
-            "prepare RECIPE` on a machine with network, with the same HF_HOME"
-        )
-    if isinstance(error, DatasetNotFoundError):
-        return PostshareError(
-            f"{name} is neither a local path nor a dataset on the hub; correct the name, or run "
-            "`hf auth login` if it is private"
-        )
-    return PostshareError(f"dataset {name} cannot be loaded ({reason}); correct this data source")
+    for ids in encode(texts)["input_ids"]:
+        yield {"input_ids": ids}
+        tokens += len(ids)
+    if tokens == 0:
+        yield {"input_ids": []}  # the library refuses a table without rows; the caller says why

@@ -6,5 +6,5 @@ from pathlib import Path
 
 
 def demo_base_path() -> Path:
-    """The folder of the shipped base model (config, weights, tokenizer): `model.path: demo-base`."""
+    """The folder of the shipped base model (`model.path: demo-base` in a recipe)."""
     return Path(__file__).resolve().parent / "base"

@@ -1,17 +1,18 @@
 """Text that every machine with Python has: the source of its standard library.
 
-A document is a module, its docstrings and comments included; its name is the dotted module name. Left
-out are tests, what may not be installed everywhere (tkinter and what needs it), what is data rather
-than text (codec tables, generated files), and whatever has stopped being maintained in place
+A document is a module, its docstrings and comments included; its name is the dotted module name.
+Left out are tests, what may not be installed everywhere (tkinter and what needs it), what is data
+rather than text (codec tables, generated files), and whatever has stopped being maintained in place
 (lib2to3). Modules that an interpreter lacks are simply not there.
 
-**Split.** By the hash of the *family* of a module: its top-level name without leading `_` or `_py`. So a
-package is never divided, `_pydecimal` stays with `decimal`, and the side of a module is the same in
-every Python version: a model trained under one version has not seen the validation text of another.
+**Split.** By the hash of the *family* of a module: its top-level name without leading `_` or `_py`.
+So a package is never divided, `_pydecimal` stays with `decimal`, and the side of a module is the
+same in every Python version: a model trained under one version has not seen the validation text of
+another.
 
-**Near-duplicates.** A shingle is a run of 12 words and symbols. A training document is dropped when, for any
-validation document, the shingles that the two have in common are more than 5 % of the shingles of
-the smaller one.
+**Near-duplicates.** A shingle is a run of 12 words and symbols. A training document is dropped
+when, for any validation document, the shingles that the two have in common are more than 5 % of the
+shingles of the smaller one.
 """
 
 from __future__ import annotations
@@ -118,9 +119,7 @@ def _shingles(text: str) -> set[int]:
 def _documents() -> dict[str, list[Document]]:
     sides: dict[str, list[Document]] = {"train": [], "validation": []}
     for name, text in _texts(_modules(_stdlib())):
-        sides["validation" if in_validation(name) else "train"].append(
-            {"name": name, "text": text}
-        )
+        sides["validation" if in_validation(name) else "train"].append({"name": name, "text": text})
     sides["train"] = without_near_duplicates(sides["train"], sides["validation"])
     return sides
 

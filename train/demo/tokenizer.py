@@ -17,7 +17,7 @@ from train.demo.corpus import stdlib_documents
 
 VOCAB_SIZE = 2048
 CONTEXT = 512
-BOS, EOS = "<s>", "</s>"
+UNKNOWN, BOS, EOS = "<unk>", "<s>", "</s>"  # ids 0, 1, 2, which are LlamaConfig's defaults
 
 # Source code: a word with the space before it, single digits, runs of punctuation, line ends, and
 # indentation as one piece (the last space of a run goes to the word that follows).
@@ -36,7 +36,7 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCAB_SIZE,
-        special_tokens=[BOS, EOS],
+        special_tokens=[UNKNOWN, BOS, EOS],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -44,6 +44,8 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
     backend.train_from_iterator(texts, trainer, length=len(texts))
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
+        unk_token=UNKNOWN,  # never produced: every byte has a token
+        pad_token=UNKNOWN,
         bos_token=BOS,
         eos_token=EOS,
         model_max_length=CONTEXT,
