@@ -39,9 +39,7 @@ def released_plan(path: Path) -> SharingPlan:
 @pytest.mark.parametrize(
     ("mode", "loss_weights"), [("lm_plus_norm", [0.5, 0.5]), ("lm_only", [1.0, 0.0])]
 )
-def test_thirty_steps(
-    shared: Path, tmp_path: Path, mode: str, loss_weights: list[float]
-) -> None:
+def test_thirty_steps(shared: Path, tmp_path: Path, mode: str, loss_weights: list[float]) -> None:
     golden = json.loads((shared / "golden" / f"postshare_traj_{mode}.json").read_text())
     rows = np.load(shared / "golden" / "input_ids.npy").tolist()
     recipe = validate(

@@ -276,7 +276,7 @@ def test_a_signal_ends_the_step_and_the_next_start_resumes_exactly(
     recipe = small_recipe(tmp_path / "stopped")
     with monkeypatch.context() as patch:
         at_step(patch, 3, lambda: os.kill(os.getpid(), number))
-        with pytest.raises(TrainingStopped, match="step 4 of 7.*resume with") as stopped:
+        with pytest.raises(TrainingStopped, match=r"step 4 of 7.*resume with") as stopped:
             train(tiny.job(recipe), recipe)
     assert stopped.value.checkpoint == recipe.folder / "checkpoints/step-000004"
     assert not (recipe.folder / "weights").exists()
@@ -289,17 +289,17 @@ def test_killed_twice_resumes_exactly(
 ) -> None:
     """A kill leaves rows beyond the checkpoint, half a row, and half a checkpoint."""
 
-    class Killed(Exception):
+    class KilledError(Exception):
         pass
 
     def kill() -> None:
-        raise Killed
+        raise KilledError
 
     recipe = small_recipe(tmp_path / "killed", checkpoint_every=2)
     for attempt in range(2):
         with monkeypatch.context() as patch:
             at_step(patch, 4 - attempt, kill)
-            with pytest.raises(Killed):
+            with pytest.raises(KilledError):
                 train(tiny.job(recipe), recipe)
         with (recipe.folder / "metrics.jsonl").open("a") as file:
             file.write('{"step": 99, "lm')
@@ -334,9 +334,9 @@ def test_another_recipe_or_plan_is_refused(tmp_path: Path) -> None:
     other = recipe.train.model_copy(update={"betas": (0.8, 0.95)})
     with pytest.raises(PostshareError, match=r"train\.betas was \[0\.9, 0\.95\], now \[0\.8"):
         train(tiny.job(recipe), recipe.model_copy(update={"train": other}))
-    with pytest.raises(PostshareError, match="holds another run .plan was"):
+    with pytest.raises(PostshareError, match=r"holds another run .plan was"):
         train(tiny.job(recipe, plan=SharingPlan(tiny.PLAN.ties[:1])), recipe)
-    with pytest.raises(PostshareError, match="resume is never"):
+    with pytest.raises(PostshareError, match=r"resume is never"):
         train(tiny.job(recipe), recipe.model_copy(update={"resume": "never"}))
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
 
@@ -357,7 +357,7 @@ def test_a_nan_stops_the_training_and_leaves_the_last_good_checkpoint(tmp_path: 
         return output
 
     job.model.register_forward_hook(poison)
-    with pytest.raises(PostshareError, match="step 5: the lm loss is nan.*step-000004"):
+    with pytest.raises(PostshareError, match=r"step 5: the lm loss is nan.*step-000004"):
         train(job, recipe)
     assert steps_in(tmp_path / "checkpoints") == [2, 4]
     assert [row["step"] for row in tiny.curve(tmp_path)] == [1, 2, 3, 4]
@@ -368,7 +368,9 @@ def test_an_infinite_gradient_stops_the_training(tmp_path: Path) -> None:
     recipe = small_recipe(tmp_path)
     job = tiny.job(recipe)
     job.model.model.norm.weight.register_hook(lambda gradient: gradient * float("inf"))
-    with pytest.raises(PostshareError, match="step 1: the gradient norm is (inf|nan).*no checkpoint"):
+    with pytest.raises(
+        PostshareError, match=r"step 1: the gradient norm is (inf|nan).*no checkpoint"
+    ):
         train(job, recipe)
     assert not (tmp_path / "checkpoints").exists()
 
@@ -382,7 +384,7 @@ def test_nothing_to_predict(tmp_path: Path) -> None:
     blocks = tiny.blocks()
     blocks.__class__ = Silent
     recipe = small_recipe(tmp_path)
-    with pytest.raises(PostshareError, match="step 1: no token is predicted"):
+    with pytest.raises(PostshareError, match=r"step 1: no token is predicted"):
         train(tiny.job(recipe, train_blocks=blocks), recipe)
 
 
