@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from fractions import Fraction
 from typing import TYPE_CHECKING
 
 from sa_models.errors import PostshareError
@@ -23,16 +24,31 @@ ZERO_STAGES = (0, 1, 2, 3)
 
 
 def requested_units(section: PlanSection, layout: HeadLayout) -> int:
-    """Units that the budget asks for: floor(ratio * units), or the count.
+    """Units that the budget asks for, before there are scores; selection refuses the same.
 
     Raises:
-        PostshareError: more than there are units outside layer 0 and plan.skip_layers.
+        PostshareError: more than there are units outside layer 0 and plan.skip_layers, none at
+            all, or a number of heads that splits a KV group.
     """
     budget = section.budget
     assert budget is not None
     units = layout.layers * layout.units
-    wanted = budget.heads or math.floor((budget.ratio or 0) * units)
-    never = {0, *section.skip_layers} & set(range(layout.layers))
+    if budget.ratio is not None:
+        # Through the decimal that the user wrote: 0.29 of 100 units is 29, not floor(28.99...).
+        wanted = math.floor(Fraction(str(budget.ratio)) * units)
+    else:
+        wanted, rest = divmod(budget.heads or 0, layout.heads_per_unit)
+        if rest:
+            raise PostshareError(
+                f"plan.budget.heads {budget.heads} splits a KV group of {layout.heads_per_unit} "
+                f"heads; the nearest is {max(wanted, 1) * layout.heads_per_unit}"
+            )
+    never = {0, *section.skip_layers}
+    if max(never) >= layout.layers:
+        raise PostshareError(
+            f"plan.skip_layers names layer {max(never)}; the model has layers 0 to "
+            f"{layout.layers - 1}"
+        )
     eligible = (layout.layers - len(never)) * layout.units
     if not 1 <= wanted <= eligible:
         raise PostshareError(

@@ -1,4 +1,4 @@
-"""The shape of a model from its config alone, without torch, for arithmetic before any download.
+"""The shape of a model from its config alone, for arithmetic before any download.
 
 Gated models cannot be reached without an account, nor the hub from every machine. For estimates,
 and for nothing else, the shapes of the public Llamas are therefore written down here.
@@ -61,6 +61,8 @@ class LlamaShape:
         for key in values.keys() & {f.name for f in fields(cls) if "int" in str(f.type)}:
             if type(values[key]) is not int or values[key] < 1:
                 raise PostshareError(f"{origin}: {key} is {values[key]!r}; correct its config.json")
+        if values["dtype"] not in DTYPE_BYTES:
+            raise PostshareError(f"{origin}: dtype is {values['dtype']!r}; use a float type")
         return cls(**values)
 
     @property

@@ -162,7 +162,7 @@ class Budget(Section):
     ratio: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Share of all units: floor(ratio * units) units are tied."""
     heads: Positive | None = None
-    """Number of units to tie (heads under MHA, KV groups under GQA)."""
+    """Number of attention heads to tie; under GQA, those of whole KV groups."""
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Self:
@@ -291,11 +291,6 @@ class TrainSection(Section):
             raise ValueError(self._indivisible(1))
         if self.decay_steps is not None and self.schedule != "wsd":
             raise ValueError(f"schedule {self.schedule} ignores decay_steps; set schedule wsd")
-        ramps = self.warmup_steps + (self.decay_steps or 0)
-        if self.steps and ramps > self.steps:
-            raise ValueError(
-                f"warmup_steps and decay_steps take {ramps} of {self.steps} steps; shorten them"
-            )
         return self
 
     def accumulation(self, world_size: int) -> int:

@@ -13,7 +13,7 @@ def warnings(recipe: Recipe, shared: Iterable[str] | None = None) -> list[str]:
     """One line for each doubtful choice; see `Recipe.warnings`."""
     from train.recipe import PenaltySection
 
-    lines: list[str] = []
+    lines = _ramps(recipe)
     plan, penalty = recipe.plan, recipe.penalty
     if plan.strategy == "none":
         return lines
@@ -32,6 +32,23 @@ def warnings(recipe: Recipe, shared: Iterable[str] | None = None) -> list[str]:
         lines.append(
             "the penalty is off (its loss weight or coefficient is 0) while train.steps is not 0: "
             "units are shared without having been pulled together"
+        )
+    return lines
+
+
+def _ramps(recipe: Recipe) -> list[str]:
+    """Ramps that are longer than the training."""
+    train, lines = recipe.train, []
+    ramps = train.warmup_steps + (train.decay_steps or 0)
+    if train.steps and ramps > train.steps:
+        lines.append(
+            f"train.warmup_steps and train.decay_steps take {ramps} of {train.steps} steps: the "
+            "learning rate never reaches its peak"
+        )
+    if train.steps and recipe.penalized and recipe.penalty.ramp_steps > train.steps:
+        lines.append(
+            f"penalty.ramp_steps takes {recipe.penalty.ramp_steps} of {train.steps} steps: the "
+            "penalty never reaches its coefficient"
         )
     return lines
 

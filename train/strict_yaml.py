@@ -96,7 +96,7 @@ def parse(text: str, origin: str) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        problem = " ".join((error.problem or error.context or "not valid YAML").split())
+        problem = " ".join(", ".join(filter(None, (error.context, error.problem))).split())
         raise PostshareError(f"{origin}: {problem}{place}; correct the YAML there") from None
     except (yaml.YAMLError, ValueError) as error:
         reason = " ".join(str(error).split())

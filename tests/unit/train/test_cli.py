@@ -1,0 +1,236 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import train
+from sa_models.errors import PostshareError
+from train.cli import app, launched, main
+from train.interrupt import TrainingStopped
+from train.recipe import Recipe
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+STAGES = ("run", "plan", "export", "evaluate", "prepare")
+
+
+class FakePipeline(SimpleNamespace):
+    """Stands in for train.pipeline: notes what is called, or raises."""
+
+    def __init__(self, raises: BaseException | None = None) -> None:
+        self.calls: list[tuple[str, Recipe]] = []
+
+        def stage(name: str, recipe: Recipe) -> None:
+            self.calls.append((name, recipe))
+            if raises is not None:
+                raise raises
+
+        super().__init__(**{n: lambda recipe, n=n: stage(n, recipe) for n in STAGES})
+
+
+@pytest.fixture
+def pipeline(monkeypatch: pytest.MonkeyPatch) -> FakePipeline:
+    return install(monkeypatch, FakePipeline())
+
+
+def install(monkeypatch: pytest.MonkeyPatch, fake: FakePipeline) -> FakePipeline:
+    monkeypatch.setitem(sys.modules, "train.pipeline", fake)  # type: ignore[arg-type]
+    monkeypatch.setattr(train, "pipeline", fake, raising=False)
+    monkeypatch.delenv("RANK", raising=False)
+    return fake
+
+
+def exit_code(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as caught:
+        main(list(arguments))
+    assert isinstance(caught.value.code, int)
+    return caught.value.code
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_command_calls_its_stage_with_the_resolved_recipe(
+    pipeline: FakePipeline, name: str
+) -> None:
+    assert exit_code(name, "demo", "train.steps=7", "plan.budget.ratio=0.2") == 0
+    ((called, recipe),) = pipeline.calls
+    assert called == name
+    assert recipe.train.steps == 7
+    assert recipe.plan.budget is not None
+    assert recipe.plan.budget.ratio == 0.2
+
+
+def test_python_m_train_is_postshare_run(pipeline: FakePipeline) -> None:
+    with pytest.raises(SystemExit) as caught:
+        launched(["recipes/demo.yaml", "seed=3"])
+    assert caught.value.code == 0
+    assert [(name, recipe.seed) for name, recipe in pipeline.calls] == [("run", 3)]
+
+
+def test_bad_input_is_one_line_and_exit_code_2(
+    pipeline: FakePipeline, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert exit_code("run", "demo", "train.lerning_rate=1") == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err == (
+        "error: demo: unknown key train.lerning_rate; did you mean train.learning_rate?\n"
+    )
+    assert pipeline.calls == []
+
+
+def test_an_error_of_a_stage_is_one_line_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    install(monkeypatch, FakePipeline(PostshareError("the disk is full; free some space")))
+    assert exit_code("run", "demo") == 2
+    assert capsys.readouterr().err == "error: the disk is full; free some space\n"
+
+
+def test_every_rank_fails_and_one_speaks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    install(monkeypatch, FakePipeline(PostshareError("cause; cure")))
+    monkeypatch.setenv("RANK", "1")
+    assert exit_code("run", "demo", "penalty.projections=[q, k]") == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_ctrl_c_ends_with_130_and_the_command_that_resumes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stop = TrainingStopped(step=3, steps=9, checkpoint=Path("runs/x/step-3"), world=1)
+    install(monkeypatch, FakePipeline(stop))
+    assert exit_code("run", "demo") == 130
+    assert capsys.readouterr().err.startswith("stopped after step 3 of 9, saved runs/x/step-3; ")
+    install(monkeypatch, FakePipeline(KeyboardInterrupt()))
+    assert exit_code("run", "demo") == 130
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, FakePipeline(RuntimeError("a bug")))
+    with pytest.raises(RuntimeError, match="a bug"):
+        main(["run", "demo"])
+
+
+def test_warnings_come_before_the_run(
+    pipeline: FakePipeline, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert exit_code("run", "demo", "penalty.projections=[q, k]") == 0
+    assert capsys.readouterr().err.startswith("warning: v will be shared without having been")
+
+
+def test_a_dry_run_needs_no_network_and_writes_nothing(
+    pipeline: FakePipeline,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert exit_code("run", "llama2-7b-postshare-30", "--dry-run", "seed=5") == 0
+    out = capsys.readouterr().out
+    assert "seed: 5" in out
+    assert "6,738,415,616" in out
+    assert "307 of 1,024 units" in out
+    assert (pipeline.calls, list(tmp_path.iterdir())) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["run"], "RECIPE"),
+        (["rnu", "demo"], "No such command 'rnu'"),
+        (["run", "demo", "--gpus", "2"], "--gpus goes with --dry-run"),
+        (["run", "demo", "--dry-run", "--gpus", "0"], "--gpus"),
+        (["run", "demo", "--fast"], "--fast"),
+    ],
+)
+def test_misuse_is_exit_code_2(
+    arguments: list[str], part: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert exit_code(*arguments) == 2
+    assert part in capsys.readouterr().err
+
+
+def test_alone_it_says_what_to_do_first(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code() == 0
+    assert capsys.readouterr().out.startswith("postshare run demo ")
+
+
+def test_recipes_lists_every_shipped_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code("recipes") == 0
+    out = capsys.readouterr().out
+    for file in (REPOSITORY / "recipes").rglob("*.yaml"):
+        assert f"{file.stem} " in out
+    assert "DirectShare on Llama-2-7B, 10 % of the heads" in out
+
+
+@pytest.mark.parametrize("name", [command.callback.__name__ for command in app.registered_commands])
+def test_help_has_an_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code(name, "--help") == 0
+    assert f"Example: postshare {name}" in capsys.readouterr().out
+
+
+def test_help_is_immediate() -> None:
+    code = (
+        "import sys; from train import cli\n"
+        "try: cli.main(['--help'])\n"
+        "except SystemExit: print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    )
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+        )
+        seconds.append(time.perf_counter() - start)
+    assert done.stdout.splitlines()[-1] == "[]"
+    # 0.2 s on an idle core; torch alone would take several times this on any machine.
+    assert min(seconds) < 1.0
+
+
+def test_the_wheel_carries_all_that_a_user_needs(tmp_path: Path) -> None:
+    pytest.importorskip("hatchling", reason="the wheel is built without the network")
+    wheel = [sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "--quiet"]
+    options = ["--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path)]
+    subprocess.run([*wheel, *options, str(REPOSITORY)], check=True, timeout=120)
+    (built,) = tmp_path.glob("*.whl")
+    site = tmp_path / "site"
+    zipfile.ZipFile(built).extractall(site)
+
+    def files(folder: Path) -> set[str]:
+        return {
+            f.relative_to(folder).as_posix()
+            for f in folder.rglob("*")
+            if f.is_file() and "__pycache__" not in f.parts
+        }
+
+    for kind in ("recipes", "launch"):
+        assert files(site / "train" / "_shipped" / kind) == files(REPOSITORY / kind)
+    assert files(site / "train" / "demo") == files(REPOSITORY / "train" / "demo")
+    assert (site / "train" / "_shipped" / "docs" / "recipe.schema.json").is_file()
+    assert "postshare = train.cli:main" in next(site.glob("*/entry_points.txt")).read_text()
+    # Outside a checkout; the unpacked wheel comes before the editable installation.
+    code = (
+        "from train import cli, recipe_source\n"
+        "print(recipe_source.locate('recipes/demo.yaml'))\n"
+        "cli.main(['recipes'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(site)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    found, *lines = done.stdout.splitlines()
+    assert Path(found) == site / "train" / "_shipped" / "recipes" / "demo.yaml"
+    assert any(line.startswith("llama2-13b-postshare-30 ") for line in lines)

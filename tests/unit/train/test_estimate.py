@@ -1,0 +1,300 @@
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from sa_models import selection
+from sa_models.errors import PostshareError
+from sa_models.heads import HeadLayout
+from sa_models.plan import HeadTie, SharingPlan, llama_parameters
+from train import estimate, known_models
+from train.dry_run import count, print_dry_run, size
+from train.estimate import Memory, memory_per_gpu
+from train.known_models import KNOWN, LlamaShape, find_shape
+from train.recipe import PlanSection, Recipe, TrainSection, validate
+
+PUBLISHED = {
+    "meta-llama/Llama-2-7b-hf": 6_738_415_616,
+    "meta-llama/Llama-2-13b-hf": 13_015_864_320,
+    "meta-llama/Llama-2-70b-hf": 68_976_648_192,
+    "meta-llama/Meta-Llama-3-8B": 8_030_261_248,
+    "meta-llama/Meta-Llama-3-70B": 70_553_706_496,
+    "meta-llama/Llama-3.1-8B": 8_030_261_248,
+    "meta-llama/Llama-3.2-1B": 1_235_814_400,
+    "meta-llama/Llama-3.2-3B": 3_212_749_824,
+}
+TINY = LlamaShape(97, 64, 176, 3, 4, 2, 16, 128)
+
+
+def train_section(**values: object) -> TrainSection:
+    base = {"steps": 1, "batch_size": 8, "micro_batch_size": 2, "learning_rate": 1e-3}
+    return TrainSection.model_validate(base | values)
+
+
+def recipe_for(path: str, **sections: dict[str, object]) -> Recipe:
+    return validate(
+        {
+            "name": "x",
+            "model": {"path": path} | sections.get("model", {}),
+            "data": {"train": "stdlib", "validation_fraction": 0.1, "sequence_length": 4096},
+            "plan": {"budget": {"ratio": 0.3}} | sections.get("plan", {}),
+            "train": train_section(batch_size=128, micro_batch_size=8).model_dump(mode="json")
+            | sections.get("train", {}),
+        }
+    )
+
+
+def config_of(shape: LlamaShape) -> LlamaConfig:
+    fields = {k: v for k, v in vars(shape).items() if v is not None and k != "dtype"}
+    return LlamaConfig(**fields)
+
+
+@pytest.mark.parametrize(("name", "parameters"), PUBLISHED.items())
+def test_known_models_have_their_published_size(name: str, parameters: int) -> None:
+    assert llama_parameters(KNOWN[name]) == parameters
+
+
+@pytest.mark.parametrize("name", sorted(set(KNOWN) & set(PUBLISHED)))
+def test_counts_are_those_of_the_model_on_the_meta_device(name: str) -> None:
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config_of(KNOWN[name]))
+    assert sum(p.numel() for p in model.parameters()) == llama_parameters(KNOWN[name])
+    attention = sum(p.numel() for n, p in model.named_parameters() if ".self_attn." in n)
+    assert estimate.trainable_parameters(KNOWN[name], ("*.self_attn.*",)) == attention
+
+
+@pytest.mark.parametrize("name", ["mixed7M", "stories260K", "stories260K-mha"])
+def test_a_config_is_read_as_transformers_reads_it(shared: Path, name: str) -> None:
+    folder = shared / "models" / name
+    shape, origin = find_shape(recipe_for(str(folder)).model)
+    assert origin == str(folder / "config.json")
+    config = LlamaConfig.from_pretrained(folder)
+    for field in vars(shape).keys() - {"dtype"}:
+        assert getattr(shape, field) == getattr(config, field), field
+    assert f"torch.{shape.dtype}" == str(config.dtype)
+
+
+def test_absent_fields_have_the_defaults_of_llama_config() -> None:
+    shape, config = LlamaShape.from_dict({"model_type": "llama"}, "x"), LlamaConfig()
+    assert HeadLayout.from_config(shape) == HeadLayout.from_config(config)
+    assert llama_parameters(shape) == llama_parameters(config)
+
+
+def test_the_table_is_the_last_resort_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(known_models, "_cached", lambda model: None)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    shape, origin = find_shape(recipe_for("meta-llama/Llama-3.2-1B").model)
+    assert shape.tie_word_embeddings
+    assert origin == "built-in table of Llama shapes (HF_HUB_OFFLINE is set)"
+    with pytest.raises(PostshareError, match="hf auth login"):
+        find_shape(recipe_for("someone/unknown-llama").model)
+
+
+def test_the_cache_comes_before_the_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"model_type": "llama", "num_hidden_layers": 7}))
+    monkeypatch.setattr(known_models, "_cached", lambda model: str(file))
+    shape, origin = find_shape(recipe_for("meta-llama/Llama-2-7b-hf").model)
+    assert (shape.num_hidden_layers, origin) == (7, "the hub's cache")
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ('{"model_type": "mistral"}', "only the Llama architecture"),
+        ('{"model_type": "llama", "hidden_size": -1}', "hidden_size is -1"),
+        ('{"model_type": "llama", "vocab_size": "big"}', "vocab_size is 'big'"),
+        ('{"model_type": "llama", "dtype": "int3"}', "dtype is 'int3'"),
+        ("{", "not valid JSON"),
+        ("[]", "names no model_type"),
+    ],
+)
+def test_a_config_that_is_none_is_refused(tmp_path: Path, text: str, part: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(PostshareError, match=part):
+        find_shape(recipe_for(str(tmp_path)).model)
+
+
+@pytest.mark.parametrize("ratio", [0.01, 0.1, 0.29, 0.3, 0.57, 0.9])
+@pytest.mark.parametrize("layers", [10, 25, 32])
+@pytest.mark.parametrize("units", [1, 8, 10, 32])
+def test_units_asked_for_are_those_that_selection_ties(
+    ratio: float, layers: int, units: int
+) -> None:
+    layout = HeadLayout(layers, 4 * units, 4 * units, units, 1)
+    expected = selection.Budget(ratio=ratio).units(layout)
+    section = PlanSection.model_validate({"budget": {"ratio": ratio}})
+    if expected:
+        assert estimate.requested_units(section, layout) == expected
+    else:
+        with pytest.raises(PostshareError, match="asks for 0 of"):
+            estimate.requested_units(section, layout)
+
+
+@pytest.mark.parametrize(
+    ("plan", "part"),
+    [
+        ({"budget": {"ratio": 0.99}}, "possible are 1 to 4"),
+        ({"budget": {"heads": 10}}, "asks for 5 of 6 units"),
+        ({"budget": {"heads": 3}}, "splits a KV group of 2 heads; the nearest is 2"),
+        ({"budget": {"ratio": 0.5}, "skip_layers": [0, 2]}, "possible are 1 to 2"),
+        ({"budget": {"ratio": 0.2}, "skip_layers": [3]}, "names layer 3"),
+    ],
+)
+def test_a_budget_that_cannot_be_met_is_refused(plan: dict[str, object], part: str) -> None:
+    with pytest.raises(PostshareError, match=part):
+        estimate.plan_savings(PlanSection.model_validate(plan), TINY)
+
+
+def test_savings_before_the_plan_are_those_of_the_plan(tmp_path: Path) -> None:
+    ties = tuple(HeadTie((layer, 0), (0, 1), ("q", "v")) for layer in (1, 2))
+    plan = SharingPlan(ties)
+    plan.save(tmp_path / "plan.json")
+    from_file = {"strategy": "file", "path": str(tmp_path / "plan.json")}
+    by_budget = {"share": ["q", "v"], "budget": {"heads": 4}}
+    for section in (from_file, by_budget):
+        assert estimate.plan_savings(PlanSection.model_validate(section), TINY) == plan.savings(
+            TINY
+        )
+    none = estimate.plan_savings(PlanSection(strategy="none"), TINY)
+    assert (none.tied_units, none.stored_parameters) == (0, llama_parameters(TINY))
+
+
+def saved_bytes(shape: LlamaShape, dtype: torch.dtype, attention: str) -> int:
+    """Bytes that autograd really keeps for the backward of one decoder layer, 2 x 128 tokens."""
+    config = config_of(shape)
+    config._attn_implementation = attention
+    model = LlamaForCausalLM(config).to(dtype).model
+    layer, hidden = model.layers[1], torch.randn(2, 128, shape.hidden_size, dtype=dtype)
+    rotary = model.rotary_emb(hidden, torch.arange(128)[None])
+    known = {t.untyped_storage().data_ptr() for t in (*layer.parameters(), *rotary)}
+    kept: dict[int, int] = {}
+    held = []  # alive to the end, so that no address is used twice
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        held.append(tensor)
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    mask = None
+    if attention == "eager":
+        mask = torch.zeros(1, 1, 128, 128, dtype=dtype)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        layer(hidden.requires_grad_(), position_embeddings=rotary, attention_mask=mask)
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kv_heads", [2, 8])
+def test_activations_are_what_autograd_keeps(
+    attention: str, dtype: torch.dtype, kv_heads: int
+) -> None:
+    shape = LlamaShape(97, 128, 352, 2, 8, kv_heads, 16, 128)
+    estimated = estimate.layer_activations(shape, 256, 128, dtype.itemsize, attention == "eager")
+    assert estimated == pytest.approx(saved_bytes(shape, dtype, attention), rel=0.01)
+
+
+def test_memory_is_divided_as_zero_divides_it() -> None:
+    shape = KNOWN["meta-llama/Llama-2-7b-hf"]
+    n = llama_parameters(shape)
+    section = train_section(precision="bf16", batch_size=64, micro_batch_size=1)
+
+    def memory(stage: int, gpus: int, checkpointing: bool = True) -> Memory:
+        return memory_per_gpu(
+            shape,
+            section,
+            stage=stage,
+            gpus=gpus,
+            sequence_length=4096,
+            checkpointing=checkpointing,
+        )
+
+    plain = memory(0, 8)
+    assert (plain.weights, plain.gradients, plain.optimizer) == (6 * n, 4 * n, 8 * n)
+    one, two, three = (memory(stage, 8) for stage in (1, 2, 3))
+    assert (one.weights, one.gradients, one.optimizer) == (2 * n, 4 * n, 12 * n // 8)
+    assert (two.weights, two.gradients, two.optimizer) == (2 * n, 4 * n // 8, 12 * n // 8)
+    assert three.gradients == two.gradients
+    layer = (n - 2 * 32000 * 4096) // 32
+    assert three.weights == 2 * n // 8 + 2 * layer
+    assert memory(0, 8) == memory(0, 1)
+    assert memory(3, 8).total < memory(3, 4).total < memory(2, 4).total < memory(1, 4).total
+    # With checkpointing 32 layers keep their input only, and one is recomputed in full.
+    everything = memory(2, 8, checkpointing=False).activations
+    assert two.activations == 32 * 4096 * 4096 * 2 + everything // 32
+
+
+def test_frozen_parameters_need_no_gradients() -> None:
+    sections = train_section(), train_section(trainable=["*.self_attn.*"])
+    everything, attention = (
+        memory_per_gpu(TINY, s, stage=0, gpus=1, sequence_length=64, checkpointing=False)
+        for s in sections
+    )
+    assert everything.weights == attention.weights
+    trained = HeadLayout.from_config(TINY).attention_parameters
+    assert (attention.gradients, attention.optimizer) == (4 * trained, 8 * trained)
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro", "limit", "most"),
+    [(128, 8, 8, 8), (24, 8, 8, 3), (7, 7, 8, 1), (64, 1, 4, 4)],
+)
+def test_gpus_divide_the_batch(batch: int, micro: int, limit: int, most: int) -> None:
+    section = train_section(batch_size=batch, micro_batch_size=micro)
+    assert estimate.most_gpus(section, limit) == most
+
+
+@pytest.mark.parametrize(
+    ("path", "tied"),
+    [
+        ("meta-llama/Llama-2-7b-hf", "307 of 1,024 units (heads)"),
+        ("meta-llama/Llama-2-13b-hf", "480 of 1,600 units (heads)"),
+        ("meta-llama/Llama-2-70b-hf", "192 of 640 units (KV groups)"),
+    ],
+)
+def test_a_dry_run_prints_it_all(path: str, tied: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(known_models, "_cached", lambda model: None)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    out = Console(file=io.StringIO(), width=160)
+    print_dry_run(recipe_for(path, train={"steps": 100}), gpus=4, console=out)
+    text = out.file.getvalue()  # type: ignore[attr-defined]
+    assert f"path: {path}" in text  # the resolved recipe
+    assert count(PUBLISHED[path]) in text
+    assert tied in text
+    assert "100 steps, 524,288 tokens per step, 52,428,800 (52.4 M) tokens" in text
+    assert "4 GPU(s) x 8 x accumulation 4" in text
+    assert [
+        line.split()[0] for line in text.splitlines() if line[:3] in {f" {i} " for i in range(4)}
+    ]
+
+
+def test_a_dry_run_refuses_gpus_that_do_not_divide_the_batch() -> None:
+    with pytest.raises(PostshareError, match=r"nearest is train\.batch_size="):
+        print_dry_run(recipe_for("x", model={"config": {}}), gpus=3, console=Console(quiet=True))
+
+
+def test_a_dry_run_without_training_estimates_no_memory() -> None:
+    out = Console(file=io.StringIO(), width=160)
+    print_dry_run(recipe_for("x", model={"config": {}}, train={"steps": 0}), console=out)
+    text = out.file.getvalue()  # type: ignore[attr-defined]
+    assert "none (train.steps is 0)" in text
+    assert "ZeRO" not in text
+
+
+def test_sizes_read_well() -> None:
+    assert [size(n) for n in (12, 34_000, 5_600_000, 13_476_831_232)] == [
+        "12 B",
+        "34.0 kB",
+        "5.6 MB",
+        "13.5 GB",
+    ]
+    assert count(1_235_814_400) == "1,235,814,400 (1.24 B)"
