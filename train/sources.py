@@ -81,15 +81,17 @@ def _load(source: DataSource, streaming: bool) -> datasets.Dataset | datasets.It
 def _load_folder(
     path: Path, source: DataSource, options: dict[str, Any]
 ) -> datasets.Dataset | datasets.IterableDataset:
-    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-        saved = datasets.load_from_disk(str(path))
-        if isinstance(saved, datasets.DatasetDict):
-            if source.split not in saved:
-                raise PostshareError(
-                    f"{path} has no split '{source.split}'; set split to one of {', '.join(saved)}"
-                )
-            saved = saved[source.split]
-        return saved.to_iterable_dataset() if options["streaming"] else saved
+    if (path / "dataset_dict.json").is_file():
+        splits = sorted(child.name for child in path.iterdir() if child.is_dir())
+        if source.split not in splits:
+            raise PostshareError(
+                f"{path} has no split '{source.split}'; set split to one of {', '.join(splits)}"
+            )
+        path = path / source.split
+    if (path / "state.json").is_file():
+        # Not load_from_disk, whose tables would be cached inside the user's folder.
+        files = sorted(map(str, path.glob("*.arrow")))
+        return datasets.load_dataset("arrow", data_files={source.split: files}, **options)
     kinds = {file.suffix for file in path.rglob("*") if file.suffix in BUILDERS}
     if not kinds:
         raise PostshareError(f"{path} holds no {', '.join(BUILDERS)} file; correct the path")

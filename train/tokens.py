@@ -149,15 +149,18 @@ def _backend(serialized: str) -> Tokenizer:
 def token_table(source: DataSource, encoder: Encoder, *, processes: int = 1) -> datasets.Dataset:
     """Every document of `source`, tokenized: rows {"input_ids": int32[]}."""
     documents = load_documents(source)
-    return documents.map(
-        encoder,
-        batched=True,
-        input_columns=[source.text],
-        remove_columns=documents.column_names,
-        features=ROW,
-        num_proc=min(processes, len(documents)) if processes > 1 else None,
-        desc=f"tokenizing {source.path}",
-    )
+    try:
+        return documents.map(
+            encoder,
+            batched=True,
+            input_columns=[source.text],
+            remove_columns=documents.column_names,
+            features=ROW,
+            num_proc=min(processes, len(documents)) if processes > 1 else None,
+            desc=f"tokenizing {source.path}",
+        )
+    except OSError as error:
+        raise _not_cached(source, error) from error
 
 
 def streamed_token_table(source: DataSource, encoder: Encoder, needed: int) -> datasets.Dataset:
@@ -181,6 +184,15 @@ def streamed_token_table(source: DataSource, encoder: Encoder, needed: int) -> d
         if isinstance(error.__cause__, PostshareError):
             raise error.__cause__ from None
         raise explain(source, error) from error
+    except OSError as error:
+        raise _not_cached(source, error) from error
+
+
+def _not_cached(source: DataSource, error: OSError) -> PostshareError:
+    return PostshareError(
+        f"the tokens of {source.path} cannot be cached ({error.strerror or error}); make room in "
+        f"{datasets.config.HF_DATASETS_CACHE}, or set HF_DATASETS_CACHE to a larger disk"
+    )
 
 
 def _read_stream(

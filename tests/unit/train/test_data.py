@@ -352,6 +352,7 @@ def test_every_kind_of_source_gives_the_same_tokens(
         datasets.DatasetDict({"train": table}).save_to_disk(str(path))
     source = {"path": str(path), "text": column}
     ids = expected(documents)
+    before = sorted(path.rglob("*"))
     blocks, _ = prepare(
         needed=len(ids) // 4,
         train=source,
@@ -360,6 +361,7 @@ def test_every_kind_of_source_gives_the_same_tokens(
         evaluate={"blocks": 2} if streaming else {},
     )
     assert flat(blocks) == ids[: len(ids) // 4 * 4]
+    assert sorted(path.rglob("*")) == before  # nothing is written among the data
 
 
 def test_streaming_reads_only_what_the_run_needs(
