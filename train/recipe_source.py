@@ -8,7 +8,7 @@ from typing import Any
 
 from sa_models.errors import PostshareError
 from train import strict_yaml
-from train.recipe import as_sources
+from train.sections import as_sources
 
 _SUFFIXES = (".yaml", ".yml")
 
