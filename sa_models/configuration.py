@@ -17,8 +17,8 @@ class SharedLlamaConfig(LlamaConfig):
 
     model_type = "shared_llama"
     # Llama's plans shard whole projections; a compact projection stores a part of its rows.
-    base_model_tp_plan = None
-    base_model_pp_plan = None
+    base_model_tp_plan = {}  # noqa: RUF012 - a class attribute in transformers
+    base_model_pp_plan = {}  # noqa: RUF012
 
     sharing: dict[str, Any] | None = None
 

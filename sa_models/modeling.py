@@ -116,7 +116,7 @@ class SharedLlamaForCausalLM(LlamaForCausalLM):
         share_projections_(self, plan)
 
     @classmethod
-    def from_pretrained(cls, *args, **kwargs):  # type: ignore[no-untyped-def]
+    def from_pretrained(cls, *args, **kwargs):
         """As in transformers; also restores the storage order of o, which a file cannot hold."""
         loaded = super().from_pretrained(*args, **kwargs)
         transpose_storage_(loaded[0] if isinstance(loaded, tuple) else loaded)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from rich.console import Console
 from rich.progress import track
 from torch.utils.data import default_collate
 
@@ -46,7 +47,9 @@ def perplexity(
     total, tokens = 0.0, 0
     try:
         starts = range(0, count, batch_size)
-        for start in track(starts, "evaluating", disable=not progress, transient=True):
+        console = Console(stderr=True)
+        quiet = not (progress and console.is_terminal)
+        for start in track(starts, "evaluating", console=console, disable=quiet, transient=True):
             batch = default_collate(
                 [blocks[index] for index in range(start, min(start + batch_size, count))]
             )

@@ -84,6 +84,12 @@ def finished(folder: Path, ours: dict[str, Any], resume: str) -> TrainResult | N
             f"{folder} holds this run already and resume is never; set resume=auto, choose another "
             "output_dir, or delete the folder"
         )
+    return read_result(folder)
+
+
+def read_result(folder: Path) -> TrainResult | None:
+    """What a finished training left in its folder; None when there is none, or it goes on."""
+    result = folder / "result.json"
     if not result.is_file() or not (folder / "weights").is_dir():
         return None
     return TrainResult(**_read(result), weights=folder / "weights")

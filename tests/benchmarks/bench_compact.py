@@ -1,0 +1,87 @@
+"""The compact model against the dense one on the same weights: resident bytes, forward, decode."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import torch
+from timing import interleaved
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from sa_models.heads import HeadLayout
+from sa_models.materialize import materialize_
+from sa_models.modeling import SharedLlamaForCausalLM
+from sa_models.selection import Budget, make_plan
+from sa_models.similarity import random_matches
+
+SHAPES = {
+    "compact_hidden1024_16x16": {
+        "vocab_size": 4096,
+        "hidden_size": 1024,
+        "intermediate_size": 2816,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 16,
+    },
+    "compact_demo_shape": {
+        "vocab_size": 2048,
+        "hidden_size": 128,
+        "intermediate_size": 352,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+    },
+}
+CONTEXT = 256
+
+
+def decode(model: PreTrainedModel, prompt: torch.Tensor) -> Callable[[], object]:
+    """One token after a prompt whose keys and values are cached; the cache is cut back each time."""
+    cache = DynamicCache(config=LlamaConfig(**model.config.to_dict()))
+    model(prompt, past_key_values=cache, use_cache=True)
+    token = prompt[:, :1]
+
+    def step() -> None:
+        model(token, past_key_values=cache, use_cache=True)
+        cache.crop(CONTEXT)
+
+    return step
+
+
+@torch.inference_mode()
+def measure_shape(shape: dict[str, int], rounds: tuple[int, int]) -> dict[str, float]:
+    torch.manual_seed(0)
+    dense = LlamaForCausalLM(LlamaConfig(tie_word_embeddings=True, **shape)).eval()
+    layout = HeadLayout.from_config(dense.config)
+    plan = make_plan(random_matches(layout, 0), layout, Budget(ratio=0.3), "qkvo")
+    materialize_(dict(dense.named_parameters()), layout, plan)
+    compact = SharedLlamaForCausalLM.from_materialized(dense, plan).eval()
+    ids = torch.randint(0, shape["vocab_size"], (4, CONTEXT))
+    difference = float((dense(ids).logits - compact(ids).logits).abs().max())
+    assert difference < 1e-4, difference
+    forward = interleaved(
+        rounds[0],
+        dense=lambda: dense(ids, use_cache=False),
+        compact=lambda: compact(ids, use_cache=False),
+    )
+    decoding = interleaved(
+        rounds[1], dense=decode(dense, ids[:1]), compact=decode(compact, ids[:1])
+    )
+    held = sum(p.untyped_storage().nbytes() for p in compact.parameters())
+    return {
+        "resident_parameter_bytes": held,
+        "predicted_parameter_bytes": plan.savings(dense.config).bytes(4)[1],
+        "dense_parameter_bytes": plan.savings(dense.config).bytes(4)[0],
+        "seconds_forward_dense": forward["dense"],
+        "forward_over_dense": forward["compact"] / forward["dense"],
+        "seconds_decode_dense": decoding["dense"],
+        "decode_over_dense": decoding["compact"] / decoding["dense"],
+        "target_over_dense": 1.05,
+    }
+
+
+def measure() -> dict[str, dict[str, float]]:
+    return {name: measure_shape(shape, (7, 101)) for name, shape in SHAPES.items()}
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(), indent=2))

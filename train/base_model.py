@@ -1,0 +1,112 @@
+"""The base model of a recipe: found, checked, loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, set_seed
+
+from sa_models.errors import PostshareError
+from sa_models.weights import WeightsFolder
+from train.demo import demo_base_path
+
+if TYPE_CHECKING:
+    from train.recipe import ModelSection, Recipe
+
+DEMO_BASE = "demo-base"
+NEEDED_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer*", "*.model"]
+
+
+def base_folder(model: ModelSection) -> Path:
+    """The local folder of ``model.path``; a hub model comes from the cache or is downloaded.
+
+    Raises:
+        PostshareError: it exists neither here nor on the hub, is gated, or cannot be reached.
+    """
+    if model.path == DEMO_BASE:
+        return demo_base_path()
+    local = Path(model.path).expanduser()
+    if local.is_dir():
+        return local
+    if model.path.startswith(("/", ".", "~")) or model.path.count("/") != 1:
+        raise PostshareError(
+            f"model.path {model.path!r} is no folder here and no hub name (owner/name); correct it"
+        )
+    return _snapshot(model)
+
+
+def _snapshot(model: ModelSection) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    name = model.path
+    try:
+        return Path(snapshot_download(name, revision=model.revision, allow_patterns=NEEDED_FILES))
+    except GatedRepoError:
+        cure = "it is gated: accept its licence on its hub page, then run `hf auth login`"
+    except RevisionNotFoundError:
+        cure = f"it has no revision {model.revision!r}; correct model.revision"
+    except RepositoryNotFoundError:
+        cure = "the hub has no such model (or it is private: run `hf auth login`); correct the name"
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError):
+        cure = (
+            "it is not in the cache and the hub cannot be reached; run `postshare prepare RECIPE` "
+            "once on this node with network, or give a local folder"
+        )
+    raise PostshareError(f"model.path {name!r} cannot be had: {cure}")
+
+
+def load_base(recipe: Recipe) -> LlamaForCausalLM:
+    """The model that training starts from, with fp32 parameters, on the CPU.
+
+    Raises:
+        PostshareError: see :func:`base_folder` and :class:`WeightsFolder`.
+    """
+    if recipe.model.config is not None:
+        set_seed(recipe.seed)
+        config = fresh_config(recipe.model)
+        config._attn_implementation = recipe.model.attention
+        return LlamaForCausalLM(config)
+    return load_dense(base_folder(recipe.model), recipe.model.attention)
+
+
+def fresh_config(model: ModelSection) -> LlamaConfig:
+    """The config of a model that is trained from random weights.
+
+    Raises:
+        PostshareError: ``model.config`` has a field that LlamaConfig does not know, or a value
+            that it refuses.
+    """
+    assert model.config is not None
+    known = set(LlamaConfig().to_dict())
+    for key in model.config:
+        if key not in known:
+            raise PostshareError(f"model.config.{key} is no field of LlamaConfig; correct its name")
+    try:
+        return LlamaConfig(**model.config)
+    except (ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise PostshareError(f"model.config is no valid LlamaConfig: {reason}") from None
+
+
+def load_dense(
+    folder: Path, attention: str, through: torch.dtype | None = None
+) -> LlamaForCausalLM:
+    """A dense Llama folder as an fp32 model on the CPU, every weight checked to be there.
+
+    Args:
+        through: round the weights to this dtype first, as an export would store them.
+    """
+    WeightsFolder(folder)
+    model = LlamaForCausalLM.from_pretrained(
+        folder, dtype=through or torch.float32, attn_implementation=attention
+    )
+    return model.float()

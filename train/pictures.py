@@ -1,0 +1,95 @@
+"""Pictures of a plan: how similar the units are, and which take their weights from which."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyArrowPatch
+
+from sa_models.heads import HeadLayout
+from sa_models.plan import SharingPlan
+
+
+def save_similarity(scores: torch.Tensor, layout: HeadLayout, score: str, path: Path) -> None:
+    """Heat map of the scores between all units, (units, units), as a PNG."""
+    figure = Figure(figsize=(6.4, 5.6), dpi=140, layout="constrained")
+    axes = figure.add_subplot()
+    shown = scores.clone().fill_diagonal_(float("nan"))
+    finite = shown[~shown.isnan()]
+    limit = float(finite.abs().max()) if finite.numel() else 1.0
+    image = axes.imshow(shown, cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
+    edges = [layer * layout.units - 0.5 for layer in range(1, layout.layers)]
+    if layout.layers <= 40:
+        for edge in edges:
+            axes.axhline(edge, color="0.8", linewidth=0.4)
+            axes.axvline(edge, color="0.8", linewidth=0.4)
+    step = max(1, layout.layers // 8)
+    ticks = [(layer + 0.5) * layout.units - 0.5 for layer in range(0, layout.layers, step)]
+    labels = [str(layer) for layer in range(0, layout.layers, step)]
+    axes.set_xticks(ticks, labels)
+    axes.set_yticks(ticks, labels)
+    axes.set_xlabel("layer of the source")
+    axes.set_ylabel("layer of the target")
+    kind = "heads" if layout.heads_per_unit == 1 else "KV groups"
+    axes.set_title(f"Similarity of {kind}: cosine of {score}")
+    figure.colorbar(image, ax=axes, shrink=0.85)
+    _save(figure, path)
+
+
+def save_ties(plan: SharingPlan, layout: HeadLayout, path: Path) -> None:
+    """Map of the ties, layers upward and units to the right, as a PNG."""
+    width = min(14.0, 2.5 + 0.45 * layout.units)
+    height = min(14.0, 1.8 + 0.45 * layout.layers)
+    figure = Figure(figsize=(width, height), dpi=140, layout="constrained")
+    axes = figure.add_subplot()
+    ties = plan.effective().ties
+    targets, sources = {tie.target for tie in ties}, {tie.source for tie in ties}
+    size = 3000 / (layout.units + layout.layers) ** 1.35
+    every = [(layer, unit) for layer in range(layout.layers) for unit in range(layout.units)]
+    for label, color, members in (
+        ("own weights", "#d9d9d9", [u for u in every if u not in targets | sources]),
+        ("source", "#0072b2", sorted(sources)),
+        ("target (stores nothing)", "#e69f00", sorted(targets)),
+    ):
+        axes.scatter(
+            [unit for _, unit in members],
+            [layer for layer, _ in members],
+            s=size,
+            c=color,
+            label=label,
+            marker="s",
+            zorder=2,
+        )
+    for tie in ties:
+        axes.add_patch(
+            FancyArrowPatch(
+                tie.source[::-1],
+                tie.target[::-1],
+                arrowstyle="-|>",
+                mutation_scale=8,
+                connectionstyle="arc3,rad=0.12",
+                color="#444444",
+                linewidth=0.7,
+                alpha=0.75,
+                zorder=3,
+            )
+        )
+    axes.set_xlim(-0.7, layout.units - 0.3)
+    axes.set_ylim(-0.7, layout.layers - 0.3)
+    axes.set_xticks(range(0, layout.units, max(1, layout.units // 16)))
+    axes.set_yticks(range(0, layout.layers, max(1, layout.layers // 16)))
+    axes.set_xlabel("head" if layout.heads_per_unit == 1 else "KV group")
+    axes.set_ylabel("layer")
+    axes.set_title(f"{len(targets)} of {len(every)} units take the weights of {len(sources)}")
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, markerscale=0.6)
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    beside = path.with_name(path.name + ".tmp")
+    FigureCanvasAgg(figure).print_png(str(beside))
+    os.replace(beside, path)

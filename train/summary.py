@@ -1,0 +1,161 @@
+"""Judging a run: the same held-out tokens for all its models, the summary, the last table."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.table import Table
+from transformers import PreTrainedModel
+
+from sa_models.plan import PlanSavings
+from train.data import Blocks
+from train.evaluate import Perplexity, perplexity
+
+EVALUATION_FILE = "evaluation.json"
+SUMMARY_FILE = "summary.json"
+
+MODELS = {
+    "base": "base",
+    "continued": "continued",
+    "direct": "DirectShare",
+    "post": "PostShare",
+}
+
+
+def evaluate_models(
+    models: dict[str, Callable[[], PreTrainedModel]],
+    blocks: Blocks,
+    batch_size: int,
+    limit: int | None,
+    device: torch.device,
+    folder: Path,
+) -> dict[str, Perplexity]:
+    """Perplexity of each model on the same blocks, one model in memory at a time.
+
+    Writes ``evaluation.json``; what it already holds for these blocks is not measured again.
+    """
+    count = min(len(blocks), limit or len(blocks))
+    measured = _earlier(folder, count)
+    for name, load in models.items():
+        if name not in measured:
+            model = load()
+            model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides it
+            measured[name] = perplexity(model, blocks, batch_size, limit=limit)
+            value = {"blocks": count, "models": {n: asdict(m) for n, m in measured.items()}}
+            write_json(folder / EVALUATION_FILE, value)
+    return {name: measured[name] for name in models}
+
+
+def _earlier(folder: Path, blocks: int) -> dict[str, Perplexity]:
+    file = folder / EVALUATION_FILE
+    if not file.is_file():
+        return {}
+    value = json.loads(file.read_text(encoding="utf-8"))
+    if value["blocks"] != blocks:
+        return {}
+    return {name: Perplexity(**one) for name, one in value["models"].items()}
+
+
+@dataclass(frozen=True)
+class Training:
+    """What the post-training took. Tokens are predicted tokens over all ranks."""
+
+    tokens: int
+    seconds: float
+
+
+def summarize(
+    measured: dict[str, Perplexity],
+    savings: PlanSavings,
+    requested: float,
+    disk: dict[str, int],
+    training: Training,
+) -> dict[str, Any]:
+    """The value of ``summary.json``; a model that the run does not have is null.
+
+    Args:
+        requested: the ratio of heads that the recipe asks for.
+        disk: bytes of the weight files, by ``base``, ``compact`` and ``dense``.
+    """
+    return {
+        "perplexity": {
+            name: measured[name].perplexity if name in measured else None for name in MODELS
+        },
+        "heads": {
+            "requested_ratio": requested,
+            "effective_ratio": savings.effective_ratio,
+            "total": savings.heads,
+            "tied": savings.tied_heads,
+        },
+        "parameters": {
+            "base": savings.base_parameters,
+            "stored": savings.stored_parameters,
+            "stored_ratio": savings.stored_ratio,
+        },
+        "bytes": {name: disk.get(name) for name in ("base", "compact", "dense")},
+        "tokens": training.tokens,
+        "seconds": training.seconds,
+    }
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write beside, rename into place."""
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    os.replace(beside, path)
+
+
+def weight_bytes(folder: Path) -> int:
+    """Bytes of the safetensors files of a model folder."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def summary_table(summary: dict[str, Any]) -> Table:
+    """What a run is judged by, as one table."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("model", no_wrap=True)
+    columns = ("perplexity", "vs continued", "heads tied", "parameters", "bytes")
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    heads, parameters, size = summary["heads"], summary["parameters"], summary["bytes"]
+    reference = summary["perplexity"]["continued"]
+    for name, label in MODELS.items():
+        value = summary["perplexity"][name]
+        if value is None:
+            continue
+        shared = name in ("direct", "post")
+        table.add_row(
+            label,
+            f"{value:.2f}",
+            f"{value / reference - 1:+.1%}" if reference and name != "continued" else "",
+            f"{heads['tied']}/{heads['total']}" if shared else "0",
+            f"{parameters['stored' if shared else 'base']:,}",
+            f"{size['compact']:,}" if shared and size["compact"] else _bytes(size, name),
+        )
+    return table
+
+
+def _bytes(size: dict[str, int | None], name: str) -> str:
+    value = size["base"] if name == "base" else size["dense"]
+    return "" if value is None else f"{value:,}"
+
+
+def saved_sentence(summary: dict[str, Any]) -> str:
+    """What sharing saves, in one line."""
+    parameters, size = summary["parameters"], summary["bytes"]
+    saved = parameters["base"] - parameters["stored"]
+    line = (
+        f"saved     {summary['heads']['effective_ratio']:.1%} of the heads tied: "
+        f"{parameters['stored_ratio']:.1%} of the attention parameters, "
+        f"{saved / parameters['base']:.1%} of all parameters"
+    )
+    if size["compact"] and size["dense"]:
+        line += f", {size['dense'] - size['compact']:,} bytes"
+    return line
