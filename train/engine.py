@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import os
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -299,6 +301,8 @@ class PlainEngine(Engine):
             yield name, parameter.detach().to("cpu", torch.float32)
 
     def close(self) -> None:
+        if not hasattr(self, "model"):
+            return
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         self.zero_grad()
         del self.model, self.optimizer, self._parameters
@@ -406,13 +410,25 @@ def _check_launch(recipe: Recipe, zero: bool) -> None:
 
 
 def shutdown() -> None:
-    """Destroy the process group; call once, at the end of a run that went well."""
-    if dist.is_available() and dist.is_initialized():
+    """Destroy the process group and end its threads; call once, after the last `close`.
+
+    Without it a run on gloo aborts now and then while Python exits: a worker thread that still
+    holds a tensor needs the interpreter to release it (docs/zero-on-cpu.md). Destroying is not
+    enough while somebody holds a group, so DeepSpeed's references go too.
+    """
+    if not dist.is_initialized():
+        return
+    zero = sys.modules.get("deepspeed")
+    if zero is not None and zero.comm.is_initialized():
+        zero.comm.destroy_process_group()
+    else:
         dist.destroy_process_group()
+    gc.collect()
 
 
 def _leave() -> None:
-    # A run that ends without `shutdown` (an error, a test): gloo can always be torn down; with
-    # NCCL a rank that failed would wait here for work that never ends.
+    # A run that ends without `shutdown`, by an error say: gloo can always be torn down; with NCCL a
+    # rank that failed would wait here for work that never ends.
     if dist.is_initialized() and dist.get_backend() == "gloo":
         shutdown()
+    gc.collect()  # what the frames of the run have held until now

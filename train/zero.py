@@ -7,6 +7,7 @@ penalty could be added. The DeepSpeed configuration is generated from the recipe
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import logging
 import os
@@ -222,7 +223,37 @@ class ZeroEngine(Engine):
             )
 
     def close(self) -> None:
-        self.model.destroy()
+        if not hasattr(self, "model"):
+            return
+        deepspeed_engine, module = self.model, self.model.module
+        deepspeed_engine.destroy()
+        if self.stage == 3:
+            _forget(module)
+        # Whoever still holds the model must not hold the weights and the groups with it.
+        deepspeed_engine.optimizer = deepspeed_engine.basic_optimizer = None
+        for parameter in self._parameters.values():
+            parameter.grad = None
+            parameter.data = torch.empty(0)
+            vars(parameter).clear()
         del self.model, self.optimizer, self._parameters, self._trainable
-        gc.collect()
+        del deepspeed_engine, module
         self.accelerator.free_memory()
+        gc.collect()
+
+
+def _forget(module: nn.Module) -> None:
+    """Drop DeepSpeed's global references to a ZeRO-3 model.
+
+    0.19.8 puts every model on a stack that it never leaves, and caches by parameter coordinator:
+    a finished training would stay in memory, and its process groups would outlive `shutdown`.
+    """
+    from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordinator
+
+    stack = parameter_offload.FWD_MODULE_STACK
+    stack[:] = [other for other in stack if other is not module]
+    for cache in gc.get_objects():
+        if (
+            isinstance(cache, functools._lru_cache_wrapper)
+            and cache.__module__ == partitioned_param_coordinator.__name__
+        ):
+            cache.cache_clear()
