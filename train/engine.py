@@ -1,6 +1,6 @@
 """Backward and step on one process, DDP or ZeRO, behind one small interface.
 
-Two implementations: :class:`PlainEngine` (one process, or DDP through Accelerate) here, and
+Two implementations: :class:`train.plain.PlainEngine` (one process, or DDP through Accelerate) and
 :class:`train.zero.ZeroEngine` (DeepSpeed ZeRO-1, 2 and 3, driven explicitly). The launcher decides
 which one starts; the training loop never asks.
 
@@ -227,88 +227,6 @@ class Engine(ABC):
         return result.item() if number else result
 
 
-@dataclass
-class PlainShard(Shard):
-    """The whole parameter, and its live gradient."""
-
-    parameter: nn.Parameter
-
-    def read_gradient(self) -> torch.Tensor:
-        if self.parameter.grad is None:
-            self.parameter.grad = torch.zeros_like(self.parameter)
-        return self.parameter.grad.view(-1)
-
-
-class PlainEngine(Engine):
-    """One process, or DDP: fp32 parameters, bf16 by autocast."""
-
-    backend = "plain"
-
-    def __init__(self, accelerator: Accelerator, recipe: Recipe) -> None:
-        train = recipe.train
-        super().__init__(
-            accelerator,
-            {
-                "backend": self.backend,
-                "distributed_type": str(accelerator.distributed_type.value),
-                "processes": accelerator.num_processes,
-                "device": accelerator.device.type,
-                "parameters": "fp32",
-                "autocast": "bf16" if train.precision == "bf16" else None,
-                "gradient_accumulation_steps": train.accumulation(accelerator.num_processes),
-                "gradient_clipping": train.clip_norm,
-            },
-        )
-        self._clip_norm = float("inf") if train.clip_norm is None else train.clip_norm
-
-    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        require_fp32(model)
-        self.model = self.accelerator.prepare_model(model)
-        self.optimizer = optimizer
-        if self.world > 1 and not isinstance(self.model, nn.parallel.DistributedDataParallel):
-            raise PostshareError(
-                f"{self.world} processes were launched but the model was not wrapped for DDP "
-                f"(it is a {type(self.model).__name__}), so each would train its own; "
-                "launch with launch/accelerate/ddp.yaml"
-            )
-        self._parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-
-    @contextlib.contextmanager
-    def micro_step(self, boundary: bool) -> Iterator[None]:
-        with contextlib.nullcontext() if self.world == 1 or boundary else self.model.no_sync():
-            yield
-
-    def backward(self, loss: torch.Tensor) -> None:
-        (loss * self.world).backward()  # DDP averages over the ranks; the contract is a sum
-
-    def step(self) -> float:
-        norm = nn.utils.clip_grad_norm_(self._parameters.values(), self._clip_norm)
-        self.optimizer.step()
-        self.zero_grad()
-        return float(norm)
-
-    def zero_grad(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def shards(self, names: list[str] | None = None) -> dict[str, Shard]:
-        return {
-            name: PlainShard(name, p.shape, 0, p.numel(), p.detach().view(-1), p)
-            for name, p in chosen(self._parameters, names).items()
-        }
-
-    def full_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, parameter in self.accelerator.unwrap_model(self.model).named_parameters():
-            yield name, parameter.detach().to("cpu", torch.float32)
-
-    def close(self) -> None:
-        if not hasattr(self, "model"):
-            return
-        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-        self.zero_grad()
-        del self.model, self.optimizer, self._parameters
-        self.accelerator.free_memory()
-
-
 def require_fp32(model: nn.Module) -> None:
     """Refuse parameters in another dtype: bf16 training computes in bf16, and updates fp32."""
     for name, parameter in model.named_parameters():
@@ -345,7 +263,7 @@ def start(recipe: Recipe) -> Engine:
     """
     zero = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
     _check_launch(recipe, zero)
-    accelerator = _accelerator(recipe, zero)
+    accelerator = _accelerator(zero)
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != accelerator.num_processes:
         raise PostshareError(
@@ -355,27 +273,27 @@ def start(recipe: Recipe) -> Engine:
         )
     recipe.train.accumulation(launched)
     atexit.register(_leave)
-    if not zero:
-        return PlainEngine(accelerator, recipe)
-    from train.zero import ZeroEngine  # imports DeepSpeed, which takes seconds
+    if zero:
+        from train.zero import ZeroEngine
 
-    return ZeroEngine(accelerator, recipe)
+        return ZeroEngine(accelerator, recipe)
+    from train.plain import PlainEngine
+
+    return PlainEngine(accelerator, recipe)
 
 
-def _accelerator(recipe: Recipe, zero: bool) -> Accelerator:
+def _accelerator(zero: bool) -> Accelerator:
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
 
     on_cpu = not torch.accelerator.is_available()
     if zero:
-        # On a CPU Accelerate finds no backend by itself, and each rank would be alone. DeepSpeed
-        # does its own mixed precision.
+        # On a CPU Accelerate finds no backend by itself, and each rank would be alone.
         handlers = [InitProcessGroupKwargs(backend="gloo")] if on_cpu else []
         return Accelerator(mixed_precision="no", kwargs_handlers=handlers)
-    cpu = on_cpu or os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
     # Without cpu=True Accelerate leaves the model unwrapped on a machine without accelerator.
-    mixed = "bf16" if recipe.train.precision == "bf16" else "no"
-    return Accelerator(cpu=cpu, mixed_precision=mixed)
+    cpu = on_cpu or os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
+    return Accelerator(cpu=cpu, mixed_precision="no")
 
 
 def _check_launch(recipe: Recipe, zero: bool) -> None:

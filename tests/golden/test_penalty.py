@@ -13,7 +13,8 @@ from torch import nn
 from sa_models.heads import HeadLayout
 from sa_models.plan import HeadTie, SharingPlan
 from sa_models.weights import WeightsFolder
-from train.engine import PlainShard, Shard
+from train.engine import Shard
+from train.plain import PlainShard
 from train.regularizer import Penalty
 
 KINDS = {"norm": "l2", "MSE": "mse", "KL": "kl", "JS": "js"}

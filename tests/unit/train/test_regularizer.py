@@ -14,7 +14,8 @@ from torch import nn
 from sa_models.errors import PostshareError
 from sa_models.heads import PROJECTIONS, HeadLayout
 from sa_models.plan import HeadTie, SharingPlan
-from train.engine import PlainShard, Shard, chosen
+from train.engine import Shard, chosen
+from train.plain import PlainShard
 from train.recipe import PenaltySection
 from train.regularizer import DISTANCES, Penalty, penalty_coefficient
 
