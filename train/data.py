@@ -177,8 +177,7 @@ def prepare_data(
     a token id that the model has no embedding for.
     """
     data = recipe.data
-    fraction = 0.0 if data.validation else data.validation_fraction
-    if not data.validation and not fraction:
+    if not data.validation and not data.validation_fraction:
         raise PostshareError(
             "there is no held-out text; set data.validation, or data.validation_fraction=0.05"
         )
@@ -187,51 +186,60 @@ def prepare_data(
             "data.streaming reads what a run needs, and a stream has no length; set train.steps "
             "(not train.epochs) and evaluate.blocks, or data.streaming=false"
         )
-
-    def packed(source: DataSource, held_out: bool, blocks: int | None) -> Packed:
-        encoder = Encoder.build(
-            tokenizer,
-            bos=data.bos,
-            eos=data.eos,
-            fraction=fraction,
-            held_out=held_out if fraction else None,
-        )
-        if data.streaming and blocks is not None:
-            table = streamed_token_table(source, encoder, blocks * data.sequence_length)
-        else:
-            table = token_table(source, encoder, processes=data.processes)
-        tokens = Packed.from_table(table)
-        _check_ids(source, tokens, len(tokenizer), vocab_size)
-        return tokens
-
-    total = sum(source.weight for source in data.train)
+    weights = [source.weight for source in data.train]
     train = []
     for source in data.train:
-        share = source.weight / total
-        blocks = None if needed_blocks is None else math.ceil(needed_blocks * share)
-        train.append(packed(source, False, blocks))
+        share = source.weight / sum(weights)
+        blocks = math.ceil((needed_blocks or 0) * share)
+        train.append(_pack(recipe, source, tokenizer, vocab_size, False, blocks))
         if len(train[-1]) < data.sequence_length:
             raise PostshareError(
                 f"{source.path} ({source.split}) has {len(train[-1])} tokens for training, fewer "
                 f"than one block of {data.sequence_length}; lower data.sequence_length or add text"
             )
     validation = [
-        packed(source, True, recipe.evaluate.blocks) for source in data.validation or data.train
+        _pack(recipe, source, tokenizer, vocab_size, True, recipe.evaluate.blocks or 0)
+        for source in data.validation or data.train
     ]
-    training_blocks = Blocks(
-        train,
-        data.sequence_length,
-        weights=[source.weight for source in data.train],
-        document_mask=data.document_mask,
+    training = Blocks(
+        train, data.sequence_length, weights=weights, document_mask=data.document_mask
     )
     held_out = Blocks(validation, data.sequence_length, document_mask=data.document_mask)
     if len(held_out) < 1:
-        cure = "raise data.validation_fraction" if fraction else "add text to data.validation"
+        cure = (
+            "add text to data.validation" if data.validation else "raise data.validation_fraction"
+        )
         raise PostshareError(
             f"the held-out text has {sum(map(len, validation))} tokens, fewer than one block of "
             f"{data.sequence_length}; {cure} or lower data.sequence_length"
         )
-    return training_blocks, held_out
+    return training, held_out
+
+
+def _pack(
+    recipe: Recipe,
+    source: DataSource,
+    tokenizer: PreTrainedTokenizerBase,
+    vocab_size: int,
+    held_out: bool,
+    blocks: int,
+) -> Packed:
+    """One source, tokenized; of a stream the first `blocks` blocks (and the rest of a document)."""
+    data = recipe.data
+    encoder = Encoder.build(
+        tokenizer,
+        bos=data.bos,
+        eos=data.eos,
+        fraction=data.validation_fraction,
+        held_out=None if data.validation else held_out,
+    )
+    if data.streaming:
+        table = streamed_token_table(source, encoder, blocks * data.sequence_length)
+    else:
+        table = token_table(source, encoder, processes=data.processes)
+    tokens = Packed.from_table(table)
+    _check_ids(source, tokens, len(tokenizer), vocab_size)
+    return tokens
 
 
 def _check_ids(source: DataSource, tokens: Packed, tokenizer_size: int, vocab_size: int) -> None:
