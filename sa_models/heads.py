@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
 PROJECTIONS = ("q", "k", "v", "o")
+ATTENTION_MODULES = tuple(f"{projection}_proj" for projection in PROJECTIONS)
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,14 @@ class HeadLayout:
     @staticmethod
     def parameter_name(layer: int, projection: str) -> str:
         return f"model.layers.{layer}.self_attn.{projection}_proj.weight"
+
+    @staticmethod
+    def parse_name(name: str) -> tuple[int, str] | None:
+        """(layer, projection) of a name that :meth:`parameter_name` gives, None for any other."""
+        parts = name.split(".")
+        if len(parts) == 6 and parts[3] == "self_attn" and parts[4] in ATTENTION_MODULES:
+            return int(parts[2]), parts[4][0]
+        return None
 
 
 def unit_view(weight: torch.Tensor, layout: HeadLayout, projection: str) -> torch.Tensor:

@@ -1,7 +1,8 @@
 """Safetensors folders, read lazily and written shard by shard.
 
-Nothing here holds a whole model: a reader maps one shard at a time, a writer keeps at most one
-shard in memory. Every problem of a folder is found before its first tensor is used.
+Nothing here holds a whole model: a reader maps a file for as long as a tensor read from it lives, a
+writer keeps at most one shard in memory. Every problem of a folder is found before its first tensor
+is used.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import AutoConfig, LlamaConfig
@@ -25,31 +27,38 @@ SINGLE = "model.safetensors"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
-def read_config(folder: str | os.PathLike[str]) -> LlamaConfig:
-    """The folder's config.
-
-    Raises:
-        PostshareError: there is no readable ``config.json``, or it is not that of a Llama.
-    """
+def read_model_type(folder: str | os.PathLike[str]) -> str | None:
+    """The ``model_type`` in the folder's config.json. Raises PostshareError when there is none."""
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise PostshareError(
             f"{folder} has no config.json; give the folder of a Hugging Face Llama, or a hub name"
         )
     try:
-        model_type = json.loads(path.read_text(encoding="utf-8")).get("model_type")
+        return json.loads(path.read_text(encoding="utf-8")).get("model_type")
     except (ValueError, AttributeError) as error:
         raise PostshareError(f"{path} is not valid JSON ({error}); copy it again") from None
-    if model_type != "llama":
+
+
+def read_config(folder: str | os.PathLike[str], model_type: str = "llama") -> LlamaConfig:
+    """The folder's config.
+
+    Raises:
+        PostshareError: there is no readable ``config.json``, or it is not that of a Llama.
+    """
+    found = read_model_type(folder)
+    if found != model_type:
         raise PostshareError(
-            f"{folder} holds a {model_type!r} model; only the Llama architecture "
-            "(model_type 'llama') can be shared"
+            f"{folder} holds a {found!r} model; only the Llama architecture "
+            f"(model_type {model_type!r}) can be used here"
         )
     try:
         return AutoConfig.from_pretrained(folder)
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
-        raise PostshareError(f"{path} is not a valid Llama config ({reason}); repair it") from None
+        raise PostshareError(
+            f"{Path(folder) / 'config.json'} is not a valid Llama config ({reason}); repair it"
+        ) from None
 
 
 def llama_shapes(config: Any) -> dict[str, tuple[int, ...]]:
@@ -95,15 +104,20 @@ class WeightsFolder:
 
     def __init__(self, path: str | os.PathLike[str], attention_only: bool = False) -> None:
         self.path = Path(path)
-        self.config = read_config(self.path)
-        self._open: tuple[str, Any] | None = None
+        self.config = self._read_config()
         self._shard_of = self._read_index()
         self._check_shards()
-        expected = llama_shapes(self.config)
+        expected = self._expected_shapes()
         if attention_only:
             expected = {name: s for name, s in expected.items() if ".self_attn." in name}
         self._check_against(expected)
         self._names = [name for name in expected if name in self._shard_of]
+
+    def _read_config(self) -> LlamaConfig:
+        return read_config(self.path)
+
+    def _expected_shapes(self) -> dict[str, tuple[int, ...]]:
+        return llama_shapes(self.config)
 
     def names(self) -> list[str]:
         """The model's parameter names, layer by layer."""
@@ -131,21 +145,25 @@ class WeightsFolder:
             yield name, self.read(name)
 
     def _handle(self, shard: str) -> Any:
-        # One mapped shard at a time, so that resident memory does not grow with the model.
-        if self._open is None or self._open[0] != shard:
-            self._open = None
-            self._open = (shard, safe_open(self.path / shard, framework="pt"))
-        return self._open[1]
+        # Opened anew each time (about 1 ms): a mapping that outlives its tensors would keep every
+        # page that was ever touched resident.
+        try:
+            return safe_open(self.path / shard, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise _unreadable(self.path / shard, error) from None
 
     def _read_index(self) -> dict[str, str]:
         index = self.path / INDEX
         if index.is_file():
             try:
-                return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+                shard_of = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
             except (ValueError, KeyError, TypeError):
+                shard_of = {}
+            if not shard_of or not all(isinstance(shard, str) for shard in shard_of.values()):
                 raise PostshareError(
                     f"{index} is not a valid safetensors index; download the file again"
-                ) from None
+                )
+            return shard_of
         single = self.path / SINGLE
         if not single.is_file():
             other = sorted(self.path.glob("*.bin"))
@@ -185,7 +203,7 @@ class WeightsFolder:
                     f"{self.path}: {name} has shape {list(self._shapes[name][0])}, its "
                     f"config.json says {list(shape)}; use the config that belongs to these weights"
                 )
-        known = set(llama_shapes(self.config)) | {"lm_head.weight"}
+        known = set(self._expected_shapes()) | {"lm_head.weight"}
         for name in self._shapes:
             if name not in known and not name.endswith("rotary_emb.inv_freq"):
                 raise PostshareError(
@@ -212,10 +230,12 @@ def _headers(path: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
                 found[name] = (tuple(view.get_shape()), DTYPES[dtype])
             return found
     except (SafetensorError, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise PostshareError(
-            f"{path} is truncated or corrupt ({reason}); download or copy it again"
-        ) from None
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: Exception) -> PostshareError:
+    reason = " ".join(str(error).split())
+    return PostshareError(f"{path} is truncated or corrupt ({reason}); download or copy it again")
 
 
 class ShardWriter:

@@ -1,0 +1,108 @@
+"""The model card (``README.md``) of an exported folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+USAGE = {
+    "compact": """\
+Each shared unit is stored, and held in memory, once. With `postshare` installed:
+
+```python
+import sa_models
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+```
+
+Without it, the modeling files in this folder do the same: read them, then pass
+`trust_remote_code=True`.
+""",
+    "dense": """\
+A stock `LlamaForCausalLM` with full-size tensors: it loads in every tool that loads a Llama. Shared
+units are stored where each is used.
+
+```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+```
+""",
+}
+
+
+def model_card(manifest: Mapping[str, Any]) -> str:
+    """Markdown of the card.
+
+    Args:
+        manifest: the manifest, of which "files" is not used.
+    """
+    notes, kind = manifest["notes"], manifest["format"]
+    base = notes.get("base_model")
+    parts = [
+        _front_matter(base),
+        f"# {notes.get('name', 'Shared Llama')}, {kind} export\n",
+        f"{f'`{base}`' if base else 'A Llama'} with shared attention heads, made by `postshare`.\n",
+        "## Use\n",
+        USAGE[kind],
+        "## What is shared\n",
+        _table(("", "value"), _shared_rows(manifest)),
+    ]
+    if notes.get("numbers"):
+        rows = [(f"`{name}`", _text(value)) for name, value in _flatten(notes["numbers"])]
+        parts += ["## Numbers\n", _table(("measured", "value"), rows)]
+    if notes.get("recipe"):
+        recipe = json.dumps(notes["recipe"], indent=2)
+        parts += ["## Recipe\n", f"```json\n{recipe}\n```\n"]
+    parts += [
+        "## Files\n",
+        "`manifest.json` has the SHA-256 of every file, the sharing plan and the versions that "
+        "made them.\n",
+    ]
+    return "\n".join(parts)
+
+
+def _front_matter(base: str | None) -> str:
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
+    lines += ["tags:", "- llama", "- postshare"]
+    if base:
+        lines.append(f"base_model: {json.dumps(base)}")
+    return "\n".join([*lines, "---\n"])
+
+
+def _shared_rows(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
+    heads, tensors = manifest["heads"], manifest["tensors"]
+    projections = sorted(
+        {p for tie in manifest["plan"]["ties"] for p in tie["projections"]}, key="qkvo".index
+    )
+    return [
+        ("attention heads tied", f"{heads['tied']} of {heads['total']}"),
+        ("projections", ", ".join(projections) or "none"),
+        ("a shared unit is", {"copy": "its source's", "mean": "the mean"}[manifest["merge"]]),
+        ("attention parameters no longer needed", f"{heads['stored_ratio']:.1%}"),
+        ("parameters of the base", f"{tensors['base_parameters']:,}"),
+        ("parameters in this folder", f"{tensors['parameters']:,}"),
+        ("bytes of weights in this folder", f"{tensors['bytes']:,} ({manifest['dtype']})"),
+        ("plan (SHA-256)", f"`{manifest['plan_sha256']}`"),
+    ]
+
+
+def _table(head: tuple[str, str], rows: list[tuple[str, str]]) -> str:
+    lines = [f"| {head[0]} | {head[1]} |", "| --- | --- |"]
+    return "\n".join([*lines, *(f"| {left} | {right} |" for left, right in rows)]) + "\n"
+
+
+def _flatten(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, inner in value.items():
+        if isinstance(inner, Mapping):
+            yield from _flatten(inner, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", inner
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

@@ -1,0 +1,265 @@
+"""Export: a compact and a dense folder from dense weights and a plan.
+
+Tensors are read, materialized, written and verified one at a time, so that the memory is that of
+about one shard. A folder is written beside, verified from its own files, then renamed into place:
+either it is whole, or it is not there.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from transformers import PreTrainedTokenizerBase
+
+from .errors import PostshareError
+from .heads import HeadLayout
+from .manifest import (
+    Identity,
+    describe,
+    fsync_folder,
+    read_manifest,
+    recognize,
+    seal,
+    write_manifest,
+)
+from .materialize import Merge
+from .model_folder import copy_code, copy_companions, tokenizer_folder, write_configs
+from .modeling import compact_config, own_units, select_units
+from .plan import SharingPlan
+from .readers import DenseReader, ExpandedFolder, MaterializedReader, dense_config
+from .verify import verify_bytes, verify_equal
+from .weights import ShardWriter, WeightsFolder
+
+Format = Literal["compact", "dense"]
+FORMATS: tuple[Format, ...] = ("compact", "dense")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done ("write", "verify"), bytes done, bytes in all."""
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """The finished folders, and the bytes of their tensors on disk (headers left out)."""
+
+    paths: dict[str, Path]
+    bytes: dict[str, int]
+
+
+def export_model(
+    source: DenseReader,
+    plan: SharingPlan,
+    folder: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype,
+    shard_bytes: int,
+    formats: Sequence[Format] = FORMATS,
+    merge: Merge = "copy",
+    tokenizer: Path | PreTrainedTokenizerBase | None = None,
+    recipe: Mapping[str, Any] | None = None,
+    notes: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> ExportResult:
+    """Write ``folder/compact`` and ``folder/dense``.
+
+    A finished folder of the same export is left as it is; what an interrupted export left is
+    removed and made again.
+
+    Args:
+        source: dense weights before materializing (a ``WeightsFolder``), or a healed compact
+            folder (an ``ExpandedFolder``, with the same plan and ``merge="copy"``).
+        plan: what to share; of a ``released`` plan the effective ties.
+        dtype: of all exported tensors.
+        shard_bytes: largest size of a weight file, in bytes.
+        merge: whether a shared unit is its source's, or the mean of all units that share it.
+        tokenizer: a tokenizer, or the folder of one, whose generation config and licence files
+            are copied as well; None exports a model without a tokenizer.
+        recipe: the resolved recipe, for the model card and the manifest (JSON values).
+        notes: likewise: "name" (str), "base_model" (str), "numbers" ({what: value}). Numbers that
+            are measured later are added with :func:`~sa_models.manifest.update_notes`.
+        progress: see :data:`Progress`.
+
+    Raises:
+        PostshareError: the plan does not fit; the folder holds something else; the disk is full;
+            fp16 cannot hold a weight; or the verification fails. Nothing half written stays.
+    """
+    folder = Path(folder)
+    _check_arguments(formats, dtype)
+    plan.validate(source.config)
+    job = _Job(
+        folder=folder,
+        weights=MaterializedReader(source, plan, merge, dtype),
+        plan=plan.effective(),
+        identity=Identity(plan.effective().hash(), merge, str(dtype)[6:], shard_bytes),
+        dtype=dtype,
+        shard_bytes=shard_bytes,
+        tokenizer=tokenizer,
+        notes={**(notes or {}), "recipe": recipe},
+        progress=progress or (lambda stage, done, total: None),
+    )
+    todo = [name for name in formats if not job.is_finished(name)]
+    if todo:
+        job.check_space(todo)
+        with job.beside(todo) as beside:
+            job.write(beside)
+            job.verify_and_seal(beside)
+            for name, path in beside.items():
+                os.rename(path, folder / name)
+            fsync_folder(folder)
+    return ExportResult(
+        paths={name: folder / name for name in formats},
+        bytes={name: read_manifest(folder / name)["tensors"]["bytes"] for name in formats},
+    )
+
+
+def _check_arguments(formats: Sequence[str], dtype: torch.dtype) -> None:
+    unknown = [name for name in formats if name not in FORMATS]
+    if unknown or not formats:
+        raise PostshareError(f"unknown export formats {list(formats)}; use {list(FORMATS)}")
+    if dtype not in DTYPES:
+        raise PostshareError(f"cannot export as {dtype}; use float32, bfloat16 or float16")
+
+
+@dataclass
+class _Job:
+    """One call of :func:`export`."""
+
+    folder: Path
+    weights: MaterializedReader
+    plan: SharingPlan
+    identity: Identity
+    dtype: torch.dtype
+    shard_bytes: int
+    tokenizer: Path | PreTrainedTokenizerBase | None
+    notes: dict[str, Any]
+    progress: Progress
+
+    @cached_property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of the tensors of each format, as the plan predicts them."""
+        base, stored = self.plan.savings(self.weights.config).bytes(self.dtype.itemsize)
+        return {"compact": stored, "dense": base}
+
+    def is_finished(self, name: str) -> bool:
+        """Whether this very export is there. Raises PostshareError when another one is."""
+        path = self.folder / name
+        if not path.exists():
+            return False
+        if recognize(path, self.identity, self.weights.shards()):
+            return True
+        # The source files are others, or were touched since: only the weights can tell.
+        exported = ExpandedFolder(path) if name == "compact" else WeightsFolder(path)
+        try:
+            verify_equal(exported, self.weights)
+        except PostshareError:
+            raise PostshareError(
+                f"{path} holds an export of other weights; choose another folder or delete it"
+            ) from None
+        return True
+
+    def check_space(self, names: Sequence[str]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for name in FORMATS:
+            shutil.rmtree(self._beside(name), ignore_errors=True)
+        needed = sum(self.sizes[name] for name in names)
+        free = shutil.disk_usage(self.folder).free
+        if needed > free:
+            raise PostshareError(
+                f"the export needs {needed / 1e9:.3f} GB in {self.folder}, where "
+                f"{free / 1e9:.3f} GB are free; free disk space or choose another folder"
+            )
+
+    def _beside(self, name: str) -> Path:
+        return self.folder / f"{name}.tmp"
+
+    @contextmanager
+    def beside(self, names: Sequence[str]) -> Iterator[dict[str, Path]]:
+        """New folders beside the final ones; whatever happens, none is left half written."""
+        folders = {name: self._beside(name) for name in names}
+        try:
+            for path in folders.values():
+                path.mkdir()
+            yield folders
+        except (OSError, SafetensorError) as error:
+            reason = " ".join(str(error).split())
+            raise PostshareError(
+                f"the export could not be written to {self.folder} ({reason}); free disk space or "
+                "choose another folder, then export again"
+            ) from error
+        finally:
+            for path in folders.values():
+                shutil.rmtree(path, ignore_errors=True)
+
+    def write(self, beside: dict[str, Path]) -> None:
+        """Write the tensors of all formats in one pass over the source, then the other files."""
+        config = self.weights.config
+        own = own_units(self.plan, HeadLayout.from_config(config))
+        writers = {name: ShardWriter(path, self.shard_bytes) for name, path in beside.items()}
+        advance = self._advance("write")
+        for name in self.weights.names():
+            tensor = self.weights.read(name)
+            where = HeadLayout.parse_name(name)
+            for kind, writer in writers.items():
+                if kind == "compact" and where is not None:
+                    layer, p = where
+                    writer.add(name, select_units(tensor, own[layer][p], config, p))
+                else:
+                    writer.add(name, tensor)
+            advance(tensor.nbytes)
+        for writer in writers.values():
+            writer.close()
+        for kind, path in beside.items():
+            self._write_companions(kind, path)
+
+    def _write_companions(self, kind: str, path: Path) -> None:
+        config = dense_config(self.weights.config)
+        config.dtype = self.dtype
+        if kind == "compact":
+            config = compact_config(config, self.plan)
+            copy_code(config, path)
+        origin = tokenizer_folder(self.tokenizer)
+        write_configs(config, path, [self.weights.path, origin])
+        if origin is not None:
+            copy_companions(origin, path)
+        elif isinstance(self.tokenizer, PreTrainedTokenizerBase):
+            self.tokenizer.save_pretrained(path)
+
+    def verify_and_seal(self, beside: dict[str, Path]) -> None:
+        """Verify what was written while another thread hashes it, then write the manifests."""
+        readers: dict[str, DenseReader] = {
+            kind: ExpandedFolder(path) if kind == "compact" else WeightsFolder(path)
+            for kind, path in beside.items()
+        }
+        for kind, reader in readers.items():
+            verify_bytes(reader.path, reader.shards(), self.sizes[kind])
+        with ThreadPoolExecutor(1) as pool:
+            sums = {kind: pool.submit(seal, path) for kind, path in beside.items()}
+            if "compact" in readers:
+                expected = readers.get("dense", self.weights)
+                verify_equal(readers["compact"], expected, self._advance("verify"))
+            else:
+                verify_equal(readers["dense"], self.weights, self._advance("verify"))
+            for kind, path in beside.items():
+                facts = describe(kind, self.plan, self.weights.config, self.identity)
+                files = sums[kind].result()
+                write_manifest(path, facts, files, self.weights.shards(), self.notes)
+
+    def _advance(self, stage: str) -> Callable[[int], None]:
+        done = 0
+
+        def advance(size: int) -> None:
+            nonlocal done
+            done += size
+            self.progress(stage, done, self.sizes["dense"])
+
+        return advance

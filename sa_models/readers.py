@@ -1,0 +1,272 @@
+"""Dense Llama weights that lie in no file as such, read tensor by tensor.
+
+:class:`MaterializedReader` is a dense folder with a plan written into it; :class:`ExpandedFolder`
+is a compact folder with its shared units put back everywhere they are used. Both read like a
+:class:`~sa_models.weights.WeightsFolder`, hold one tensor at a time, and know nothing of modules:
+the arithmetic of where a unit lies is written here a second time, so that comparing the two
+verifies an export.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from transformers import LlamaConfig
+
+from .configuration import SharedLlamaConfig
+from .errors import PostshareError
+from .heads import PROJECTIONS, HeadLayout
+from .materialize import Merge, merge_slices, shared_slices
+from .modeling import own_units
+from .plan import SharingPlan, Unit
+from .weights import WeightsFolder, llama_shapes, read_config, read_model_type
+
+
+class DenseReader(Protocol):
+    """Dense Llama weights by name, in the order of the layers."""
+
+    path: Path
+    config: LlamaConfig
+
+    def names(self) -> list[str]: ...
+    def shape(self, name: str) -> tuple[int, ...]: ...
+    def dtype(self, name: str) -> torch.dtype: ...
+    def read(self, name: str) -> torch.Tensor: ...
+    def slice(self, name: str) -> Any: ...
+    def shards(self) -> list[Path]: ...
+
+
+def open_weights(path: str | os.PathLike[str]) -> WeightsFolder | ExpandedFolder:
+    """Open a dense or a compact folder as dense weights. Raises PostshareError as they do."""
+    if read_model_type(path) == SharedLlamaConfig.model_type:
+        return ExpandedFolder(path)
+    return WeightsFolder(path)
+
+
+def cast(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
+    """The tensor in ``dtype``. Raises PostshareError where fp16 would turn a value infinite."""
+    value = tensor.to(dtype)
+    if dtype == torch.float16 and not bool(torch.isfinite(value).all()):
+        raise PostshareError(
+            f"{name} has values that float16 cannot hold; export with dtype bfloat16 or float32"
+        )
+    return value
+
+
+class MaterializedReader:
+    """Dense weights with the ties of a plan written in, in one dtype.
+
+    Args:
+        source: the weights before materializing.
+        plan: validated; a ``released`` plan is reduced to its effective ties.
+        merge: see :func:`~sa_models.materialize.merge_slices`, whose value, rounded to the source's
+            dtype, is then cast to ``dtype``: what :func:`~sa_models.materialize.materialize_` and
+            a cast compute.
+    """
+
+    def __init__(
+        self,
+        source: DenseReader,
+        plan: SharingPlan,
+        merge: Merge = "copy",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.path = source.path
+        self.config = source.config
+        self._source = source
+        self._merge = merge
+        self._dtype = dtype
+        self._layout = HeadLayout.from_config(source.config)
+        # {(layer, projection): {unit that changes: the units whose slices are merged into it}}
+        self._changes: dict[tuple[int, str], dict[int, list[Unit]]] = {}
+        for (p, layer, unit), targets in shared_slices(plan.effective().ties).items():
+            members = [(layer, unit)] if merge == "copy" else [(layer, unit), *targets]
+            changed = targets if merge == "copy" else members
+            for target_layer, target_unit in changed:
+                self._changes.setdefault((target_layer, p), {})[target_unit] = members
+
+    def names(self) -> list[str]:
+        return self._source.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._source.shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._dtype
+
+    def shards(self) -> list[Path]:
+        return self._source.shards()
+
+    def read(self, name: str) -> torch.Tensor:
+        """The materialized tensor. Raises PostshareError when float16 cannot hold it."""
+        where = HeadLayout.parse_name(name)
+        changes = self._changes.get(where, {}) if where else {}
+        if where is None or not changes:
+            return cast(self._source.read(name), self._dtype, name)
+        p = where[1]
+        weight = self._source.read(name).to(self._dtype, copy=True)
+        width, axis = self._layout.width(p), self._layout.axis(p)
+        for unit, members in changes.items():
+            merged = merge_slices([self._unit(p, *member) for member in members], self._merge)
+            weight.narrow(axis, unit * width, width).copy_(merged)
+        return cast(weight, self._dtype, name)
+
+    def slice(self, name: str) -> Any:
+        return self.read(name)
+
+    def _unit(self, projection: str, layer: int, unit: int) -> torch.Tensor:
+        """One unit's rows (o: columns) of the source."""
+        view = self._source.slice(self._layout.parameter_name(layer, projection))
+        width = self._layout.width(projection)
+        return _features(view, self._layout.axis(projection), unit * width, (unit + 1) * width)
+
+
+def _features(view: Any, axis: int, start: int, stop: int) -> torch.Tensor:
+    return view[:, start:stop] if axis else view[start:stop]
+
+
+class CompactFolder(WeightsFolder):
+    """The safetensors of a compact folder as they are stored: own units only.
+
+    Raises:
+        PostshareError: as :class:`~sa_models.weights.WeightsFolder`; or a plan that does not fit.
+    """
+
+    config: SharedLlamaConfig
+
+    def _read_config(self) -> SharedLlamaConfig:
+        config = read_config(self.path, SharedLlamaConfig.model_type)
+        assert isinstance(config, SharedLlamaConfig)
+        return config
+
+    def _expected_shapes(self) -> dict[str, tuple[int, ...]]:
+        return compact_shapes(self.config, self.config.plan)
+
+
+def compact_shapes(config: Any, plan: SharingPlan) -> dict[str, tuple[int, ...]]:
+    """{parameter name: shape} of a compact model; a layer may own nothing: (0, hidden)."""
+    layout = HeadLayout.from_config(config)
+    shapes = llama_shapes(config)
+    for layer, own in enumerate(own_units(plan, layout)):
+        for p in PROJECTIONS:
+            features = len(own[p]) * layout.width(p)
+            hidden = layout.hidden_size
+            shape = (hidden, features) if p == "o" else (features, hidden)
+            shapes[layout.parameter_name(layer, p)] = shape
+    return shapes
+
+
+class Run(NamedTuple):
+    """Consecutive features ``start:stop`` of a dense projection, stored from ``first`` on in the
+    compact tensor of layer ``owner``."""
+
+    owner: int
+    start: int
+    stop: int
+    first: int
+
+
+class ExpandedFolder:
+    """A compact folder read as the dense Llama that it equals.
+
+    Attributes:
+        files: the compact tensors as they are stored.
+        plan: the plan of its config.
+        config: the dense ``LlamaConfig``.
+
+    Raises:
+        PostshareError: as :class:`CompactFolder`.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.files = CompactFolder(path)
+        self.plan = self.files.config.plan
+        self.config = dense_config(self.files.config)
+        self._layout = HeadLayout.from_config(self.config)
+        self._shapes = llama_shapes(self.config)
+        self._source_of = self.plan.sources()
+        self._own = own_units(self.plan, self._layout)
+
+    def names(self) -> list[str]:
+        return list(self._shapes)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._shapes[name]
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.files.dtype(name)
+
+    def shards(self) -> list[Path]:
+        return self.files.shards()
+
+    def read(self, name: str) -> torch.Tensor:
+        """The dense tensor in its stored dtype."""
+        where = HeadLayout.parse_name(name)
+        if where is None or self.files.shape(name) == self.shape(name):
+            return self.files.read(name)
+        return self._assemble(*where, 0, self._layout.units)
+
+    def slice(self, name: str) -> Any:
+        """As ``safetensors``' slice: index it to read a part only (whole units are read)."""
+        where = HeadLayout.parse_name(name)
+        return self.files.slice(name) if where is None else _ExpandedSlice(self, *where)
+
+    def _assemble(self, layer: int, projection: str, first: int, last: int) -> torch.Tensor:
+        """The rows (o: columns) of units ``first`` to ``last`` (exclusive)."""
+        axis = self._layout.axis(projection)
+        runs = self._runs(layer, projection, first, last)
+        shape = list(self._layout.shape(projection))
+        shape[axis] = runs[-1].stop
+        dtype = self.dtype(self._layout.parameter_name(layer, projection))
+        dense = torch.empty(shape, dtype=dtype)
+        stored = {
+            owner: self.files.slice(self._layout.parameter_name(owner, projection))
+            for owner in {run.owner for run in runs}
+        }
+        for owner, start, stop, begin in runs:
+            part = _features(stored[owner], axis, begin, begin + stop - start)
+            dense.narrow(axis, start, stop - start).copy_(part)
+        return dense
+
+    def _runs(self, layer: int, projection: str, first: int, last: int) -> list[Run]:
+        width = self._layout.width(projection)
+        runs: list[Run] = []
+        for unit in range(first, last):
+            owner, stored = self._source_of.get((layer, unit, projection), (layer, unit))
+            start = (unit - first) * width
+            at = self._own[owner][projection].index(stored) * width
+            if runs and runs[-1].owner == owner and runs[-1].first + start - runs[-1].start == at:
+                runs[-1] = runs[-1]._replace(stop=start + width)
+            else:
+                runs.append(Run(owner, start, start + width, at))
+        return runs
+
+
+class _ExpandedSlice:
+    """Part of one expanded projection: ``[start:stop]`` of q, k, v, ``[:, start:stop]`` of o."""
+
+    def __init__(self, folder: ExpandedFolder, layer: int, projection: str) -> None:
+        self._folder, self._where = folder, (layer, projection)
+        self._width = folder._layout.width(projection)
+        self._axis = folder._layout.axis(projection)
+        self._features = folder._layout.units * self._width
+
+    def __getitem__(self, key: slice | tuple[slice, slice]) -> torch.Tensor:
+        if isinstance(key, tuple) != bool(self._axis):
+            raise IndexError(f"{self._where}: only whole features can be sliced, not {key}")
+        start, stop, _ = (key[1] if isinstance(key, tuple) else key).indices(self._features)
+        first, last = start // self._width, -(-stop // self._width)
+        part = self._folder._assemble(*self._where, first, last)
+        return part.narrow(self._axis, start - first * self._width, stop - start)
+
+
+def dense_config(config: LlamaConfig) -> LlamaConfig:
+    """The stock ``LlamaConfig`` of a compact model's config (or a copy of a dense one's)."""
+    values = config.to_dict()
+    for key in ("model_type", "auto_map", "sharing", "transformers_version"):
+        values.pop(key, None)
+    return LlamaConfig(**{**values, "architectures": ["LlamaForCausalLM"]})
