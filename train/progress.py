@@ -14,7 +14,7 @@ from rich.progress import (
 
 
 class ExportProgress:
-    """Shows the bytes that an export has written and verified; see ``sa_models.export.Progress``."""
+    """Shows the bytes that an export has written and verified (``sa_models.export.Progress``)."""
 
     def __init__(self) -> None:
         console = Console(stderr=True)
