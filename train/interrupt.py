@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
 import sys
@@ -35,7 +36,11 @@ def resume_command(world: int) -> str:
 
 
 class StopSignal:
-    """Within `with`, SIGINT and SIGTERM only set `received`; a second one acts as ever."""
+    """Within `with`, SIGINT and SIGTERM only set `received`.
+
+    In one process a second signal acts as ever. Below a launcher it does not: on Ctrl-C a rank is
+    signalled twice, by the terminal and by torchrun, which kills after 30 seconds anyway.
+    """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -53,7 +58,8 @@ class StopSignal:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received = True
-        self._restore()
+        if "TORCHELASTIC_RUN_ID" not in os.environ:
+            self._restore()
 
     def _restore(self) -> None:
         while self._before:

@@ -20,6 +20,7 @@ from sa_models.errors import PostshareError
 from sa_models.plan import SharingPlan
 from train.checkpoint import steps_in
 from train.data import permutation
+from train.interrupt import StopSignal, resume_command
 from train.loop import TrainingStopped, TrainJob, train
 from train.recipe import Recipe
 from train.regularizer import Penalty
@@ -395,3 +396,28 @@ def test_an_error_of_the_data_reaches_the_caller(tmp_path: Path) -> None:
     broken._sources = []
     with pytest.raises(IndexError):
         train(replace(job, train_blocks=broken), recipe)
+
+
+def test_a_second_signal_acts_as_ever_except_below_a_launcher(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    with StopSignal() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.received
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    with StopSignal() as stop:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+        assert stop.received
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_the_command_that_resumes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["/venv/bin/postshare", "run", "demo", "model.path=a b"])
+    assert resume_command(1) == "postshare run demo 'model.path=a b'"
+    monkeypatch.setattr("sys.argv", ["/repo/train/__main__.py", "demo"])
+    assert resume_command(1) == "python -m train demo"
+    assert resume_command(2) == "accelerate launch <the same options> -m train demo"
