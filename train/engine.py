@@ -59,7 +59,11 @@ class Shard:
         return self.stop - self.start == self.shape.numel()
 
     def read_gradient(self) -> torch.Tensor:
-        """The summed gradient of the range, [stop - start]: the live tensor or a copy of it."""
+        """The summed gradient, flat fp32: the live tensor or a copy of it.
+
+        It covers the range, or the whole parameter where every rank keeps the whole gradient (each
+        rank then has to add the same).
+        """
         raise NotImplementedError
 
     def write_gradient(self, gradient: torch.Tensor) -> None:

@@ -253,14 +253,15 @@ class Penalty:
         gradients.index_put_((chunk.source.to(device),), gy, accumulate=True)
         for name, first, last, index in chunk.spans:
             shard = shards[name]
-            if shard.start == shard.stop:
+            local = shard.read_gradient()
+            if not local.numel():
                 continue
             units = gradients[first:last].unflatten(1, (width, -1))
-            local = shard.read_gradient()
-            whole = local if shard.whole else local.new_zeros(shard.shape.numel())
+            complete = local.numel() == shard.shape.numel()
+            whole = local if complete else local.new_zeros(shard.shape.numel())
             view = unit_view(whole.view(shard.shape), self.layout, chunk.projection)
             view[index.to(device)] += units  # a unit occurs once: nothing is lost
-            if not shard.whole:
+            if not complete:
                 local += whole[shard.start : shard.stop]
             shard.write_gradient(local)
 

@@ -71,14 +71,12 @@ def deepspeed_config(recipe: Recipe, stage: int, world: int, on_cpu: bool) -> di
 
 @dataclass
 class FragmentShard(Shard):
-    """ZeRO-1 and 2: a slice of this rank's flat fp32 partition."""
+    """ZeRO-1 and 2: a slice of this rank's flat fp32 partition, and its live gradient."""
 
     gradient: torch.Tensor | None
 
     def read_gradient(self) -> torch.Tensor:
         return self.values.new_zeros(0) if self.gradient is None else self.gradient
-
-    # The live gradient is what `read_gradient` gave: nothing to write.
 
 
 @dataclass
@@ -117,6 +115,7 @@ class ZeroEngine(Engine):
         config = deepspeed_config(recipe, self.stage, accelerator.num_processes, on_cpu)
         super().__init__(accelerator, config)
         self.sharded = self.world > 1
+        self._bf16 = recipe.train.precision == "bf16"
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -126,6 +125,7 @@ class ZeroEngine(Engine):
         buffers = {name: buffer.dtype for name, buffer in model.named_buffers()}
         self._parameters = dict(model.named_parameters())
         self._trainable = {n: p for n, p in self._parameters.items() if p.requires_grad}
+        loaded = {n: p.detach() for n, p in self._parameters.items()} if self._bf16 else {}
         self.model, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=self.resolved, dist_init_required=False
         )
@@ -141,6 +141,12 @@ class ZeroEngine(Engine):
                 "this DeepSpeed casts buffers (the rotary table) to bf16; use the version of "
                 "constraints.txt"
             )
+
+        # DeepSpeed makes the masters from weights that it has already rounded to bf16, and keeps no
+        # masters of frozen ones.
+        for name, shard in self.shards().items() if self._bf16 else ():
+            shard.values.copy_(loaded[name].view(-1)[shard.start : shard.stop])
+        self._frozen = {n: w.cpu() for n, w in loaded.items() if n not in self._trainable}
 
     @contextlib.contextmanager
     def micro_step(self, boundary: bool) -> Iterator[None]:
@@ -182,30 +188,45 @@ class ZeroEngine(Engine):
                 f"DeepSpeed has no fp32 mapping for {name}; use the version of constraints.txt"
             )
         mapping = parameter._hp_mapping
-        if mapping is None:  # no element of it lies in this rank's partition
-            empty = torch.empty(0, dtype=torch.float32, device=self.device)
-            return FragmentShard(name, parameter.shape, 0, 0, empty, None)
-        where = mapping.lp_fragment_address
-        start, stop = where.start, where.start + where.numel
-        gradient = None
-        gradients = mapping.gradient_dict.get(mapping.param_group_index)
-        if gradients is not None:
-            gradient = gradients[parameter._index_in_param_group].view(-1)
-            if gradient.numel() != where.numel or gradient.dtype != torch.float32:
-                raise PostshareError(
-                    f"DeepSpeed keeps {gradient.numel()} {gradient.dtype} gradients of {name} for "
-                    f"{where.numel} fp32 weights; use the version of constraints.txt"
-                )
-        values = mapping.hp_fragment.detach()
+        start, stop = 0, 0
+        values = torch.empty(0, dtype=torch.float32, device=self.device)
+        if mapping is not None:  # some element of it lies in this rank's partition
+            where = mapping.lp_fragment_address
+            start, stop = where.start, where.start + where.numel
+            values = mapping.hp_fragment.detach()
+        gradient = self._fragment_gradient(parameter, mapping)
+        if gradient is not None and (
+            gradient.dtype != torch.float32
+            or gradient.numel() not in (stop - start, parameter.numel())
+        ):
+            raise PostshareError(
+                f"DeepSpeed keeps {gradient.numel()} {gradient.dtype} gradients of {name} for "
+                f"{stop - start} fp32 weights; use the version of constraints.txt"
+            )
         return FragmentShard(name, parameter.shape, start, stop, values, gradient)
 
+    @staticmethod
+    def _fragment_gradient(parameter: Any, mapping: Any) -> torch.Tensor | None:
+        # ZeRO-1 in bf16 keeps the whole fp32 gradient on every rank and takes the norm of its own
+        # copy: the ranks would clip differently if only their ranges were changed.
+        whole = getattr(parameter, "_hp_grad", None)
+        if whole is not None:
+            return whole.view(-1)
+        if mapping is None:
+            return None
+        gradients = mapping.gradient_dict.get(mapping.param_group_index)
+        return None if gradients is None else gradients[parameter._index_in_param_group].view(-1)
+
     def full_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        from deepspeed.runtime.zero import GatheredParameters
         from deepspeed.utils import safe_get_full_fp32_param
-        from deepspeed.zero import GatheredParameters
 
         for name, parameter in self._parameters.items():
             if parameter.requires_grad:
                 yield name, safe_get_full_fp32_param(parameter).detach().to("cpu", torch.float32)
+                continue
+            if name in self._frozen:
+                yield name, self._frozen[name]
                 continue
             with GatheredParameters([parameter], enabled=self.stage == 3):
                 whole = parameter.detach().to("cpu", torch.float32, copy=True)
@@ -235,7 +256,7 @@ class ZeroEngine(Engine):
             parameter.grad = None
             parameter.data = torch.empty(0)
             vars(parameter).clear()
-        del self.model, self.optimizer, self._parameters, self._trainable
+        del self.model, self.optimizer, self._parameters, self._trainable, self._frozen
         del deepspeed_engine, module
         self.accelerator.free_memory()
         gc.collect()

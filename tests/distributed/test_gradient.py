@@ -16,7 +16,7 @@ from tests.distributed.training import build
 pytestmark = pytest.mark.distributed
 
 WORKER = Path(__file__).with_name("gradient_worker.py")
-BACKENDS = [("ddp", 2), ("zero1", 2), ("zero2", 2), ("zero3", 2), ("zero1", 3), ("zero3", 3)]
+BACKENDS = [("ddp", 2), ("zero1", 2), ("zero2", 2), ("zero3", 2), ("zero3", 3)]
 
 
 @pytest.fixture(scope="module")

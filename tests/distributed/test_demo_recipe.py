@@ -1,0 +1,107 @@
+"""The demo recipe as users start it: `accelerate launch`, the shipped launch files, `-m train`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.distributed.harness import launch, run
+from train.tracking import read_rows
+
+pytestmark = pytest.mark.distributed
+
+SHORT = (
+    "train.steps=3",
+    "train.batch_size=8",
+    "train.micro_batch_size=2",
+    "train.warmup_steps=1",
+    "train.evaluate_every=3",
+    "train.checkpoint_every=0",
+    "data.sequence_length=64",
+    "evaluate.blocks=4",
+)
+
+
+def start(config: str, folder: Path, *overrides: str, processes: int | None = None) -> str:
+    return run(
+        config,
+        "-m",
+        "train",
+        "recipes/demo.yaml",
+        *SHORT,
+        f"output_dir={folder}",
+        *overrides,
+        processes=processes,
+    )
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("single") / "run"
+    start("cpu", folder)
+    return folder
+
+
+@pytest.mark.parametrize("config", ["ddp", "zero1", "zero2", "zero3"])
+def test_two_processes_give_the_single_process_losses(
+    config: str, single: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    output = start(config, folder)
+    assert output.count("PostShare") == 1, "the table is printed once, by the main process"
+    for part in (folder, folder / "continued"):
+        reference = single if part == folder else single / "continued"
+        rows, expected = read_rows(part / "metrics.jsonl"), read_rows(reference / "metrics.jsonl")
+        assert len(rows) == len(expected) == 3
+        keys = ["lm_loss", "total_loss", "gradient_norm"]
+        keys += ["penalty", "pair_distance_mean"] if part == folder else []
+        for row, wanted in zip(rows, expected, strict=True):
+            for key in keys:
+                assert row[key] == pytest.approx(wanted[key], rel=1e-4), (row["step"], key)
+            assert row["tokens"] == wanted["tokens"]
+        last, wanted = rows[-1]["validation_loss"], expected[-1]["validation_loss"]
+        assert last == pytest.approx(wanted, rel=1e-4)
+    own = load_file(folder / "weights" / "model.safetensors")
+    for name, value in load_file(single / "weights" / "model.safetensors").items():
+        assert float((own[name] - value).norm()) <= 1e-4 * float(value.norm()), name
+    summary, wanted = (json.loads((f / "summary.json").read_text()) for f in (folder, single))
+    for name, value in wanted["perplexity"].items():
+        assert summary["perplexity"][name] == pytest.approx(value, rel=2e-4), name
+    assert (folder / "export" / "compact" / "manifest.json").is_file()
+
+
+def test_healing_under_ddp_equals_one_process(single: Path, tmp_path: Path) -> None:
+    folders = {"cpu": tmp_path / "cpu", "ddp": tmp_path / "ddp"}
+    for config, folder in folders.items():
+        start(config, folder, "materialize.heal_steps=2", "evaluate.continued=false")
+    one, two = (load_file(f / "heal/weights/model.safetensors") for f in folders.values())
+    before = load_file(folders["cpu"] / "weights" / "model.safetensors")
+    moved = 0.0
+    for name, value in one.items():
+        assert float((two[name] - value).norm()) <= 1e-4 * float(value.norm()), name
+        if value.shape == before[name].shape:
+            moved += float((value - before[name]).norm())
+    assert moved > 0.1
+    # The exported dense model holds every tie exactly.
+    dense = load_file(folders["ddp"] / "export" / "dense" / "model.safetensors")
+    plan = json.loads((folders["ddp"] / "plan.json").read_text())
+    for tie in plan["ties"]:
+        (layer, unit), (at, source) = tie["target"], tie["source"]
+        for p in tie["projections"]:
+            mine = dense[f"model.layers.{layer}.self_attn.{p}_proj.weight"].unflatten(0, (8, -1))
+            theirs = dense[f"model.layers.{at}.self_attn.{p}_proj.weight"].unflatten(0, (8, -1))
+            assert torch.equal(mine[unit], theirs[source])
+
+
+def test_healing_under_zero_is_refused(tmp_path: Path) -> None:
+    result = launch(
+        "zero2", "-m", "train", "recipes/demo.yaml", *SHORT, "materialize.heal_steps=2",
+        f"output_dir={tmp_path / 'run'}",
+    )  # fmt: skip
+    assert result.failed
+    assert "materialize.heal_steps" in result.output, result.report()
+    assert not (tmp_path / "run" / "weights").exists(), "refused before any training"
