@@ -9,7 +9,7 @@ from math import floor
 
 from .errors import PostshareError
 from .heads import HeadLayout
-from .plan import HeadTie, SharingPlan, resolve_roots
+from .plan import HeadTie, SharingPlan, Unit, resolve_roots
 from .similarity import Matches
 
 
@@ -34,13 +34,52 @@ class Budget:
             return floor(Fraction(str(self.ratio)) * layout.layers * layout.units)
         assert self.heads is not None
         if self.heads % layout.heads_per_unit:
-            lower = self.heads - self.heads % layout.heads_per_unit
+            nearest = max(1, round(self.heads / layout.heads_per_unit)) * layout.heads_per_unit
             raise PostshareError(
-                f"a budget of {self.heads} heads splits a KV group: query heads that read one KV "
-                f"head are tied together, {layout.heads_per_unit} at a time; ask for {lower} or "
-                f"{lower + layout.heads_per_unit} heads"
+                f"plan.budget.heads {self.heads} splits a KV group of {layout.heads_per_unit} "
+                f"heads, which are tied together; the nearest is {nearest}"
             )
         return self.heads // layout.heads_per_unit
+
+
+def eligible_units(layout: HeadLayout, skip_layers: Sequence[int] = (0,)) -> list[Unit]:
+    """The units that may be targets, in the published order: last layer first, units ascending.
+
+    Layer 0 has no earlier layer, so its units are never targets.
+
+    Raises:
+        PostshareError: a layer to skip that the model does not have.
+    """
+    for layer in skip_layers:
+        if not 0 <= layer < layout.layers:
+            raise PostshareError(
+                f"plan.skip_layers names layer {layer}; the model has layers 0 to "
+                f"{layout.layers - 1}"
+            )
+    return [
+        (layer, unit)
+        for layer in range(layout.layers - 1, 0, -1)
+        if layer not in skip_layers
+        for unit in range(layout.units)
+    ]
+
+
+def units_to_tie(budget: Budget, layout: HeadLayout, skip_layers: Sequence[int] = (0,)) -> int:
+    """The number of units that a budget asks for.
+
+    Raises:
+        PostshareError: it cannot be met (see :meth:`Budget.units` and :func:`eligible_units`), or
+            it ties nothing.
+    """
+    wanted, units = budget.units(layout), layout.layers * layout.units
+    eligible = len(eligible_units(layout, skip_layers))
+    if not 1 <= wanted <= eligible:
+        raise PostshareError(
+            f"plan.budget asks for {wanted} of {units} units, possible are 1 to {eligible} "
+            f"(layers {sorted({0, *skip_layers})} are never targets); set plan.budget.ratio "
+            f"between {1 / units:.4f} and {eligible / units:.4f}"
+        )
+    return wanted
 
 
 def select_pairs(
@@ -56,31 +95,10 @@ def select_pairs(
     scores keep the published order (last layer first, units ascending).
 
     Args:
-        skip_layers: layers whose units are never targets. They may be sources. Layer 0 has no
-            earlier layer and is never a target.
-
-    Raises:
-        PostshareError: fewer targets than asked for are left.
+        count: from :func:`units_to_tie`.
+        skip_layers: layers whose units are never targets. They may be sources.
     """
-    for layer in skip_layers:
-        if not 0 <= layer < layout.layers:
-            raise PostshareError(
-                f"plan.skip_layers names layer {layer}; the model has layers 0 to "
-                f"{layout.layers - 1}"
-            )
-    candidates = [
-        (layer, unit)
-        for layer in range(layout.layers - 1, 0, -1)
-        if layer not in skip_layers
-        for unit in range(layout.units)
-    ]
-    if count > len(candidates):
-        most = floor(1e4 * len(candidates) / (layout.layers * layout.units)) / 1e4
-        raise PostshareError(
-            f"the budget asks for {count} of {layout.layers * layout.units} units, but only "
-            f"{len(candidates)} may be targets; ask for a ratio of at most {most}, or skip fewer "
-            "layers"
-        )
+    candidates = eligible_units(layout, skip_layers)
     scores = {unit: float(matches.scores[unit]) for unit in candidates}
     chosen = sorted(candidates, key=scores.__getitem__)[len(candidates) - count :]
     return tuple(
@@ -108,5 +126,6 @@ def make_plan(
         released: keep the published selection, chains and all (fewer heads change than asked
             for); otherwise chains are resolved to root sources, and effective = requested.
     """
-    pairs = select_pairs(matches, layout, budget.units(layout), share, skip_layers)
+    count = units_to_tie(budget, layout, skip_layers)
+    pairs = select_pairs(matches, layout, count, share, skip_layers)
     return SharingPlan(ties=pairs if released else resolve_roots(pairs), released=released)

@@ -3,6 +3,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+
+# Threads that wait for each other between tiny operations take longer than the operations.
+torch.set_num_threads(1)
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -12,5 +16,7 @@ def shared() -> Path:
     """The folder of real checkpoints, texts and golden numbers beside the checkout."""
     folder = REPOSITORY.parent / "shared"
     if not folder.is_dir():
-        pytest.skip(f"{folder} is absent: real checkpoints and golden numbers are not on this machine")
+        pytest.skip(
+            f"{folder} is absent: real checkpoints and golden numbers are not on this machine"
+        )
     return folder

@@ -10,12 +10,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
 from sa_models.errors import PostshareError
 from sa_models.weights import WeightsFolder
-from train.demo import demo_base_path
+from train.demo import DEMO_BASE, demo_base_path
 
 if TYPE_CHECKING:
     from train.recipe import ModelSection, Recipe
 
-DEMO_BASE = "demo-base"
 NEEDED_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer*", "*.model"]
 
 

@@ -9,10 +9,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from fractions import Fraction
 from typing import TYPE_CHECKING
 
-from sa_models.errors import PostshareError
+from sa_models import selection
 from sa_models.heads import HeadLayout
 from sa_models.plan import PlanSavings, SharingPlan, llama_parameters
 
@@ -24,39 +23,14 @@ ZERO_STAGES = (0, 1, 2, 3)
 
 
 def requested_units(section: PlanSection, layout: HeadLayout) -> int:
-    """Units that the budget asks for, before there are scores; selection refuses the same.
+    """Units that the budget asks for, before there are scores.
 
     Raises:
-        PostshareError: more than there are units outside layer 0 and plan.skip_layers, none at
-            all, or a number of heads that splits a KV group.
+        PostshareError: see :func:`sa_models.selection.units_to_tie`.
     """
-    budget = section.budget
-    assert budget is not None
-    units = layout.layers * layout.units
-    if budget.ratio is not None:
-        # Through the decimal that the user wrote: 0.29 of 100 units is 29, not floor(28.99...).
-        wanted = math.floor(Fraction(str(budget.ratio)) * units)
-    else:
-        wanted, rest = divmod(budget.heads or 0, layout.heads_per_unit)
-        if rest:
-            raise PostshareError(
-                f"plan.budget.heads {budget.heads} splits a KV group of {layout.heads_per_unit} "
-                f"heads; the nearest is {max(wanted, 1) * layout.heads_per_unit}"
-            )
-    never = {0, *section.skip_layers}
-    if max(never) >= layout.layers:
-        raise PostshareError(
-            f"plan.skip_layers names layer {max(never)}; the model has layers 0 to "
-            f"{layout.layers - 1}"
-        )
-    eligible = (layout.layers - len(never)) * layout.units
-    if not 1 <= wanted <= eligible:
-        raise PostshareError(
-            f"plan.budget asks for {wanted} of {units} units, possible are 1 to {eligible} "
-            f"(layers {sorted(never)} are never targets); "
-            f"set plan.budget.ratio between {1 / units:.4f} and {eligible / units:.4f}"
-        )
-    return wanted
+    assert section.budget is not None
+    budget = selection.Budget(section.budget.ratio, section.budget.heads)
+    return selection.units_to_tie(budget, layout, section.skip_layers)
 
 
 def plan_savings(section: PlanSection, shape: LlamaShape) -> PlanSavings:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sa_models.errors import PostshareError
+from train.demo import DEMO_BASE, demo_base_path
 
 if TYPE_CHECKING:
     from train.recipe import ModelSection
@@ -136,10 +137,8 @@ def find_shape(model: ModelSection) -> tuple[LlamaShape, str]:
 
 
 def _local_folder(path: str) -> Path | None:
-    if path == "demo-base":
-        from train.demo import demo_base_path
-
-        return Path(demo_base_path())
+    if path == DEMO_BASE:
+        return demo_base_path()
     folder = Path(path).expanduser()
     looks_local = path.startswith(("/", ".", "~")) or path.count("/") > 1
     return folder if folder.is_dir() or looks_local else None

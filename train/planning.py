@@ -43,12 +43,11 @@ def find_plan(section: PlanSection, base: Path) -> tuple[SharingPlan, torch.Tens
     assert section.budget is not None
     budget = selection.Budget(ratio=section.budget.ratio, heads=section.budget.heads)
     # A budget that cannot be met is refused before the weights are read.
-    matches = random_matches(layout, section.seed)
-    selection.select_pairs(
-        matches, layout, budget.units(layout), section.share, section.skip_layers
-    )
+    selection.units_to_tie(budget, layout, section.skip_layers)
     scores = None
-    if section.strategy != "random":
+    if section.strategy == "random":
+        matches = random_matches(layout, section.seed)
+    else:
         scores = score_with_progress(weights, layout, section.score)
         matches = best_matches(scores, layout)
     plan = selection.make_plan(

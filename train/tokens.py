@@ -20,6 +20,7 @@ from datasets.exceptions import DatasetsError
 from tokenizers import Tokenizer
 
 from sa_models.errors import PostshareError
+from train.demo import DEMO_BASE, demo_base_path
 from train.sources import STDLIB, explain, load_documents, stamp
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
     from train.recipe import DataSource
 
-DEMO_BASE = "demo-base"
 ROW = datasets.Features({"input_ids": datasets.List(datasets.Value("int32"))})
 STREAM_BATCH = 32  # documents tokenized at a time: at most this many are read in vain
 
@@ -114,8 +114,6 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
 
         return train_tokenizer()
     if name == DEMO_BASE:
-        from train.demo import demo_base_path
-
         name = str(demo_base_path())
     local = Path(name).expanduser()
     try:

@@ -35,7 +35,7 @@ CONTEXT = 256
 
 
 def decode(model: PreTrainedModel, prompt: torch.Tensor) -> Callable[[], object]:
-    """One token after a prompt whose keys and values are cached; the cache is cut back each time."""
+    """One token after a cached prompt; the cache is cut back each time."""
     cache = DynamicCache(config=LlamaConfig(**model.config.to_dict()))
     model(prompt, past_key_values=cache, use_cache=True)
     token = prompt[:, :1]

@@ -93,13 +93,11 @@ def measure_7b(sampled_pairs: int = 400) -> dict[str, float]:
         weights = WeightsFolder(folder, attention_only=True)
         with PeakMemory("RssAnon") as memory:
             seconds = once(lambda: best_matches(unit_scores(weights, layout, "qk"), layout))
-        del weights
         chosen = random.Random(0).sample(pairs(layout), sampled_pairs)
         layers = sorted({layer for pair in chosen for layer, _ in pair})
-        reader = WeightsFolder(folder, attention_only=True)
         # The published code holds the model in memory; only the two projections are needed here.
         loaded = {
-            layout.parameter_name(layer, p): reader.read(layout.parameter_name(layer, p)).float()
+            layout.parameter_name(layer, p): weights.read(layout.parameter_name(layer, p)).float()
             for layer in layers
             for p in "qk"
         }

@@ -1,4 +1,4 @@
-"""Time things against each other in one run: this machine and yours are noisy, ratios are less so."""
+"""Time things against each other in one run: ratios are less noisy than seconds."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def once(function: Callable[[], object]) -> float:
 
 
 class PeakMemory:
-    """Peak of a line of /proc/self/status (RssAnon, VmRSS) above its value at the start, in bytes."""
+    """Peak of a line of /proc/self/status (RssAnon, VmRSS) above its start, in bytes."""
 
     def __init__(self, line: str = "RssAnon", seconds: float = 0.01) -> None:
         self.line, self.seconds = line, seconds

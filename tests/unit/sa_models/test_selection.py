@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from sa_models import similarity
 from sa_models.errors import PostshareError
 from sa_models.heads import HeadLayout, unit_view
-from sa_models.selection import Budget, make_plan, select_pairs
+from sa_models.selection import Budget, make_plan, select_pairs, units_to_tie
 from sa_models.similarity import InMemory, Matches, best_matches, random_matches, unit_scores
 
 
@@ -128,18 +128,19 @@ def test_ratio_is_floored_in_decimal(ratio: float, units: int, expected: int) ->
 def test_a_count_of_heads_may_not_split_a_kv_group() -> None:
     layout = HeadLayout(layers=4, hidden_size=16, heads=4, kv_heads=2, head_dim=4)
     assert Budget(heads=6).units(layout) == 3
-    with pytest.raises(PostshareError, match="ask for 4 or 6 heads"):
+    with pytest.raises(PostshareError, match=r"KV group of 2 heads.* the nearest is 4"):
         Budget(heads=5).units(layout)
 
 
 def test_a_ratio_that_cannot_be_met_names_the_highest_that_can() -> None:
     layout = HeadLayout(layers=4, hidden_size=16, heads=4, kv_heads=4, head_dim=4)
-    matches = random_matches(layout, seed=0)
-    assert len(select_pairs(matches, layout, 12, "q")) == 12
-    with pytest.raises(PostshareError, match=r"at most 0\.75"):
-        select_pairs(matches, layout, 13, "q")
+    assert units_to_tie(Budget(heads=12), layout) == 12
+    with pytest.raises(PostshareError, match=r"13 of 16 units, possible are 1 to 12 .*0\.7500"):
+        units_to_tie(Budget(heads=13), layout)
+    with pytest.raises(PostshareError, match="asks for 0 of 16"):
+        units_to_tie(Budget(ratio=0.05), layout)
     with pytest.raises(PostshareError, match="layer 9"):
-        select_pairs(matches, layout, 1, "q", skip_layers=(9,))
+        units_to_tie(Budget(heads=1), layout, skip_layers=(9,))
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2])

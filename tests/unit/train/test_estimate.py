@@ -142,7 +142,10 @@ def test_units_asked_for_are_those_that_selection_ties(
     [
         ({"budget": {"ratio": 0.99}}, "possible are 1 to 4"),
         ({"budget": {"heads": 10}}, "asks for 5 of 6 units"),
-        ({"budget": {"heads": 3}}, "splits a KV group of 2 heads; the nearest is 2"),
+        (
+            {"budget": {"heads": 3}},
+            "splits a KV group of 2 heads, which are tied",
+        ),
         ({"budget": {"ratio": 0.5}, "skip_layers": [0, 2]}, "possible are 1 to 2"),
         ({"budget": {"ratio": 0.2}, "skip_layers": [3]}, "names layer 3"),
     ],
