@@ -7,17 +7,11 @@ done by the main process, while the others wait for its outcome.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from rich.console import Console
-from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
+from transformers import LlamaForCausalLM, PreTrainedModel
 
 from sa_models import export as exporting
 from sa_models.errors import PostshareError
@@ -27,16 +21,23 @@ from sa_models.materialize import materialize_
 from sa_models.modeling import SharedLlamaForCausalLM
 from sa_models.plan import SharingPlan
 from sa_models.readers import open_weights
-from sa_models.weights import WeightsFolder, read_config
+from sa_models.weights import WeightsFolder
 from train import engine as engines
-from train.base_model import base_folder, fresh_config, load_base, load_dense
-from train.checkpoint import refuse_other_run
-from train.data import Blocks, prepare_data
+from train.base_model import load_base, load_dense
+from train.data import Blocks
 from train.loop import TrainJob, TrainResult, train
-from train.outcome import FREE_TRAIN, read_result
-from train.planning import draw_plan, find_plan, plan_table, requested_ratio
+from train.outcome import read_result
+from train.planning import (
+    SIMILARITY_PICTURE,
+    TIES_PICTURE,
+    draw_plan,
+    find_plan,
+    plan_table,
+    requested_ratio,
+)
 from train.progress import ExportProgress
-from train.recipe import Recipe, load_recipe
+from train.recipe import Recipe
+from train.run_folder import PLAN_FILE, Run, base_of, begin
 from train.summary import (
     SUMMARY_FILE,
     Training,
@@ -47,110 +48,6 @@ from train.summary import (
     weight_bytes,
     write_json,
 )
-from train.tokens import load_tokenizer
-
-if TYPE_CHECKING:
-    from transformers import LlamaConfig
-
-T = TypeVar("T")
-RECIPE_FILE = "recipe.yaml"
-PLAN_FILE = "plan.json"
-
-
-@dataclass
-class Run:
-    """What the stages share: the recipe, the ranks, and inputs that are read when first used."""
-
-    recipe: Recipe
-    ranks: engines.Engine
-
-    @property
-    def folder(self) -> Path:
-        return self.recipe.folder
-
-    @property
-    def shares(self) -> bool:
-        return self.recipe.plan.strategy != "none"
-
-    @cached_property
-    def base(self) -> Path | None:
-        """Folder of the base model; None when the model is trained from random weights."""
-        if self.recipe.model.config is not None:
-            return None
-        return self.main_first(lambda: base_folder(self.recipe.model))
-
-    @cached_property
-    def config(self) -> LlamaConfig:
-        return fresh_config(self.recipe.model) if self.base is None else read_config(self.base)
-
-    @cached_property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        name = self.recipe.model.tokenizer or (self.base and str(self.base))
-        if name is None:
-            raise PostshareError("model.config starts from nothing; set model.tokenizer as well")
-        return self.main_first(lambda: load_tokenizer(str(name), self.recipe.model.revision))
-
-    @cached_property
-    def blocks(self) -> tuple[Blocks, Blocks]:
-        """Training and validation blocks."""
-        steps = self.recipe.train.steps
-        needed = None if steps is None else max(1, steps * self.recipe.train.batch_size)
-        return self.main_first(
-            lambda: prepare_data(
-                self.recipe,
-                self.tokenizer,
-                needed_blocks=needed,
-                vocab_size=self.config.vocab_size,
-            )
-        )
-
-    @cached_property
-    def steps(self) -> int:
-        section = self.recipe.train
-        if section.steps is not None:
-            return section.steps
-        assert section.epochs is not None
-        return math.ceil(section.epochs * len(self.blocks[0]) / section.batch_size)
-
-    @property
-    def plan(self) -> SharingPlan:
-        """The run's plan, from its file."""
-        if not self.shares:
-            return SharingPlan()
-        plan = SharingPlan.load(self.folder / PLAN_FILE)
-        plan.validate(self.config)
-        return plan
-
-    def main_first(self, work: Callable[[], T]) -> T:
-        """Run ``work`` on the main process, then (from its caches) on the others."""
-        done: list[T] = []
-        self.on_main(lambda: done.append(work()))
-        return done[0] if done else work()
-
-    def on_main(self, work: Callable[[], None]) -> None:
-        """Run ``work`` on the main process while the others wait; its error is everybody's."""
-        problem = None
-        if self.ranks.is_main:
-            try:
-                work()
-            except PostshareError as error:
-                problem = str(error)
-        if self.ranks.world > 1:
-            from accelerate.utils import broadcast_object_list
-
-            problem = broadcast_object_list([problem])[0]
-        if problem is not None:
-            raise PostshareError(problem)
-
-    def say(self, *renderables: Any) -> None:
-        if self.ranks.is_main:
-            for renderable in renderables:
-                self.console.print(renderable)
-
-    @cached_property
-    def console(self) -> Console:
-        return Console(highlight=False)
-
 
 # --- the commands ---------------------------------------------------------------------------------
 
@@ -168,18 +65,18 @@ def run(recipe: Recipe) -> None:
 
 def plan(recipe: Recipe) -> None:
     """`postshare plan`: find, print and draw the plan."""
-    current = begin(recipe)
-    if not current.shares:
+    if recipe.plan.strategy == "none":
         raise PostshareError("plan.strategy is none: there is no plan to find; set plan.strategy")
+    current = begin(recipe, needs_data=False)
     make_plan(current)
-    current.say(f"plan      {current.folder / PLAN_FILE}")
-    for picture in sorted(current.folder.glob("plan-*.png")):
-        current.say(f"picture   {picture}")
+    for name in (PLAN_FILE, SIMILARITY_PICTURE, TIES_PICTURE):
+        if (current.folder / name).is_file():
+            current.say(f"{current.folder / name}")
 
 
 def export(recipe: Recipe) -> None:
     """`postshare export`: the exports of a finished training."""
-    current = begin(recipe)
+    current = begin(recipe, needs_data=False)
     require_trained(current)
     write_exports(current)
 
@@ -208,46 +105,6 @@ def prepare(recipe: Recipe) -> None:
 # --- the stages -----------------------------------------------------------------------------------
 
 
-def begin(recipe: Recipe) -> Run:
-    """Claim the run folder for this recipe.
-
-    Raises:
-        PostshareError: the folder belongs to another recipe, or to something else.
-    """
-    logging.disable_progress_bar()  # transformers' own bars would tear ours
-    current = Run(recipe, engines.start(recipe))
-    if current.base is not None:
-        current.main_first(lambda: WeightsFolder(base_of(current)))
-
-    def claim() -> None:
-        file = current.folder / RECIPE_FILE
-        if file.is_file():
-            theirs = load_recipe(file)
-            refuse_other_run(current.folder, run_identity(theirs), run_identity(recipe))
-        elif current.folder.is_dir() and any(current.folder.iterdir()):
-            raise PostshareError(
-                f"{current.folder} is not empty and is no run folder; choose another output_dir"
-            )
-        current.folder.mkdir(parents=True, exist_ok=True)
-        recipe.save(file)
-
-    current.on_main(claim)
-    return current
-
-
-def run_identity(recipe: Recipe) -> dict[str, Any]:
-    """What decides a run's results; the rest of a recipe may change between two starts."""
-    free = {"name", "output_dir", "resume", "wandb", "export", "evaluate"}
-    value = recipe.model_dump(mode="json", exclude=free)
-    value["train"] = {
-        k: v
-        for k, v in value["train"].items()
-        if k in ("steps", "epochs", "learning_rate") or k not in FREE_TRAIN
-    }
-    value["data"].pop("processes")
-    return value
-
-
 def make_plan(current: Run) -> None:
     """Find the plan, unless the run folder has it; print it, draw it."""
     if not current.shares:
@@ -257,7 +114,7 @@ def make_plan(current: Run) -> None:
     def work() -> None:
         file = current.folder / PLAN_FILE
         if not file.is_file():
-            found, scores = find_plan(section, base)
+            found, scores = find_plan(section, WeightsFolder(base))
             layout = HeadLayout.from_config(current.config)
             draw_plan(found, scores, layout, section, current.folder)
             found.save(file)
@@ -308,19 +165,10 @@ def train_one(current: Run, name: str, folder: Path, plan: SharingPlan | None) -
 
 
 def heal(current: Run) -> None:
-    """Materialize, then train the compact model: a tied unit is one parameter, so ties stay exact.
-
-    Raises:
-        PostshareError: under ZeRO, where a parameter that several layers read is not exact yet.
-    """
+    """Materialize, then train the compact model, in which a tied unit is one parameter."""
     section = current.recipe.materialize
     if section.heal_steps == 0:
         return
-    if current.ranks.backend == "deepspeed":
-        raise PostshareError(
-            "materialize.heal_steps: healing is exact on one process and under DDP, not yet under "
-            "ZeRO; launch with launch/accelerate/ddp.yaml, or set materialize.heal_steps=0"
-        )
     model = load_dense(trained_folder(current), current.recipe.model.attention)
     layout = HeadLayout.from_config(model.config)
     materialize_(dict(model.named_parameters()), layout, current.plan, section.merge)
@@ -430,15 +278,6 @@ def load_export(current: Run) -> PreTrainedModel:
 
 
 # --- where things are -----------------------------------------------------------------------------
-
-
-def base_of(current: Run) -> Path:
-    if current.base is None:
-        raise PostshareError(
-            "a model from random weights has no heads worth sharing; train it with "
-            "plan.strategy=none first, then share it by model.path"
-        )
-    return current.base
 
 
 def trained_folder(current: Run) -> Path:

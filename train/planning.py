@@ -24,26 +24,35 @@ SIMILARITY_PICTURE = "plan-similarity.png"
 TIES_PICTURE = "plan-ties.png"
 
 
-def find_plan(section: PlanSection, base: Path) -> tuple[SharingPlan, torch.Tensor | None]:
+def check_plan(section: PlanSection, weights: WeightsFolder) -> None:
+    """Refuse a budget that cannot be met, or a plan file that does not fit, before any work.
+
+    Raises:
+        PostshareError: what is wrong, see :func:`sa_models.selection.units_to_tie` and
+            :meth:`SharingPlan.validate`.
+    """
+    if section.strategy == "file":
+        SharingPlan.load(section.path or "").validate(weights.config)
+    elif section.strategy != "none":
+        layout = HeadLayout.from_config(weights.config)
+        selection.units_to_tie(_budget(section), layout, section.skip_layers)
+
+
+def find_plan(
+    section: PlanSection, weights: WeightsFolder
+) -> tuple[SharingPlan, torch.Tensor | None]:
     """The plan of a recipe, and the scores (units, units) that it was chosen by, if any.
 
     Args:
-        base: folder of the base model; only its attention weights are read.
+        weights: of the base model; only its attention weights are read.
 
     Raises:
-        PostshareError: the budget cannot be met, the plan file does not fit the model, or the
-            model's folder is not usable.
+        PostshareError: see :func:`check_plan`.
     """
-    weights = WeightsFolder(base)
+    check_plan(section, weights)
     layout = HeadLayout.from_config(weights.config)
     if section.strategy == "file":
-        plan = SharingPlan.load(section.path or "")
-        plan.validate(weights.config)
-        return plan, None
-    assert section.budget is not None
-    budget = selection.Budget(ratio=section.budget.ratio, heads=section.budget.heads)
-    # A budget that cannot be met is refused before the weights are read.
-    selection.units_to_tie(budget, layout, section.skip_layers)
+        return SharingPlan.load(section.path or ""), None
     scores = None
     if section.strategy == "random":
         matches = random_matches(layout, section.seed)
@@ -53,13 +62,18 @@ def find_plan(section: PlanSection, base: Path) -> tuple[SharingPlan, torch.Tens
     plan = selection.make_plan(
         matches,
         layout,
-        budget,
+        _budget(section),
         section.share,
         section.skip_layers,
         released=section.strategy == "released",
     )
     plan.validate(weights.config)
     return plan, scores
+
+
+def _budget(section: PlanSection) -> selection.Budget:
+    assert section.budget is not None
+    return selection.Budget(ratio=section.budget.ratio, heads=section.budget.heads)
 
 
 def score_with_progress(weights: WeightsFolder, layout: HeadLayout, score: str) -> torch.Tensor:

@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import sa_models
 from sa_models.errors import PostshareError
-from train import pipeline
-from train.pipeline import run
+from train.engine import start
+from train.pipeline import plan, run
 from train.recipe import Recipe, validate
+from train.run_folder import Run, run_identity
 from train.tracking import read_rows
 
 torch.set_num_threads(1)
@@ -186,8 +187,28 @@ def test_a_plan_for_another_shape_is_refused_before_anything_is_written(
     )
     with pytest.raises(PostshareError, match="layer 40 is out of range"):
         run(made)
-    assert not (tmp_path / "run" / "plan.json").exists()
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_mistake_can_be_corrected_in_the_same_folder(tmp_path: Path, text: Path) -> None:
+    """Nothing is written for a recipe that is refused; a plan that was only looked at is no run."""
+    folder = tmp_path / "run"
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    wrong = [
+        {"plan": {"budget": {"ratio": 0.99}}},
+        {"data": {"train": str(empty)}},
+        {"wandb": {"mode": "online"}},
+    ]
+    for sections in wrong:
+        with pytest.raises(PostshareError):
+            run(recipe(folder, "demo-base", text, **sections))
+        assert not folder.exists(), sections
+    plan(recipe(folder, "demo-base", text, plan={"budget": {"ratio": 0.1}}))
+    first = json.loads((folder / "plan.json").read_text())
+    plan(recipe(folder, "demo-base", text, plan={"budget": {"ratio": 0.2}}))
+    second = json.loads((folder / "plan.json").read_text())
+    assert (len(first["ties"]), len(second["ties"])) == (6, 12)
 
 
 def test_a_model_that_is_not_there_or_no_llama(tmp_path: Path, text: Path) -> None:
@@ -277,8 +298,7 @@ def test_real_text_and_a_real_base(shared: Path, tmp_path: Path) -> None:
                 target[:, mine] = origin[:, theirs]
             else:
                 target[mine] = origin[theirs]
-    current = pipeline.Run(made, pipeline.engines.start(made))
-    blocks = current.blocks[1]
+    blocks = Run(made, start(made)).blocks[1]
     ids = torch.stack([blocks[i]["input_ids"] for i in range(96)])
     with torch.no_grad():
         loss = sum(model(part, labels=part).loss.item() for part in ids.split(8)) / 12
@@ -288,4 +308,4 @@ def test_real_text_and_a_real_base(shared: Path, tmp_path: Path) -> None:
 
 def test_the_resume_of_a_run_folder_ignores_what_changes_nothing(finished: Recipe) -> None:
     changed = finished.model_copy(update={"name": "renamed"})
-    assert pipeline.run_identity(changed) == pipeline.run_identity(finished)
+    assert run_identity(changed) == run_identity(finished)

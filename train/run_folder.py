@@ -1,0 +1,212 @@
+"""The run folder: what the stages share, and the checks that come before anything is written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from sa_models.errors import PostshareError
+from sa_models.plan import SharingPlan
+from sa_models.weights import WeightsFolder, read_config
+from train import engine as engines
+from train.base_model import base_folder, fresh_config
+from train.checkpoint import refuse_other_run
+from train.data import Blocks, prepare_data
+from train.outcome import FREE_TRAIN
+from train.planning import SIMILARITY_PICTURE, TIES_PICTURE, check_plan
+from train.recipe import Recipe, load_recipe
+from train.summary import SUMMARY_FILE
+from train.tokens import load_tokenizer
+from train.tracking import check_wandb
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig
+
+T = TypeVar("T")
+RECIPE_FILE = "recipe.yaml"
+PLAN_FILE = "plan.json"
+
+
+@dataclass
+class Run:
+    """What the stages share: the recipe, the ranks, and inputs that are read when first used."""
+
+    recipe: Recipe
+    ranks: engines.Engine
+
+    @property
+    def folder(self) -> Path:
+        return self.recipe.folder
+
+    @property
+    def shares(self) -> bool:
+        return self.recipe.plan.strategy != "none"
+
+    @cached_property
+    def base(self) -> Path | None:
+        """Folder of the base model; None when the model is trained from random weights."""
+        if self.recipe.model.config is not None:
+            return None
+        return self.main_first(lambda: base_folder(self.recipe.model))
+
+    @cached_property
+    def config(self) -> LlamaConfig:
+        return fresh_config(self.recipe.model) if self.base is None else read_config(self.base)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        name = self.recipe.model.tokenizer or (self.base and str(self.base))
+        if name is None:
+            raise PostshareError("model.config starts from nothing; set model.tokenizer as well")
+        return self.main_first(lambda: load_tokenizer(str(name), self.recipe.model.revision))
+
+    @cached_property
+    def blocks(self) -> tuple[Blocks, Blocks]:
+        """Training and validation blocks."""
+        steps = self.recipe.train.steps
+        needed = None if steps is None else max(1, steps * self.recipe.train.batch_size)
+        return self.main_first(
+            lambda: prepare_data(
+                self.recipe,
+                self.tokenizer,
+                needed_blocks=needed,
+                vocab_size=self.config.vocab_size,
+            )
+        )
+
+    @cached_property
+    def steps(self) -> int:
+        section = self.recipe.train
+        if section.steps is not None:
+            return section.steps
+        assert section.epochs is not None
+        return math.ceil(section.epochs * len(self.blocks[0]) / section.batch_size)
+
+    @property
+    def plan(self) -> SharingPlan:
+        """The run's plan, from its file."""
+        if not self.shares:
+            return SharingPlan()
+        plan = SharingPlan.load(self.folder / PLAN_FILE)
+        plan.validate(self.config)
+        return plan
+
+    def main_first(self, work: Callable[[], T]) -> T:
+        """Run ``work`` on the main process, then (from its caches) on the others."""
+        done: list[T] = []
+        self.on_main(lambda: done.append(work()))
+        return done[0] if done else work()
+
+    def on_main(self, work: Callable[[], None]) -> None:
+        """Run ``work`` on the main process while the others wait; its error is everybody's."""
+        problem = None
+        if self.ranks.is_main:
+            try:
+                work()
+            except PostshareError as error:
+                problem = str(error)
+        if self.ranks.world > 1:
+            from accelerate.utils import broadcast_object_list
+
+            problem = broadcast_object_list([problem])[0]
+        if problem is not None:
+            raise PostshareError(problem)
+
+    def say(self, *renderables: Any) -> None:
+        if self.ranks.is_main:
+            for renderable in renderables:
+                self.console.print(renderable)
+
+    @cached_property
+    def console(self) -> Console:
+        return Console(highlight=False)
+
+
+def base_of(current: Run) -> Path:
+    if current.base is None:
+        raise PostshareError(
+            "a model from random weights has no heads worth sharing; train it with "
+            "plan.strategy=none first, then share it by model.path"
+        )
+    return current.base
+
+
+# --- claiming the folder --------------------------------------------------------------------------
+
+
+def begin(recipe: Recipe, needs_data: bool = True) -> Run:
+    """Check everything that can be checked without training, then claim the run folder.
+
+    Args:
+        needs_data: whether to read (and cache) the data before anything is written.
+
+    Raises:
+        PostshareError: any of the inputs is wrong, or the folder belongs to another run or to
+            something else. Nothing has been written then.
+    """
+    logging.disable_progress_bar()  # transformers' own bars would tear ours
+    current = Run(recipe, engines.start(recipe))
+    check_heal(current)
+    current.on_main(lambda: check_wandb(recipe.wandb))
+    if current.base is not None:
+        current.on_main(lambda: check_plan(recipe.plan, WeightsFolder(base_of(current))))
+    current.on_main(lambda: check_folder(current))
+    if needs_data:
+        _ = current.blocks
+    current.on_main(lambda: claim(current))
+    return current
+
+
+STARTED = ("run.json", "continued", "heal", "export", SUMMARY_FILE)
+
+
+def check_folder(current: Run) -> None:
+    """Refuse a folder that holds another run, or something that is no run at all."""
+    folder, file = current.folder, current.folder / RECIPE_FILE
+    if not file.is_file():
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise PostshareError(
+                f"{folder} is not empty and is no run folder; choose another output_dir"
+            )
+    elif any((folder / name).exists() for name in STARTED):
+        refuse_other_run(folder, run_identity(load_recipe(file)), run_identity(current.recipe))
+
+
+def claim(current: Run) -> None:
+    """Write the resolved recipe. A plan of another recipe, never trained with, is dropped."""
+    folder, file = current.folder, current.folder / RECIPE_FILE
+    if file.is_file() and run_identity(load_recipe(file)) != run_identity(current.recipe):
+        for stale in (PLAN_FILE, SIMILARITY_PICTURE, TIES_PICTURE):
+            (folder / stale).unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    current.recipe.save(file)
+
+
+def run_identity(recipe: Recipe) -> dict[str, Any]:
+    """What decides a run's results; the rest of a recipe may change between two starts."""
+    free = {"name", "output_dir", "resume", "wandb", "export", "evaluate"}
+    value = recipe.model_dump(mode="json", exclude=free)
+    value["train"] = {
+        k: v
+        for k, v in value["train"].items()
+        if k in ("steps", "epochs", "learning_rate") or k not in FREE_TRAIN
+    }
+    value["data"].pop("processes")
+    return value
+
+
+def check_heal(current: Run) -> None:
+    """Refuse to heal under ZeRO, where a parameter that several layers read is not exact yet."""
+    if current.recipe.materialize.heal_steps and current.ranks.backend == "deepspeed":
+        raise PostshareError(
+            "materialize.heal_steps: healing is exact on one process and under DDP, not yet under "
+            "ZeRO; launch with launch/accelerate/ddp.yaml, or set materialize.heal_steps=0"
+        )
