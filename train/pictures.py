@@ -53,7 +53,7 @@ def save_ties(plan: SharingPlan, layout: HeadLayout, path: Path) -> None:
     for label, color, members in (
         ("own weights", "#d9d9d9", [u for u in every if u not in targets | sources]),
         ("source", "#0072b2", sorted(sources)),
-        ("target (stores nothing)", "#e69f00", sorted(targets)),
+        ("target", "#e69f00", sorted(targets)),
     ):
         axes.scatter(
             [unit for _, unit in members],
