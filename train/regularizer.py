@@ -78,6 +78,7 @@ DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "js": js,
     "cosine": cosine,
 }
+OF_DIFFERENCE = ("l2", "mse")  # odd functions of x - y: their gradients have a closed form
 
 
 def penalty_coefficient(step: int, section: PenaltySection) -> float:
@@ -114,14 +115,23 @@ class PenaltyResult:
 
 
 @dataclass(frozen=True)
+class _Span:
+    """The part of a chunk in one parameter: rows of the chunk, and the units they take."""
+
+    name: str
+    target_rows: slice
+    target_units: Tensor
+    source_rows: Tensor
+    source_units: Tensor
+
+
+@dataclass(frozen=True)
 class _Chunk:
-    """Some pairs of one projection, as indices into the distinct units that take part in them."""
+    """Some pairs of one projection, ordered by the layer of their targets."""
 
     projection: str
     ties: Tensor  # [pairs], rows of the result
-    target: Tensor  # [pairs], rows of the gathered units
-    source: Tensor  # [pairs]
-    spans: tuple[tuple[str, int, int, Tensor], ...]  # (parameter, first row, last row, its units)
+    spans: tuple[_Span, ...]
 
 
 class Penalty:
@@ -146,7 +156,6 @@ class Penalty:
         self.ties = plan.ties
         self.layout = layout
         self.kind = kind
-        self._distance = DISTANCES[kind]
         owned = {(tie.target, p) for tie in plan.ties for p in tie.projections}
         pulled = [
             tie.projections
@@ -173,25 +182,26 @@ class Penalty:
     @property
     def parameter_names(self) -> list[str]:
         """Names of the parameters that are pulled, sorted."""
-        return sorted({name for chunk in self._chunks for name, *_ in chunk.spans})
+        return sorted({span.name for chunk in self._chunks for span in chunk.spans})
 
     def _chunk(self, projection: str, rows: list[int]) -> _Chunk:
-        ties = [self.ties[i] for i in rows]
-        units = sorted({unit for tie in ties for unit in (tie.target, tie.source)})
-        position = {unit: i for i, unit in enumerate(units)}
+        rows = sorted(rows, key=lambda row: self.ties[row].target)
+        targets = [self.ties[row].target for row in rows]
+        sources = [self.ties[row].source for row in rows]
         spans = []
-        for layer in sorted({layer for layer, _ in units}):
-            own = [unit for at, unit in units if at == layer]
-            first = position[(layer, own[0])]
-            name = self.layout.parameter_name(layer, projection)
-            spans.append((name, first, first + len(own), torch.tensor(own)))
-        return _Chunk(
-            projection,
-            torch.tensor(rows),
-            torch.tensor([position[tie.target] for tie in ties]),
-            torch.tensor([position[tie.source] for tie in ties]),
-            tuple(spans),
-        )
+        for layer in sorted({layer for layer, _ in targets + sources}):
+            to = [i for i, (at, _) in enumerate(targets) if at == layer]
+            of = [i for i, (at, _) in enumerate(sources) if at == layer]
+            spans.append(
+                _Span(
+                    self.layout.parameter_name(layer, projection),
+                    slice(to[0], to[-1] + 1) if to else slice(0, 0),
+                    torch.tensor([targets[i][1] for i in to], dtype=torch.int64),
+                    torch.tensor(of, dtype=torch.int64),
+                    torch.tensor([sources[i][1] for i in of], dtype=torch.int64),
+                )
+            )
+        return _Chunk(projection, torch.tensor(rows), tuple(spans))
 
     def apply(self, engine: Engine, weight: float | None) -> PenaltyResult:
         """Evaluate the penalty and add `weight` times its gradient to the engine's gradient.
@@ -208,68 +218,132 @@ class Penalty:
         distance = torch.full(shape, math.nan, device=engine.device)
         cosines = distance.clone()
         total = torch.zeros((), dtype=torch.float64, device=engine.device)
+        scale = None if weight is None else weight / self.pairs
         for chunk in self._chunks:
-            units = self._gather(engine, shards, chunk)
-            x = units[chunk.target.to(engine.device)].requires_grad_(weight is not None)
-            y = units[chunk.source.to(engine.device)].requires_grad_(weight is not None)
-            del units
-            values = self._distance(x, y)
-            total += values.detach().sum(dtype=torch.float64)
-            column = self.projections.index(chunk.projection)
-            rows = chunk.ties.to(engine.device)
-            with torch.no_grad():
-                distance[rows, column] = values if self.kind == "l2" else l2(x, y)
-                cosines[rows, column] = torch.cosine_similarity(x, y, dim=-1)
-            if weight is not None:
-                gradients = torch.autograd.grad(values.sum() * (weight / self.pairs), (x, y))
-                self._scatter(shards, chunk, *gradients)
+            x, y, squares = self._gather(engine, shards, chunk)
+            apart = torch.linalg.vector_norm(x if y is None else x - y, dim=-1)
+            at = chunk.ties.to(engine.device), self.projections.index(chunk.projection)
+            distance[at], cosines[at] = apart, _cosines(squares, apart)
+            if y is None:
+                values = self._scale_difference(x, apart, scale)
+            else:
+                values, x, y = self._differentiate(x, y, scale)
+            total += values.sum(dtype=torch.float64)
+            if scale is not None:
+                self._scatter(shards, chunk, x, y)
         value = float(total) / max(self.pairs, 1)
         return PenaltyResult(value, distance.cpu(), cosines.cpu())
 
-    def _gather(self, engine: Engine, shards: dict[str, Shard], chunk: _Chunk) -> Tensor:
-        """The chunk's distinct units, fp32 [units, elements of a unit], complete on every rank."""
-        width = self.layout.width(chunk.projection)
-        rows = chunk.spans[-1][2]
-        gathered = torch.zeros(rows, width, self.layout.hidden_size, device=engine.device)
-        for name, first, last, index in chunk.spans:
-            shard = shards[name]
-            if shard.start == shard.stop:
-                continue
-            whole = shard.values if shard.whole else _pad(shard, shard.values)
-            view = unit_view(whole.view(shard.shape), self.layout, chunk.projection)
-            gathered[first:last] = view[index.to(engine.device)]
-        if engine.sharded:
-            engine.all_reduce_(gathered)
-        return gathered.flatten(1)
+    def _gather(
+        self, engine: Engine, shards: dict[str, Shard], chunk: _Chunk
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """The chunk's targets x and sources y, fp32 [pairs, elements], complete on every rank.
 
-    def _scatter(self, shards: dict[str, Shard], chunk: _Chunk, gx: Tensor, gy: Tensor) -> None:
-        """Add the gradients of targets and sources to this rank's ranges."""
-        device = gx.device
-        width = self.layout.width(chunk.projection)
-        gradients = gx.new_zeros(chunk.spans[-1][2], gx.shape[1])
-        # index_put_ adds up the targets of one source in a fixed order, also on a GPU: with DDP the
-        # ranks must get the same bits.
-        gradients.index_put_((chunk.target.to(device),), gx, accumulate=True)
-        gradients.index_put_((chunk.source.to(device),), gy, accumulate=True)
-        for name, first, last, index in chunk.spans:
-            shard = shards[name]
+        For a kind that depends on the difference alone x is the difference and y is None: half
+        the memory and half the traffic. Also the squared norms of both, float64 [2, pairs].
+        """
+        width, pairs = self.layout.width(chunk.projection), len(chunk.ties)
+        make = torch.zeros if engine.sharded else torch.empty  # all rows are written where whole
+        x = make(pairs, width, self.layout.hidden_size, device=engine.device)
+        y = None if self.kind in OF_DIFFERENCE else torch.zeros_like(x)
+        squares = torch.zeros(2, pairs, dtype=torch.float64, device=engine.device)
+        views = {
+            span.name: unit_view(_whole(shard).view(shard.shape), self.layout, chunk.projection)
+            for span in chunk.spans
+            if (shard := shards[span.name]).values.numel()
+        }
+        spans = [span for span in chunk.spans if span.name in views]
+        for span in spans:
+            part, units = x[span.target_rows], span.target_units.to(x.device)
+            torch.index_select(views[span.name], 0, units, out=part)
+            squares[0, span.target_rows] = _squares(part)
+        for span in spans:
+            part = views[span.name].index_select(0, span.source_units.to(x.device))
+            rows = span.source_rows.to(x.device)
+            into, sign = (x, -1) if y is None else (y, 1)
+            into.index_add_(0, rows, part, alpha=sign)
+            squares[1].index_copy_(0, rows, _squares(part))
+        if engine.sharded:
+            for tensor in (x, squares) if y is None else (x, y, squares):
+                engine.all_reduce_(tensor)
+        return x.flatten(1), None if y is None else y.flatten(1), squares
+
+    def _scale_difference(self, difference: Tensor, apart: Tensor, scale: float | None) -> Tensor:
+        """Values of l2 or mse; with `scale`, the difference becomes scale x the gradient to x."""
+        if self.kind == "l2":
+            values, slope = apart, apart.reciprocal().masked_fill_(apart == 0, 0)
+        else:
+            values = apart.square() / difference.shape[1]
+            slope = torch.full_like(apart, 2 / difference.shape[1])
+        if scale is not None:
+            difference *= (slope * scale)[:, None]
+        return values
+
+    def _differentiate(
+        self, x: Tensor, y: Tensor, scale: float | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Values of any kind; with `scale`, also scale x the gradients to x and y."""
+        if scale is None:
+            return DISTANCES[self.kind](x, y), x, y
+        x.requires_grad_()
+        y.requires_grad_()
+        values = DISTANCES[self.kind](x, y)
+        to_target, to_source = torch.autograd.grad(values.sum() * scale, (x, y))
+        return values.detach(), to_target, to_source
+
+    def _scatter(
+        self, shards: dict[str, Shard], chunk: _Chunk, to_target: Tensor, to_source: Tensor | None
+    ) -> None:
+        """Add the gradients of targets and sources (None: minus the targets') to this rank's."""
+        sign = -1 if to_source is None else 1
+        size = (self.layout.width(chunk.projection), self.layout.hidden_size)
+        to_target = to_target.unflatten(1, size)
+        to_source = to_target if to_source is None else to_source.unflatten(1, size)
+        for span in chunk.spans:
+            shard = shards[span.name]
             local = shard.read_gradient()
             if not local.numel():
                 continue
-            units = gradients[first:last].unflatten(1, (width, -1))
             complete = local.numel() == shard.shape.numel()
             whole = local if complete else local.new_zeros(shard.shape.numel())
             view = unit_view(whole.view(shard.shape), self.layout, chunk.projection)
-            view[index.to(device)] += units  # a unit occurs once: nothing is lost
+            rows = to_source.index_select(0, span.source_rows.to(view.device))
+            _add_rows(view, span.target_units, to_target[span.target_rows], 1)
+            _add_rows(view, span.source_units, rows, sign)
             if not complete:
                 local += whole[shard.start : shard.stop]
             shard.write_gradient(local)
 
 
-def _pad(shard: Shard, values: Tensor) -> Tensor:
-    """A whole parameter, flat, that holds this rank's range and zeros elsewhere."""
-    whole = values.new_zeros(shard.shape.numel())
-    whole[shard.start : shard.stop] = values
+def _squares(units: Tensor) -> Tensor:
+    """Squared norm of each unit, float64 (of fp32 sums)."""
+    return torch.linalg.vector_norm(units, dim=(1, 2)).double().square()
+
+
+def _cosines(squares: Tensor, apart: Tensor) -> Tensor:
+    """Cosine of each pair from the lengths of the three sides; 0 for a unit of zeros."""
+    (x, y), d = squares, apart.double().square()
+    return ((x + y - d) / (2 * (x * y).sqrt()).clamp(min=1e-30)).float()
+
+
+def _add_rows(into: Tensor, index: Tensor, rows: Tensor, sign: int) -> None:
+    """`into[index] += sign * rows`, repeated indices added up in a fixed order on every device.
+
+    With DDP the ranks must get the same bits, and index_add_ on a GPU adds in any order.
+    """
+    index = index.to(into.device)
+    if into.device.type == "cpu":
+        into.index_add_(0, index, rows, alpha=sign)
+    else:
+        into.index_put_((index,), rows if sign == 1 else -rows, accumulate=True)
+
+
+def _whole(shard: Shard) -> Tensor:
+    """The whole parameter, flat: this rank's range, and zeros elsewhere."""
+    if shard.whole:
+        return shard.values
+    whole = shard.values.new_zeros(shard.shape.numel())
+    whole[shard.start : shard.stop] = shard.values
     return whole
 
 
