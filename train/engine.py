@@ -209,7 +209,7 @@ class Engine(ABC):
             return
         checksum = torch.zeros((), dtype=torch.int64, device=self.device)
         for index, parameter in enumerate(self.model.parameters()):
-            values = parameter.detach()
+            values = parameter.detach().contiguous()  # a compact o is stored transposed
             # Integer sums wrap and do not depend on their order: equal bits, equal checksum.
             checksum += (index + 1) * values.view(torch.int16).sum(dtype=torch.int64)
             checksum += (index + 7) * values.view(torch.uint8).sum(dtype=torch.int64)
