@@ -204,6 +204,8 @@ def _train(engine: Engine, job: TrainJob, recipe: Recipe, ours: dict[str, Any]) 
             if due(section.evaluate_every, at.step) and job.validation_blocks is not None:
                 row |= validate(engine, job.validation_blocks, recipe)
             tracker.log(row, pulled.distance if pulled else None)
+            if pulled is not None:
+                tracker.log_pairs(at.step, pulled.distance, pulled.cosine)
 
             # 6. A checkpoint; stopping is a checkpoint too, on all ranks at the same step.
             last = at.step == job.steps

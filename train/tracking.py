@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 
+PAIR_ROWS = 50
+"""Rows of `pairs.jsonl` in a training."""
+
 # Everything else in a row is a function of recipe and step: equal however often a run was stopped.
 TIMING_KEYS = (
     "seconds",
@@ -66,7 +69,11 @@ class Tracker:
         self.path = folder / "metrics.jsonl"
         self.main = main
         if main:
+            self._pairs_path = folder / "pairs.jsonl"
+            self._pairs_every = max(1, steps // PAIR_ROWS)
             truncate_rows(self.path, resumed_step)
+            if self._pairs_path.is_file():
+                truncate_rows(self._pairs_path, resumed_step)
             self._wandb = WandbRun(job, recipe, folder, wandb_run_id)
             self._line = ProgressLine(job, steps, resumed_step)
 
@@ -88,6 +95,19 @@ class Tracker:
         self._wandb.log(row, distances)
         self._line.show(row)
 
+    def log_pairs(self, step: int, distance: torch.Tensor, cosine: torch.Tensor) -> None:
+        """Record every pair, about 50 times in a training, in `pairs.jsonl`.
+
+        Args:
+            distance, cosine: [ties, projections] in the order of the plan's ties; nan (null in the
+                file) where a tie does not pull a projection.
+        """
+        if not self.main or step % self._pairs_every:
+            return
+        append_row(
+            self._pairs_path, {"step": step, "distance": _nulls(distance), "cosine": _nulls(cosine)}
+        )
+
     def say(self, text: str) -> None:
         """Print a line above the progress line."""
         if self.main:
@@ -100,6 +120,10 @@ class Tracker:
         if self.main:
             self._line.close()
             self._wandb.close(failed=exception[0] is not None)
+
+
+def _nulls(values: torch.Tensor) -> list[list[float | None]]:
+    return [[None if one != one else one for one in row] for row in values.tolist()]
 
 
 # --- metrics.jsonl --------------------------------------------------------------------------------
@@ -292,6 +316,19 @@ class ProgressLine:
         parts.append(f"data {wait:.0f}%")
         parts.append(f"{row['memory_bytes'] / 2**30:.2f} GiB")
         return "  ".join(parts)
+
+    def log_pairs(self, step: int, distance: torch.Tensor, cosine: torch.Tensor) -> None:
+        """Record every pair, about 50 times in a training, in `pairs.jsonl`.
+
+        Args:
+            distance, cosine: [ties, projections] in the order of the plan's ties; nan (null in the
+                file) where a tie does not pull a projection.
+        """
+        if not self.main or step % self._pairs_every:
+            return
+        append_row(
+            self._pairs_path, {"step": step, "distance": _nulls(distance), "cosine": _nulls(cosine)}
+        )
 
     def say(self, text: str) -> None:
         if self.bar is not None:

@@ -24,6 +24,7 @@ from train.interrupt import StopSignal, resume_command
 from train.loop import TrainingStopped, TrainJob, train
 from train.recipe import Recipe
 from train.regularizer import Penalty
+from train.tracking import read_rows
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -176,6 +177,12 @@ def test_the_penalty_pulls_and_its_ramp_counts_steps(tmp_path: Path) -> None:
     assert rows[4]["penalty"] < 0.95 * rows[1]["penalty"]
     assert rows[4]["pair_cosine_mean"] > rows[1]["pair_cosine_mean"]
     assert rows[0]["pair_distance_mean"] <= rows[0]["pair_distance_worst"]
+    # Every pair is in pairs.jsonl: l2 sums the distances of the projections, over the pairs.
+    pairs = read_rows(tmp_path / "pairs.jsonl")
+    assert [pair["step"] for pair in pairs] == [1, 2, 3, 4, 5]
+    for row, pair in zip(rows, pairs, strict=True):
+        each = [sum(distances) for distances in pair["distance"]]
+        assert sum(each) / len(tiny.PLAN.ties) == pytest.approx(row["penalty"])
 
 
 def test_bf16_computes_in_bf16_and_updates_fp32(tmp_path: Path) -> None:
