@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from threading import Event, Lock
 from typing import Any, Literal
 
 import torch
@@ -110,9 +111,8 @@ def export_model(
     todo = [name for name in formats if not job.is_finished(name)]
     if todo:
         job.check_space(todo)
-        with job.beside(todo) as beside:
-            job.write(beside)
-            job.verify_and_seal(beside)
+        with one_thread(), job.beside(todo) as beside:
+            job.make(beside)
             for name, path in beside.items():
                 os.rename(path, folder / name)
             fsync_folder(folder)
@@ -120,6 +120,21 @@ def export_model(
         paths={name: folder / name for name in formats},
         bytes={name: read_manifest(folder / name)["tensors"]["bytes"] for name in formats},
     )
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Run torch's operators in the calling thread.
+
+    Memory and disk bound the work, which is divided by files: on two busy cores, operators that
+    wait for one another's threads took 2.5 times as long.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _check_arguments(formats: Sequence[str], dtype: torch.dtype) -> None:
@@ -200,26 +215,47 @@ class _Job:
             for path in folders.values():
                 shutil.rmtree(path, ignore_errors=True)
 
-    def write(self, beside: dict[str, Path]) -> None:
-        """Write the tensors of all formats in one pass over the source, then the other files."""
+    def make(self, beside: dict[str, Path]) -> None:
+        """Write the formats side by side; then hash them while they are verified."""
+        with ThreadPoolExecutor(len(beside)) as pool:
+            stop = Event()
+            try:
+                advance = self._advance("write", len(beside))
+                tasks = [
+                    pool.submit(self._write_weights, kind, path, advance, stop)
+                    for kind, path in beside.items()
+                ]
+                for task in tasks:
+                    task.result()
+                for kind, path in beside.items():
+                    self._write_companions(kind, path)
+                sums = {kind: pool.submit(seal, path) for kind, path in beside.items()}
+                self._verify(beside)
+                for kind, path in beside.items():
+                    facts = describe(kind, self.plan, self.weights.config, self.identity)
+                    files = sums[kind].result()
+                    write_manifest(path, facts, files, self.weights.shards(), self.notes)
+            finally:
+                stop.set()
+
+    def _write_weights(
+        self, kind: str, path: Path, advance: Callable[[int], None], stop: Event
+    ) -> None:
         config = self.weights.config
         own = own_units(self.plan, HeadLayout.from_config(config))
-        writers = {name: ShardWriter(path, self.shard_bytes) for name, path in beside.items()}
-        advance = self._advance("write")
+        writer = ShardWriter(path, self.shard_bytes)
         for name in self.weights.names():
+            if stop.is_set():
+                return
             tensor = self.weights.read(name)
             where = HeadLayout.parse_name(name)
-            for kind, writer in writers.items():
-                if kind == "compact" and where is not None:
-                    layer, p = where
-                    writer.add(name, select_units(tensor, own[layer][p], config, p))
-                else:
-                    writer.add(name, tensor)
+            if kind == "compact" and where is not None:
+                layer, p = where
+                writer.add(name, select_units(tensor, own[layer][p], config, p))
+            else:
+                writer.add(name, tensor)
             advance(tensor.nbytes)
-        for writer in writers.values():
-            writer.close()
-        for kind, path in beside.items():
-            self._write_companions(kind, path)
+        writer.close()
 
     def _write_companions(self, kind: str, path: Path) -> None:
         config = dense_config(self.weights.config)
@@ -234,32 +270,25 @@ class _Job:
         elif isinstance(self.tokenizer, PreTrainedTokenizerBase):
             self.tokenizer.save_pretrained(path)
 
-    def verify_and_seal(self, beside: dict[str, Path]) -> None:
-        """Verify what was written while another thread hashes it, then write the manifests."""
+    def _verify(self, beside: dict[str, Path]) -> None:
         readers: dict[str, DenseReader] = {
             kind: ExpandedFolder(path) if kind == "compact" else WeightsFolder(path)
             for kind, path in beside.items()
         }
         for kind, reader in readers.items():
             verify_bytes(reader.path, reader.shards(), self.sizes[kind])
-        with ThreadPoolExecutor(1) as pool:
-            sums = {kind: pool.submit(seal, path) for kind, path in beside.items()}
-            if "compact" in readers:
-                expected = readers.get("dense", self.weights)
-                verify_equal(readers["compact"], expected, self._advance("verify"))
-            else:
-                verify_equal(readers["dense"], self.weights, self._advance("verify"))
-            for kind, path in beside.items():
-                facts = describe(kind, self.plan, self.weights.config, self.identity)
-                files = sums[kind].result()
-                write_manifest(path, facts, files, self.weights.shards(), self.notes)
+        exported = readers.pop("compact", None) or readers.pop("dense")
+        expected = readers.get("dense", self.weights)
+        verify_equal(exported, expected, self._advance("verify", 1))
 
-    def _advance(self, stage: str) -> Callable[[int], None]:
-        done = 0
+    def _advance(self, stage: str, passes: int) -> Callable[[int], None]:
+        """A counter for ``passes`` readings of all weights, for any thread."""
+        done, total, lock = 0, passes * self.sizes["dense"], Lock()
 
         def advance(size: int) -> None:
             nonlocal done
-            done += size
-            self.progress(stage, done, self.sizes["dense"])
+            with lock:
+                done += size
+                self.progress(stage, done, total)
 
         return advance

@@ -21,7 +21,7 @@ from .modeling import Piece, SharedLinear, transpose_storage_
 from .readers import DenseReader, ExpandedFolder
 
 TOLERANCE = 1e-5
-TOKENS = 16
+TOKENS = 8
 
 CURE = "the export is not usable and was discarded; export again, and report this if it persists"
 
@@ -45,14 +45,17 @@ def verify_equal(
     if exported.names() != expected.names():
         raise PostshareError(f"{exported.path} lacks weights of the source; {CURE}")
     check = LayerCheck(exported) if isinstance(exported, ExpandedFolder) else None
-    for layer, names in groupby(exported.names(), key=_layer_of):
+    # The layers last: the memory of their check is not held beside the large embeddings.
+    names = sorted(exported.names(), key=lambda name: _layer_of(name) is not None)
+    for layer, inside_layer in groupby(names, key=_layer_of):
         tensors = {}
-        for name in names:
+        for name in inside_layer:
             tensor = expected.read(name)
             _compare_bits(name, exported.read(name), tensor, exported.path)
             progress(tensor.nbytes)
             if layer is not None and check is not None:
-                tensors[name.split(".", 3)[3]] = tensor
+                inside = name.split(".", 3)[3]
+                tensors[inside] = check.in_fp32(inside, tensor)
         if layer is not None and check is not None:
             check(layer, tensors)
 
@@ -99,6 +102,7 @@ class LayerCheck:
             for name, module in shared.named_modules()
             if isinstance(module, SharedLinear)
         }
+        self._memory: dict[str, torch.Tensor] = {}
         generator = torch.Generator().manual_seed(0)
         self._input = torch.randn(
             1, TOKENS, compact.config.hidden_size, generator=generator, dtype=torch.float32
@@ -107,24 +111,34 @@ class LayerCheck:
         self._rotary = LlamaRotaryEmbedding(compact.config)(self._input, positions)
         self._mask = torch.full((TOKENS, TOKENS), float("-inf")).triu(1)[None, None]
 
+    def in_fp32(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """The weight in fp32, in memory that the next layer's weight of this name will take."""
+        if tensor.dtype == torch.float32:
+            return tensor
+        if name not in self._memory:
+            self._memory[name] = torch.empty(tensor.shape, dtype=torch.float32)
+        return self._memory[name].copy_(tensor)
+
     @torch.no_grad()
     def __call__(self, layer: int, tensors: dict[str, torch.Tensor]) -> None:
         """Compare the outputs of one layer.
 
         Args:
-            tensors: the layer's dense weights, by their names inside the layer.
+            tensors: the layer's dense weights in fp32, by their names inside the layer.
 
         Raises:
             PostshareError: the outputs differ by more than 1e-5 (of the largest output, where
                 that is above 1), or are not finite.
         """
         stock, shared = self._stock[layer], self._shared[layer]
-        values = {name: tensor.float() for name, tensor in tensors.items()}
-        expected = self._run(stock, values)
+        expected = self._run(stock, tensors)
         pieces = self._take_owners_slices(shared)
-        for name in [name for name in values if name.startswith("self_attn.")]:
-            values[name] = self._compact.files.read(f"model.layers.{layer}.{name}").float()
-        computed = self._run(shared, values)
+        own = {
+            name: self._compact.files.read(f"model.layers.{layer}.{name}").float()
+            for name in tensors
+            if name.startswith("self_attn.")
+        }
+        computed = self._run(shared, tensors | own)
         for module, original in pieces.items():
             module.pieces = original
         scale = max(1.0, expected.abs().max().item())
@@ -135,8 +149,8 @@ class LayerCheck:
                 f"(max abs difference {difference:.2e}); {CURE}"
             )
 
-    def _run(self, layer: nn.Module, values: dict[str, torch.Tensor]) -> torch.Tensor:
-        layer.load_state_dict(values, assign=True)
+    def _run(self, layer: nn.Module, weights: dict[str, torch.Tensor]) -> torch.Tensor:
+        layer.load_state_dict(weights, assign=True)
         transpose_storage_(layer)
         output = layer(self._input, attention_mask=self._mask, position_embeddings=self._rotary)
         layer.to("meta")

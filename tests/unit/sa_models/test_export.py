@@ -213,6 +213,22 @@ def test_a_single_format_is_written_and_verified_alone(tmp_path: Path) -> None:
         assert sha256(alone.paths[kind] / name) == sha256(both.paths[kind] / name)
 
 
+def test_progress_counts_every_byte_and_threads_are_given_back(tmp_path: Path) -> None:
+    seen: dict[str, list[tuple[int, int]]] = {}
+    before = torch.get_num_threads()
+    result = export(
+        make_source(tmp_path / "source"),
+        make_plan(4, "q"),
+        tmp_path / "export",
+        progress=lambda stage, done, total: seen.setdefault(stage, []).append((done, total)),
+    )
+    size = result.bytes["dense"]
+    assert seen["write"][-1] == (2 * size, 2 * size)
+    assert seen["verify"][-1] == (size, size)
+    assert all(steps == sorted(steps) for steps in seen.values())
+    assert torch.get_num_threads() == before
+
+
 def test_expanded_slices_equal_slices_of_the_dense_tensors(tmp_path: Path) -> None:
     plan = make_plan(4, "qkvo")
     result = export(make_source(tmp_path / "source"), plan, tmp_path / "export")
