@@ -21,7 +21,9 @@ def save_similarity(scores: torch.Tensor, layout: HeadLayout, score: str, path: 
     shown = scores.clone().fill_diagonal_(float("nan"))
     finite = shown[~shown.isnan()]
     limit = float(finite.abs().max()) if finite.numel() else 1.0
-    image = axes.imshow(shown.numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
+    image = axes.imshow(
+        shown.numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest"
+    )
     edges = [layer * layout.units - 0.5 for layer in range(1, layout.layers)]
     if layout.layers <= 40:
         for edge in edges:

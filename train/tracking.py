@@ -317,19 +317,6 @@ class ProgressLine:
         parts.append(f"{row['memory_bytes'] / 2**30:.2f} GiB")
         return "  ".join(parts)
 
-    def log_pairs(self, step: int, distance: torch.Tensor, cosine: torch.Tensor) -> None:
-        """Record every pair, about 50 times in a training, in `pairs.jsonl`.
-
-        Args:
-            distance, cosine: [ties, projections] in the order of the plan's ties; nan (null in the
-                file) where a tie does not pull a projection.
-        """
-        if not self.main or step % self._pairs_every:
-            return
-        append_row(
-            self._pairs_path, {"step": step, "distance": _nulls(distance), "cosine": _nulls(cosine)}
-        )
-
     def say(self, text: str) -> None:
         if self.bar is not None:
             self.bar.console.print(text, markup=False, highlight=False)
