@@ -52,26 +52,30 @@ class SharedLinear(nn.Linear):
         self.register_parameter("bias", None)
         # A tuple is not registered by nn.Module: owners stay modules of their own layers only,
         # and are looked up at every call, so that replaced parameters are seen.
-        self.pieces: tuple[Piece, ...] = ()
+        self.connect(())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in_features) -> (..., out_features)."""
         own = functional.linear(x, self.weight)
         if self.owns_all:
             return own
+        # split and narrow instead of slices: when a token is decoded, their overhead counts.
+        runs = iter(own.split(self.own_runs, dim=-1) if self.own_runs else ())
         parts = [
-            own[..., first : first + stop - start]
+            next(runs)
             if owner is self
-            else functional.linear(x, owner.weight[first : first + stop - start])
+            else functional.linear(x, owner.weight.narrow(0, first, stop - start))
             for owner, start, stop, first in self.pieces
         ]
         if own.shape[-1] == 0:
             parts.append(own)  # an empty weight too gets a gradient, which DDP waits for
         return torch.cat(parts, dim=-1)
 
-    @property
-    def owns_all(self) -> bool:
-        return len(self.pieces) == 1 and self.pieces[0].owner is self
+    def connect(self, pieces: tuple[Piece, ...]) -> None:
+        """Say where the features are stored, in their order."""
+        self.pieces = pieces
+        self.own_runs = [stop - start for owner, start, stop, _ in pieces if owner is self]
+        self.owns_all = len(pieces) == 1 and pieces[0].owner is self
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, own={self.weight.shape[self.axis]}"
@@ -91,13 +95,19 @@ class SharedOutputLinear(SharedLinear):
         """(..., in_features) -> (..., out_features)."""
         if self.owns_all:
             return functional.linear(x, self.weight)
-        own = [x[..., start:stop] for owner, start, stop, _ in self.pieces if owner is self]
-        y = functional.linear(torch.cat(own, dim=-1) if own else x[..., :0], self.weight)
+        rows = x.flatten(0, -2)
+        own = [rows[:, start:stop] for owner, start, stop, _ in self.pieces if owner is self]
+        y = functional.linear(torch.cat(own, dim=-1) if own else rows[:, :0], self.weight)
         for owner, start, stop, first in self.pieces:
-            if owner is not self:
-                columns = owner.weight[:, first : first + stop - start]
-                y = y + functional.linear(x[..., start:stop], columns)
-        return y
+            if owner is self:
+                continue
+            part = rows.narrow(1, start, stop - start)
+            columns = owner.weight.narrow(1, first, stop - start)
+            if y.dtype == columns.dtype:
+                y.addmm_(part, columns.t())  # adds inside the product: no pass over y
+            else:  # autocast, which knows no in-place products
+                y = y + functional.linear(part, columns)
+        return y.unflatten(0, x.shape[:-1])
 
 
 class SharedLlamaForCausalLM(LlamaForCausalLM):
@@ -207,7 +217,7 @@ def share_projections_(model: LlamaForCausalLM, plan: SharingPlan) -> None:
             if pieces and pieces[-1].owner is piece.owner and pieces[-1].last == piece.first:
                 piece = pieces.pop()._replace(stop=piece.stop)
             pieces.append(piece)
-        shared.pieces = tuple(pieces)
+        shared.connect(tuple(pieces))
     transpose_storage_(model)
 
 

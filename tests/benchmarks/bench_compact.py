@@ -42,7 +42,7 @@ def decode(model: PreTrainedModel, prompt: torch.Tensor) -> Callable[[], object]
 
     def step() -> None:
         model(token, past_key_values=cache, use_cache=True)
-        cache.crop(CONTEXT)
+        cache.crop(-1)
 
     return step
 

@@ -9,7 +9,6 @@ import json
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from timing import interleaved
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -17,7 +16,7 @@ from sa_models.heads import HeadLayout, unit_view
 from sa_models.plan import SharingPlan
 from sa_models.selection import Budget, make_plan
 from sa_models.similarity import random_matches
-from train.engine import PlainEngine
+from train.engine import start
 from train.recipe import Recipe, validate
 from train.regularizer import Penalty
 
@@ -74,7 +73,7 @@ def measure(step_rounds: int = 3) -> dict[str, dict[str, float]]:
     layout = HeadLayout.from_config(dense.config)
     plan = make_plan(random_matches(layout, 0), layout, Budget(ratio=0.3), "qkv")
     penalty = Penalty(plan, layout, "l2")
-    engine = PlainEngine(Accelerator(cpu=True), recipe())
+    engine = start(recipe())
     engine.prepare(dense, torch.optim.AdamW(dense.parameters(), lr=1e-6))
     ids = torch.randint(0, 4096, TOKENS)
 

@@ -24,20 +24,22 @@ def main() -> None:
     parser.add_argument("--only", choices=BENCHMARKS, nargs="*", default=BENCHMARKS)
     arguments = parser.parse_args()
     results: dict[str, dict[str, float]] = {}
+    failed = []
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
     for name in arguments.only:
         print(f"bench {name} ...", file=sys.stderr, flush=True)
-        done = subprocess.run(
-            [sys.executable, HERE / f"bench_{name}.py"],
-            stdout=subprocess.PIPE,
-            text=True,
-            check=True,
-        )
+        command = [sys.executable, str(HERE / f"bench_{name}.py")]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            failed.append(name)
+            continue
         results |= json.loads(done.stdout)
-    report = {"date": date.today().isoformat(), "machine": machine(), "results": results}
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        report = {"date": date.today().isoformat(), "machine": machine(), "results": results}
+        arguments.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     show(results)
     print(f"written to {arguments.output}")
+    if failed:
+        sys.exit(f"error: these benchmarks failed, see above: {', '.join(failed)}")
 
 
 def machine() -> dict[str, str | int]:
