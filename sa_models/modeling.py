@@ -72,9 +72,16 @@ class SharedLinear(nn.Linear):
         return torch.cat(parts, dim=-1)
 
     def connect(self, pieces: tuple[Piece, ...]) -> None:
-        """Say where the features are stored, in their order."""
+        """Say where the features are stored, in their order.
+
+        Raises:
+            ValueError: own features that are not stored in their order, one after the other.
+        """
         self.pieces = pieces
         self.own_runs = [stop - start for owner, start, stop, _ in pieces if owner is self]
+        firsts = [first for owner, _, _, first in pieces if owner is self]
+        if firsts != [sum(self.own_runs[:i]) for i in range(len(firsts))]:
+            raise ValueError(f"own features begin at {firsts}, which is not their order")
         self.owns_all = len(pieces) == 1 and pieces[0].owner is self
 
     def extra_repr(self) -> str:

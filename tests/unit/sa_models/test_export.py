@@ -27,7 +27,7 @@ from sa_models.export import export_model
 from sa_models.heads import HeadLayout
 from sa_models.manifest import update_notes
 from sa_models.materialize import materialize_
-from sa_models.modeling import SharedLlamaForCausalLM
+from sa_models.modeling import Piece, SharedLinear, SharedLlamaForCausalLM
 from sa_models.plan import HeadTie, SharingPlan
 from sa_models.readers import ExpandedFolder, MaterializedReader, open_weights
 from sa_models.verify import verify_equal
@@ -417,15 +417,20 @@ def test_layer_check_catches_a_forward_that_reads_the_wrong_slice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The tensors are right, the compact model's arithmetic is not."""
-    import sa_models.modeling as modeling
+    right = SharedLinear.connect
 
-    right = modeling.own_units
-    monkeypatch.setattr(
-        modeling,
-        "own_units",
-        lambda *args: [{p: u[::-1] for p, u in layer.items()} for layer in right(*args)],
-    )
-    with pytest.raises(PostshareError, match="layer 0 computes other outputs"):
+    def swapped(self: SharedLinear, pieces: tuple[Piece, ...]) -> None:
+        """A tied piece is taken from where its neighbour lies."""
+        wrong = [
+            piece._replace(first=piece.first - 1)
+            if piece.owner is not self and piece.first
+            else piece
+            for piece in pieces
+        ]
+        right(self, tuple(wrong))
+
+    monkeypatch.setattr(SharedLinear, "connect", swapped)
+    with pytest.raises(PostshareError, match=r"layer \d computes other outputs"):
         export(make_source(tmp_path / "source"), make_plan(4, "k"), tmp_path / "export")
 
 
