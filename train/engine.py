@@ -289,12 +289,17 @@ def start(recipe: Recipe) -> Engine:
 def _accelerator(zero: bool) -> Accelerator:
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     on_cpu = not torch.accelerator.is_available()
     if zero:
         # On a CPU Accelerate finds no backend by itself, and each rank would be alone.
         handlers = [InitProcessGroupKwargs(backend="gloo")] if on_cpu else []
-        return Accelerator(mixed_precision="no", kwargs_handlers=handlers)
+        accelerator = Accelerator(mixed_precision="no", kwargs_handlers=handlers)
+        # Accelerate tells transformers about ZeRO-3, which would then partition every model made in
+        # this process, by collectives: also those that the main process makes alone.
+        unset_hf_deepspeed_config()
+        return accelerator
     # Without cpu=True Accelerate leaves the model unwrapped on a machine without accelerator.
     cpu = on_cpu or os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
     return Accelerator(cpu=cpu, mixed_precision="no")

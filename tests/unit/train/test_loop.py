@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -405,6 +406,15 @@ def test_an_error_of_the_data_reaches_the_caller(tmp_path: Path) -> None:
         train(replace(job, train_blocks=broken), recipe)
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Python's own Ctrl-C, also where the suite runs in the background, with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_a_second_signal_acts_as_ever_except_below_a_launcher(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

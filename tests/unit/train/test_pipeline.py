@@ -83,10 +83,8 @@ def check_run(made: Recipe) -> dict[str, Any]:
     stored = sum(p.numel() for p in compact.parameters())
     assert stored == summary["parameters"]["stored"]
     assert sum(p.numel() for p in dense.parameters()) == summary["parameters"]["base"]
-    size = sum(p.numel() * p.element_size() for p in compact.to(torch.bfloat16).parameters())
-    assert stored * 2 == size
     options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
-    assert torch.equal(compact.generate(ids, **options), dense.bfloat16().generate(ids, **options))
+    assert torch.equal(compact.generate(ids, **options), dense.generate(ids, **options))
     return summary
 
 
