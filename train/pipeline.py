@@ -24,6 +24,7 @@ from sa_models.readers import open_weights
 from sa_models.weights import WeightsFolder
 from train import engine as engines
 from train.base_model import load_base, load_dense
+from train.checkpoint import write_json
 from train.data import Blocks
 from train.loop import TrainJob, TrainResult, train
 from train.outcome import read_result
@@ -46,7 +47,6 @@ from train.summary import (
     summarize,
     summary_table,
     weight_bytes,
-    write_json,
 )
 
 # --- the commands ---------------------------------------------------------------------------------

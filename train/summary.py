@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from sa_models.plan import PlanSavings
+from train.checkpoint import write_json
 from train.data import Blocks
 from train.evaluate import Perplexity, perplexity
 
@@ -103,13 +103,6 @@ def summarize(
         "tokens": training.tokens,
         "seconds": training.seconds,
     }
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write beside, rename into place."""
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(beside, path)
 
 
 def weight_bytes(folder: Path) -> int:
