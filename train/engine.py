@@ -20,6 +20,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,10 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from train.recipe import Recipe
+
+
+PATIENCE = timedelta(hours=4)
+"""How long ranks wait for one another: as long as the main process may export and evaluate."""
 
 
 @dataclass
@@ -294,15 +299,16 @@ def _accelerator(zero: bool) -> Accelerator:
     on_cpu = not torch.accelerator.is_available()
     if zero:
         # On a CPU Accelerate finds no backend by itself, and each rank would be alone.
-        handlers = [InitProcessGroupKwargs(backend="gloo")] if on_cpu else []
-        accelerator = Accelerator(mixed_precision="no", kwargs_handlers=handlers)
+        group = InitProcessGroupKwargs(backend="gloo" if on_cpu else "nccl", timeout=PATIENCE)
+        accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[group])
         # Accelerate tells transformers about ZeRO-3, which would then partition every model made in
         # this process, by collectives: also those that the main process makes alone.
         unset_hf_deepspeed_config()
         return accelerator
     # Without cpu=True Accelerate leaves the model unwrapped on a machine without accelerator.
     cpu = on_cpu or os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
-    return Accelerator(cpu=cpu, mixed_precision="no")
+    group = InitProcessGroupKwargs(timeout=PATIENCE)
+    return Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[group])
 
 
 def _check_launch(recipe: Recipe, zero: bool) -> None:
