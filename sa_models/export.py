@@ -216,8 +216,8 @@ class _Job:
                 shutil.rmtree(path, ignore_errors=True)
 
     def make(self, beside: dict[str, Path]) -> None:
-        """Write the formats side by side; then hash them while they are verified."""
-        with ThreadPoolExecutor(len(beside)) as pool:
+        """Write the formats, one after the other; then hash them while they are verified."""
+        with ThreadPoolExecutor(1) as pool:  # one shard in memory, not one for each format
             stop = Event()
             try:
                 advance = self._advance("write", len(beside))

@@ -48,11 +48,11 @@ def decode(model: PreTrainedModel, prompt: torch.Tensor) -> Callable[[], object]
 
 
 @torch.inference_mode()
-def measure_shape(shape: dict[str, int], rounds: tuple[int, int]) -> dict[str, float]:
+def measure_shape(shape: dict[str, int], share: str, rounds: tuple[int, int]) -> dict[str, float]:
     torch.manual_seed(0)
     dense = LlamaForCausalLM(LlamaConfig(tie_word_embeddings=True, **shape)).eval()
     layout = HeadLayout.from_config(dense.config)
-    plan = make_plan(random_matches(layout, 0), layout, Budget(ratio=0.3), "qkvo")
+    plan = make_plan(random_matches(layout, 0), layout, Budget(ratio=0.3), share)
     materialize_(dict(dense.named_parameters()), layout, plan)
     compact = SharedLlamaForCausalLM.from_materialized(dense, plan).eval()
     ids = torch.randint(0, shape["vocab_size"], (4, CONTEXT))
@@ -80,7 +80,12 @@ def measure_shape(shape: dict[str, int], rounds: tuple[int, int]) -> dict[str, f
 
 
 def measure() -> dict[str, dict[str, float]]:
-    return {name: measure_shape(shape, (7, 101)) for name, shape in SHAPES.items()}
+    """Sharing q, k and v, which is the recipes' default, and all four projections."""
+    return {
+        f"{name}_{share}": measure_shape(shape, share, (7, 101))
+        for name, shape in SHAPES.items()
+        for share in ("qkv", "qkvo")
+    }
 
 
 if __name__ == "__main__":
