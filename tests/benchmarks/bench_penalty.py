@@ -65,7 +65,7 @@ def loop_over_pairs(dense: LlamaForCausalLM, layout: HeadLayout, plan: SharingPl
             )
             total = total + torch.norm(x - y)
     (0.5 * total / len(plan.ties)).backward()
-    return float(total) / len(plan.ties)
+    return float(total.detach()) / len(plan.ties)
 
 
 def measure(step_rounds: int = 3) -> dict[str, dict[str, float]]:
