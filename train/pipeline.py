@@ -192,9 +192,11 @@ def write_exports(current: Run) -> None:
     healed = recipe.materialize.heal_steps > 0
     weights = current.folder / "heal" / "weights" if healed else trained_folder(current)
 
+    # The base's tokenizer files are copied as they are; another tokenizer is written anew.
+    own = recipe.model.tokenizer is not None or current.base is None
+    tokenizer = current.tokenizer if own else current.base
+
     def work() -> None:
-        # The base's tokenizer files are copied as they are; another tokenizer is written anew.
-        own = recipe.model.tokenizer is not None or current.base is None
         with ExportProgress() as progress:
             exporting.export_model(
                 open_weights(weights),
@@ -204,7 +206,7 @@ def write_exports(current: Run) -> None:
                 dtype=export_dtype(current),
                 shard_bytes=recipe.export.shard_bytes,
                 merge="copy" if healed else recipe.materialize.merge,
-                tokenizer=current.tokenizer if own else current.base,
+                tokenizer=tokenizer,
                 recipe=recipe.model_dump(mode="json"),
                 notes={"name": recipe.name, "base_model": recipe.model.path},
                 progress=progress,

@@ -73,12 +73,10 @@ class Run:
         """Training and validation blocks."""
         steps = self.recipe.train.steps
         needed = None if steps is None else max(1, steps * self.recipe.train.batch_size)
+        tokenizer, vocab_size = self.tokenizer, self.config.vocab_size  # see `on_main`
         return self.main_first(
             lambda: prepare_data(
-                self.recipe,
-                self.tokenizer,
-                needed_blocks=needed,
-                vocab_size=self.config.vocab_size,
+                self.recipe, tokenizer, needed_blocks=needed, vocab_size=vocab_size
             )
         )
 
@@ -106,7 +104,11 @@ class Run:
         return done[0] if done else work()
 
     def on_main(self, work: Callable[[], None]) -> None:
-        """Run ``work`` on the main process while the others wait; its error is everybody's."""
+        """Run ``work`` on the main process while the others wait; its error is everybody's.
+
+        ``work`` must not be the first to read `base`, `tokenizer` or `blocks`: those wait for all
+        ranks themselves, and the others are not there.
+        """
         problem = None
         if self.ranks.is_main:
             try:

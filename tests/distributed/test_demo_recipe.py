@@ -105,3 +105,17 @@ def test_healing_under_zero_is_refused(tmp_path: Path) -> None:
     assert result.failed
     assert "materialize.heal_steps" in result.output, result.report()
     assert not (tmp_path / "run" / "weights").exists(), "refused before any training"
+
+
+def test_an_error_of_the_main_process_ends_all_ranks_at_once(tmp_path: Path) -> None:
+    """A tokenizer that is not there is found on the main process, while the others wait."""
+    result = launch(
+        "ddp", "-m", "train", "recipes/demo.yaml", *SHORT, f"model.tokenizer={tmp_path}",
+        f"output_dir={tmp_path / 'run'}", timeout=120,
+    )  # fmt: skip
+    assert result.failed
+    assert not result.timed_out, result.report()
+    assert result.output.count("error: no tokenizer can be loaded") == 1, result.report()
+    ranks = [line for line in result.output.splitlines() if line.startswith("[default")]
+    assert not any("Traceback" in line for line in ranks), result.report()
+    assert not (tmp_path / "run").exists()
