@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from .errors import PostshareError
-from .modeling import Piece, SharedLinear, transpose_storage_
+from .projections import Piece, SharedLinear, transpose_storage_
 from .readers import DenseReader, ExpandedFolder
 
 TOLERANCE = 1e-5

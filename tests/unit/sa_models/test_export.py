@@ -27,8 +27,9 @@ from sa_models.export import export_model
 from sa_models.heads import HeadLayout
 from sa_models.manifest import update_notes
 from sa_models.materialize import materialize_
-from sa_models.modeling import Piece, SharedLinear, SharedLlamaForCausalLM
+from sa_models.modeling import SharedLlamaForCausalLM
 from sa_models.plan import HeadTie, SharingPlan
+from sa_models.projections import Piece, SharedLinear
 from sa_models.readers import ExpandedFolder, MaterializedReader, open_weights
 from sa_models.verify import verify_equal
 from sa_models.weights import ShardWriter, WeightsFolder
