@@ -22,6 +22,11 @@ class SharedLlamaConfig(LlamaConfig):
 
     sharing: dict[str, Any] | None = None
 
+    reuse_rows: int = 16
+    """Up to how many query rows followers multiply the leader's attention weights with their values
+    (reuse); above, they call the attention kernel with its queries and keys (replay). 0: always
+    replay. Both compute the same."""
+
     @property
     def plan(self) -> SharingPlan:
         """The validated plan. Raises PostshareError when it does not fit this config."""

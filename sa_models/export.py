@@ -20,8 +20,9 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from transformers import PreTrainedTokenizerBase
+from transformers import LlamaConfig, PreTrainedTokenizerBase
 
+from .convert import Leaders, converted
 from .errors import PostshareError
 from .heads import HeadLayout
 from .manifest import (
@@ -35,9 +36,10 @@ from .manifest import (
 )
 from .materialize import Merge
 from .model_folder import copy_code, copy_companions, tokenizer_folder, write_configs
-from .modeling import compact_config, own_units, select_units
+from .modeling import compact_config, select_units
 from .plan import SharingPlan
 from .readers import DenseReader, ExpandedFolder, MaterializedReader, dense_config
+from .savings import PlanSavings
 from .verify import verify_bytes, verify_equal
 from .weights import ShardWriter, WeightsFolder
 
@@ -66,23 +68,28 @@ def export_model(
     shard_bytes: int,
     formats: Sequence[Format] = FORMATS,
     merge: Merge = "copy",
+    leaders: Leaders = "mean",
+    base_config: LlamaConfig | None = None,
     tokenizer: Path | PreTrainedTokenizerBase | None = None,
     recipe: Mapping[str, Any] | None = None,
     notes: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> ExportResult:
-    """Write ``folder/compact`` and ``folder/dense``.
+    """Write ``folder/compact`` and ``folder/dense`` (a plan with spans has no dense form).
 
     A finished folder of the same export is left as it is; what an interrupted export left is
     removed and made again.
 
     Args:
-        source: dense weights before materializing (a ``WeightsFolder``), or a healed compact
-            folder (an ``ExpandedFolder``, with the same plan and ``merge="copy"``).
+        source: dense weights before materializing (a ``WeightsFolder``), a folder trained with the
+            plan's structure, or a healed compact folder (an ``ExpandedFolder``, with the same plan
+            and ``merge="copy"``). What lacks the plan's structure is converted to it.
         plan: what to share; of a ``released`` plan the effective ties.
         dtype: of all exported tensors.
         shard_bytes: largest size of a weight file, in bytes.
         merge: whether a shared unit is its source's, or the mean of all units that share it.
+        leaders: see :mod:`~sa_models.convert`; of a source that is converted.
+        base_config: of the model that the savings are counted from; None: the source's.
         tokenizer: a tokenizer, or the folder of one, whose generation config and licence files
             are copied as well; None exports a model without a tokenizer.
         recipe: the resolved recipe, for the model card and the manifest (JSON values).
@@ -95,13 +102,21 @@ def export_model(
             fp16 cannot hold a weight; or the verification fails. Nothing half written stays.
     """
     folder = Path(folder)
-    _check_arguments(formats, dtype)
+    _check_arguments(formats, dtype, plan)
     plan.validate(source.config)
+    serves = any(span.share == "kv" for span in plan.spans)
     job = _Job(
         folder=folder,
-        weights=MaterializedReader(source, plan, merge, dtype),
+        weights=MaterializedReader(converted(source, plan, leaders), plan, merge, dtype),
         plan=plan.effective(),
-        identity=Identity(plan.effective().hash(), merge, str(dtype)[6:], shard_bytes),
+        savings=plan.savings(base_config or source.config),
+        identity=Identity(
+            plan.effective().hash(),
+            merge,
+            str(dtype)[6:],
+            shard_bytes,
+            leaders=leaders if serves else None,
+        ),
         dtype=dtype,
         shard_bytes=shard_bytes,
         tokenizer=tokenizer,
@@ -137,10 +152,15 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _check_arguments(formats: Sequence[str], dtype: torch.dtype) -> None:
+def _check_arguments(formats: Sequence[str], dtype: torch.dtype, plan: SharingPlan) -> None:
     unknown = [name for name in formats if name not in FORMATS]
     if unknown or not formats:
         raise PostshareError(f"unknown export formats {list(formats)}; use {list(FORMATS)}")
+    if "dense" in formats and not plan.has_stock_form:
+        raise PostshareError(
+            "a plan with spans has no dense form: no stock Llama computes it; export with "
+            "formats [compact]"
+        )
     if dtype not in DTYPES:
         raise PostshareError(f"cannot export as {dtype}; use float32, bfloat16 or float16")
 
@@ -152,6 +172,7 @@ class _Job:
     folder: Path
     weights: MaterializedReader
     plan: SharingPlan
+    savings: PlanSavings
     identity: Identity
     dtype: torch.dtype
     shard_bytes: int
@@ -162,8 +183,11 @@ class _Job:
     @cached_property
     def sizes(self) -> dict[str, int]:
         """Bytes of the tensors of each format, as the plan predicts them."""
-        base, stored = self.plan.savings(self.weights.config).bytes(self.dtype.itemsize)
-        return {"compact": stored, "dense": base}
+        size = self.dtype.itemsize
+        return {
+            "compact": self.savings.stored_parameters * size,
+            "dense": (self.savings.stored_parameters + self.savings.tied_parameters) * size,
+        }
 
     def is_finished(self, name: str) -> bool:
         """Whether this very export is there. Raises PostshareError when another one is."""
@@ -232,7 +256,7 @@ class _Job:
                 sums = {kind: pool.submit(seal, path) for kind, path in beside.items()}
                 self._verify(beside)
                 for kind, path in beside.items():
-                    facts = describe(kind, self.plan, self.weights.config, self.identity)
+                    facts = describe(kind, self.plan, self.savings, self.identity)
                     files = sums[kind].result()
                     write_manifest(path, facts, files, self.weights.shards(), self.notes)
             finally:
@@ -242,7 +266,7 @@ class _Job:
         self, kind: str, path: Path, advance: Callable[[int], None], stop: Event
     ) -> None:
         config = self.weights.config
-        own = own_units(self.plan, HeadLayout.from_config(config))
+        own = self.plan.own_units(self.plan.layout(config))
         writer = ShardWriter(path, self.shard_bytes)
         for name in self.weights.names():
             if stop.is_set():

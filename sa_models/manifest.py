@@ -18,7 +18,9 @@ from typing import Any
 
 from .card import model_card
 from .errors import PostshareError
+from .heads import HeadLayout
 from .plan import SharingPlan
+from .savings import PlanSavings
 
 MANIFEST = "manifest.json"
 CARD = "README.md"
@@ -33,23 +35,26 @@ class Identity:
     merge: str
     dtype: str
     shard_bytes: int
+    leaders: str | None = None
+    """How the leaders of ``kv`` spans were initialized, where there are any."""
 
 
-def describe(kind: str, plan: SharingPlan, config: Any, identity: Identity) -> dict[str, Any]:
-    """The part of the manifest that the plan and the config decide."""
-    savings = plan.savings(config)
+def describe(
+    kind: str, plan: SharingPlan, savings: PlanSavings, identity: Identity
+) -> dict[str, Any]:
+    """The part of the manifest that the plan and the base's config decide."""
     size = {"float32": 4}.get(identity.dtype, 2)
-    base, stored = savings.bytes(size)
-    parameters = savings.stored_parameters if kind == "compact" else savings.base_parameters
+    tied = savings.tied_parameters if kind == "dense" else 0
+    parameters = savings.stored_parameters + tied
     return {
         "version": VERSION,
         "format": kind,
         **asdict(identity),
         "tensors": {
             "parameters": parameters,
-            "bytes": stored if kind == "compact" else base,
+            "bytes": parameters * size,
             "base_parameters": savings.base_parameters,
-            "base_bytes": base,
+            "base_bytes": savings.base_parameters * size,
         },
         "heads": {
             "total": savings.heads,
@@ -57,6 +62,11 @@ def describe(kind: str, plan: SharingPlan, config: Any, identity: Identity) -> d
             "effective_ratio": savings.effective_ratio,
             "stored_ratio": savings.stored_ratio,
         },
+        "cache": {
+            "bytes_per_token": savings.stored_cache * size,
+            "base_bytes_per_token": savings.base_cache * size,
+        },
+        "dropped": sorted(HeadLayout.parameter_name(*where) for where in plan.absent()),
         "plan": plan.to_dict(),
         "versions": {
             "python": platform.python_version(),

@@ -2,30 +2,184 @@
 
 from __future__ import annotations
 
+from typing import Any, TypeVar
+
 import torch
 from torch import nn
-from transformers import LlamaForCausalLM
+from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM, LlamaModel
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.models.llama.modeling_llama import (
+    LlamaMLP,
+    LlamaPreTrainedModel,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+)
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
 
+from .attention import Rotation, SharedAttention, is_readable
+from .cache import fit_cache_
 from .configuration import SharedLlamaConfig
-from .heads import PROJECTIONS, HeadLayout
+from .heads import HeadLayout
 from .plan import SharingPlan
-from .projections import Piece, SharedLinear, SharedOutputLinear, transpose_storage_
+from .projections import Piece, SharedLinear, transpose_storage_
+
+
+class SharedDecoderLayer(GradientCheckpointingLayer):
+    """A Llama layer that takes its leader's tensors and hands on its own.
+
+    They are arguments and results, not state: sharing then survives gradient checkpointing, and
+    does not depend on a cache (contract 6).
+    """
+
+    def __init__(self, config: SharedLlamaConfig, layer_idx: int, plan: SharingPlan) -> None:
+        super().__init__()
+        self.hidden_size = config.hidden_size
+        self.self_attn = SharedAttention(config, layer_idx, plan)
+        self.mlp = LlamaMLP(config)
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        leader: tuple[torch.Tensor, ...],
+        reuse: bool,
+        position_embeddings: Rotation,
+        attention_mask: Any = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """(batch, rows, hidden) -> the same, and the tensors that followers need."""
+        attended, _, handed = self.self_attn(
+            self.input_layernorm(hidden_states),
+            leader,
+            reuse,
+            position_embeddings,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        hidden_states = hidden_states + attended
+        transformed = self.mlp(self.post_attention_layernorm(hidden_states))
+        return hidden_states + transformed, handed
+
+
+class SharedLlamaModel(LlamaModel):
+    """The layers of a Llama under a plan, from embeddings to the last norm."""
+
+    config_class = SharedLlamaConfig
+    config: SharedLlamaConfig
+    _no_split_modules = ["SharedDecoderLayer"]  # noqa: RUF012 - class attributes in transformers
+    _can_record_outputs = {  # noqa: RUF012
+        "hidden_states": SharedDecoderLayer,
+        "attentions": SharedAttention,
+    }
+
+    def __init__(self, config: SharedLlamaConfig) -> None:
+        LlamaPreTrainedModel.__init__(self, config)
+        plan = self.plan = config.plan
+        span_of = plan.leader_of()
+        self.spans = [span_of.get(layer) for layer in range(config.num_hidden_layers)]
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList(
+            [SharedDecoderLayer(config, i, plan) for i in range(config.num_hidden_layers)]
+        )
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+        connect_projections_(self, plan)
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """As ``LlamaModel.forward``. Raises PostshareError for a cache that does not fit."""
+        if (input_ids is None) ^ (inputs_embeds is not None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if past_key_values is not None:
+            fit_cache_(past_key_values, self.plan, len(self.layers))
+        rows = hidden_states.shape[1]
+        if position_ids is None:
+            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            index = torch.arange(rows, device=hidden_states.device)
+            position_ids = (index + seen).unsqueeze(0)  # type: ignore[assignment]
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=hidden_states,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        reuse = rows <= self.config.reuse_rows and is_readable(
+            mask, rows, self.config._attn_implementation
+        )
+        rotation = self.rotary_emb(hidden_states, position_ids=position_ids)
+
+        handed: dict[int, tuple[torch.Tensor, ...]] = {}
+        for at, layer in enumerate(self.layers):
+            span = self.spans[at]
+            hidden_states, given = layer(
+                hidden_states,
+                () if span is None else handed[span.leader],
+                reuse,
+                rotation,
+                attention_mask=mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **kwargs,
+            )
+            if given:
+                handed[at] = given
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values
+        )
 
 
 class SharedLlamaForCausalLM(LlamaForCausalLM):
     """A Llama that applies the sharing plan of its config.
 
-    Computes what the materialized dense Llama computes (contract 1). Raises PostshareError when
-    the plan does not fit the config.
+    Computes what the materialized dense Llama computes (contract 1); with spans, what their papers
+    define. Raises PostshareError when the plan does not fit the config.
     """
 
     config_class = SharedLlamaConfig
     config: SharedLlamaConfig
+    _no_split_modules = ["SharedDecoderLayer"]  # noqa: RUF012
 
     def __init__(self, config: SharedLlamaConfig) -> None:
-        plan = config.plan
-        super().__init__(config)
-        share_projections_(self, plan)
+        LlamaPreTrainedModel.__init__(self, config)
+        self.model = SharedLlamaModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+        transpose_storage_(self)
+
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict, *args: Any):
+        """As in transformers; then every layer holds only what it reads, from the start."""
+        super()._prepare_cache_for_generation(  # type: ignore[misc]
+            generation_config, model_kwargs, *args
+        )
+        cache = model_kwargs.get("past_key_values")
+        if cache is not None:
+            fit_cache_(cache, self.model.plan, len(self.model.layers))
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
@@ -38,15 +192,18 @@ class SharedLlamaForCausalLM(LlamaForCausalLM):
     def from_materialized(
         cls, model: LlamaForCausalLM, plan: SharingPlan
     ) -> SharedLlamaForCausalLM:
-        """The compact form of a dense model into which the plan has been materialized.
+        """The compact form of a model into which the plan has been materialized.
 
         Own rows are copied; every other parameter is shared with ``model``.
+
+        Args:
+            model: with the plan's structure (:func:`~sa_models.convert.convert`) and weights that
+                equal where they are tied.
         """
         plan = plan.effective()
         config = compact_config(model.config, plan)
-        with torch.device("meta"):
-            compact = cls(config)
-        own = own_units(plan, HeadLayout.from_config(config))
+        compact = without_weights(cls, config, model)
+        own = plan.own_units(plan.layout(config))
         state = dict(model.named_parameters())
         for name, parameter in list(compact.named_parameters()):
             value = state[name]
@@ -55,11 +212,23 @@ class SharedLlamaForCausalLM(LlamaForCausalLM):
                 layer, projection = layer_and_projection
                 kept = select_units(value.detach(), own[layer][projection], config, projection)
                 value = nn.Parameter(kept.clone(), requires_grad=value.requires_grad)
-            _set_parameter(compact, name, value, parameter)
+            set_parameter(compact, name, value, parameter)
         compact.tie_weights()
-        compact.model.rotary_emb = model.model.rotary_emb
         transpose_storage_(compact)
         return compact.train(model.training)
+
+
+Model = TypeVar("Model", bound=LlamaForCausalLM)
+
+
+def without_weights(kind: type[Model], config: LlamaConfig, like: LlamaForCausalLM) -> Model:
+    """A model of a config whose parameters are still to be set; all else is as in ``like``."""
+    config._attn_implementation = like.config._attn_implementation
+    with torch.device("meta"):
+        model = kind(config)
+    model.model.rotary_emb = like.model.rotary_emb
+    model.generation_config = like.generation_config
+    return model
 
 
 def compact_config(config: object, plan: SharingPlan) -> SharedLlamaConfig:
@@ -69,15 +238,6 @@ def compact_config(config: object, plan: SharingPlan) -> SharedLlamaConfig:
         values.pop(key, None)
     values["architectures"] = ["SharedLlamaForCausalLM"]
     return SharedLlamaConfig(**values, sharing=plan.effective().to_dict())
-
-
-def own_units(plan: SharingPlan, layout: HeadLayout) -> list[dict[str, list[int]]]:
-    """For every layer and projection, the units that the layer stores itself, ascending."""
-    source_of = plan.sources()
-    return [
-        {p: [u for u in range(layout.units) if (layer, u, p) not in source_of] for p in PROJECTIONS}
-        for layer in range(layout.layers)
-    ]
 
 
 def select_units(
@@ -91,20 +251,15 @@ def select_units(
     return weight.index_select(layout.axis(projection), features)
 
 
-def share_projections_(model: LlamaForCausalLM, plan: SharingPlan) -> None:
-    """Replace q, k, v and o of every layer by projections that keep only their own units."""
-    layout = HeadLayout.from_config(model.config)
-    own, source_of = own_units(plan, layout), plan.sources()
-    projections: dict[tuple[int, str], SharedLinear] = {}
-    for layer in range(layout.layers):
-        attention = model.model.layers[layer].self_attn
-        for p in PROJECTIONS:
-            dense = getattr(attention, f"{p}_proj")
-            kind = SharedOutputLinear if p == "o" else SharedLinear
-            weight = select_units(dense.weight.detach(), own[layer][p], model.config, p)
-            shared = kind(dense.in_features, dense.out_features, weight)
-            setattr(attention, f"{p}_proj", shared)
-            projections[layer, p] = shared
+def connect_projections_(model: LlamaModel, plan: SharingPlan) -> None:
+    """Tell every projection where its units are stored."""
+    layout = plan.layout(model.config)
+    own, source_of = plan.own_units(layout), plan.sources()
+    projections: dict[tuple[int, str], SharedLinear] = {
+        (layer, p): getattr(model.layers[layer].self_attn, f"{p}_proj")
+        for layer, units in enumerate(own)
+        for p in units
+    }
     for (layer, p), shared in projections.items():
         pieces: list[Piece] = []
         for unit in range(layout.units):
@@ -120,12 +275,10 @@ def share_projections_(model: LlamaForCausalLM, plan: SharingPlan) -> None:
                 piece = pieces.pop()._replace(stop=piece.stop)
             pieces.append(piece)
         shared.connect(tuple(pieces))
-    transpose_storage_(model)
 
 
-def _set_parameter(
-    model: nn.Module, name: str, value: nn.Parameter, expected: torch.Tensor
-) -> None:
+def set_parameter(model: nn.Module, name: str, value: nn.Parameter, expected: torch.Tensor) -> None:
+    """Replace a parameter. Raises ValueError when its shape is not the expected one."""
     if value.shape != expected.shape:
         raise ValueError(f"{name}: shape {tuple(value.shape)} instead of {tuple(expected.shape)}")
     parent, _, leaf = name.rpartition(".")

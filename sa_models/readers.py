@@ -18,9 +18,8 @@ from transformers import LlamaConfig
 
 from .configuration import SharedLlamaConfig
 from .errors import PostshareError
-from .heads import PROJECTIONS, HeadLayout
+from .heads import HeadLayout
 from .materialize import Merge, merge_slices, shared_slices
-from .modeling import own_units
 from .plan import SharingPlan, Unit
 from .weights import WeightsFolder, llama_shapes, read_config, read_model_type
 
@@ -79,7 +78,7 @@ class MaterializedReader:
         self._source = source
         self._merge = merge
         self._dtype = dtype
-        self._layout = HeadLayout.from_config(source.config)
+        self._layout = plan.layout(source.config)
         # {(layer, projection): {unit that changes: the units whose slices are merged into it}}
         self._changes: dict[tuple[int, str], dict[int, list[Unit]]] = {}
         for (p, layer, unit), targets in shared_slices(plan.effective().ties).items():
@@ -148,15 +147,22 @@ class CompactFolder(WeightsFolder):
 
 def compact_shapes(config: Any, plan: SharingPlan) -> dict[str, tuple[int, ...]]:
     """{parameter name: shape} of a compact model; a layer may own nothing: (0, hidden)."""
-    layout = HeadLayout.from_config(config)
-    shapes = llama_shapes(config)
-    for layer, own in enumerate(own_units(plan, layout)):
-        for p in PROJECTIONS:
+    layout = plan.layout(config)
+    shapes = expanded_shapes(config, plan)
+    for layer, own in enumerate(plan.own_units(layout)):
+        for p in own:
             features = len(own[p]) * layout.width(p)
             hidden = layout.hidden_size
             shape = (hidden, features) if p == "o" else (features, hidden)
             shapes[layout.parameter_name(layer, p)] = shape
     return shapes
+
+
+def expanded_shapes(config: Any, plan: SharingPlan) -> dict[str, tuple[int, ...]]:
+    """{parameter name: shape} with ties expanded, without what followers do not have."""
+    absent = plan.absent()
+    shapes = llama_shapes(config)
+    return {n: shape for n, shape in shapes.items() if HeadLayout.parse_name(n) not in absent}
 
 
 class Run(NamedTuple):
@@ -170,7 +176,8 @@ class Run(NamedTuple):
 
 
 class ExpandedFolder:
-    """A compact folder read as the dense Llama that it equals.
+    """A compact folder read as the dense Llama that it equals (with spans: without what followers
+    do not have).
 
     Attributes:
         files: the compact tensors as they are stored.
@@ -187,9 +194,9 @@ class ExpandedFolder:
         self.plan = self.files.config.plan
         self.config = dense_config(self.files.config)
         self._layout = HeadLayout.from_config(self.config)
-        self._shapes = llama_shapes(self.config)
+        self._shapes = expanded_shapes(self.config, self.plan)
         self._source_of = self.plan.sources()
-        self._own = own_units(self.plan, self._layout)
+        self._own = self.plan.own_units(self._layout)
 
     def names(self) -> list[str]:
         return list(self._shapes)
@@ -267,6 +274,6 @@ class _ExpandedSlice:
 def dense_config(config: LlamaConfig) -> LlamaConfig:
     """The stock ``LlamaConfig`` of a compact model's config (or a copy of a dense one's)."""
     values = config.to_dict()
-    for key in ("model_type", "auto_map", "sharing", "transformers_version"):
+    for key in ("model_type", "auto_map", "sharing", "reuse_rows", "transformers_version"):
         values.pop(key, None)
     return LlamaConfig(**{**values, "architectures": ["LlamaForCausalLM"]})

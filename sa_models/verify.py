@@ -13,8 +13,9 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn import functional
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, rotate_half
 
 from .errors import PostshareError
 from .projections import Piece, SharedLinear, transpose_storage_
@@ -102,6 +103,12 @@ class LayerCheck:
             for name, module in shared.named_modules()
             if isinstance(module, SharedLinear)
         }
+        plan = compact.plan
+        self._layout = plan.layout(compact.config)
+        self._span_of = plan.leader_of()
+        self._in_spans = {layer for span in plan.spans for layer in span.layers}
+        self._handed: dict[int, tuple[torch.Tensor, ...]] = {}  # by the compact leaders
+        self._computed: dict[int, dict[str, torch.Tensor]] = {}  # by the reference
         self._memory: dict[str, torch.Tensor] = {}
         generator = torch.Generator().manual_seed(0)
         self._input = torch.randn(
@@ -130,15 +137,23 @@ class LayerCheck:
             PostshareError: the outputs differ by more than 1e-5 (of the largest output, where
                 that is above 1), or are not finite.
         """
-        stock, shared = self._stock[layer], self._shared[layer]
-        expected = self._run(stock, tensors)
+        shared = self._shared[layer]
+        expected = self._reference(layer, tensors)
         pieces = self._take_owners_slices(shared)
         own = {
             name: self._compact.files.read(f"model.layers.{layer}.{name}").float()
             for name in tensors
             if name.startswith("self_attn.")
         }
-        computed = self._run(shared, tensors | own)
+        _load(shared, tensors | own)
+        span = self._span_of.get(layer)
+        leader = () if span is None else self._handed[span.leader]
+        computed, handed = shared(
+            self._input, leader, False, self._rotary, attention_mask=self._mask
+        )
+        shared.to("meta")
+        if handed:
+            self._handed[layer] = handed
         for module, original in pieces.items():
             module.connect(original)
         scale = max(1.0, expected.abs().max().item())
@@ -149,12 +164,56 @@ class LayerCheck:
                 f"(max abs difference {difference:.2e}); {CURE}"
             )
 
-    def _run(self, layer: nn.Module, weights: dict[str, torch.Tensor]) -> torch.Tensor:
-        layer.load_state_dict(weights, assign=True)
-        transpose_storage_(layer)
-        output = layer(self._input, attention_mask=self._mask, position_embeddings=self._rotary)
-        layer.to("meta")
+    def _reference(self, layer: int, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The stock layer's output; with spans, that of their definition, written out plainly."""
+        stock = self._stock[layer]
+        if layer not in self._in_spans:
+            _load(stock, tensors)
+            output = stock(self._input, attention_mask=self._mask, position_embeddings=self._rotary)
+            stock.to("meta")
+            return output
+        for name in ("input_layernorm", "post_attention_layernorm", "mlp"):
+            inside = {n.removeprefix(f"{name}."): t for n, t in tensors.items() if name in n}
+            _load(getattr(stock, name), inside)
+        attended = self._attend(layer, tensors, stock.input_layernorm(self._input))
+        output = self._input + attended
+        output = output + stock.mlp(stock.post_attention_layernorm(output))
+        stock.to("meta")
         return output
+
+    def _attend(self, layer: int, tensors: dict[str, torch.Tensor], x: torch.Tensor):
+        """Attention of a layer in a span, head by head: the definition, without any kernel."""
+        layout, span = self._layout, self._span_of.get(layer)
+        found = {
+            p: functional.linear(x, tensors[f"self_attn.{p}_proj.weight"])
+            .unflatten(-1, (-1, layout.head_dim))
+            .transpose(1, 2)[0]
+            for p in "qkv"
+            if f"self_attn.{p}_proj.weight" in tensors
+        }
+        cos, sin = self._rotary
+        for p in {"q", "k"} & set(found):
+            found[p] = found[p] * cos + rotate_half(found[p]) * sin
+        if span is None:
+            self._computed[layer] = found
+        heads = []
+        for head in range(layout.heads):
+            group = head // layout.heads_per_unit
+            if span is None:
+                q, k, v = found["q"][head], found["k"][group], found["v"][group]
+            elif span.share == "attention":
+                leader = self._computed[span.leader]
+                read = (span.map_of(layer) or range(layout.heads))[head]
+                q, k = leader["q"][read], leader["k"][read // layout.heads_per_unit]
+                v = found["v"][group]
+            else:
+                leader = self._computed[span.leader]
+                read = (span.map_of(layer) or range(layout.kv_heads))[group]
+                q, k, v = found["q"][head], leader["k"][read], leader["v"][read]
+            scores = q @ k.t() / layout.head_dim**0.5 + self._mask[0, 0]
+            heads.append(scores.softmax(-1) @ v)
+        o = tensors["self_attn.o_proj.weight"]
+        return functional.linear(torch.cat(heads, dim=-1), o)[None]
 
     def _take_owners_slices(self, layer: nn.Module) -> dict[SharedLinear, tuple]:
         """Point tied pieces at the owners' slices, read from the files. Returns the old pieces."""
@@ -178,6 +237,11 @@ class LayerCheck:
         part = stored[:, features] if owner.axis else stored[features]
         holder = type(owner)(owner.in_features, owner.out_features, part.float())
         return piece._replace(owner=holder, first=0)
+
+
+def _load(module: nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    module.load_state_dict(weights, assign=True)
+    transpose_storage_(module)
 
 
 def _without_weights(config: LlamaConfig) -> LlamaForCausalLM:

@@ -338,7 +338,22 @@ def test_compact_config_and_carried_code(tmp_path: Path) -> None:
     assert config["sharing"] == plan.to_dict()
     assert config["auto_map"]["AutoModelForCausalLM"] == "modeling.SharedLlamaForCausalLM"
     code = {file.name for file in result.paths["compact"].glob("*.py")}
-    assert code == {"modeling.py", "configuration.py", "plan.py", "heads.py", "errors.py"}
+    assert code == {
+        f"{name}.py"
+        for name in (
+            "attention",
+            "cache",
+            "configuration",
+            "errors",
+            "heads",
+            "modeling",
+            "plan",
+            "projections",
+            "savings",
+            "spans",
+            "ties",
+        )
+    }
     assert not list(result.paths["dense"].glob("*.py"))
     dense = json.loads((result.paths["dense"] / "config.json").read_text())
     assert dense["architectures"] == ["LlamaForCausalLM"]

@@ -10,7 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from sa_models.errors import PostshareError
 from sa_models.heads import HeadLayout
-from sa_models.plan import HeadTie, SharingPlan, llama_parameters, resolve_roots
+from sa_models.plan import HeadTie, SharingPlan, resolve_roots
+from sa_models.savings import llama_parameters
 
 
 def config(kv_heads: int = 4, **fields) -> LlamaConfig:
@@ -197,9 +198,8 @@ def test_a_malformed_plan_is_named(value, says) -> None:
 
 
 def test_what_is_not_supported_is_refused_not_ignored() -> None:
-    span = {"leader": 1, "followers": [2], "share": "attention", "head_map": None}
-    plan = SharingPlan.from_dict({"version": 1, "ties": [], "spans": [span]})
-    with pytest.raises(PostshareError, match="'spans'"):
+    plan = SharingPlan.from_dict({"version": 1, "ties": [], "removed": [[1, 0]]})
+    with pytest.raises(PostshareError, match="'removed'"):
         plan.validate(config())
 
 

@@ -12,7 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from sa_models import selection
 from sa_models.errors import PostshareError
 from sa_models.heads import HeadLayout
-from sa_models.plan import HeadTie, SharingPlan, llama_parameters
+from sa_models.plan import HeadTie, SharingPlan
+from sa_models.savings import llama_parameters
 from train import estimate, known_models
 from train.dry_run import count, print_dry_run, size
 from train.estimate import Memory, memory_per_gpu

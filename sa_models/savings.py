@@ -1,0 +1,79 @@
+"""Arithmetic of what a sharing plan saves: heads, parameters, bytes, cache. No weights are needed.
+
+This file imports no torch: it also travels inside compact exports.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from .heads import HeadLayout
+
+
+@dataclass(frozen=True)
+class PlanSavings:
+    """What a plan saves on a model. Parameters are counted in elements, ratios are in [0, 1].
+
+    Attributes:
+        units, tied_units: of the model with the plan's KV heads.
+        attention_parameters, base_parameters: of the model before the plan.
+        tied_parameters: no longer stored because they are another unit's.
+        span_parameters: of the projections that followers do not have.
+        pooled_parameters: of the KV heads that were pooled into others (GQA).
+        base_cache, stored_cache: elements of the KV cache for one token.
+    """
+
+    units: int
+    tied_units: int
+    heads: int
+    tied_heads: int
+    attention_parameters: int
+    tied_parameters: int
+    span_parameters: int
+    pooled_parameters: int
+    base_parameters: int
+    base_cache: int
+    stored_cache: int
+
+    @property
+    def effective_ratio(self) -> float:
+        """Share of the heads whose weights really change because they are tied."""
+        return self.tied_units / self.units
+
+    @property
+    def removed_parameters(self) -> int:
+        return self.tied_parameters + self.span_parameters + self.pooled_parameters
+
+    @property
+    def stored_ratio(self) -> float:
+        """Share of the attention parameters that are no longer stored."""
+        return self.removed_parameters / self.attention_parameters
+
+    @property
+    def stored_parameters(self) -> int:
+        return self.base_parameters - self.removed_parameters
+
+    @property
+    def cache_ratio(self) -> float:
+        """Share of the KV cache that is no longer needed."""
+        return 1 - self.stored_cache / self.base_cache
+
+    def bytes(self, element_size: int) -> tuple[int, int]:
+        """Bytes of the parameters (base, stored) at ``element_size`` bytes an element."""
+        return self.base_parameters * element_size, self.stored_parameters * element_size
+
+
+def llama_parameters(config: Any) -> int:
+    """Number of parameters of a dense Llama of this config, tied embeddings counted once."""
+    layout = HeadLayout.from_config(config)
+    hidden, middle, vocab = config.hidden_size, config.intermediate_size, config.vocab_size
+    mlp = 3 * hidden * middle
+    if getattr(config, "mlp_bias", False):
+        mlp += 2 * middle + hidden
+    embeddings = vocab * hidden * (1 if config.tie_word_embeddings else 2)
+    norms = (2 * layout.layers + 1) * hidden
+    return embeddings + norms + layout.layers * mlp + layout.attention_parameters
+
+
+__all__ = ["PlanSavings", "llama_parameters"]
