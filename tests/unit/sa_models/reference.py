@@ -155,12 +155,7 @@ class Reference:
         self.group = config.num_attention_heads // self.kv_heads
         layers = range(config.num_hidden_layers)
         self.q = [self._split(f"layers.{i}.self_attn.q_proj") for i in layers]
-        self.o = [
-            [columns.t() for columns in self._matrix(f"layers.{i}.self_attn.o_proj").t().split(
-                self.head_dim
-            )]
-            for i in layers
-        ]  # fmt: skip
+        self.o = [self._split(f"layers.{i}.self_attn.o_proj", 1) for i in layers]
         base_k = [self._split(f"layers.{i}.self_attn.k_proj") for i in layers]
         base_v = [self._split(f"layers.{i}.self_attn.v_proj") for i in layers]
         self.k = [[self._kv(base_k, i, h, leaders) for h in range(self.kv_heads)] for i in layers]
@@ -185,8 +180,9 @@ class Reference:
     def _matrix(self, name: str) -> Tensor:
         return self.weights[f"model.{name}.weight"]
 
-    def _split(self, name: str) -> list[Tensor]:
-        return list(self._matrix(name).split(self.head_dim))
+    def _split(self, name: str, axis: int = 0) -> list[Tensor]:
+        """The matrix by head."""
+        return list(self._matrix(name).split(self.head_dim, axis))
 
     def _kv(self, base: list[list[Tensor]], layer: int, head: int, leaders: str) -> Tensor:
         """The mean of the pooled heads; for a leader of keys and values, of all it serves."""
@@ -237,15 +233,10 @@ class Reference:
 
     def _sequence(self, ids: Tensor, mask: Tensor, positions: Tensor, documents: Tensor) -> Outputs:
         count = len(ids)
-        sees = torch.tensor(
-            [
-                [
-                    j <= i and bool(mask[j]) and bool(documents[i] == documents[j])
-                    for j in range(count)
-                ]
-                for i in range(count)
-            ]
-        )
+        sees = torch.zeros(count, count, dtype=torch.bool)
+        for i in range(count):
+            for j in range(i + 1):
+                sees[i, j] = bool(mask[j]) and bool(documents[i] == documents[j])
         x = self._matrix("embed_tokens")[ids]
         hidden, maps, kept = [], [], {}
         for layer in range(self.config.num_hidden_layers):
