@@ -1,4 +1,4 @@
-"""The KV cache of a model with spans: the same logits as without, in the bytes that are promised."""
+"""The KV cache of a model with spans: same logits as without, in the bytes that are promised."""
 
 from __future__ import annotations
 
