@@ -214,13 +214,22 @@ class SharedLlamaForCausalLM(LlamaForCausalLM):
         Args:
             model: with the plan's structure (:func:`~sa_models.convert.convert`) and weights that
                 equal where they are tied.
+
+        Raises:
+            PostshareError: the model has another structure.
         """
         plan = plan.effective()
         config = compact_config(model.config, plan)
         compact = without_weights(cls, config, model)
         own = plan.own_units(plan.layout(config))
         state = dict(model.named_parameters())
-        for name, parameter in list(compact.named_parameters()):
+        expected = dict(compact.named_parameters())
+        pooled = plan.layout(config) != HeadLayout.from_config(config)
+        if pooled or state.keys() != expected.keys():
+            raise PostshareError(
+                "the model has not the plan's KV heads and spans; convert it first"
+            )
+        for name, parameter in expected.items():
             value = state[name]
             layer_and_projection = HeadLayout.parse_name(name)
             if layer_and_projection is not None:

@@ -107,7 +107,8 @@ class LayerCheck:
         self._layout = plan.layout(compact.config)
         self._span_of = plan.leader_of()
         self._in_spans = {layer for span in plan.spans for layer in span.layers}
-        self._handed: dict[int, tuple[torch.Tensor, ...]] = {}  # by the compact leaders
+        # By the compact leaders, {(layer, reuse): tensors}.
+        self._handed: dict[tuple[int, bool], tuple[torch.Tensor, ...]] = {}
         self._computed: dict[int, dict[str, torch.Tensor]] = {}  # by the reference
         self._memory: dict[str, torch.Tensor] = {}
         generator = torch.Generator().manual_seed(0)
@@ -146,14 +147,10 @@ class LayerCheck:
             if name.startswith("self_attn.")
         }
         _load(shared, tensors | own)
-        span = self._span_of.get(layer)
-        leader = () if span is None else self._handed[span.leader]
-        computed, handed = shared(
-            self._input, leader, False, self._rotary, attention_mask=self._mask
-        )
+        # Inside spans both by replay and by reuse.
+        modes = (False, True) if layer in self._in_spans else (False,)
+        computed = torch.stack([self._compute(layer, reuse) for reuse in modes])
         shared.to("meta")
-        if handed:
-            self._handed[layer] = handed
         for module, original in pieces.items():
             module.connect(original)
         scale = max(1.0, expected.abs().max().item())
@@ -163,6 +160,17 @@ class LayerCheck:
                 f"{self._compact.path}: layer {layer} computes other outputs than the stock layer "
                 f"(max abs difference {difference:.2e}); {CURE}"
             )
+
+    def _compute(self, layer: int, reuse: bool) -> torch.Tensor:
+        """The compact layer's output, from what its leader has handed on."""
+        span = self._span_of.get(layer)
+        leader = () if span is None else self._handed[span.leader, reuse]
+        computed, handed = self._shared[layer](
+            self._input, leader, reuse, self._rotary, attention_mask=self._mask
+        )
+        if handed:
+            self._handed[layer, reuse] = handed
+        return computed
 
     def _reference(self, layer: int, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
         """The stock layer's output; with spans, that of their definition, written out plainly."""

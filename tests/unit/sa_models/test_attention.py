@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,11 +15,11 @@ from reference import (
     Outputs,
     Reference,
     dense,
-    shared,
     some_plan,
     tokens,
     use,
 )
+from reference import shared as compact_of
 from torch.nn.attention.flex_attention import flex_attention
 from transformers import LlamaForCausalLM, StaticCache
 from transformers.integrations import flex_attention as library_flex
@@ -33,7 +34,7 @@ MODES = [0, 16]
 
 @lru_cache
 def model_of(shape: str, kind: str) -> Any:
-    return shared(dense(shape), some_plan(kind, shape))
+    return compact_of(dense(shape), some_plan(kind, shape))
 
 
 @lru_cache
@@ -92,11 +93,28 @@ def test_logits_equal_the_definition(shape: str, kind: str, implementation: str)
 def test_logits_in_float64(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What fp32 cannot tell apart; the softmax of reuse (and of eager) is in fp32 by design."""
     monkeypatch.setattr(LlamaRMSNorm, "forward", double_norm)
-    model = shared(dense("odd"), some_plan(kind, "odd")).double()
+    model = compact_of(dense("odd"), some_plan(kind, "odd")).double()
     expected = expected_of("odd", kind).logits
     bound = 1e-6 if "pooled" in kind or "cla" in kind or "both" in kind else 1e-10  # fp32 means
     assert difference(use(model, "sdpa", 0)(tokens()).logits, expected) <= bound
     assert difference(use(model, "sdpa", 16)(tokens()).logits, expected) <= 1e-6
+
+
+@pytest.mark.parametrize("model", ["stories260K", "stories260K-mha", "mixed7M"])
+@torch.no_grad()
+def test_real_checkpoints_in_float64(
+    shared: Path, monkeypatch: pytest.MonkeyPatch, model: str
+) -> None:
+    """Logits reach 23 here, where fp32 says little; the means of leaders are rounded to fp32."""
+    monkeypatch.setattr(LlamaRMSNorm, "forward", double_norm)
+    base = LlamaForCausalLM.from_pretrained(shared / "models" / model).eval()
+    last = base.config.num_hidden_layers - 1
+    ids = torch.randint(3, 500, (1, 40), generator=torch.Generator().manual_seed(0))
+    for share, bound in (("attention", 1e-6), ("kv", 1e-4)):
+        plan = SharingPlan(spans=(AttentionSpan(1, (2, last), share),))
+        expected = Reference.of(base, plan)(ids).logits
+        computed = use(compact_of(base, plan)).double()(ids).logits
+        assert difference(computed, expected) <= bound
 
 
 @pytest.mark.parametrize("shape", ["gqa", "odd"])
@@ -109,7 +127,7 @@ def test_flex_attention(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(library_flex, "compile_friendly_flex_attention", uncompiled)
     for kind in ("sa interleaved, mapped", "both"):
-        model = use(shared(dense(shape), some_plan(kind, shape)), "flex_attention")
+        model = use(compact_of(dense(shape), some_plan(kind, shape)), "flex_attention")
         assert difference(model(tokens()).logits, expected_of(shape, kind).logits) <= 1e-5
 
 
@@ -220,7 +238,7 @@ def test_gradients_are_those_of_the_definition(kind: str, implementation: str) -
         logits[:, :-1].flatten(0, 1), tokens()[:, 1:].flatten()
     )
     loss.backward()
-    compact = shared(model, some_plan(kind, "gqa"), "copy")
+    compact = compact_of(model, some_plan(kind, "gqa"), "copy")
     for checkpointing in (False, True):
         if checkpointing:
             compact.activation_checkpointing_enable()
@@ -239,7 +257,7 @@ def test_gradients_are_those_of_the_definition(kind: str, implementation: str) -
 @pytest.mark.parametrize("share", ["attention", "kv"])
 def test_the_leader_learns_from_its_followers(share: str, checkpointing: bool) -> None:
     """With its own o_proj at zero nothing else is left to learn from."""
-    model = shared(dense("gqa"), SharingPlan(spans=(AttentionSpan(1, (2, 4), share),)))
+    model = compact_of(dense("gqa"), SharingPlan(spans=(AttentionSpan(1, (2, 4), share),)))
     model.model.layers[1].self_attn.o_proj.weight.data.zero_()
     if checkpointing:
         model.activation_checkpointing_enable()
@@ -251,7 +269,7 @@ def test_the_leader_learns_from_its_followers(share: str, checkpointing: bool) -
 
 @pytest.mark.parametrize("kind", PLANS)
 def test_checkpointing_gives_the_same_gradients(kind: str) -> None:
-    model = shared(dense("gqa"), some_plan(kind, "gqa"))
+    model = compact_of(dense("gqa"), some_plan(kind, "gqa"))
     for reuse_rows in MODES:
         plain = gradients(use(model, "sdpa", reuse_rows), use_cache=False)
         model.activation_checkpointing_enable()
@@ -263,7 +281,7 @@ def test_checkpointing_gives_the_same_gradients(kind: str) -> None:
 
 def test_reentrant_checkpointing_is_refused() -> None:
     """It would cut the leader off its followers without a word."""
-    model = shared(dense("gqa"), some_plan("sa", "gqa"))
+    model = compact_of(dense("gqa"), some_plan("sa", "gqa"))
     model.activation_checkpointing_enable({"use_reentrant": True})
     for reuse_rows in MODES:
         with pytest.raises(PostshareError, match="'use_reentrant': False"):
@@ -274,7 +292,7 @@ def test_reentrant_checkpointing_is_refused() -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_no_parameter_is_idle(shape: str, kind: str) -> None:
     """One without a gradient stops DDP, and breaks the resume of an optimizer."""
-    computed = gradients(use(shared(dense(shape), some_plan(kind, shape))))
+    computed = gradients(use(compact_of(dense(shape), some_plan(kind, shape))))
     for name, gradient in computed.items():
         assert gradient is not None, name
         assert gradient.numel() == 0 or gradient.abs().max() > 0, name
@@ -286,7 +304,7 @@ def test_no_parameter_is_idle(shape: str, kind: str) -> None:
 @pytest.mark.parametrize("kind", PLANS)
 @torch.no_grad()
 def test_bfloat16_is_close(kind: str) -> None:
-    model = shared(dense("gqa"), some_plan(kind, "gqa"))
+    model = compact_of(dense("gqa"), some_plan(kind, "gqa"))
     for parameter in model.parameters():
         parameter.data = parameter.data.bfloat16()
     expected = expected_of("gqa", kind).logits
@@ -298,7 +316,7 @@ def test_bfloat16_is_close(kind: str) -> None:
 
 
 def test_autocast_trains() -> None:
-    model = shared(dense("gqa"), some_plan("both, ties", "gqa"))
+    model = compact_of(dense("gqa"), some_plan("both, ties", "gqa"))
     expected = gradients(use(model))
     for reuse_rows in MODES:
         with torch.autocast("cpu", torch.bfloat16):
@@ -311,7 +329,7 @@ def test_autocast_trains() -> None:
 @pytest.mark.parametrize(("kind", "reuse_rows"), [("both", 0), ("both, ties", 16)])
 @torch.no_grad()
 def test_compiling_the_whole_model(kind: str, reuse_rows: int) -> None:
-    model = use(shared(dense("gqa"), some_plan(kind, "gqa")), "sdpa", reuse_rows)
+    model = use(compact_of(dense("gqa"), some_plan(kind, "gqa")), "sdpa", reuse_rows)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     logits = compiled(tokens(), use_cache=False).logits
     assert difference(logits, expected_of("gqa", kind).logits) <= 1e-5
@@ -322,7 +340,7 @@ def test_compiling_the_whole_model(kind: str, reuse_rows: int) -> None:
 def test_compiled_decoding_into_a_static_cache() -> None:
     """Prefill as it is, then every token through one graph."""
     expected = expected_of("gqa", "both").logits
-    model = use(shared(dense("gqa"), some_plan("both", "gqa")))
+    model = use(compact_of(dense("gqa"), some_plan("both", "gqa")))
     cache = StaticCache(config=model.config, max_cache_len=16)
     logits = [model(tokens()[:, :4], past_key_values=cache).logits]
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
@@ -332,7 +350,7 @@ def test_compiled_decoding_into_a_static_cache() -> None:
 
 
 def test_compiled_training_of_the_layers() -> None:
-    model = shared(dense("gqa"), some_plan("both", "gqa"))
+    model = compact_of(dense("gqa"), some_plan("both", "gqa"))
     plain = gradients(use(model, "sdpa", 0), use_cache=False)
     for layer in model.model.layers:
         layer.compile(backend="aot_eager", fullgraph=True)

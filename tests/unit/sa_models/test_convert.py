@@ -190,6 +190,16 @@ def test_a_model_with_ties_is_not_converted() -> None:
             convert(tied, plan)
 
 
+def test_the_compact_form_of_a_model_that_was_not_converted() -> None:
+    """It would keep the leaders' own keys and values, whatever the plan says."""
+    base = dense()
+    for plan in (some_plan("sa", "gqa"), some_plan("cla", "gqa"), SharingPlan(kv_heads=2)):
+        with pytest.raises(PostshareError, match="convert it first"):
+            SharedLlamaForCausalLM.from_materialized(base, plan)
+    with pytest.raises(PostshareError, match="convert it first"):
+        SharedLlamaForCausalLM.from_materialized(convert(base, plan), some_plan("sa", "gqa"))
+
+
 def test_a_plan_that_does_not_fit() -> None:
     for plan, says in (
         (SharingPlan(spans=(AttentionSpan(4, (6,)),)), "layer 6 is out of range"),
