@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib import image
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from sa_models import isotropy as module
 from sa_models.errors import PostshareError
-from sa_models.isotropy import best_head_map, head_similarity, measure_isotropy
+from sa_models.isotropy import Isotropy, best_head_map, head_similarity, measure_isotropy
+from sa_models.span_search import late_spans
+from train.pictures import save_isotropy
 
 HEADS, HEAD_DIM, LENGTH = 4, 8, 13
 
@@ -261,3 +264,26 @@ def test_mixed7m_is_most_isotropic_at_layers_2_and_3(shared: Path) -> None:
         adjacent = values.diagonal(1)
         assert int(adjacent.argmax()) == 2
         assert float(adjacent[2]) == pytest.approx(0.298, abs=0.003)
+
+
+@pytest.mark.parametrize("layers", [8, 32])
+def test_the_picture_has_both_maps_and_outlines_the_spans(layers: int, tmp_path: Path) -> None:
+    distance = (torch.arange(layers)[:, None] - torch.arange(layers)).abs()
+    values = torch.exp(-distance.double() / 4)
+    holes = values.clone()
+    holes[0, 2] = holes[2, 0] = float("nan")  # as where a pair has no row left
+    measured = Isotropy(values, holes)
+    spans = late_spans(layers, 4, 3)
+    save_isotropy(measured, [], tmp_path / "plain.png")
+    save_isotropy(measured, spans, tmp_path / "spans.png")
+    plain, outlined = (image.imread(tmp_path / name) for name in ("plain.png", "spans.png"))
+    orange = torch.tensor([0xD5, 0x5E, 0x00]) / 255
+
+    def edges(picture) -> list[int]:
+        """Pixels of the outline's color, in the left and the right half."""
+        near = (torch.from_numpy(picture[..., :3]) - orange).abs().amax(-1) < 0.02
+        middle = near.shape[1] // 2
+        return [int(near[:, :middle].sum()), int(near[:, middle:].sum())]
+
+    assert edges(plain) == [0, 0]
+    assert min(edges(outlined)) > 500
