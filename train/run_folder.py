@@ -23,6 +23,7 @@ from train.data import Blocks, prepare_data
 from train.outcome import FREE_TRAIN
 from train.planning import SIMILARITY_PICTURE, TIES_PICTURE, check_plan
 from train.recipe import Recipe, load_recipe
+from train.span_planning import ISOTROPY_PICTURE, SPANS_FILE
 from train.summary import SUMMARY_FILE
 from train.tokens import load_tokenizer
 from train.tracking import check_wandb
@@ -48,7 +49,7 @@ class Run:
 
     @property
     def shares(self) -> bool:
-        return self.recipe.plan.strategy != "none"
+        return self.recipe.shares
 
     @cached_property
     def base(self) -> Path | None:
@@ -159,7 +160,7 @@ def begin(recipe: Recipe, needs_data: bool = True) -> Run:
     check_heal(current)
     current.on_main(lambda: check_wandb(recipe.wandb))
     if current.base is not None:
-        current.on_main(lambda: check_plan(recipe.plan, WeightsFolder(base_of(current))))
+        current.on_main(lambda: check_plan(recipe, WeightsFolder(base_of(current))))
     current.on_main(lambda: check_folder(current))
     if needs_data:
         _ = current.blocks
@@ -186,7 +187,7 @@ def claim(current: Run) -> None:
     """Write the resolved recipe. A plan of another recipe, never trained with, is dropped."""
     folder, file = current.folder, current.folder / RECIPE_FILE
     if file.is_file() and run_identity(load_recipe(file)) != run_identity(current.recipe):
-        for stale in (PLAN_FILE, SIMILARITY_PICTURE, TIES_PICTURE):
+        for stale in (PLAN_FILE, SPANS_FILE, SIMILARITY_PICTURE, TIES_PICTURE, ISOTROPY_PICTURE):
             (folder / stale).unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     current.recipe.save(file)

@@ -21,14 +21,15 @@ _ORDER: tuple[Projection, ...] = ("q", "k", "v", "o")
 _SIZES = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
-def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
+def distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The values. Raises ValueError when one of them is there twice."""
     if len(set(values)) != len(values):
         raise ValueError("names the same entry twice; list each once")
     return values
 
 
 def _in_order(values: tuple[Projection, ...]) -> tuple[Projection, ...]:
-    return tuple(p for p in _ORDER if p in _distinct(values))
+    return tuple(p for p in _ORDER if p in distinct(values))
 
 
 def as_sources(value: Any) -> Any:
@@ -176,7 +177,7 @@ class PlanSection(Section):
     budget: Budget | None = None
     """How many units to tie; needed by cosine, released and random."""
     skip_layers: Annotated[
-        tuple[Count, ...], _Sequence, AfterValidator(lambda v: tuple(sorted(_distinct(v))))
+        tuple[Count, ...], _Sequence, AfterValidator(lambda v: tuple(sorted(distinct(v))))
     ] = (0,)
     """Layers whose units are never targets."""
     path: Name | None = None
@@ -328,7 +329,7 @@ class ExportSection(Section):
     formats: Annotated[
         tuple[Literal["compact", "dense"], ...],
         Field(strict=False, min_length=1),
-        AfterValidator(_distinct),
+        AfterValidator(distinct),
     ] = ("compact", "dense")
     """compact: each shared unit stored once; dense: a stock LlamaForCausalLM."""
     dtype: Literal["float32", "bfloat16", "float16", "base"] = "base"
