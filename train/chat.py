@@ -130,9 +130,10 @@ class ChatEncoder(RecordEncoder):
             answered, _ = self._apply(messages[: turn + 1])
             if not (answered.startswith(asked) and text.startswith(answered)):
                 raise PostshareError(
-                    f"the chat template renders message {turn} of record {index} in another way "
-                    "when others follow, so that the assistant's turns cannot be told; put "
-                    "{% generation %} and {% endgeneration %} around them in the template"
+                    f"the chat template does not write message {turn} of record {index} as the "
+                    "continuation of the messages before it and the generation prompt, so that the "
+                    "assistant's part cannot be told; put {% generation %} and "
+                    "{% endgeneration %} around it in the template"
                 )
             spans.append((len(asked), len(answered)))
         return text, spans
