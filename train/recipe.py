@@ -96,7 +96,21 @@ class Recipe(Section):
                 )
         if self.data.streaming and self.train.steps is None:
             raise ValueError("train.epochs: a stream has no known length; set train.steps instead")
+        if self.data.document_mask and self.model.attention == "flash_attention_2":
+            self._one_row_for_flash_attention()
         return self
+
+    def _one_row_for_flash_attention(self) -> None:
+        # transformers passes it no mask; it finds the borders in the positions, of one row only.
+        for key, rows in (
+            ("train.micro_batch_size", self.train.micro_batch_size),
+            ("evaluate.batch_size", self.evaluate.batch_size),
+        ):
+            if rows > 1:
+                raise ValueError(
+                    f"{key}: flash_attention_2 sees the borders of documents only in a batch of "
+                    f"one; set {key}=1, or model.attention=sdpa or flex_attention"
+                )
 
     @property
     def folder(self) -> Path:

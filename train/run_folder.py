@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -75,11 +76,15 @@ class Run:
         steps = self.recipe.train.steps
         needed = None if steps is None else max(1, steps * self.recipe.train.batch_size)
         tokenizer, vocab_size = self.tokenizer, self.config.vocab_size  # see `on_main`
-        return self.main_first(
+        blocks = self.main_first(
             lambda: prepare_data(
                 self.recipe, tokenizer, needed_blocks=needed, vocab_size=vocab_size
             )
         )
+        if self.ranks.is_main:
+            for line in (*blocks[0].notes, *blocks[1].notes):
+                print(line, file=sys.stderr, flush=True)
+        return blocks
 
     @cached_property
     def steps(self) -> int:

@@ -104,9 +104,9 @@ class DataSource(Section):
     split: Name = "train"
     """Split to read."""
     text: Name = "text"
-    """Column that holds the text."""
+    """Column that holds the text (format text only)."""
     weight: Annotated[float, Field(gt=0)] = 1.0
-    """Share of this source in the mixture, relative to the other weights."""
+    """Share of this source in the blocks of the mixture, relative to the other weights."""
 
 
 Sources = Annotated[
@@ -127,12 +127,16 @@ class DataSection(Section):
     """Fraction of the training documents held out; needed when validation is absent."""
     sequence_length: Annotated[int, Field(ge=2)]
     """Tokens in a packed block."""
+    format: Literal["text", "alpaca", "chat"] = "text"
+    """alpaca: records with instruction, output and perhaps input, in Alpaca's prompt; chat: records
+    with messages, in the tokenizer's chat template. Of both only the response is predicted."""
     document_mask: bool = False
-    """Restart positions and mask attention at document borders within a block."""
+    """Restart positions and mask attention at document borders within a block; always so for the
+    formats alpaca and chat."""
     bos: bool = True
-    """Start every document with the tokenizer's BOS token."""
+    """Start every document with the tokenizer's BOS token; for chat the template decides."""
     eos: bool = True
-    """End every document with the tokenizer's EOS token."""
+    """End every document with the tokenizer's EOS token; for chat the template decides."""
     streaming: bool = False
     """Read the training text as a stream, only as far as needed; requires train.steps."""
     processes: Positive = 1
@@ -146,6 +150,31 @@ class DataSection(Section):
             raise ValueError(
                 "validation and validation_fraction exclude each other; keep one of them"
             )
+        return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _records_are_masked(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value.get("format") in ("alpaca", "chat"):
+            return {"document_mask": True, **value}
+        return value
+
+    @model_validator(mode="after")
+    def _records(self) -> Self:
+        if self.format == "text":
+            return self
+        if not self.document_mask:
+            raise ValueError(
+                f"format {self.format} never lets records see each other; remove document_mask"
+            )
+        if self.streaming:
+            raise ValueError(f"format {self.format} is read whole; set data.streaming=false")
+        if self.format == "chat" and not (self.bos and self.eos):
+            raise ValueError("format chat takes BOS and EOS from the template; remove bos and eos")
+        for source in (*self.train, *(self.validation or ())):
+            if source.text != "text":
+                fields = "instruction, input and output" if self.format == "alpaca" else "messages"
+                raise ValueError(f"format {self.format} reads {fields}; remove text: {source.text}")
         return self
 
 
