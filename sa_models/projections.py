@@ -60,10 +60,12 @@ class SharedLinear(nn.Linear):
         own = product(self.weight, rows)
         runs = iter(own.split_with_sizes(self.own_runs, dim=-1) if self.own_runs else ())
         parts = [
-            next(runs) if owner is self else product(owner.weight[first : first + stop - start], rows)
+            next(runs)
+            if owner is self
+            else product(owner.weight[first : first + stop - start], rows)
             for owner, start, stop, first in self.pieces
         ]
-        if own.shape[-1] == 0:
+        if not self.own_runs:
             parts.append(own)  # an empty weight too gets a gradient, which DDP waits for
         return torch.cat(parts, dim=-1).view(*x.shape[:-1], self.out_features)
 
