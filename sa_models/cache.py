@@ -7,6 +7,8 @@ works on it unchanged. A follower of a ``kv`` span holds nothing.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import Cache, LlamaConfig
 from transformers.cache_utils import DummyLayer, DynamicLayer, StaticLayer
@@ -24,46 +26,59 @@ class ValuesLayer(DynamicLayer):
 
 
 def fit_cache_(cache: Cache, plan: SharingPlan, layers: int) -> None:
-    """Give every follower the cache layer that it needs, in place. Leaves a fitted cache as it is.
+    """Give every layer the cache layer that it needs, in place. Leaves a fitted cache as it is.
 
     Args:
         cache: a dynamic or static cache, empty or filled by a model of this very plan.
 
     Raises:
-        PostshareError: the cache holds tokens of a model with other spans, or is of a kind that
-            spans do not support (quantized, sliding window).
+        PostshareError: the cache holds tokens of a model with other spans, has another number of
+            layers, or is of a kind that spans do not support (quantized, sliding window).
     """
-    for layer, span in plan.leader_of().items():
-        if len(cache.layers) <= layer and cache.layer_class_to_replicate is not None:
-            missing = layers - len(cache.layers)
-            cache.layers += [cache.layer_class_to_replicate() for _ in range(missing)]
-        held = cache.layers[layer]
+    if not plan.spans:
+        return
+    if cache.layer_class_to_replicate is not None:
+        missing = layers - len(cache.layers)
+        cache.layers += [cache.layer_class_to_replicate() for _ in range(missing)]
+    if len(cache.layers) != layers:
+        raise PostshareError(
+            f"the cache has {len(cache.layers)} layers, the model {layers}; make the cache from "
+            "the model's config"
+        )
+    span_of = plan.leader_of()
+    for layer, held in enumerate(cache.layers):
         if type(held) not in (DynamicLayer, StaticLayer, ValuesLayer, DummyLayer):
             raise PostshareError(
                 f"a model with spans cannot use a cache of {type(held).__name__}; use a "
                 "DynamicCache or a StaticCache"
             )
-        fitting = _fitting(held, span.share)  # type: ignore[arg-type]  # one of these kinds
-        if fitting is not held:
-            if not isinstance(held, DummyLayer) and cache.get_seq_length(layer) > 0:
-                raise PostshareError(
-                    f"layer {layer} of the cache was filled by a model with other spans; pass a "
-                    "cache that this model filled, or an empty one"
-                )
-            cache.layers[layer] = fitting
+        share = span_of[layer].share if layer in span_of else None
+        fitting = _fitting(held, share, cache.layers[0])
+        if fitting is held:
+            continue
+        if cache.get_seq_length() > 0:
+            raise PostshareError(
+                f"layer {layer} of the cache was filled by a model with other spans; pass a "
+                "cache that this model filled, or an empty one"
+            )
+        cache.layers[layer] = fitting
 
 
-Layer = DynamicLayer | StaticLayer | DummyLayer
+def _fitting(held: Any, share: str | None, first: Any) -> Any:
+    """The cache layer of a layer that follows in a span of ``share``: ``held`` where it fits.
 
-
-def _fitting(held: Layer, share: str) -> Layer:
-    """The cache layer of a follower: ``held`` where it fits."""
+    Args:
+        first: the cache layer of layer 0, which follows nobody: it tells static from dynamic.
+    """
     if share == "kv":
         return held if isinstance(held, DummyLayer) else DummyLayer()
-    if isinstance(held, StaticLayer):
-        has_keys = held.keys is not None and held.keys.shape[-1] > 0
-        return StaticLayer(held.max_cache_len) if has_keys else held
-    return held if isinstance(held, ValuesLayer) else ValuesLayer()
+    if isinstance(first, StaticLayer):
+        fits = isinstance(held, StaticLayer) and (
+            held.keys is None or (held.keys.shape[-1] == 0) == (share == "attention")
+        )
+        return held if fits else StaticLayer(first.max_cache_len)
+    kind = ValuesLayer if share == "attention" else DynamicLayer
+    return held if type(held) is kind else kind()
 
 
 def cache_bytes(

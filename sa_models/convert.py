@@ -107,17 +107,17 @@ def converted(source: DenseReader, plan: SharingPlan, leaders: Leaders = "mean")
         PostshareError: the plan does not fit the source, or the source is a model with spans of
             another plan.
     """
-    if isinstance(source, ExpandedFolder) and source.plan.structure().spans:
-        if source.plan.structure().spans != plan.spans:
+    pooled = plan.layout(source.config) != HeadLayout.from_config(source.config)
+    held = source.plan.spans if isinstance(source, ExpandedFolder | _ModelReader) else ()
+    if held:
+        if held != plan.spans or pooled:
             raise PostshareError(
-                f"{source.path} has other spans than the plan; use the recipe that trained it, or "
-                "start from a model without spans"
+                f"{source.path} has other spans or other KV heads than the plan; use the recipe "
+                "that trained it, or start from a model without spans"
             )
         plan.validate(source.config)
         return source
-    if plan.spans or plan.layout(source.config) != HeadLayout.from_config(source.config):
-        return ConvertedReader(source, plan, leaders)
-    return source
+    return ConvertedReader(source, plan, leaders) if plan.spans or pooled else source
 
 
 def converted_config(config: LlamaConfig, plan: SharingPlan) -> LlamaConfig:
@@ -140,10 +140,14 @@ def convert(
         PostshareError: the plan does not fit the model.
     """
     plan = plan.structure()
-    plan.validate(model.config)
-    reader = converted(_ModelReader(model), plan, leaders)
-    if not isinstance(reader, ConvertedReader):
+    source = _ModelReader(model)
+    reader = converted(source, plan, leaders)
+    if reader is source:
         return model
+    if source.plan.ties:
+        raise PostshareError(
+            f"{source.path} holds its tied units once; convert it before its units are tied"
+        )
     new: LlamaForCausalLM
     if plan.spans:
         config = compact_config(reader.config, plan)
@@ -166,6 +170,8 @@ class _ModelReader:
     """A model in memory, read like a folder."""
 
     def __init__(self, model: LlamaForCausalLM) -> None:
+        shared = isinstance(model, SharedLlamaForCausalLM)
+        self.plan = model.config.plan if shared else SharingPlan()
         self.path = Path(model.config.name_or_path or "the model")
         self.config = model.config
         self._parameters = dict(model.named_parameters())

@@ -22,6 +22,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .attention import Rotation, SharedAttention, is_readable
 from .cache import fit_cache_
 from .configuration import SharedLlamaConfig
+from .errors import PostshareError
 from .heads import HeadLayout
 from .plan import SharingPlan
 from .projections import Piece, SharedLinear, transpose_storage_
@@ -134,9 +135,9 @@ class SharedLlamaModel(LlamaModel):
 
         handed: dict[int, tuple[torch.Tensor, ...]] = {}
         for at, layer in enumerate(self.layers):
-            span = self.spans[at]
+            span, entering = self.spans[at], hidden_states
             hidden_states, given = layer(
-                hidden_states,
+                entering,
                 () if span is None else handed[span.leader],
                 reuse,
                 rotation,
@@ -147,9 +148,23 @@ class SharedLlamaModel(LlamaModel):
                 **kwargs,
             )
             if given:
+                refuse_lost_gradient(entering, given)
                 handed[at] = given
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values
+        )
+
+
+def refuse_lost_gradient(entering: torch.Tensor, given: tuple[torch.Tensor, ...]) -> None:
+    """Reentrant checkpointing returns what a leader hands on without its gradient, and no error.
+
+    Raises:
+        PostshareError: it is switched on.
+    """
+    if torch.is_grad_enabled() and entering.requires_grad and not given[0].requires_grad:
+        raise PostshareError(
+            "gradient checkpointing with use_reentrant=True loses the gradient from followers to "
+            "their leader; use activation_checkpointing_enable({'use_reentrant': False})"
         )
 
 
@@ -232,9 +247,9 @@ def without_weights(kind: type[Model], config: LlamaConfig, like: LlamaForCausal
 
 
 def compact_config(config: object, plan: SharingPlan) -> SharedLlamaConfig:
-    """The compact config of a dense LlamaConfig and a plan (its effective part)."""
+    """The compact config of a dense or compact config and a plan (its effective part)."""
     values = config.to_dict()  # type: ignore[attr-defined]
-    for key in ("model_type", "architectures", "auto_map", "transformers_version"):
+    for key in ("model_type", "architectures", "auto_map", "transformers_version", "sharing"):
         values.pop(key, None)
     values["architectures"] = ["SharedLlamaForCausalLM"]
     return SharedLlamaConfig(**values, sharing=plan.effective().to_dict())

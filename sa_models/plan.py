@@ -174,8 +174,8 @@ class SharingPlan:
         layout = HeadLayout.from_config(config)
         if self.kv_heads is None:
             return layout
-        if layout.kv_heads % self.kv_heads:
-            fitting = [n for n in range(1, layout.kv_heads) if layout.kv_heads % n == 0]
+        fitting = [n for n in range(1, layout.kv_heads + 1) if layout.kv_heads % n == 0]
+        if self.kv_heads not in fitting:
             raise PostshareError(
                 f"kv_heads {self.kv_heads} does not divide the model's {layout.kv_heads} KV heads; "
                 f"use one of {fitting}"

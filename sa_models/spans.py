@@ -165,11 +165,12 @@ def _check_head_map(span: AttentionSpan, layout: HeadLayout) -> None:
                 f"{span}: a row of the head map has {len(row)} entries; give one for each of the "
                 f"{heads} {kind}"
             )
-        if max(row) >= heads:
-            raise PostshareError(
-                f"{span}: the head map names head {max(row)}; the leader has {kind} 0 to "
-                f"{heads - 1}"
-            )
+        for head in row:
+            if not 0 <= head < heads:
+                raise PostshareError(
+                    f"{span}: the head map names head {head}; the leader has {kind} 0 to "
+                    f"{heads - 1}"
+                )
 
 
 __all__ = ["ABSENT", "SHARES", "AttentionSpan", "check_spans", "ranges", "read_span"]
