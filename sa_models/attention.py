@@ -196,9 +196,9 @@ def attention_weights(
     elif mask is not None and mask.dim() == 2:  # flash; shorter than a static cache
         mask = functional.pad(mask.bool(), (0, keys - mask.shape[1]))[:, None, None]
     if mask is not None and mask.dtype == torch.bool:
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        scores.masked_fill_(~mask, torch.finfo(scores.dtype).min)  # in place: the map is large
     elif mask is not None:
-        scores = scores + mask
+        scores += mask
     return scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
 
 

@@ -6,6 +6,8 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from .spans import ranges
+
 USAGE = {
     "compact": """\
 Each shared unit is stored, and held in memory, once. With `postshare` installed:
@@ -44,7 +46,7 @@ def model_card(manifest: Mapping[str, Any]) -> str:
     parts = [
         _front_matter(base),
         f"# {notes.get('name', 'Shared Llama')}, {kind} export\n",
-        f"{f'`{base}`' if base else 'A Llama'} with shared attention heads, made by `postshare`.\n",
+        f"{f'`{base}`' if base else 'A Llama'} with shared attention, made by `postshare`.\n",
         "## Use\n",
         USAGE[kind],
         "## What is shared\n",
@@ -77,10 +79,33 @@ def _shared_rows(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
     projections = sorted(
         {p for tie in manifest["plan"]["ties"] for p in tie["projections"]}, key="qkvo".index
     )
+    plan, cache = manifest["plan"], manifest["cache"]
+    rows = []
+    if plan["ties"]:
+        merged = {"copy": "its source's", "mean": "the mean"}[manifest["merge"]]
+        rows += [
+            ("attention heads tied", f"{heads['tied']} of {heads['total']}"),
+            ("projections", ", ".join(projections)),
+            ("a shared unit is", merged),
+        ]
+    for span in plan["spans"]:
+        what = "attention weights" if span["share"] == "attention" else "keys and values"
+        matched = ", heads matched" if span["head_map"] else ""
+        layers = ranges(tuple(span["followers"]))
+        one = len(span["followers"]) == 1
+        what = f"{'reuses' if one else 'reuse'} the {what} of layer {span['leader']}{matched}"
+        rows.append((f"{'layer' if one else 'layers'} {layers}", what))
+    if manifest["leaders"] == "mean":
+        rows.append(("keys and values of leaders", "began as the mean over the layers they serve"))
+    if plan["kv_heads"] is not None:
+        rows.append(("KV heads of a layer", f"{plan['kv_heads']}, mean-pooled from the base's"))
+    if cache["bytes_per_token"] != cache["base_bytes_per_token"]:
+        kept = cache["bytes_per_token"] / cache["base_bytes_per_token"]
+        rows.append(
+            ("bytes of KV cache for a token", f"{cache['bytes_per_token']:,} ({kept:.1%} of base)")
+        )
     return [
-        ("attention heads tied", f"{heads['tied']} of {heads['total']}"),
-        ("projections", ", ".join(projections) or "none"),
-        ("a shared unit is", {"copy": "its source's", "mean": "the mean"}[manifest["merge"]]),
+        *rows,
         ("attention parameters no longer needed", f"{heads['stored_ratio']:.1%}"),
         ("parameters of the base", f"{tensors['base_parameters']:,}"),
         ("parameters in this folder", f"{tensors['parameters']:,}"),

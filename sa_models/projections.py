@@ -7,11 +7,14 @@ pass, and autograd adds the gradients of all readers into the one parameter.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional
+
+Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class Piece(NamedTuple):
@@ -51,20 +54,20 @@ class SharedLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in_features) -> (..., out_features)."""
-        own = functional.linear(x, self.weight)
         if self.owns_all:
-            return own
-        # split and narrow instead of slices: when a token is decoded, their overhead counts.
-        runs = iter(own.split(self.own_runs, dim=-1) if self.own_runs else ())
+            return functional.linear(x, self.weight)
+        rows, product = _rows_and_product(x)
+        own = product(self.weight, rows)
+        runs = iter(own.split_with_sizes(self.own_runs, dim=-1) if self.own_runs else ())
         parts = [
             next(runs)
             if owner is self
-            else functional.linear(x, owner.weight.narrow(0, first, stop - start))
+            else product(owner.weight[first : first + stop - start], rows)
             for owner, start, stop, first in self.pieces
         ]
-        if own.shape[-1] == 0:
+        if not self.own_runs:
             parts.append(own)  # an empty weight too gets a gradient, which DDP waits for
-        return torch.cat(parts, dim=-1)
+        return torch.cat(parts, dim=-1).view(*x.shape[:-1], self.out_features)
 
     def connect(self, pieces: tuple[Piece, ...]) -> None:
         """Say where the features are stored, in their order.
@@ -73,6 +76,7 @@ class SharedLinear(nn.Linear):
             ValueError: own features that are not stored in their order, one after the other.
         """
         self.pieces = pieces
+        self.widths = [stop - start for _, start, stop, _ in pieces]
         self.own_runs = [stop - start for owner, start, stop, _ in pieces if owner is self]
         firsts = [first for owner, _, _, first in pieces if owner is self]
         if firsts != [sum(self.own_runs[:i]) for i in range(len(firsts))]:
@@ -97,19 +101,36 @@ class SharedOutputLinear(SharedLinear):
         """(..., in_features) -> (..., out_features)."""
         if self.owns_all:
             return functional.linear(x, self.weight)
-        rows = x.flatten(0, -2)
-        own = [rows[:, start:stop] for owner, start, stop, _ in self.pieces if owner is self]
-        y = functional.linear(torch.cat(own, dim=-1) if own else rows[:, :0], self.weight)
-        for owner, start, stop, first in self.pieces:
+        rows, product = _rows_and_product(x)
+        parts = list(zip(self.pieces, rows.split_with_sizes(self.widths, dim=-1), strict=True))
+        own = [part for piece, part in parts if piece.owner is self]
+        y = product(self.weight, torch.cat(own, dim=-1) if own else rows[..., :0])
+        for (owner, start, stop, first), part in parts:
             if owner is self:
                 continue
-            part = rows.narrow(1, start, stop - start)
-            columns = owner.weight.narrow(1, first, stop - start)
-            if y.dtype == columns.dtype:
-                y.addmm_(part, columns.t())  # adds inside the product: no pass over y
-            else:  # autocast, which knows no in-place products
-                y = y + functional.linear(part, columns)
-        return y.unflatten(0, x.shape[:-1])
+            columns = owner.weight[:, first : first + stop - start]
+            if y.dtype != columns.dtype:  # autocast, which knows no in-place products
+                y = y + product(columns, part)
+            elif y.dim() == 1:
+                y.addmv_(columns, part)  # adds inside the product: no pass over y
+            else:
+                y.addmm_(part, columns.t())
+        return y.view(*x.shape[:-1], self.out_features)
+
+
+def _rows_and_product(x: torch.Tensor) -> tuple[torch.Tensor, Product]:
+    """The rows of x in the shape that is multiplied fastest, and what multiplies (weight, rows).
+
+    The one row of a decoded token is a vector: with a handful of small products for each
+    projection, what is spent around them counts. (In bf16 a CPU has no fast vector product.)
+    """
+    if x.numel() == x.shape[-1] and x.dtype == torch.float32:
+        return x.flatten(), torch.matmul
+    return x.reshape(-1, x.shape[-1]), _linear
+
+
+def _linear(weight: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    return functional.linear(rows, weight)
 
 
 def transpose_storage_(model: nn.Module) -> None:

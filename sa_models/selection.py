@@ -73,6 +73,11 @@ def units_to_tie(budget: Budget, layout: HeadLayout, skip_layers: Sequence[int] 
     """
     wanted, units = budget.units(layout), layout.layers * layout.units
     eligible = len(eligible_units(layout, skip_layers))
+    if not eligible:
+        raise PostshareError(
+            f"no unit can be tied: layers {sorted({0, *skip_layers})} are never targets, and the "
+            "model has no others; skip fewer layers, or make fewer layers followers"
+        )
     if not 1 <= wanted <= eligible:
         raise PostshareError(
             f"plan.budget asks for {wanted} of {units} units, possible are 1 to {eligible} "

@@ -8,7 +8,7 @@ input features, so that memory is bounded and the work is matrix products.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -80,16 +80,23 @@ class Matches:
     sources: torch.Tensor
 
 
-def best_matches(scores: torch.Tensor, layout: HeadLayout) -> Matches:
+def best_matches(
+    scores: torch.Tensor, layout: HeadLayout, without: Collection[int] = ()
+) -> Matches:
     """For every unit, the unit of a strictly earlier layer with the highest score.
 
     Scores within 1e-6 of the highest are ties; the earliest (layer, then unit) wins.
+
+    Args:
+        without: layers whose units are no sources. Layer 0 is none of them.
     """
     units = layout.units
     best = torch.full((layout.layers, units), float("nan"), dtype=torch.float64)
     sources = torch.full((layout.layers, units, 2), -1, dtype=torch.long)
     for layer in range(1, layout.layers):
-        rows = scores[layer * units : (layer + 1) * units, : layer * units]
+        rows = scores[layer * units : (layer + 1) * units, : layer * units].clone()
+        for other in set(without) & set(range(layer)):
+            rows[:, other * units : (other + 1) * units] = -torch.inf
         highest = rows.max(dim=1).values
         first = (rows >= highest[:, None] - TIE_TOLERANCE).int().argmax(dim=1)
         best[layer] = rows.gather(1, first[:, None])[:, 0]
@@ -97,16 +104,21 @@ def best_matches(scores: torch.Tensor, layout: HeadLayout) -> Matches:
     return Matches(best, sources)
 
 
-def random_matches(layout: HeadLayout, seed: int) -> Matches:
-    """The control: a source drawn evenly from the earlier layers, targets in random order."""
+def random_matches(layout: HeadLayout, seed: int, without: Collection[int] = ()) -> Matches:
+    """The control: a source drawn evenly from the earlier layers, targets in random order.
+
+    Args:
+        without: layers whose units are no sources. Layer 0 is none of them.
+    """
     generator = torch.Generator().manual_seed(seed)
     units = layout.units
     best = torch.full((layout.layers, units), float("nan"), dtype=torch.float64)
     sources = torch.full((layout.layers, units, 2), -1, dtype=torch.long)
     for layer in range(1, layout.layers):
         best[layer] = torch.rand(units, generator=generator, dtype=torch.float64)
-        drawn = torch.randint(layer * units, (units,), generator=generator)
-        sources[layer] = torch.stack([drawn // units, drawn % units], dim=1)
+        earlier = torch.tensor([other for other in range(layer) if other not in without])
+        drawn = torch.randint(len(earlier) * units, (units,), generator=generator)
+        sources[layer] = torch.stack([earlier[drawn // units], drawn % units], dim=1)
     return Matches(best, sources)
 
 

@@ -61,6 +61,17 @@ class AttentionSpan:
         }
 
 
+def ranges(layers: tuple[int, ...]) -> str:
+    """`23, 24, 25` as `23-25`."""
+    parts: list[list[int]] = []
+    for layer in layers:
+        if parts and layer == parts[-1][-1] + 1:
+            parts[-1].append(layer)
+        else:
+            parts.append([layer])
+    return " ".join(str(p[0]) if len(p) == 1 else f"{p[0]}-{p[-1]}" for p in parts)
+
+
 def read_span(value: Any, where: str) -> AttentionSpan:
     """A span from its JSON value. Raises PostshareError: ``where`` is malformed."""
     cure = "give leader, followers and share"
@@ -162,4 +173,4 @@ def _check_head_map(span: AttentionSpan, layout: HeadLayout) -> None:
                 )
 
 
-__all__ = ["ABSENT", "SHARES", "AttentionSpan", "check_spans", "read_span"]
+__all__ = ["ABSENT", "SHARES", "AttentionSpan", "check_spans", "ranges", "read_span"]

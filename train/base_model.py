@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
+from sa_models.configuration import SharedLlamaConfig
 from sa_models.errors import PostshareError
-from sa_models.weights import WeightsFolder
+from sa_models.modeling import SharedLlamaForCausalLM
+from sa_models.readers import CompactFolder
+from sa_models.weights import WeightsFolder, read_model_type
 from train.demo import DEMO_BASE, demo_base_path
 
 if TYPE_CHECKING:
@@ -107,5 +110,16 @@ def load_dense(
     WeightsFolder(folder)
     model = LlamaForCausalLM.from_pretrained(
         folder, dtype=through or torch.float32, attn_implementation=attention
+    )
+    return model.float()
+
+
+def load_model(folder: Path, attention: str) -> LlamaForCausalLM:
+    """A dense or a compact folder as an fp32 model on the CPU, every weight checked to be there."""
+    if read_model_type(folder) != SharedLlamaConfig.model_type:
+        return load_dense(folder, attention)
+    CompactFolder(folder)
+    model = SharedLlamaForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation=attention
     )
     return model.float()

@@ -1,18 +1,22 @@
 """Packed blocks of tokens, a held-out split, and the order in which they are read.
 
-**Packing.** The documents of a source, each `[bos] + ids + [eos]`, are laid end to end and cut
-every `sequence_length` tokens; the last incomplete block is left out. By default tokens of
+**Packing of text.** The documents of a source, each `[bos] + ids + [eos]`, are laid end to end and
+cut every `sequence_length` tokens; the last incomplete block is left out. By default tokens of
 different documents in one block DO attend to each other. With `document_mask: true` positions
 restart at every document, from which transformers builds a block-diagonal mask (only when the
 forward pass gets neither an attention mask nor a cache: call the model with `use_cache=False`), and
 the first token of a document is not predicted. Tokenizers without BOS: only EOS.
 
-**Mixtures.** Weights are shares of training *tokens*, exactly: an epoch lasts until every source
-has been read once, and sources that are too short for their share begin again. The
-default weight is 1: equal shares. Validation sources are concatenated, unweighted.
+**Records** (`data.format` alpaca or chat): see `train.records`, and `train.record_blocks` for how
+they are packed. All that follows holds for them too, except that they are never streamed.
+
+**Mixtures.** Weights are shares of training *blocks*, exactly (of text: of its tokens): an epoch
+lasts until every source has been read once, and sources that are too short for their share begin
+again. The default weight is 1: equal shares. Validation sources are concatenated, unweighted.
 
 **Held-out split.** Either `validation` sources, or `validation_fraction` of the documents (never
-of the blocks), chosen by the hash of their text: see `train.tokens.Encoder`.
+of the blocks), chosen by the hash of their text (of records: of their prompt): see
+`train.tokens.Encoder`.
 
 **Streaming** reads only as many documents as the run needs and packs them into an indexable, cached
 table, so resuming is as exact as without. The table holds the first documents of the stream, for
@@ -29,95 +33,54 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-import datasets
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset, Sampler
 
 from sa_models.errors import PostshareError
+from train.chat import ChatEncoder
+from train.packed import IGNORED, Block, BlockSource, Packed, TextBlocks
+from train.record_blocks import RecordBlocks
+from train.records import AlpacaEncoder, RecordEncoder, record_table
 from train.tokens import Encoder, streamed_token_table, token_table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from train.recipe import DataSource, Recipe
+    from train.recipe import DataSection, DataSource, Recipe
 
-IGNORED = -100  # the label that transformers' losses leave out
-
-
-class Packed:
-    """Documents laid end to end: one long sequence of int32 token ids that is never copied.
-
-    The ids stay where they are, in the memory-mapped chunks of an Arrow table.
-    """
-
-    def __init__(self, chunks: Sequence[NDArray[np.int32]], lengths: NDArray[np.int64]) -> None:
-        self._chunks = [chunk for chunk in chunks if len(chunk)]
-        self._ends = np.cumsum([len(chunk) for chunk in self._chunks], dtype=np.int64)
-        self._document_starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])[:-1]
-
-    @classmethod
-    def from_table(cls, table: datasets.Dataset) -> Packed:
-        chunks, lengths = [], []
-        for column in table.with_format("arrow")[:]["input_ids"].chunks:
-            chunks.append(column.flatten().to_numpy(zero_copy_only=True))
-            lengths.append(column.value_lengths().to_numpy(zero_copy_only=False))
-        empty = np.zeros(0, dtype=np.int64)
-        return cls(chunks, np.concatenate([empty, *lengths]).astype(np.int64))
-
-    @classmethod
-    def from_documents(cls, documents: Sequence[Sequence[int]]) -> Packed:
-        chunks = [np.asarray(document, dtype=np.int32) for document in documents]
-        return cls(chunks, np.array([len(chunk) for chunk in chunks], dtype=np.int64))
-
-    def __len__(self) -> int:
-        """The number of tokens."""
-        return int(self._ends[-1]) if len(self._ends) else 0
-
-    def read(self, start: int, stop: int) -> NDArray[np.int32]:
-        """Tokens [start, stop)."""
-        parts = []
-        index = int(np.searchsorted(self._ends, start, side="right"))
-        while start < stop:
-            end = int(self._ends[index])
-            base = end - len(self._chunks[index])
-            parts.append(self._chunks[index][start - base : min(stop, end) - base])
-            start, index = min(stop, end), index + 1
-        return np.concatenate(parts)
-
-    def document_starts(self, start: int, stop: int) -> NDArray[np.int64]:
-        """Where documents begin in [start, stop), counted from `start`."""
-        first, last = np.searchsorted(self._document_starts, [start, stop])
-        return self._document_starts[first:last] - start
-
-    def largest_id(self) -> int:
-        return max((int(chunk.max()) for chunk in self._chunks), default=-1)
+__all__ = ["IGNORED", "Blocks", "Packed", "PositionSampler", "permutation", "prepare_data"]
 
 
-class Blocks(Dataset[dict[str, torch.Tensor]]):
-    """Blocks of `length` tokens, in a fixed order, by index.
+ENCODERS: dict[str, type[Encoder] | type[AlpacaEncoder] | type[ChatEncoder]] = {
+    "text": Encoder,
+    "alpaca": AlpacaEncoder,
+    "chat": ChatEncoder,
+}
 
-    `blocks[i]` is `{"input_ids": int64[length], "labels": int64[length]}`; with `document_mask`
+
+class Blocks(Dataset[Block]):
+    """The blocks of one source or of a mixture, in a fixed order, by index.
+
+    `blocks[i]` is `{"input_ids": int64[length], "labels": int64[length]}`; with a document mask
     also `"position_ids": int64[length]`. Labels are not shifted (the model shifts them); -100 = not
     predicted.
 
     `weights` gives each source its exact share of the blocks (see the module); None = each source
-    once.
+    once. `notes` says what a reader of the log should know about them, one line each.
     """
 
     def __init__(
         self,
-        sources: Sequence[Packed],
-        length: int,
+        sources: Sequence[BlockSource],
         *,
         weights: Sequence[float] | None = None,
-        document_mask: bool = False,
+        notes: Sequence[str] = (),
     ) -> None:
-        self.length = length
-        self.document_mask = document_mask
+        self.length = sources[0].length
+        self.notes = tuple(notes)
         self._sources = list(sources)
-        self._sizes = [len(source) // length for source in self._sources]
+        self._sizes = [len(source) for source in self._sources]
         counts = self._sizes if weights is None else _mix(self._sizes, weights)
         self._ends = np.cumsum(counts, dtype=np.int64)
 
@@ -126,34 +89,23 @@ class Blocks(Dataset[dict[str, torch.Tensor]]):
         cls, documents: Sequence[Sequence[int]], length: int, *, document_mask: bool = False
     ) -> Blocks:
         """From token ids in memory (BOS and EOS included where wanted)."""
-        return cls([Packed.from_documents(documents)], length, document_mask=document_mask)
+        packed = Packed.from_documents(documents)
+        return cls([TextBlocks(packed, length, document_mask=document_mask)])
 
     def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
+        return int(self._ends[-1])
 
     @property
     def tokens(self) -> int:
-        """Tokens in one epoch."""
+        """Tokens in one epoch, padding included."""
         return len(self) * self.length
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+    def __getitem__(self, index: int) -> Block:
         if not 0 <= index < len(self):
             raise IndexError(f"block {index} of {len(self)}")
         which = int(np.searchsorted(self._ends, index, side="right"))
         within = index - (int(self._ends[which - 1]) if which else 0)
-        start = within % self._sizes[which] * self.length
-        stop = start + self.length
-        source = self._sources[which]
-        input_ids = torch.from_numpy(source.read(start, stop).astype(np.int64))
-        block = {"input_ids": input_ids, "labels": input_ids.clone()}
-        if self.document_mask:
-            starts = source.document_starts(start, stop)
-            block["labels"][torch.from_numpy(starts)] = IGNORED
-            position = np.arange(self.length)
-            begun = np.zeros(self.length, dtype=np.int64)
-            begun[starts] = starts
-            block["position_ids"] = torch.from_numpy(position - np.maximum.accumulate(begun))
-        return block
+        return self._sources[which][within % self._sizes[which]]
 
 
 def _mix(sizes: Sequence[int], weights: Sequence[float]) -> list[int]:
@@ -187,33 +139,24 @@ def prepare_data(
             "(not train.epochs) and evaluate.blocks, or data.streaming=false"
         )
     weights = [source.weight for source in data.train]
-    train = []
+    train: list[TextBlocks | RecordBlocks] = []
     for source in data.train:
         share = source.weight / sum(weights)
         blocks = math.ceil((needed_blocks or 0) * share)
         train.append(_pack(recipe, source, tokenizer, vocab_size, False, blocks))
-        if len(train[-1]) < data.sequence_length:
-            raise PostshareError(
-                f"{source.path} ({source.split}) has {len(train[-1])} tokens for training, fewer "
-                f"than one block of {data.sequence_length}; lower data.sequence_length or add text"
-            )
+        if not len(train[-1]):
+            raise _nothing_to_train(source, train[-1])
+    held_out = data.validation or data.train
     validation = [
         _pack(recipe, source, tokenizer, vocab_size, True, recipe.evaluate.blocks or 0)
-        for source in data.validation or data.train
+        for source in held_out
     ]
-    training = Blocks(
-        train, data.sequence_length, weights=weights, document_mask=data.document_mask
+    if not any(map(len, validation)):
+        raise _nothing_held_out(data, validation)
+    return (
+        Blocks(train, weights=weights, notes=_notes("training", data.train, train)),
+        Blocks(validation, notes=_notes("validation", held_out, validation)),
     )
-    held_out = Blocks(validation, data.sequence_length, document_mask=data.document_mask)
-    if len(held_out) < 1:
-        cure = (
-            "add text to data.validation" if data.validation else "raise data.validation_fraction"
-        )
-        raise PostshareError(
-            f"the held-out text has {sum(map(len, validation))} tokens, fewer than one block of "
-            f"{data.sequence_length}; {cure} or lower data.sequence_length"
-        )
-    return training, held_out
 
 
 def _pack(
@@ -223,23 +166,65 @@ def _pack(
     vocab_size: int,
     held_out: bool,
     blocks: int,
-) -> Packed:
+) -> TextBlocks | RecordBlocks:
     """One source, tokenized; of a stream the first `blocks` blocks (and the rest of a document)."""
-    data = recipe.data
-    encoder = Encoder.build(
+    data, length = recipe.data, recipe.data.sequence_length
+    encoder = ENCODERS[data.format].build(
         tokenizer,
         bos=data.bos,
         eos=data.eos,
         fraction=data.validation_fraction,
         held_out=None if data.validation else held_out,
     )
-    if data.streaming:
-        table = streamed_token_table(source, encoder, blocks * data.sequence_length)
+    packed: TextBlocks | RecordBlocks
+    if isinstance(encoder, RecordEncoder):
+        table = record_table(source, encoder, processes=data.processes)
+        packed = RecordBlocks.from_table(table, length)
     else:
-        table = token_table(source, encoder, processes=data.processes)
-    tokens = Packed.from_table(table)
-    _check_ids(source, tokens, len(tokenizer), vocab_size)
-    return tokens
+        if data.streaming:
+            table = streamed_token_table(source, encoder, blocks * length)
+        else:
+            table = token_table(source, encoder, processes=data.processes)
+        packed = TextBlocks(Packed.from_table(table), length, document_mask=data.document_mask)
+    _check_ids(source, packed.tokens, len(tokenizer), vocab_size)
+    return packed
+
+
+def _nothing_to_train(source: DataSource, packed: TextBlocks | RecordBlocks) -> PostshareError:
+    what = f"{source.path} ({source.split})"
+    if isinstance(packed, RecordBlocks):
+        return packed.nothing(
+            f"{what} for training", "lower data.validation_fraction or add records"
+        )
+    return PostshareError(
+        f"{what} has {len(packed.tokens)} tokens for training, fewer than one block of "
+        f"{packed.length}; lower data.sequence_length or add text"
+    )
+
+
+def _nothing_held_out(
+    data: DataSection, validation: Sequence[TextBlocks | RecordBlocks]
+) -> PostshareError:
+    cure = "add text to data.validation" if data.validation else "raise data.validation_fraction"
+    records = [packed for packed in validation if isinstance(packed, RecordBlocks)]
+    if records:
+        longest = max(records, key=lambda packed: packed.dropped)
+        return longest.nothing("the held-out text", cure)
+    return PostshareError(
+        f"the held-out text has {sum(len(packed.tokens) for packed in validation)} tokens, fewer "
+        f"than one block of {data.sequence_length}; {cure} or lower data.sequence_length"
+    )
+
+
+def _notes(
+    use: str, sources: Sequence[DataSource], packed: Sequence[TextBlocks | RecordBlocks]
+) -> list[str]:
+    """One line for each source of records: what packing made of them."""
+    return [
+        f"{source.path} ({use}): {made.said}"
+        for source, made in zip(sources, packed, strict=True)
+        if isinstance(made, RecordBlocks)
+    ]
 
 
 def _check_ids(source: DataSource, tokens: Packed, tokenizer_size: int, vocab_size: int) -> None:

@@ -10,10 +10,13 @@ from rich.console import Console
 from rich.syntax import Syntax
 from rich.table import Table
 
+from sa_models.spans import ranges
 from train import estimate
 from train.known_models import DTYPE_BYTES, LlamaShape, find_shape
 
 if TYPE_CHECKING:
+    from sa_models.plan import SharingPlan
+    from sa_models.savings import PlanSavings
     from train.recipe import Recipe
 
 
@@ -59,35 +62,36 @@ def size(number: float) -> str:
 
 def _facts(recipe: Recipe, shape: LlamaShape, origin: str, gpus: int, accumulation: int) -> Table:
     plan, train = recipe.plan, recipe.train
-    savings = estimate.plan_savings(plan, shape)
+    structure = estimate.expected_structure(recipe, shape)
+    savings = estimate.plan_savings(plan, shape, structure)
     element = DTYPE_BYTES.get(recipe.export.dtype, shape.dtype_bytes)
     base, stored = savings.bytes(element)
-    kv_heads = shape.num_key_value_heads or shape.num_attention_heads
-    unit = "heads" if kv_heads == shape.num_attention_heads else "KV groups"
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_row("model", f"{recipe.model.path}, config from {origin}")
     table.add_row("parameters", count(savings.base_parameters))
-    trained = estimate.trainable_parameters(shape, train.trainable)
+    trained = estimate.trainable_parameters(shape, train.trainable, structure)
     table.add_row("trained", count(trained if train.steps != 0 else 0))
-    if plan.strategy == "none":
-        table.add_row("plan", "none: nothing is shared")
-    else:
+    for row in _plan_rows(recipe, shape, structure, savings):
+        table.add_row(*row)
+    if recipe.shares:
         bound = "at most " if plan.strategy == "released" else ""
-        what = "as the plan file says" if plan.strategy == "file" else ", ".join(plan.share)
-        table.add_row(
-            "plan",
-            f"{bound}{savings.tied_units:,} of {savings.units:,} units ({unit}) tied, "
-            f"{savings.effective_ratio:.1%}; projections: {what}",
-        )
+        removed = savings.removed_parameters
         table.add_row(
             "saved",
-            f"{bound}{count(savings.tied_parameters)} parameters, {savings.stored_ratio:.1%} of "
-            f"attention, {savings.tied_parameters / savings.base_parameters:.1%} of the model",
+            f"{bound}{count(removed)} parameters, {savings.stored_ratio:.1%} of "
+            f"attention, {removed / savings.base_parameters:.1%} of the model",
         )
+        dense = f"dense {size(stored + savings.tied_parameters * element)}"
         table.add_row(
             "export",
-            f"compact {size(stored)}, dense {size(base)} "
+            f"compact {size(stored)}, {dense if structure.has_stock_form else 'no dense form'} "
             f"({size(base - stored)} saved, {element} bytes per parameter)",
+        )
+    if savings.stored_cache != savings.base_cache:
+        table.add_row(
+            "KV cache",
+            f"{size(savings.stored_cache * element)} for a token instead of "
+            f"{size(savings.base_cache * element)} ({-savings.cache_ratio:.1%})",
         )
     table.add_row("training", _training(recipe))
     if train.steps != 0:
@@ -98,6 +102,45 @@ def _facts(recipe: Recipe, shape: LlamaShape, origin: str, gpus: int, accumulati
         )
     table.add_row("run folder", str(recipe.folder))
     return table
+
+
+def _plan_rows(
+    recipe: Recipe, shape: LlamaShape, structure: SharingPlan, savings: PlanSavings
+) -> list[tuple[str, str]]:
+    """What is shared: ties, spans, KV heads."""
+    plan, spans = recipe.plan, recipe.spans
+    if not recipe.shares:
+        return [("plan", "none: nothing is shared")]
+    rows = []
+    if plan.strategy != "none":
+        unit = "heads" if structure.layout(shape).heads_per_unit == 1 else "KV groups"
+        bound = "at most " if plan.strategy == "released" else ""
+        what = "as the plan file says" if plan.strategy == "file" else ", ".join(plan.share)
+        rows.append(
+            (
+                "plan",
+                f"{bound}{savings.tied_units:,} of {savings.units:,} units ({unit}) tied, "
+                f"{savings.effective_ratio:.1%}; projections: {what}",
+            )
+        )
+    shared = {"attention": "attention weights", "kv": "keys and values"}
+    if spans is not None and spans.layers is not None:
+        rows.append(
+            (
+                "spans",
+                f"{spans.layers} layers will reuse the {shared[spans.share]} of a layer below; "
+                f"which ones, strategy {spans.strategy} decides",
+            )
+        )
+    else:
+        rows += [
+            ("span", f"layers {ranges(s.followers)} reuse the {shared[s.share]} of {s.leader}")
+            for s in structure.spans
+        ]
+    if structure.kv_heads is not None:
+        kv_heads = shape.num_key_value_heads or shape.num_attention_heads
+        rows.append(("KV heads", f"{structure.kv_heads} of {kv_heads} in a layer, mean-pooled"))
+    return rows
 
 
 def _training(recipe: Recipe) -> str:

@@ -7,13 +7,17 @@ the CUDA context, communication buffers and fragmentation (allow 2 to 4 GB for t
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from sa_models import selection
 from sa_models.heads import HeadLayout
-from sa_models.plan import PlanSavings, SharingPlan, llama_parameters
+from sa_models.plan import SharingPlan
+from sa_models.savings import PlanSavings, llama_parameters
+from sa_models.span_search import best_spans
+from sa_models.spans import AttentionSpan
+from train.structure_sections import listed_structure
 
 if TYPE_CHECKING:
     from train.known_models import LlamaShape
@@ -22,7 +26,37 @@ if TYPE_CHECKING:
 ZERO_STAGES = (0, 1, 2, 3)
 
 
-def requested_units(section: PlanSection, layout: HeadLayout) -> int:
+def expected_structure(recipe: Recipe, shape: LlamaShape) -> SharingPlan:
+    """KV heads and spans of a recipe; spans that are still to be found stand in as late layers.
+
+    Every layer has the same sizes, so that only their number counts here.
+
+    Raises:
+        PostshareError: spans or KV heads that do not fit the model.
+    """
+    if recipe.plan.strategy == "file":
+        plan = SharingPlan.load(recipe.plan.path or "")
+        plan.validate(shape)
+        return plan.structure()
+    structure = listed_structure(recipe.heads, recipe.spans)
+    section = recipe.spans
+    if section is not None and section.layers is not None:
+        found = best_spans(
+            lambda leader, followers: 0.0,
+            shape.num_hidden_layers,
+            section.layers,
+            section.max_followers,
+            section.skip_layers,
+        )
+        spans = tuple(AttentionSpan(*span, section.share) for span in found)
+        structure = replace(structure, spans=spans)
+    structure.validate(shape)
+    return structure
+
+
+def requested_units(
+    section: PlanSection, layout: HeadLayout, followers: tuple[int, ...] = ()
+) -> int:
     """Units that the budget asks for, before there are scores.
 
     Raises:
@@ -30,13 +64,18 @@ def requested_units(section: PlanSection, layout: HeadLayout) -> int:
     """
     assert section.budget is not None
     budget = selection.Budget(section.budget.ratio, section.budget.heads)
-    return selection.units_to_tie(budget, layout, section.skip_layers)
+    return selection.units_to_tie(budget, layout, (*section.skip_layers, *followers))
 
 
-def plan_savings(section: PlanSection, shape: LlamaShape) -> PlanSavings:
+def plan_savings(
+    section: PlanSection, shape: LlamaShape, structure: SharingPlan | None = None
+) -> PlanSavings:
     """What the plan of a recipe will save, before it is known which units are tied.
 
     For strategy released this is an upper bound: its chains undo some of the ties.
+
+    Args:
+        structure: KV heads and spans, see :func:`expected_structure`.
 
     Raises:
         PostshareError: a budget that cannot be met, or a plan file that does not fit the model.
@@ -45,28 +84,36 @@ def plan_savings(section: PlanSection, shape: LlamaShape) -> PlanSavings:
         plan = SharingPlan.load(section.path or "")
         plan.validate(shape)
         return plan.savings(shape)
-    layout = HeadLayout.from_config(shape)
-    tied = 0 if section.strategy == "none" else requested_units(section, layout)
-    return PlanSavings(
-        units=layout.layers * layout.units,
+    structure = structure or SharingPlan()
+    savings = structure.savings(shape)
+    if section.strategy == "none":
+        return savings
+    layout = structure.layout(shape)
+    tied = requested_units(section, layout, tuple(structure.leader_of()))
+    return replace(
+        savings,
         tied_units=tied,
-        heads=layout.layers * layout.heads,
         tied_heads=tied * layout.heads_per_unit,
-        attention_parameters=layout.attention_parameters,
         tied_parameters=tied * sum(map(layout.unit_parameters, section.share)),
-        base_parameters=llama_parameters(shape),
     )
 
 
-def trainable_parameters(shape: LlamaShape, patterns: tuple[str, ...]) -> int:
-    """Parameters whose name matches one of the fnmatch `patterns`."""
-    if "*" in patterns:
-        return llama_parameters(shape)
-    from sa_models.weights import llama_shapes
+def trainable_parameters(
+    shape: LlamaShape, patterns: tuple[str, ...], structure: SharingPlan | None = None
+) -> int:
+    """Parameters of the model with this structure whose name matches one of the fnmatch `patterns`.
 
+    Without ties: those are made after training.
+    """
+    structure = structure or SharingPlan()
+    if "*" in patterns:
+        return structure.savings(shape).stored_parameters
+    from sa_models.readers import expanded_shapes
+
+    pooled = replace(shape, num_key_value_heads=structure.layout(shape).kv_heads)
     return sum(
         math.prod(size)
-        for name, size in llama_shapes(shape).items()
+        for name, size in expanded_shapes(pooled, structure).items()
         if any(fnmatchcase(name, pattern) for pattern in patterns)
     )
 
@@ -128,7 +175,8 @@ def memory_per_gpu(
     of the weights. DeepSpeed keeps weights in the training precision, sums gradients in fp32, and
     updates an fp32 master copy (in fp32 training too): ZeRO-1 divides master copy and moments by
     the number of GPUs, ZeRO-2 the gradients too, ZeRO-3 the weights too. What ZeRO-3 gathers at a
-    time is counted as the larger of one layer and one embedding.
+    time is counted as the larger of one layer and one embedding. It is that of the base's own
+    structure, which *continued* trains; spans and fewer KV heads need less.
     """
     total = llama_parameters(shape)
     trained = trainable_parameters(shape, train.trainable)

@@ -63,6 +63,7 @@ def identity(job: TrainJob, recipe: Recipe) -> dict[str, Any]:
         "learning_rate": job.learning_rate,
         "seed": recipe.seed,
         "plan": job.plan.hash() if job.plan else None,
+        "leaders": recipe.spans.leaders if job.plan and recipe.spans else None,
         "penalty": recipe.penalty.model_dump(mode="json") if job.plan else None,
         "model": recipe.model.model_dump(mode="json"),
         "data": recipe.data.model_dump(mode="json", exclude={"processes"}),

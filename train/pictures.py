@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.patches import FancyArrowPatch
+from matplotlib.patches import FancyArrowPatch, Rectangle
 
 from sa_models.heads import HeadLayout
+from sa_models.isotropy import Isotropy
 from sa_models.plan import SharingPlan
+
+
+class Span(Protocol):
+    """What is drawn of a span: a SpanChoice, or the span of a plan."""
+
+    @property
+    def leader(self) -> int: ...
+
+    @property
+    def followers(self) -> tuple[int, ...]: ...
 
 
 def save_similarity(scores: torch.Tensor, layout: HeadLayout, score: str, path: Path) -> None:
@@ -88,6 +101,49 @@ def save_ties(plan: SharingPlan, layout: HeadLayout, path: Path) -> None:
     axes.set_ylabel("layer")
     axes.set_title(f"{len(targets)} of {len(every)} units take the weights of {len(sources)}")
     figure.legend(loc="outside lower center", ncols=3, frameon=False, markerscale=0.6)
+    _save(figure, path)
+
+
+def save_isotropy(isotropy: Isotropy, spans: Sequence[Span], path: Path) -> None:
+    """Heat maps of the isotropy of all layers, with and without the sink, as a PNG.
+
+    Spans are outlined on the diagonal, from the leader to the last follower.
+    """
+    layers = len(isotropy.maps)
+    numbers = layers <= 12
+    figure = Figure(figsize=(11.0, 5.6), dpi=140, layout="compressed")
+    every = figure.subplots(1, 2)
+    ticks = range(0, layers, max(1, layers // 16))
+    for axes, values, title in zip(
+        every,
+        (isotropy.maps, isotropy.without_sink),
+        ("all keys", "without the first token (sink)"),
+        strict=True,
+    ):
+        shown = values.clone().fill_diagonal_(float("nan"))
+        image = axes.imshow(shown.numpy(), cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
+        if numbers:
+            for row, column in torch.isfinite(shown).nonzero().tolist():
+                value = float(shown[row, column])
+                color = "white" if value < 0.6 else "black"
+                axes.text(
+                    column, row, f"{value:.2f}", ha="center", va="center", size=8, color=color
+                )
+        for span in spans:
+            size = 1 + max(span.followers) - span.leader
+            corner = (span.leader - 0.5, span.leader - 0.5)
+            axes.add_patch(
+                Rectangle(corner, size, size, fill=False, edgecolor="#d55e00", linewidth=2.0)
+            )
+        axes.set_xticks(ticks)
+        axes.set_yticks(ticks)
+        axes.set_xlabel("layer")
+        axes.set_title(title, size=10)
+        axes.set_facecolor("0.92")
+    every[0].set_ylabel("layer")
+    outlined = ", spans outlined" if spans else ""
+    figure.suptitle(f"Isotropy: mean cosine of the rows of two attention maps{outlined}")
+    figure.colorbar(image, ax=every, shrink=0.85)
     _save(figure, path)
 
 

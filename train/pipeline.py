@@ -8,12 +8,14 @@ done by the main process, while the others wait for its outcome.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from sa_models import export as exporting
+from sa_models.convert import Leaders, convert
 from sa_models.errors import PostshareError
 from sa_models.heads import HeadLayout
 from sa_models.manifest import update_notes
@@ -23,7 +25,7 @@ from sa_models.plan import SharingPlan
 from sa_models.readers import open_weights
 from sa_models.weights import WeightsFolder
 from train import engine as engines
-from train.base_model import load_base, load_dense
+from train.base_model import load_base, load_dense, load_model
 from train.checkpoint import write_json
 from train.data import Blocks
 from train.loop import TrainJob, TrainResult, train
@@ -32,13 +34,21 @@ from train.planning import (
     SIMILARITY_PICTURE,
     TIES_PICTURE,
     draw_plan,
-    find_plan,
+    find_ties,
     plan_table,
     requested_ratio,
 )
 from train.progress import ExportProgress
 from train.recipe import Recipe
 from train.run_folder import PLAN_FILE, Run, base_of, begin
+from train.span_planning import (
+    ISOTROPY_PICTURE,
+    SPANS_FILE,
+    SpanFinder,
+    save_found,
+    spans_table,
+)
+from train.structure_sections import listed_structure
 from train.summary import (
     SUMMARY_FILE,
     Training,
@@ -65,11 +75,12 @@ def run(recipe: Recipe) -> None:
 
 def plan(recipe: Recipe) -> None:
     """`postshare plan`: find, print and draw the plan."""
-    if recipe.plan.strategy == "none":
+    if not recipe.shares:
         raise PostshareError("plan.strategy is none: there is no plan to find; set plan.strategy")
-    current = begin(recipe, needs_data=False)
+    measures = recipe.spans is not None and recipe.spans.measures
+    current = begin(recipe, needs_data=measures)
     make_plan(current)
-    for name in (PLAN_FILE, SIMILARITY_PICTURE, TIES_PICTURE):
+    for name in (PLAN_FILE, SPANS_FILE, SIMILARITY_PICTURE, TIES_PICTURE, ISOTROPY_PICTURE):
         if (current.folder / name).is_file():
             current.say(f"{current.folder / name}")
 
@@ -109,23 +120,38 @@ def make_plan(current: Run) -> None:
     """Find the plan, unless the run folder has it; print it, draw it."""
     if not current.shares:
         return
-    section, base = current.recipe.plan, base_of(current)
+    section, base, spans = current.recipe.plan, base_of(current), current.recipe.spans
+    blocks = current.blocks[0] if spans is not None and spans.measures else None
 
     def work() -> None:
         file = current.folder / PLAN_FILE
         if not file.is_file():
-            found, scores = find_plan(section, WeightsFolder(base))
-            layout = HeadLayout.from_config(current.config)
-            draw_plan(found, scores, layout, section, current.folder)
+            structure = find_structure(current, base, blocks)
+            found, scores = find_ties(section, WeightsFolder(base), structure)
+            draw_plan(found, scores, found.layout(current.config), section, current.folder)
             found.save(file)
         show_plan(current)
 
     current.on_main(work)
 
 
+def find_structure(current: Run, base: Path, blocks: Blocks | None) -> SharingPlan:
+    """KV heads and spans of the recipe; spans that are to be measured need the training blocks."""
+    structure = listed_structure(current.recipe.heads, current.recipe.spans)
+    if blocks is None:
+        return structure
+    pooled = SharingPlan(kv_heads=structure.kv_heads)
+    model = convert(load_dense(base, current.recipe.model.attention), pooled)
+    model.to(current.ranks.device)  # type: ignore[arg-type]  # transformers' decorator hides it
+    found = SpanFinder(current.recipe, model.eval(), blocks).find(structure.spans)
+    save_found(found, current.folder)
+    current.say("", spans_table(found))
+    return replace(structure, spans=found.spans)
+
+
 def show_plan(current: Run) -> None:
     found, section = current.plan, current.recipe.plan
-    requested = requested_ratio(section, found, HeadLayout.from_config(current.config))
+    requested = requested_ratio(section, found, found.layout(current.config))
     current.say(
         "", plan_table(found, current.config, requested, export_dtype(current).itemsize), ""
     )
@@ -134,10 +160,15 @@ def show_plan(current: Run) -> None:
             "note: strategy released keeps the published chains, in which ties undo each other: "
             "fewer heads change than were asked for"
         )
+    if not found.has_stock_form and "dense" in current.recipe.export.formats:
+        current.say(
+            "note: a plan with spans has no dense form, no stock Llama computes it: only the "
+            "compact folder will be exported"
+        )
 
 
 def post_train(current: Run) -> None:
-    """Train the control without penalty and sharing (*continued*), then the model itself."""
+    """Train the control without any sharing (*continued*), then the model with its structure."""
     if current.steps == 0:
         return
     if current.shares and current.recipe.evaluate.continued:
@@ -153,7 +184,7 @@ def train_one(current: Run, name: str, folder: Path, plan: SharingPlan | None) -
     training, validation = current.blocks
     job = TrainJob(
         name=name,
-        model=load_base(current.recipe),
+        model=convert(load_base(current.recipe), plan or SharingPlan(), leaders(current)),
         plan=plan,
         train_blocks=training,
         validation_blocks=validation,
@@ -169,9 +200,7 @@ def heal(current: Run) -> None:
     section = current.recipe.materialize
     if section.heal_steps == 0:
         return
-    model = load_dense(trained_folder(current), current.recipe.model.attention)
-    layout = HeadLayout.from_config(model.config)
-    materialize_(dict(model.named_parameters()), layout, current.plan, section.merge)
+    model = tied(current, load_model(trained_folder(current), current.recipe.model.attention))
     training, validation = current.blocks
     job = TrainJob(
         name="heal",
@@ -206,6 +235,8 @@ def write_exports(current: Run) -> None:
                 dtype=export_dtype(current),
                 shard_bytes=recipe.export.shard_bytes,
                 merge="copy" if healed else recipe.materialize.merge,
+                leaders=leaders(current),
+                base_config=current.config,
                 tokenizer=tokenizer,
                 recipe=recipe.model_dump(mode="json"),
                 notes={"name": recipe.name, "base_model": recipe.model.path},
@@ -229,11 +260,7 @@ def report(current: Run, blocks: Blocks) -> None:
     attention = recipe.model.attention
 
     def direct() -> PreTrainedModel:
-        model = load_dense(base, attention)
-        layout = HeadLayout.from_config(model.config)
-        copied = recipe.materialize.merge
-        materialize_(dict(model.named_parameters()), layout, current.plan, copied)
-        return model
+        return tied(current, load_dense(base, attention))
 
     models: dict[str, Callable[[], PreTrainedModel]] = {"base": lambda: load_dense(base, attention)}
     if (current.folder / "continued" / "weights").is_dir():
@@ -247,8 +274,9 @@ def report(current: Run, blocks: Blocks) -> None:
     measured = evaluate_models(models, blocks, size, limit, device, current.folder)
     summary = summarize(
         measured,
+        current.plan,
         current.plan.savings(current.config),
-        requested_ratio(recipe.plan, current.plan, HeadLayout.from_config(current.config)),
+        requested_ratio(recipe.plan, current.plan, current.plan.layout(current.config)),
         {"base": weight_bytes(base)}
         | {
             kind: weight_bytes(current.folder / "export" / kind) for kind in export_formats(current)
@@ -263,9 +291,30 @@ def report(current: Run, blocks: Blocks) -> None:
         current.say(f"{kind:<10}{current.folder / 'export' / kind}")
     current.say(
         f"summary   {current.folder / SUMMARY_FILE}",
-        f"pictures  {current.folder / 'plan-*.png'}",
-        "next      the same with another budget: plan.budget.ratio=0.1 output_dir=<another folder>",
     )
+    if any(current.folder.glob("plan-*.png")):
+        current.say(f"pictures  {current.folder / 'plan-*.png'}")
+    if recipe.plan.budget is not None:
+        current.say(
+            "next      the same with another budget: plan.budget.ratio=0.1 "
+            "output_dir=<another folder>"
+        )
+    else:
+        current.say(f"next      load it: see {current.folder / 'export' / 'compact' / 'README.md'}")
+
+
+def tied(current: Run, model: LlamaForCausalLM) -> LlamaForCausalLM:
+    """The model with the plan's structure, where it lacks it, and with its ties written in."""
+    model = convert(model, current.plan, leaders(current))
+    layout = HeadLayout.from_config(model.config)
+    merge = current.recipe.materialize.merge
+    materialize_(dict(model.named_parameters()), layout, current.plan, merge)
+    return model
+
+
+def leaders(current: Run) -> Leaders:
+    spans = current.recipe.spans
+    return "mean" if spans is None else spans.leaders
 
 
 def load_export(current: Run) -> PreTrainedModel:
@@ -302,8 +351,11 @@ def trained(current: Run) -> Training:
 
 
 def export_formats(current: Run) -> tuple[exporting.Format, ...]:
-    """Without sharing there is nothing compact to store."""
-    return current.recipe.export.formats if current.shares else ("dense",)
+    """Without ties and spans there is nothing compact to store; with spans, no stock form."""
+    plan = current.plan
+    if not plan.ties and not plan.spans:
+        return ("dense",)
+    return current.recipe.export.formats if plan.has_stock_form else ("compact",)
 
 
 def export_dtype(current: Run) -> torch.dtype:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,63 +11,96 @@ from rich.console import Console
 from rich.table import Table
 
 from sa_models import selection
+from sa_models.convert import converted
+from sa_models.errors import PostshareError
 from sa_models.heads import HeadLayout
 from sa_models.plan import SharingPlan
+from sa_models.readers import DenseReader
 from sa_models.similarity import best_matches, random_matches, unit_scores
+from sa_models.spans import ranges
 from sa_models.weights import WeightsFolder
+from train.span_planning import check_spans_section
+from train.structure_sections import listed_structure
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig
 
-    from train.recipe import PlanSection
+    from train.recipe import PlanSection, Recipe
 
 SIMILARITY_PICTURE = "plan-similarity.png"
 TIES_PICTURE = "plan-ties.png"
 
 
-def check_plan(section: PlanSection, weights: WeightsFolder) -> None:
-    """Refuse a budget that cannot be met, or a plan file that does not fit, before any work.
+def check_plan(recipe: Recipe, weights: WeightsFolder) -> None:
+    """Refuse a plan that cannot be, before any work.
 
     Raises:
-        PostshareError: what is wrong, see :func:`sa_models.selection.units_to_tie` and
-            :meth:`SharingPlan.validate`.
+        PostshareError: what is wrong, see :func:`sa_models.selection.units_to_tie`,
+            :func:`~train.span_planning.check_spans_section` and :meth:`SharingPlan.validate`.
     """
+    section, config = recipe.plan, weights.config
     if section.strategy == "file":
-        SharingPlan.load(section.path or "").validate(weights.config)
-    elif section.strategy != "none":
-        layout = HeadLayout.from_config(weights.config)
-        selection.units_to_tie(_budget(section), layout, section.skip_layers)
+        SharingPlan.load(section.path or "").validate(config)
+        return
+    structure = listed_structure(recipe.heads, recipe.spans)
+    structure.validate(config)
+    if structure.kv_heads == HeadLayout.from_config(config).kv_heads:
+        raise PostshareError(
+            f"heads.kv_heads is {structure.kv_heads}, as many as the model has; lower it, or "
+            "remove heads"
+        )
+    if recipe.spans is not None:
+        check_spans_section(recipe.spans, config)
+    if section.strategy != "none" and (recipe.spans is None or recipe.spans.spans is not None):
+        # Of spans that are still to be found, nobody knows yet which units they leave.
+        skipped = skipped_layers(section, structure)
+        selection.units_to_tie(_budget(section), structure.layout(config), skipped)
 
 
-def find_plan(
-    section: PlanSection, weights: WeightsFolder
+def skipped_layers(section: PlanSection, structure: SharingPlan) -> tuple[int, ...]:
+    """Layers whose units are no targets: those of the recipe, and followers.
+
+    A follower lacks some of the projections that ties share, so that found ties leave it out.
+    """
+    return tuple(sorted({*section.skip_layers, *structure.leader_of()}))
+
+
+def find_ties(
+    section: PlanSection, weights: WeightsFolder, structure: SharingPlan
 ) -> tuple[SharingPlan, torch.Tensor | None]:
     """The plan of a recipe, and the scores (units, units) that it was chosen by, if any.
 
     Args:
         weights: of the base model; only its attention weights are read.
+        structure: KV heads and spans, which become part of the plan.
 
     Raises:
         PostshareError: see :func:`check_plan`.
     """
-    check_plan(section, weights)
-    layout = HeadLayout.from_config(weights.config)
+    if section.strategy == "none":
+        return structure, None
     if section.strategy == "file":
-        return SharingPlan.load(section.path or ""), None
+        plan = SharingPlan.load(section.path or "")
+        plan.validate(weights.config)
+        return plan, None
+    layout = structure.layout(weights.config)
+    followers, skipped = structure.leader_of(), skipped_layers(section, structure)
     scores = None
     if section.strategy == "random":
-        matches = random_matches(layout, section.seed)
+        matches = random_matches(layout, section.seed, without=followers)
     else:
-        scores = score_with_progress(weights, layout, section.score)
-        matches = best_matches(scores, layout)
-    plan = selection.make_plan(
+        pooled = converted(weights, SharingPlan(kv_heads=structure.kv_heads))
+        scores = score_with_progress(pooled, layout, section.score)
+        matches = best_matches(scores, layout, without=followers)
+    ties = selection.make_plan(
         matches,
         layout,
         _budget(section),
         section.share,
-        section.skip_layers,
+        skipped,
         released=section.strategy == "released",
     )
+    plan = replace(ties, kv_heads=structure.kv_heads, spans=structure.spans)
     plan.validate(weights.config)
     return plan, scores
 
@@ -76,7 +110,7 @@ def _budget(section: PlanSection) -> selection.Budget:
     return selection.Budget(ratio=section.budget.ratio, heads=section.budget.heads)
 
 
-def score_with_progress(weights: WeightsFolder, layout: HeadLayout, score: str) -> torch.Tensor:
+def score_with_progress(weights: DenseReader, layout: HeadLayout, score: str) -> torch.Tensor:
     """:func:`unit_scores` with a progress bar on stderr, when there is a terminal to show it."""
     from rich.progress import Progress
 
@@ -98,12 +132,14 @@ def draw_plan(
     """Write the pictures of a plan into the run folder; returns their paths."""
     from train.pictures import save_similarity, save_ties
 
-    written = []
+    written: list[Path] = []
     if scores is not None:
         save_similarity(scores, layout, section.score, folder / SIMILARITY_PICTURE)
         written.append(folder / SIMILARITY_PICTURE)
-    save_ties(plan, layout, folder / TIES_PICTURE)
-    return [*written, folder / TIES_PICTURE]
+    if plan.ties:
+        save_ties(plan, layout, folder / TIES_PICTURE)
+        written.append(folder / TIES_PICTURE)
+    return written
 
 
 def plan_table(plan: SharingPlan, config: LlamaConfig, requested: float, size: int) -> Table:
@@ -118,31 +154,50 @@ def plan_table(plan: SharingPlan, config: LlamaConfig, requested: float, size: i
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="dim")
     table.add_column(justify="right")
-    for label, value in (
-        ("heads asked for", f"{requested:.2%}"),
-        (
-            "heads that change (effective)",
-            f"{savings.effective_ratio:.2%}   {savings.tied_heads} of {savings.heads}",
-        ),
+    rows: list[tuple[str, str]] = []
+    if plan.ties:
+        rows += [
+            ("heads asked for", f"{requested:.2%}"),
+            (
+                "heads that change (effective)",
+                f"{savings.effective_ratio:.2%}   {savings.tied_heads} of {savings.heads}",
+            ),
+        ]
+    if plan.kv_heads is not None:
+        before = HeadLayout.from_config(config).kv_heads
+        rows.append(("KV heads of a layer", f"{plan.kv_heads} of {before}"))
+    for span in plan.spans:
+        what = "attention weights" if span.share == "attention" else "keys and values"
+        layers = "layer" if len(span.followers) == 1 else "layers"
+        mapped = ", heads matched" if span.head_map else ""
+        rows.append(
+            (f"{layers} {ranges(span.followers)}", f"{what} of layer {span.leader}{mapped}")
+        )
+    rows += [
         (
             "attention parameters no longer stored",
-            f"{savings.stored_ratio:.2%}   {savings.tied_parameters:,} of "
+            f"{savings.stored_ratio:.2%}   {savings.removed_parameters:,} of "
             f"{savings.attention_parameters:,}",
         ),
-        (
-            "parameters stored",
-            f"{savings.stored_parameters:,} of {savings.base_parameters:,}",
-        ),
+        ("parameters stored", f"{savings.stored_parameters:,} of {savings.base_parameters:,}"),
         ("bytes stored", f"{stored_bytes:,} of {base_bytes:,}"),
-    ):
-        table.add_row(label, value)
+    ]
+    if savings.stored_cache != savings.base_cache:
+        rows.append(
+            (
+                "bytes of KV cache for a token",
+                f"{savings.stored_cache * size:,} of {savings.base_cache * size:,}",
+            )
+        )
+    for row in rows:
+        table.add_row(*row)
     return table
 
 
 def requested_ratio(section: PlanSection, plan: SharingPlan, layout: HeadLayout) -> float:
     """The share of heads that the recipe asks for (of a plan file: those that it names)."""
     units = layout.layers * layout.units
-    if section.budget is None:
+    if section.budget is None:  # a plan file, or no ties at all
         return len({tie.target for tie in plan.ties}) / units
     if section.budget.ratio is not None:
         return section.budget.ratio

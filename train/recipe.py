@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from sa_models.errors import PostshareError
 from train.sections import (
@@ -29,6 +29,7 @@ from train.sections import (
     TrainSection,
     WandbSection,
 )
+from train.structure_sections import HeadsSection, SpansSection, as_spans
 
 __all__ = [
     "Budget",
@@ -36,11 +37,13 @@ __all__ = [
     "DataSource",
     "EvaluateSection",
     "ExportSection",
+    "HeadsSection",
     "MaterializeSection",
     "ModelSection",
     "PenaltySection",
     "PlanSection",
     "Recipe",
+    "SpansSection",
     "TrainSection",
     "WandbSection",
     "load_recipe",
@@ -61,7 +64,10 @@ class Recipe(Section):
     """auto: continue from the newest complete checkpoint in the run folder."""
     model: ModelSection
     data: DataSection
-    plan: PlanSection
+    plan: PlanSection = PlanSection(strategy="none")
+    spans: Annotated[SpansSection, BeforeValidator(as_spans)] | None = None
+    """Layers that reuse what another layer has computed: a list of spans, or how to find them."""
+    heads: HeadsSection = HeadsSection()
     penalty: PenaltySection = PenaltySection()
     train: TrainSection
     materialize: MaterializeSection = MaterializeSection()
@@ -71,6 +77,16 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
+        if "plan" not in self.model_fields_set and not self.shares:
+            raise ValueError(
+                "nothing is shared; set plan, spans or heads (to train without sharing: "
+                "plan.strategy=none)"
+            )
+        if self.plan.strategy == "file" and self.changes_structure:
+            raise ValueError(
+                "plan: the plan file says which spans and KV heads there are; remove spans and "
+                "heads, or write them into the file"
+            )
         if self.plan.strategy == "none":
             if self.penalty != PenaltySection():
                 raise ValueError("penalty: plan.strategy is none, nothing to pull; remove penalty")
@@ -80,12 +96,36 @@ class Recipe(Section):
                 )
         if self.data.streaming and self.train.steps is None:
             raise ValueError("train.epochs: a stream has no known length; set train.steps instead")
+        if self.data.document_mask and self.model.attention == "flash_attention_2":
+            self._one_row_for_flash_attention()
         return self
+
+    def _one_row_for_flash_attention(self) -> None:
+        # transformers passes it no mask; it finds the borders in the positions, of one row only.
+        for key, rows in (
+            ("train.micro_batch_size", self.train.micro_batch_size),
+            ("evaluate.batch_size", self.evaluate.batch_size),
+        ):
+            if rows > 1:
+                raise ValueError(
+                    f"{key}: flash_attention_2 sees the borders of documents only in a batch of "
+                    f"one; set {key}=1, or model.attention=sdpa or flex_attention"
+                )
 
     @property
     def folder(self) -> Path:
         """The run folder."""
         return Path(self.output_dir or f"runs/{self.name}")
+
+    @property
+    def changes_structure(self) -> bool:
+        """Whether the recipe itself asks for spans or for other KV heads."""
+        return self.spans is not None or self.heads.kv_heads is not None
+
+    @property
+    def shares(self) -> bool:
+        """Whether anything is shared at all: ties, spans or KV heads."""
+        return self.plan.strategy != "none" or self.changes_structure
 
     @property
     def penalized(self) -> bool:

@@ -170,13 +170,16 @@ class Penalty:
             (tie.target, tie.source) for tie, one in zip(plan.ties, pulled, strict=True) if one
         ]
         self.pairs = len(set(pairs))
-        self._chunks = [
-            self._chunk(projection, rows)
-            for projection in self.projections
-            for rows in _split(
-                [i for i, one in enumerate(pulled) if projection in one],
-                chunk_elements // (2 * layout.unit_parameters(projection)),
+        self._rows = {
+            p: sorted(
+                (i for i, one in enumerate(pulled) if p in one), key=lambda i: plan.ties[i].target
             )
+            for p in self.projections
+        }
+        self._chunks = [
+            self._chunk(projection, part)
+            for projection, rows in self._rows.items()
+            for part in _split(rows, chunk_elements // (2 * layout.unit_parameters(projection)))
         ]
 
     @property
@@ -185,7 +188,6 @@ class Penalty:
         return sorted({span.name for chunk in self._chunks for span in chunk.spans})
 
     def _chunk(self, projection: str, rows: list[int]) -> _Chunk:
-        rows = sorted(rows, key=lambda row: self.ties[row].target)
         targets = [self.ties[row].target for row in rows]
         sources = [self.ties[row].source for row in rows]
         spans = []
@@ -217,8 +219,74 @@ class Penalty:
         shape = (len(self.ties), len(self.projections))
         distance = torch.full(shape, math.nan, device=engine.device)
         cosines = distance.clone()
-        total = torch.zeros((), dtype=torch.float64, device=engine.device)
         scale = None if weight is None else weight / self.pairs
+        if self.kind in OF_DIFFERENCE and engine.device.type == "cpu" and not engine.sharded:
+            total = self._pull_pairs(shards, scale, distance, cosines)
+        else:
+            total = self._pull_chunks(engine, shards, scale, distance, cosines)
+        return PenaltyResult(total / max(self.pairs, 1), distance.cpu(), cosines.cpu())
+
+    # Where a CPU holds whole parameters: pair by pair.
+
+    def _pull_pairs(
+        self, shards: dict[str, Shard], scale: float | None, distance: Tensor, cosines: Tensor
+    ) -> float:
+        """Fill in `distance` and `cosines`, add the gradients, return the sum of the values.
+
+        For kinds that depend on the difference alone. It stays in the cache between its uses, so
+        that memory is read once for the two units and written once for their gradients.
+        """
+        norm = torch.linalg.vector_norm
+        total = 0.0
+        for column, (projection, rows) in enumerate(self._rows.items()):
+            pairs = [(self.ties[row].target, self.ties[row].source) for row in rows]
+            mine = {
+                layer: shards[self.layout.parameter_name(layer, projection)]
+                for layer in sorted({layer for pair in pairs for layer, _ in pair})
+            }
+            flat = {} if scale is None else {at: one.read_gradient() for at, one in mine.items()}
+            weights, gradients = (
+                {
+                    at: unit_view(one.view(mine[at].shape), self.layout, projection)
+                    for at, one in tensors.items()
+                }
+                for tensors in ({at: one.values for at, one in mine.items()}, flat)
+            )
+            inner = 1 - self.layout.axis(projection)  # in memory; norm is slow along the other one
+            difference = torch.empty_like(weights[pairs[0][0][0]][0])
+            squares, lengths = [], []
+            for (to, target), (of, source) in pairs:
+                x, y = weights[to][target], weights[of][source]
+                squares.append([float(norm(norm(unit, dim=inner))) ** 2 for unit in (x, y)])
+                length = float(norm(torch.sub(x, y, out=difference)))
+                lengths.append(length)
+                if self.kind == "l2":
+                    value, slope = length, 1 / length if length else 0.0
+                else:
+                    value, slope = length**2 / x.numel(), 2 / x.numel()
+                total += value
+                if scale is not None:
+                    gradients[to][target].add_(difference, alpha=slope * scale)
+                    gradients[of][source].sub_(difference, alpha=slope * scale)
+            for at, gradient in flat.items():
+                mine[at].write_gradient(gradient)
+            apart = torch.tensor(lengths)
+            distance[rows, column] = apart
+            cosines[rows, column] = _cosines(torch.tensor(squares, dtype=torch.float64).t(), apart)
+        return total
+
+    # On any device, of whole or sharded parameters, and for every kind: chunk by chunk.
+
+    def _pull_chunks(
+        self,
+        engine: Engine,
+        shards: dict[str, Shard],
+        scale: float | None,
+        distance: Tensor,
+        cosines: Tensor,
+    ) -> float:
+        """As `_pull_pairs`. All ranks go through the same chunks, as each takes an all-reduce."""
+        total = torch.zeros((), dtype=torch.float64, device=engine.device)
         for chunk in self._chunks:
             x, y, squares = self._gather(engine, shards, chunk)
             apart = torch.linalg.vector_norm(x if y is None else x - y, dim=-1)
@@ -231,8 +299,7 @@ class Penalty:
             total += values.sum(dtype=torch.float64)
             if scale is not None:
                 self._scatter(shards, chunk, x, y)
-        value = float(total) / max(self.pairs, 1)
-        return PenaltyResult(value, distance.cpu(), cosines.cpu())
+        return float(total)
 
     def _gather(
         self, engine: Engine, shards: dict[str, Shard], chunk: _Chunk

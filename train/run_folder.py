@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +24,7 @@ from train.data import Blocks, prepare_data
 from train.outcome import FREE_TRAIN
 from train.planning import SIMILARITY_PICTURE, TIES_PICTURE, check_plan
 from train.recipe import Recipe, load_recipe
+from train.span_planning import ISOTROPY_PICTURE, SPANS_FILE
 from train.summary import SUMMARY_FILE
 from train.tokens import load_tokenizer
 from train.tracking import check_wandb
@@ -48,7 +50,7 @@ class Run:
 
     @property
     def shares(self) -> bool:
-        return self.recipe.plan.strategy != "none"
+        return self.recipe.shares
 
     @cached_property
     def base(self) -> Path | None:
@@ -74,11 +76,15 @@ class Run:
         steps = self.recipe.train.steps
         needed = None if steps is None else max(1, steps * self.recipe.train.batch_size)
         tokenizer, vocab_size = self.tokenizer, self.config.vocab_size  # see `on_main`
-        return self.main_first(
+        blocks = self.main_first(
             lambda: prepare_data(
                 self.recipe, tokenizer, needed_blocks=needed, vocab_size=vocab_size
             )
         )
+        if self.ranks.is_main:
+            for line in (*blocks[0].notes, *blocks[1].notes):
+                print(line, file=sys.stderr, flush=True)
+        return blocks
 
     @cached_property
     def steps(self) -> int:
@@ -159,7 +165,7 @@ def begin(recipe: Recipe, needs_data: bool = True) -> Run:
     check_heal(current)
     current.on_main(lambda: check_wandb(recipe.wandb))
     if current.base is not None:
-        current.on_main(lambda: check_plan(recipe.plan, WeightsFolder(base_of(current))))
+        current.on_main(lambda: check_plan(recipe, WeightsFolder(base_of(current))))
     current.on_main(lambda: check_folder(current))
     if needs_data:
         _ = current.blocks
@@ -186,7 +192,7 @@ def claim(current: Run) -> None:
     """Write the resolved recipe. A plan of another recipe, never trained with, is dropped."""
     folder, file = current.folder, current.folder / RECIPE_FILE
     if file.is_file() and run_identity(load_recipe(file)) != run_identity(current.recipe):
-        for stale in (PLAN_FILE, SIMILARITY_PICTURE, TIES_PICTURE):
+        for stale in (PLAN_FILE, SPANS_FILE, SIMILARITY_PICTURE, TIES_PICTURE, ISOTROPY_PICTURE):
             (folder / stale).unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     current.recipe.save(file)

@@ -21,14 +21,15 @@ _ORDER: tuple[Projection, ...] = ("q", "k", "v", "o")
 _SIZES = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
-def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
+def distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The values. Raises ValueError when one of them is there twice."""
     if len(set(values)) != len(values):
         raise ValueError("names the same entry twice; list each once")
     return values
 
 
 def _in_order(values: tuple[Projection, ...]) -> tuple[Projection, ...]:
-    return tuple(p for p in _ORDER if p in _distinct(values))
+    return tuple(p for p in _ORDER if p in distinct(values))
 
 
 def as_sources(value: Any) -> Any:
@@ -103,9 +104,9 @@ class DataSource(Section):
     split: Name = "train"
     """Split to read."""
     text: Name = "text"
-    """Column that holds the text."""
+    """Column that holds the text (format text only)."""
     weight: Annotated[float, Field(gt=0)] = 1.0
-    """Share of this source in the mixture, relative to the other weights."""
+    """Share of this source in the blocks of the mixture, relative to the other weights."""
 
 
 Sources = Annotated[
@@ -126,12 +127,16 @@ class DataSection(Section):
     """Fraction of the training documents held out; needed when validation is absent."""
     sequence_length: Annotated[int, Field(ge=2)]
     """Tokens in a packed block."""
+    format: Literal["text", "alpaca", "chat"] = "text"
+    """alpaca: records with instruction, output and perhaps input, in Alpaca's prompt; chat: records
+    with messages, in the tokenizer's chat template. Of both only the response is predicted."""
     document_mask: bool = False
-    """Restart positions and mask attention at document borders within a block."""
+    """Restart positions and mask attention at document borders within a block; always so for the
+    formats alpaca and chat."""
     bos: bool = True
-    """Start every document with the tokenizer's BOS token."""
+    """Start every document with the tokenizer's BOS token; for chat the template decides."""
     eos: bool = True
-    """End every document with the tokenizer's EOS token."""
+    """End every document with the tokenizer's EOS token; for chat the template decides."""
     streaming: bool = False
     """Read the training text as a stream, only as far as needed; requires train.steps."""
     processes: Positive = 1
@@ -145,6 +150,31 @@ class DataSection(Section):
             raise ValueError(
                 "validation and validation_fraction exclude each other; keep one of them"
             )
+        return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _records_are_masked(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value.get("format") in ("alpaca", "chat"):
+            return {"document_mask": True, **value}
+        return value
+
+    @model_validator(mode="after")
+    def _records(self) -> Self:
+        if self.format == "text":
+            return self
+        if not self.document_mask:
+            raise ValueError(
+                f"format {self.format} never lets records see each other; remove document_mask"
+            )
+        if self.streaming:
+            raise ValueError(f"format {self.format} is read whole; set data.streaming=false")
+        if self.format == "chat" and not (self.bos and self.eos):
+            raise ValueError("format chat takes BOS and EOS from the template; remove bos and eos")
+        for source in (*self.train, *(self.validation or ())):
+            if source.text != "text":
+                fields = "instruction, input and output" if self.format == "alpaca" else "messages"
+                raise ValueError(f"format {self.format} reads {fields}; remove text: {source.text}")
         return self
 
 
@@ -176,7 +206,7 @@ class PlanSection(Section):
     budget: Budget | None = None
     """How many units to tie; needed by cosine, released and random."""
     skip_layers: Annotated[
-        tuple[Count, ...], _Sequence, AfterValidator(lambda v: tuple(sorted(_distinct(v))))
+        tuple[Count, ...], _Sequence, AfterValidator(lambda v: tuple(sorted(distinct(v))))
     ] = (0,)
     """Layers whose units are never targets."""
     path: Name | None = None
@@ -328,7 +358,7 @@ class ExportSection(Section):
     formats: Annotated[
         tuple[Literal["compact", "dense"], ...],
         Field(strict=False, min_length=1),
-        AfterValidator(_distinct),
+        AfterValidator(distinct),
     ] = ("compact", "dense")
     """compact: each shared unit stored once; dense: a stock LlamaForCausalLM."""
     dtype: Literal["float32", "bfloat16", "float16", "base"] = "base"

@@ -37,21 +37,30 @@ def load_documents(
 ) -> datasets.Dataset | datasets.IterableDataset:
     """The rows of a source, with `source.text` checked to be a column of text.
 
+    Raises PostshareError, in one line, for whatever keeps them from being read.
+    """
+    documents = load_rows(source, streaming=streaming)
+    _check_text(source, documents)
+    return documents
+
+
+def load_rows(
+    source: DataSource, *, streaming: bool = False
+) -> datasets.Dataset | datasets.IterableDataset:
+    """The rows of a source, whatever their columns.
+
     A .txt file is one document; a folder may hold any number of files of one kind, what
     `Dataset.save_to_disk` writes, or whatever else `datasets.load_dataset` understands. Raises
     PostshareError, in one line, for whatever keeps the rows from being read.
     """
     if source.path == STDLIB:
-        documents = _stdlib(source)
-    else:
-        try:
-            documents = _load(source, streaming)
-        except PostshareError:
-            raise
-        except (DatasetsError, OSError, ValueError, StopIteration) as error:
-            raise explain(source, error) from error
-    _check_text(source, documents)
-    return documents
+        return _stdlib(source)
+    try:
+        return _load(source, streaming)
+    except PostshareError:
+        raise
+    except (DatasetsError, OSError, ValueError, StopIteration) as error:
+        raise explain(source, error) from error
 
 
 def _load(source: DataSource, streaming: bool) -> datasets.Dataset | datasets.IterableDataset:

@@ -13,7 +13,8 @@ from rich import box
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from sa_models.plan import PlanSavings
+from sa_models.plan import SharingPlan
+from sa_models.savings import PlanSavings
 from train.checkpoint import write_json
 from train.data import Blocks
 from train.evaluate import Perplexity, perplexity
@@ -27,6 +28,8 @@ MODELS = {
     "direct": "DirectShare",
     "post": "PostShare",
 }
+STRUCTURED = MODELS | {"direct": "direct", "post": "post-trained"}
+"""With spans or fewer KV heads it is not the PostShare paper's method alone."""
 
 
 def evaluate_models(
@@ -73,6 +76,7 @@ class Training:
 
 def summarize(
     measured: dict[str, Perplexity],
+    plan: SharingPlan,
     savings: PlanSavings,
     requested: float,
     disk: dict[str, int],
@@ -99,6 +103,14 @@ def summarize(
             "stored": savings.stored_parameters,
             "stored_ratio": savings.stored_ratio,
         },
+        "structure": {
+            "kv_heads": plan.kv_heads,
+            "spans": [span.to_dict() for span in plan.spans],
+        },
+        "cache": {
+            "base_elements_per_token": savings.base_cache,
+            "stored_elements_per_token": savings.stored_cache,
+        },
         "bytes": {name: disk.get(name) for name in ("base", "compact", "dense")},
         "tokens": training.tokens,
         "seconds": training.seconds,
@@ -114,29 +126,37 @@ def summary_table(summary: dict[str, Any]) -> Table:
     """What a run is judged by, as one table."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("model", no_wrap=True)
-    columns = ("perplexity", "vs continued", "heads tied", "parameters", "bytes")
+    columns = ["perplexity", "vs continued", "heads tied", "parameters", "bytes"]
+    structured = bool(summary["structure"]["kv_heads"] or summary["structure"]["spans"])
+    if structured:
+        columns[2] = "cache"
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     heads, parameters, size = summary["heads"], summary["parameters"], summary["bytes"]
     reference = summary["perplexity"]["continued"]
-    for name, label in MODELS.items():
+    cache = summary["cache"]
+    for name, label in (STRUCTURED if structured else MODELS).items():
         value = summary["perplexity"][name]
         if value is None:
             continue
         shared = name in ("direct", "post")
+        kept = cache["stored_elements_per_token"] / cache["base_elements_per_token"]
+        tied = f"{heads['tied']}/{heads['total']}" if shared else "0"
         table.add_row(
             label,
             f"{value:.2f}",
             f"{value / reference - 1:+.1%}" if reference and name != "continued" else "",
-            f"{heads['tied']}/{heads['total']}" if shared else "0",
+            (f"{kept:.1%}" if shared else "100%") if structured else tied,
             f"{parameters['stored' if shared else 'base']:,}",
-            f"{size['compact']:,}" if shared and size["compact"] else _bytes(size, name),
+            _bytes(size, name),
         )
     return table
 
 
 def _bytes(size: dict[str, int | None], name: str) -> str:
-    value = size["base"] if name == "base" else size["dense"]
+    """Bytes of a model's weights; *continued* is as large as the base, and the base's is known."""
+    shared = name in ("direct", "post")
+    value = (size["compact"] or size["dense"]) if shared else size["base"]
     return "" if value is None else f"{value:,}"
 
 
@@ -144,11 +164,16 @@ def saved_sentence(summary: dict[str, Any]) -> str:
     """What sharing saves, in one line."""
     parameters, size = summary["parameters"], summary["bytes"]
     saved = parameters["base"] - parameters["stored"]
+    tied = summary["heads"]["effective_ratio"]
     line = (
-        f"saved     {summary['heads']['effective_ratio']:.1%} of the heads tied: "
+        f"saved     {f'{tied:.1%} of the heads tied: ' if tied else ''}"
         f"{parameters['stored_ratio']:.1%} of the attention parameters, "
         f"{saved / parameters['base']:.1%} of all parameters"
     )
+    cache = summary["cache"]
+    if cache["stored_elements_per_token"] != cache["base_elements_per_token"]:
+        kept = cache["stored_elements_per_token"] / cache["base_elements_per_token"]
+        line += f", {1 - kept:.1%} of the KV cache"
     if size["compact"] and size["dense"]:
         line += f", {size['dense'] - size['compact']:,} bytes"
     return line

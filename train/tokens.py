@@ -95,7 +95,7 @@ class Encoder:
 
     def __call__(self, texts: list[str | None]) -> dict[str, list[list[int]]]:
         kept = [text for text in texts if text and self.keeps(text)]
-        encodings = _backend(self.tokenizer).encode_batch_fast(kept, add_special_tokens=False)
+        encodings = fast_tokenizer(self.tokenizer).encode_batch_fast(kept, add_special_tokens=False)
         head = [] if self.bos is None else [self.bos]
         tail = [] if self.eos is None else [self.eos]
         return {"input_ids": [head + encoding.ids + tail for encoding in encodings]}
@@ -137,7 +137,8 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
 
 
 @functools.lru_cache(maxsize=4)
-def _backend(serialized: str) -> Tokenizer:
+def fast_tokenizer(serialized: str) -> Tokenizer:
+    """The fast tokenizer of its JSON."""
     backend = Tokenizer.from_str(serialized)
     backend.no_truncation()  # a tokenizer.json may carry both; a document is never cut or padded
     backend.no_padding()
@@ -158,7 +159,7 @@ def token_table(source: DataSource, encoder: Encoder, *, processes: int = 1) -> 
             desc=f"tokenizing {source.path}",
         )
     except OSError as error:
-        raise _not_cached(source, error) from error
+        raise not_cached(source, error) from error
 
 
 def streamed_token_table(source: DataSource, encoder: Encoder, needed: int) -> datasets.Dataset:
@@ -183,10 +184,10 @@ def streamed_token_table(source: DataSource, encoder: Encoder, needed: int) -> d
             raise error.__cause__ from None
         raise explain(source, error) from error
     except OSError as error:
-        raise _not_cached(source, error) from error
+        raise not_cached(source, error) from error
 
 
-def _not_cached(source: DataSource, error: OSError) -> PostshareError:
+def not_cached(source: DataSource, error: OSError) -> PostshareError:
     return PostshareError(
         f"the tokens of {source.path} cannot be cached ({error.strerror or error}); make room in "
         f"{datasets.config.HF_DATASETS_CACHE}, or set HF_DATASETS_CACHE to a larger disk"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import random
 from pathlib import Path
 
@@ -198,8 +199,114 @@ def test_projections_are_linear_layers_that_peft_can_find() -> None:
         assert (projection.out_features, projection.in_features) == expected
 
 
-def test_compile_gives_the_same_logits() -> None:
+# One token of one sequence takes another way through the projections than several rows do.
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize(
+    ("dtype", "autocast", "tolerance"),
+    [
+        (torch.float32, False, 1e-5),
+        (torch.float64, False, 1e-5),  # the rotary table is fp32
+        (torch.bfloat16, False, 0.1),
+        (torch.float32, True, 0.1),
+    ],
+)
+def test_one_token_a_row(rows: int, dtype: torch.dtype, autocast: bool, tolerance: float) -> None:
+    model, compact, _ = shared_pair(2, "qkvo")
+    compact(tokens(rows, 1))  # before the weights change, as a cache of them would notice
+    for one in (model, compact):
+        one.to(dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        expected = model(tokens(rows, 1)).logits
+        got = compact(tokens(rows, 1)).logits
+        with torch.no_grad():
+            assert torch.equal(compact(tokens(rows, 1)).logits, got)
+        with torch.inference_mode():
+            assert torch.equal(compact(tokens(rows, 1)).logits, got)
+    assert got.dtype == expected.dtype
+    torch.testing.assert_close(got, expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("projections", ["q", "o", "qkvo"])
+def test_gradients_of_one_row_are_half_of_those_of_two_equal_rows(projections: str) -> None:
+    gradients = []
+    for rows in (1, 2):
+        _, compact, _ = shared_pair(2, projections)
+        for layer in compact.model.layers:
+            for p in "qkvo":
+                projection = getattr(layer.self_attn, f"{p}_proj")
+                generator = torch.Generator().manual_seed(1)
+                x = torch.randn(1, 1, projection.in_features, generator=generator)
+                projection(x.expand(rows, -1, -1)).square().sum().backward()
+        gradients.append([p.grad for n, p in compact.named_parameters() if "self_attn" in n])
+    for one, two in zip(*gradients, strict=True):
+        torch.testing.assert_close(2 * one, two, rtol=1e-4, atol=1e-5)
+
+
+def test_replaced_weights_are_read_by_all_their_readers() -> None:
+    _, other, _ = shared_pair(6, "qkvo")
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.5)
+    expected = other(tokens(1, 1)).logits
+    weights = other.state_dict()
+
+    def assign(compact: SharedLlamaForCausalLM) -> None:
+        compact.load_state_dict(weights, assign=True)
+
+    def copy_into(compact: SharedLlamaForCausalLM) -> None:
+        compact.load_state_dict(weights)
+
+    def data(compact: SharedLlamaForCausalLM) -> None:
+        for name, parameter in compact.named_parameters():
+            parameter.data = weights[name].clone()
+
+    def parameters(compact: SharedLlamaForCausalLM) -> None:
+        for name, module in compact.named_modules():
+            if f"{name}.weight" in weights:
+                module.weight = torch.nn.Parameter(weights[f"{name}.weight"].clone())
+
+    for replace in (assign, copy_into, data, parameters):
+        _, compact, _ = shared_pair(6, "qkvo")
+        with torch.inference_mode():
+            assert not torch.allclose(compact(tokens(1, 1)).logits, expected, atol=1e-2)
+        replace(compact)
+        with torch.inference_mode():
+            got = compact(tokens(1, 1)).logits
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-6, msg=replace.__name__)
+
+
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))]
+)
+def test_a_copy_decodes_with_its_own_weights(duplicate) -> None:
+    _, compact, _ = shared_pair(6, "qkvo")
+    expected = compact(tokens(1, 1)).logits
+    twin = duplicate(compact)
+    with torch.no_grad():
+        for parameter in compact.parameters():
+            parameter.zero_()
+    assert torch.equal(twin(tokens(1, 1)).logits, expected)
+
+
+def test_any_leading_shape() -> None:
+    _, compact, _ = shared_pair(2, "qkvo")
+    for p in "qkvo":
+        projection = getattr(compact.model.layers[2].self_attn, f"{p}_proj")
+        x = torch.randn(2, 3, projection.in_features)
+        y = projection(x)
+        assert y.shape == (2, 3, projection.out_features)
+        torch.testing.assert_close(projection(x[0, 0]), y[0, 0])
+        torch.testing.assert_close(projection(x[:1, :1]), y[:1, :1])
+        torch.testing.assert_close(projection(x.transpose(0, 1)), y.transpose(0, 1))
+        assert projection(x[:0]).shape == (0, 3, projection.out_features)
+
+
+@pytest.mark.parametrize("rows_and_length", [(2, 9), (1, 1)])
+def test_compile_gives_the_same_logits(rows_and_length: tuple[int, int]) -> None:
     _, compact, _ = shared_pair(2, "qkvo")
     compiled = torch.compile(compact, backend="eager", fullgraph=True)
-    difference = (compiled(tokens()).logits - compact(tokens()).logits).abs().max()
+    ids = tokens(*rows_and_length)
+    difference = (compiled(ids).logits - compact(ids).logits).abs().max()
     assert float(difference) <= 1e-5

@@ -162,10 +162,10 @@ def test_blocks_reach_across_arrow_chunks() -> None:
             for rows in ([[1, 2, 3], [4]], [[5, 6, 7, 8, 9, 10, 11]], [[12]], [[13, 14]])
         ]
     )
-    from train.data import Packed
+    from train.packed import Packed, TextBlocks
 
     packed = Packed.from_table(table)
-    blocks = Blocks([packed], 7, document_mask=True)
+    blocks = Blocks([TextBlocks(packed, 7, document_mask=True)])
     assert flat(blocks) == list(range(1, 15))
     assert blocks[1]["position_ids"].tolist() == [0, 1, 2, 3, 0, 0, 1]
     assert packed.largest_id() == 14

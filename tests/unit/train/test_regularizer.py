@@ -49,6 +49,9 @@ class Weights:
             for name, p in chosen(self.parameters, names).items()
         }
 
+    def all_reduce_(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
     def gradients(self) -> dict[str, torch.Tensor]:
         return {
             name: torch.zeros_like(p) if p.grad is None else p.grad
@@ -107,13 +110,15 @@ def subsets() -> list[tuple[str, ...]]:
     return [tuple(p for i, p in enumerate(PROJECTIONS) if mask >> i & 1) for mask in range(1, 16)]
 
 
+@pytest.mark.parametrize("sharded", [False, True])
 @pytest.mark.parametrize("kind", sorted(DISTANCES))
 @pytest.mark.parametrize("name", sorted(LAYOUTS))
-def test_value_and_gradient_equal_a_loop_over_pairs(name: str, kind: str) -> None:
+def test_value_and_gradient_equal_a_loop_over_pairs(name: str, kind: str, sharded: bool) -> None:
     layout = LAYOUTS[name]
     for projections in subsets():
         plan = chained_plan(layout, projections)
         expected, batched = Weights(layout), Weights(layout)
+        batched.sharded = sharded  # of one rank: the code that every sharded engine runs
         value = naive_penalty(expected, layout, plan, kind)
         (0.7 * value).backward()
         # A chunk of two pairs: several chunks, some with one pair.
@@ -211,12 +216,13 @@ class SlicedShard(Shard):
         self.gradient.copy_(gradient)
 
 
-def test_ranges_that_cut_units_give_the_same_gradient() -> None:
+@pytest.mark.parametrize("kind", ["l2", "mse", "js"])
+def test_ranges_that_cut_units_give_the_same_result(kind: str) -> None:
     """Three ranks with uneven, partly empty ranges, run in lock step without a process group."""
     layout = LAYOUTS["gqa"]
     plan = chained_plan(layout, PROJECTIONS)
     whole = Weights(layout)
-    Penalty(plan, layout, "js").apply(whole, 1.0)
+    expected = Penalty(plan, layout, kind).apply(whole, 1.0)
     parameters = Weights(layout).parameters
     cuts = {name: [0, 7, p.numel() * 2 // 3 + 1, p.numel()] for name, p in parameters.items()}
     cuts["model.layers.1.self_attn.o_proj.weight"] = [0, 0, 576, 576]
@@ -254,11 +260,14 @@ def test_ranges_that_cut_units_give_the_same_gradient() -> None:
 
     recording = True
     for rank in range(3):
-        Penalty(plan, layout, "js").apply(Rank(rank), None)
+        Penalty(plan, layout, kind).apply(Rank(rank), None)
     recording = False
     ranks = [Rank(rank) for rank in range(3)]
     for one in ranks:
-        Penalty(plan, layout, "js").apply(one, 1.0)
+        result = Penalty(plan, layout, kind).apply(one, 1.0)
+        assert result.value == pytest.approx(expected.value, rel=1e-5)
+        torch.testing.assert_close(result.distance, expected.distance)
+        torch.testing.assert_close(result.cosine, expected.cosine)
     for name, gradient in whole.gradients().items():
         joined = torch.cat([one.ranges[name].gradient for one in ranks])
         torch.testing.assert_close(joined.view_as(gradient), gradient, rtol=1e-5, atol=1e-9)
