@@ -99,6 +99,10 @@ def train(job: TrainJob, recipe: Recipe) -> TrainResult:
 def prepare(engine: Engine, job: TrainJob, recipe: Recipe) -> None:
     """Give model and optimizer to the engine."""
     select_trainable(job.model, recipe.train.trainable)
+    for parameter in job.model.parameters():
+        # A compact model stores o transposed. Fused AdamW pairs weights and moments as they lie in
+        # memory, and moments that come from a checkpoint lie as the file has them.
+        parameter.data = parameter.data.contiguous()
     if recipe.train.gradient_checkpointing:
         job.model.activation_checkpointing_enable({"use_reentrant": False})
     zero = engine.backend == "deepspeed"
