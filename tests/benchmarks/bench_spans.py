@@ -181,9 +181,7 @@ def measure(names: tuple[str, ...] = ("float32", "bfloat16")) -> dict[str, dict[
             for kind, static in (("static", True), ("dynamic", False)):
                 key = f"spans_decode_{where}_{kind}_{name}"
                 results[key] = measure_decode(stock, FOLLOWERS, batch, length, rounds, static)
-                print(key, results[key], flush=True)
         results[f"spans_none_{name}"] = measure_decode(stock, SharingPlan(), 1, 1024, 41, True)
-        print(results[f"spans_none_{name}"], flush=True)
     results["spans_training_float32"] = measure_training(stock_model(torch.float32), 3)
     return results
 
