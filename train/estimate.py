@@ -15,9 +15,9 @@ from sa_models import selection
 from sa_models.heads import HeadLayout
 from sa_models.plan import SharingPlan
 from sa_models.savings import PlanSavings, llama_parameters
-from sa_models.span_search import best_spans
+from sa_models.span_search import best_spans, late_spans
 from sa_models.spans import AttentionSpan
-from train.structure_sections import listed_structure
+from train.structure_sections import check_structure, listed_structure
 
 if TYPE_CHECKING:
     from train.known_models import LlamaShape
@@ -36,21 +36,19 @@ def expected_structure(recipe: Recipe, shape: LlamaShape) -> SharingPlan:
     """
     if recipe.plan.strategy == "file":
         plan = SharingPlan.load(recipe.plan.path or "")
-        plan.validate(shape)
+        check_structure(recipe, plan, shape)
         return plan.structure()
     structure = listed_structure(recipe.heads, recipe.spans)
     section = recipe.spans
     if section is not None and section.layers is not None:
-        found = best_spans(
-            lambda leader, followers: 0.0,
-            shape.num_hidden_layers,
-            section.layers,
-            section.max_followers,
-            section.skip_layers,
-        )
+        limits = (section.layers, section.max_followers, section.skip_layers)
+        if section.strategy == "late":
+            found = late_spans(shape.num_hidden_layers, *limits)
+        else:
+            found = best_spans(lambda leader, followers: 0.0, shape.num_hidden_layers, *limits)
         spans = tuple(AttentionSpan(*span, section.share) for span in found)
         structure = replace(structure, spans=spans)
-    structure.validate(shape)
+    check_structure(recipe, structure, shape)
     return structure
 
 

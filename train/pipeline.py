@@ -300,7 +300,8 @@ def report(current: Run, blocks: Blocks) -> None:
             "output_dir=<another folder>"
         )
     else:
-        current.say(f"next      load it: see {current.folder / 'export' / 'compact' / 'README.md'}")
+        kind = export_formats(current)[0]
+        current.say(f"next      load it: see {current.folder / 'export' / kind / 'README.md'}")
 
 
 def tied(current: Run, model: LlamaForCausalLM) -> LlamaForCausalLM:

@@ -12,7 +12,6 @@ from rich.table import Table
 
 from sa_models import selection
 from sa_models.convert import converted
-from sa_models.errors import PostshareError
 from sa_models.heads import HeadLayout
 from sa_models.plan import SharingPlan
 from sa_models.readers import DenseReader
@@ -20,7 +19,7 @@ from sa_models.similarity import best_matches, random_matches, unit_scores
 from sa_models.spans import ranges
 from sa_models.weights import WeightsFolder
 from train.span_planning import check_spans_section
-from train.structure_sections import listed_structure
+from train.structure_sections import check_structure, listed_structure
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig
@@ -36,19 +35,15 @@ def check_plan(recipe: Recipe, weights: WeightsFolder) -> None:
 
     Raises:
         PostshareError: what is wrong, see :func:`sa_models.selection.units_to_tie`,
-            :func:`~train.span_planning.check_spans_section` and :meth:`SharingPlan.validate`.
+            :func:`~train.span_planning.check_spans_section` and
+            :func:`~train.structure_sections.check_structure`.
     """
     section, config = recipe.plan, weights.config
     if section.strategy == "file":
-        SharingPlan.load(section.path or "").validate(config)
+        check_structure(recipe, SharingPlan.load(section.path or ""), config)
         return
     structure = listed_structure(recipe.heads, recipe.spans)
-    structure.validate(config)
-    if structure.kv_heads == HeadLayout.from_config(config).kv_heads:
-        raise PostshareError(
-            f"heads.kv_heads is {structure.kv_heads}, as many as the model has; lower it, or "
-            "remove heads"
-        )
+    check_structure(recipe, structure, config)
     if recipe.spans is not None:
         check_spans_section(recipe.spans, config)
     if section.strategy != "none" and (recipe.spans is None or recipe.spans.spans is not None):

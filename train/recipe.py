@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from sa_models.errors import PostshareError
 from train.sections import (
@@ -29,7 +29,7 @@ from train.sections import (
     TrainSection,
     WandbSection,
 )
-from train.structure_sections import HeadsSection, SpansSection, as_spans
+from train.structure_sections import HeadsSection, Spans, SpansSection
 
 __all__ = [
     "Budget",
@@ -65,7 +65,7 @@ class Recipe(Section):
     model: ModelSection
     data: DataSection
     plan: PlanSection = PlanSection(strategy="none")
-    spans: Annotated[SpansSection, BeforeValidator(as_spans)] | None = None
+    spans: Spans | None = None
     """Layers that reuse what another layer has computed: a list of spans, or how to find them."""
     heads: HeadsSection = HeadsSection()
     penalty: PenaltySection = PenaltySection()
@@ -86,6 +86,12 @@ class Recipe(Section):
             raise ValueError(
                 "plan: the plan file says which spans and KV heads there are; remove spans and "
                 "heads, or write them into the file"
+            )
+        compact_only = self.export.formats == ("compact",)
+        if compact_only and self.plan.strategy == "none" and self.spans is None:
+            raise ValueError(
+                "export: without ties and spans nothing is stored once instead of often; set "
+                "export.formats=[dense]"
             )
         if self.plan.strategy == "none":
             if self.penalty != PenaltySection():

@@ -9,6 +9,7 @@ from typing import Any
 from sa_models.errors import PostshareError
 from train import strict_yaml
 from train.sections import as_sources
+from train.structure_sections import as_spans
 
 _SUFFIXES = (".yaml", ".yml")
 
@@ -82,6 +83,8 @@ def read(path_or_name: str | Path) -> dict[str, Any]:
         for key in ("train", "validation"):
             if key in data["data"]:
                 data["data"][key] = as_sources(data["data"][key])
+    if "spans" in data:
+        data["spans"] = as_spans(data["spans"])  # likewise: spans.spans.0.leader=x
     return data
 
 

@@ -73,8 +73,9 @@ class Run:
     @cached_property
     def blocks(self) -> tuple[Blocks, Blocks]:
         """Training and validation blocks."""
-        steps = self.recipe.train.steps
-        needed = None if steps is None else max(1, steps * self.recipe.train.batch_size)
+        steps, spans = self.recipe.train.steps, self.recipe.spans
+        measured = spans.calibration_blocks if spans is not None and spans.measures else 1
+        needed = None if steps is None else max(measured, steps * self.recipe.train.batch_size)
         tokenizer, vocab_size = self.tokenizer, self.config.vocab_size  # see `on_main`
         blocks = self.main_first(
             lambda: prepare_data(

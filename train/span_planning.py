@@ -55,6 +55,8 @@ class FoundSpans:
 
     spans: tuple[AttentionSpan, ...]
     isotropy: Isotropy
+    blocks: int
+    """Training blocks that were measured: fewer than asked for, where there are fewer."""
     base_loss: float
     choices: tuple[Choice, ...]
     candidates: dict[SpanChoice, float]
@@ -67,9 +69,18 @@ def check_spans_section(section: SpansSection, config: LlamaConfig) -> None:
     Raises:
         PostshareError: the followers asked for do not fit into the layers.
     """
-    if section.strategy != "listed":
+    if section.strategy == "late":
         late_choices(section, config)
+    elif section.strategy != "listed":
         searched_spans(section, config, lambda leader, followers: 0.0)
+
+
+def late_is_possible(section: SpansSection, config: LlamaConfig) -> bool:
+    """Whether the published rule, which leaves the last layer alone, has so many followers."""
+    layers = config.num_hidden_layers
+    skipped = sorted({*section.skip_layers, layers - 1})
+    assert section.layers is not None
+    return section.layers <= span_search.most_followers(layers, section.max_followers, skipped)
 
 
 def late_choices(section: SpansSection, config: LlamaConfig) -> list[SpanChoice]:
@@ -132,7 +143,8 @@ class SpanFinder:
                 scores = self._measure_candidates(base_loss)
                 rises = {span: -score for span, score in scores.items()}
                 found["loss"] = searched_spans(section, config, scores)
-            found["late"] = late_choices(section, config)
+            if late_is_possible(section, config):
+                found["late"] = late_choices(section, config)
             options = {name: as_spans(spans, section.share) for name, spans in found.items()}
         if section.match_heads:
             options = {name: self._with_head_maps(spans) for name, spans in options.items()}
@@ -144,7 +156,7 @@ class SpanFinder:
                 choices.append(Choice(name, spans, mean, self.loss(spans)))
                 advance(done, len(options))
         choices.sort(key=lambda choice: choice.strategy != section.strategy)
-        return FoundSpans(choices[0].spans, isotropy, base_loss, tuple(choices), rises)
+        return FoundSpans(choices[0].spans, isotropy, self.count, base_loss, tuple(choices), rises)
 
     def loss(self, spans: tuple[AttentionSpan, ...]) -> float:
         """Calibration loss (nats per token) with these spans, untrained."""
@@ -233,6 +245,7 @@ def save_found(found: FoundSpans, folder: Path) -> None:
     from train.pictures import save_isotropy
 
     value: dict[str, Any] = {
+        "calibration_blocks": found.blocks,
         "base_loss": found.base_loss,
         "choices": [
             {

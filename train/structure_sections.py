@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from sa_models.errors import PostshareError
+from sa_models.heads import HeadLayout
 from sa_models.plan import SharingPlan
 from sa_models.spans import AttentionSpan
 from train.sections import Count, Positive, Section, distinct
+
+if TYPE_CHECKING:
+    from train.recipe import Recipe
 
 Layers = Annotated[
     tuple[Count, ...], Field(strict=False), AfterValidator(lambda v: tuple(sorted(distinct(v))))
@@ -85,34 +90,51 @@ class SpansSection(Section):
                 if listed
                 else f"strategy {self.strategy} needs the number of followers; set spans.layers"
             )
-        if listed:
-            self._refuse_unused()
+        self._refuse_unused()
         if self.match_heads:
             self._check_matching()
         return self
+
+    @property
+    def shares(self) -> set[str]:
+        """What the followers reuse."""
+        return {self.share} if self.spans is None else {span.share for span in self.spans}
 
     def _check_matching(self) -> None:
         spans = self.spans or ()
         if any(span.head_map for span in spans):
             raise ValueError("match_heads and a head_map exclude each other; remove one of them")
-        if "kv" in {self.share, *(span.share for span in spans)}:
+        if "kv" in self.shares:
             raise ValueError(
                 "match_heads compares attention maps, which kv spans do not share; set "
                 "spans.match_heads=false"
             )
 
     def _refuse_unused(self) -> None:
-        for name in ("share", "max_followers", "skip_layers"):
-            if (
-                name in self.model_fields_set
-                and getattr(self, name) != type(self).model_fields[name].get_default()
-            ):
+        searching = ("share", "max_followers", "skip_layers") if self.strategy == "listed" else ()
+        measuring = () if self.measures else ("sink", "calibration_blocks")
+        for name in (*searching, *measuring):
+            if self._is_set(name):
                 raise ValueError(f"strategy listed ignores {name}; remove spans.{name}")
+        if self._is_set("leaders") and "kv" not in self.shares:
+            raise ValueError(
+                "leaders is about the keys and values of kv spans, and there are none; remove "
+                "spans.leaders"
+            )
+
+    def _is_set(self, name: str) -> bool:
+        # A resolved recipe states the defaults too: they change nothing.
+        return getattr(self, name) != type(self).model_fields[name].get_default()
 
     @property
     def measures(self) -> bool:
         """Whether calibration text is needed: to choose spans, to compare them, to match heads."""
         return self.strategy != "listed" or self.match_heads
+
+
+Spans = Annotated[
+    SpansSection, BeforeValidator(as_spans, json_schema_input_type=SpansSection | list[Span])
+]
 
 
 def listed_structure(heads: HeadsSection, spans: SpansSection | None) -> SharingPlan:
@@ -122,3 +144,28 @@ def listed_structure(heads: HeadsSection, spans: SpansSection | None) -> Sharing
         kv_heads=heads.kv_heads,
         spans=tuple(AttentionSpan(s.leader, s.followers, s.share, s.head_map) for s in listed),
     )
+
+
+def check_structure(recipe: Recipe, structure: SharingPlan, config: Any) -> None:
+    """Refuse KV heads and spans that do not fit the model, or the formats that are asked for.
+
+    Args:
+        structure: of the recipe or of its plan file, as far as it is known.
+        config: of the base model.
+
+    Raises:
+        PostshareError: see :meth:`SharingPlan.validate`; or as many KV heads as the base has; or
+            spans with no export but a dense one.
+    """
+    structure.validate(config)
+    before = HeadLayout.from_config(config).kv_heads
+    if recipe.heads.kv_heads == before:
+        raise PostshareError(
+            f"heads.kv_heads is {before}, as many as the model has; lower it, or remove heads"
+        )
+    spans = recipe.spans is not None or not structure.has_stock_form
+    if spans and recipe.export.formats == ("dense",):
+        raise PostshareError(
+            "export.formats is [dense], and spans have no dense form: no stock Llama computes "
+            "them; set export.formats=[compact]"
+        )

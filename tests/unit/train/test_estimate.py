@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,10 +11,12 @@ from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sa_models import selection
+from sa_models.convert import convert
 from sa_models.errors import PostshareError
 from sa_models.heads import HeadLayout
 from sa_models.plan import HeadTie, SharingPlan
 from sa_models.savings import llama_parameters
+from sa_models.spans import AttentionSpan
 from train import estimate, known_models
 from train.dry_run import count, print_dry_run, size
 from train.estimate import Memory, memory_per_gpu
@@ -168,6 +171,118 @@ def test_savings_before_the_plan_are_those_of_the_plan(tmp_path: Path) -> None:
         )
     none = estimate.plan_savings(PlanSection(strategy="none"), TINY)
     assert (none.tied_units, none.stored_parameters) == (0, llama_parameters(TINY))
+
+
+@pytest.mark.parametrize("kv_heads", [None, 2, 1])
+@pytest.mark.parametrize(
+    "spans",
+    [
+        None,
+        [{"leader": 0, "followers": [1, 2]}, {"leader": 3, "followers": [5], "share": "kv"}],
+        {"strategy": "loss", "layers": 3, "share": "kv"},
+        {"strategy": "late", "layers": 4, "max_followers": 2},
+    ],
+)
+@pytest.mark.parametrize("tied", [True, False])
+def test_counts_with_spans_and_kv_heads_are_those_of_the_converted_model(
+    kv_heads: int | None, spans: Any, tied: bool
+) -> None:
+    shape = LlamaShape(97, 64, 176, 8, 8, 4, 8, 128, tied)
+    structured = {"spans": spans, "heads": {"kv_heads": kv_heads}}
+    if kv_heads is None and spans is None:
+        return
+    recipe = recipe_for("x").model_dump(mode="json") | structured | {"plan": {"strategy": "none"}}
+    structure = estimate.expected_structure(validate(recipe), shape)
+    with torch.device("meta"):
+        dense = LlamaForCausalLM(config_of(shape))
+    model = convert(dense, structure)
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    savings = estimate.plan_savings(PlanSection(strategy="none"), shape, structure)
+    assert savings.base_parameters == sum(p.numel() for p in dense.parameters())
+    assert savings.stored_parameters == sum(sizes.values())
+    assert estimate.trainable_parameters(shape, ("*",), structure) == sum(sizes.values())
+    attention = sum(size for name, size in sizes.items() if ".self_attn." in name)
+    trained = estimate.trainable_parameters(shape, ("*.self_attn.*",), structure)
+    assert trained == attention
+    everything = sum(p.numel() for n, p in dense.named_parameters() if ".self_attn." in n)
+    assert savings.stored_ratio == pytest.approx(1 - attention / everything, rel=1e-12)
+    # The cache, from the projections that a layer has: keys 8 wide, values 8 wide, for each head.
+    kept = sum(size // 64 for name, size in sizes.items() if "k_proj" in name or "v_proj" in name)
+    assert (savings.base_cache, savings.stored_cache) == (8 * 2 * 4 * 8, kept)
+
+
+def test_a_dry_run_prints_spans_and_kv_heads(tmp_path: Path) -> None:
+    def facts(**sections: Any) -> list[str]:
+        value = recipe_for("x", model={"config": {}}, train={"steps": 0}).model_dump(mode="json")
+        if "plan" not in sections:
+            value["plan"] = {"strategy": "none"}
+        out = Console(file=io.StringIO(), width=160)
+        print_dry_run(validate(value | sections), console=out)
+        text = out.file.getvalue()  # type: ignore[attr-defined]
+        return [line.strip() for line in text[text.index("\nparameters ") :].splitlines()]
+
+    # LlamaConfig's defaults are Llama-2-7B: 32 layers, 32 heads of 128, 4,096 wide.
+    spans = [
+        {"leader": 22, "followers": [23, 24, 25, 26]},
+        {"leader": 28, "followers": [30], "share": "kv"},
+    ]
+    lines = facts(spans=spans)
+    assert "span        layers 23-26 reuse the attention weights of 22" in lines
+    assert "span        layers 30 reuse the keys and values of 28" in lines
+    removed = 4 * 2 * 4096**2 + 2 * 4096**2
+    saved = f"{count(removed)} parameters, {removed / (32 * 4 * 4096**2):.1%} of attention, 2.5%"
+    assert f"saved       {saved} of the model" in lines
+    (export,) = (line for line in lines if line.startswith("export"))
+    assert "no dense form" in export
+    (cache,) = (line for line in lines if line.startswith("KV cache"))
+    # 4 layers of keys and 1 of both, of 64; 4 bytes an element, as the config says.
+    kept = 4096 * 4 * (64 - 4 - 2)
+    assert f"{size(kept)} for a token instead of {size(4096 * 4 * 64)} (-9.4%)" in cache
+    lines = facts(heads={"kv_heads": 8})
+    assert "KV heads    8 of 32 in a layer, mean-pooled" in lines
+    assert any(", dense " in line for line in lines)
+    assert any("(-75.0%)" in line for line in lines if line.startswith("KV cache"))
+    lines = facts(spans={"strategy": "isotropy", "layers": 8, "share": "attention"})
+    assert (
+        "spans       8 layers will reuse the attention weights of a layer below; which ones, "
+        "strategy isotropy decides" in lines
+    )
+    assert any("(-12.5%)" in line for line in lines if line.startswith("KV cache"))
+    # Ties besides: followers are no targets, and the count is of the pooled model's units.
+    lines = facts(spans=spans, heads={"kv_heads": 8}, plan={"budget": {"ratio": 0.3}})
+    (line,) = (line for line in lines if line.startswith("plan"))
+    assert line == "plan        76 of 256 units (KV groups) tied, 29.7%; projections: q, k, v"
+    # A plan file.
+    plan = SharingPlan(spans=(AttentionSpan(1, (2,)),), kv_heads=16)
+    plan.save(tmp_path / "plan.json")
+    lines = facts(plan={"strategy": "file", "path": str(tmp_path / "plan.json")})
+    assert "span        layers 2 reuse the attention weights of 1" in lines
+    assert "KV heads    16 of 32 in a layer, mean-pooled" in lines
+
+
+@pytest.mark.parametrize(
+    ("sections", "part"),
+    [
+        ({"heads": {"kv_heads": 5}}, "kv_heads 5 does not divide the model's 32 KV heads"),
+        ({"heads": {"kv_heads": 32}}, "as many as the model has"),
+        ({"spans": [{"leader": 1, "followers": [32]}]}, "layer 32 is out of range"),
+        ({"spans": {"strategy": "late", "layers": 31, "max_followers": 31}}, "1 to 30 are possi"),
+        ({"spans": {"strategy": "loss", "layers": 31}}, "1 to 25 are possible"),
+        (
+            {"spans": {"strategy": "loss", "layers": 1}, "export": {"formats": ["dense"]}},
+            r"export\.formats=\[compact\]",
+        ),
+        (
+            {"spans": {"strategy": "late", "layers": 24}, "plan": {"budget": {"ratio": 0.5}}},
+            "asks for 512 of 1024 units",
+        ),
+    ],
+)
+def test_a_dry_run_refuses_what_the_run_will_refuse(sections: dict[str, Any], part: str) -> None:
+    value = recipe_for("x", model={"config": {}}).model_dump(mode="json")
+    recipe = validate(value | {"plan": {"strategy": "none"}} | sections)
+    with pytest.raises(PostshareError, match=part):
+        print_dry_run(recipe, console=Console(quiet=True))
 
 
 def saved_bytes(shape: LlamaShape, dtype: torch.dtype, attention: str) -> int:

@@ -298,3 +298,186 @@ def test_every_field_is_described() -> None:
 def test_stored_schema_is_up_to_date() -> None:
     stored = Path(__file__).resolve().parents[3] / "docs" / "recipe.schema.json"
     assert stored.read_text(encoding="utf-8") == schema_text(), "run `make -B schema`"
+
+
+# --- spans and KV heads ---------------------------------------------------------------------------
+
+NO_TIES = ("plan.strategy=none", "plan.budget=null")
+
+
+def structured(**sections: Any) -> dict[str, Any]:
+    data = copy.deepcopy(MINIMAL) | sections
+    del data["plan"]
+    return data
+
+
+@pytest.mark.parametrize(
+    "spans",
+    [
+        [{"leader": 22, "followers": [23, 24, 25, 26], "share": "attention"}],
+        [{"leader": 2, "followers": [3]}, {"leader": 0, "followers": [1], "share": "kv"}],
+        [{"leader": 0, "followers": [1], "head_map": [[1, 0, 0, 3]]}],
+        {"spans": [{"leader": 0, "followers": [1]}]},
+        {"spans": [{"leader": 0, "followers": [1]}], "match_heads": True, "sink": False},
+        {"spans": [{"leader": 0, "followers": [1], "share": "kv"}], "leaders": "copy"},
+        {"strategy": "isotropy", "layers": 8, "share": "attention"},
+        {"strategy": "isotropy", "layers": 8, "sink": False, "match_heads": True},
+        {"strategy": "loss", "layers": 3, "share": "kv", "leaders": "copy", "max_followers": 1},
+        {"strategy": "late", "layers": 4, "skip_layers": [3, 0], "calibration_blocks": 2},
+    ],
+)
+@pytest.mark.parametrize("heads", [{}, {"kv_heads": 2}])
+def test_every_form_of_spans_reads_back_equal(
+    tmp_path: Path, spans: Any, heads: dict[str, int]
+) -> None:
+    recipe = validate(structured(spans=spans, heads=heads))
+    assert recipe.shares
+    assert recipe.changes_structure
+    assert (recipe.plan.strategy, recipe.penalized) == ("none", False)
+    assert recipe.heads.kv_heads == heads.get("kv_heads")
+    assert recipe.spans is not None
+    stated = {"spans": spans} if isinstance(spans, list) else spans
+    for key, value in stated.items():
+        held = recipe.model_dump(mode="json")["spans"][key]
+        if key == "spans":
+            defaults = {"share": "attention", "head_map": None}
+            assert held == [defaults | span for span in value]
+        else:
+            assert held == (sorted(value) if key == "skip_layers" else value)
+    recipe.save(tmp_path / "resolved.yaml")
+    assert load_recipe(tmp_path / "resolved.yaml") == recipe
+    assert validate(recipe.model_dump(mode="json")) == recipe
+    assert recipe.warnings() == []
+
+
+def test_heads_alone_are_a_recipe(tmp_path: Path) -> None:
+    recipe = validate(structured(heads={"kv_heads": 1}))
+    assert recipe.shares
+    assert recipe.spans is None
+    recipe.save(tmp_path / "resolved.yaml")
+    assert load_recipe(tmp_path / "resolved.yaml") == recipe
+    for nothing in ({}, {"heads": {}}, {"heads": {"kv_heads": None}}, {"spans": None}):
+        with pytest.raises(PostshareError, match="nothing is shared; set plan, spans or heads"):
+            validate(structured(**nothing))
+
+
+def test_spans_from_the_command_line(minimal: Path, tmp_path: Path) -> None:
+    found = load_recipe(minimal, ["spans.strategy=loss", "spans.layers=3", "heads.kv_heads=2"])
+    assert found.spans is not None
+    assert (found.spans.strategy, found.spans.layers, found.heads.kv_heads) == ("loss", 3, 2)
+    assert found.plan.budget is not None  # ties, spans and KV heads in one recipe
+    listed = load_recipe(minimal, [*NO_TIES, "spans=[{leader: 1, followers: [2, 3]}]"])
+    assert listed.spans is not None
+    assert [(s.leader, s.followers, s.share) for s in listed.spans.spans or ()] == [
+        (1, (2, 3), "attention")
+    ]
+    # A list in the file is the section that it abbreviates: overrides reach into it.
+    text = strict_yaml.dump(structured(spans=[{"leader": 1, "followers": [2]}]))
+    file = recipe_file(tmp_path, text)
+    changed = load_recipe(
+        file,
+        [
+            "spans.spans.0.share=kv",
+            "spans.spans.1={leader: 4, followers: [5]}",
+            "spans.leaders=copy",
+        ],
+    )
+    assert changed.spans is not None
+    assert [(s.leader, s.share) for s in changed.spans.spans or ()] == [(1, "kv"), (4, "attention")]
+    assert changed.spans.leaders == "copy"
+    late = load_recipe(file, ["spans.strategy=late", "spans.layers=3", "spans.spans=null"])
+    assert late.spans is not None
+    assert late.spans.measures
+    assert load_recipe(file, ["spans=null", "heads.kv_heads=2"]).spans is None
+
+
+LISTED = "spans=[{leader: 1, followers: [2]}]"
+KV = "spans={strategy: late, layers: 2, share: kv}"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (["spans=3"], ["spans is 3", "a mapping with strategy"]),
+        (["spans=[]"], ["spans.spans is []", "one or more of: a mapping with leader, followers"]),
+        (["spans=[3]"], ["spans.spans.0 is 3", "a mapping with leader, followers"]),
+        (["spans=[{leader: 1}]"], ["spans.spans.0.followers is missing", "a list of one or more"]),
+        (["spans=[{leader: 1, followers: 2}]"], ["spans.0.followers is 2", "a list"]),
+        (["spans=[{leader: 1, followers: []}]"], ["spans.spans.0.followers is []", "one or more"]),
+        (["spans=[{leader: -1, followers: [2]}]"], ["spans.spans.0.leader is -1", ">= 0"]),
+        (["spans=[{leder: 1, followers: [2]}]"], ["spans.spans.0.leder", "spans.0.leader?"]),
+        ([LISTED, "spans.0.share=attenton"], ["spans.0.share is 'attenton'", "attention, kv"]),
+        ([LISTED, "spans.0.head_map=[[0.5]]"], ["head_map.0.0 is 0.5", "a whole number >= 0"]),
+        (["spans={strategy: lost, layers: 2}"], ["is 'lost'", "listed, isotropy, loss, late"]),
+        (["spans.strategi=loss"], ["spans.strategi", "spans.strategy?"]),
+        (["spans={strategy: loss, layers: 0}"], ["spans.layers is 0", ">= 1"]),
+        (["spans={strategy: late, layers: 2, max_followers: 0}"], ["max_followers is 0", ">= 1"]),
+        (["spans={strategy: late, layers: 2, skip_layers: [1, 1]}"], ["skip_layers", "twice"]),
+        (["heads.kv_heads=0"], ["heads.kv_heads is 0", "a whole number >= 1 or null"]),
+        (["heads.kvheads=2"], ["heads.kvheads", "heads.kv_heads?"]),
+        # Contradictions, and options that would have no effect.
+        (["spans={}"], ["strategy listed needs the spans", "set spans.spans"]),
+        (["spans.layers=3"], ["strategy listed needs the spans", "another spans.strategy"]),
+        (
+            [LISTED, "spans={spans: [{leader: 1, followers: [2]}], layers: 3}"],
+            ["remove spans.layers"],
+        ),
+        (["spans.strategy=loss"], ["needs the number of followers", "set spans.layers"]),
+        (
+            ["spans={strategy: loss, layers: 1, spans: [{leader: 1, followers: [2]}]}"],
+            ["strategy loss finds the spans itself", "remove spans.spans"],
+        ),
+        *(
+            (
+                [f"spans={{spans: [{{leader: 1, followers: [2]}}], {option}}}"],
+                [f"strategy listed ignores {option.partition(':')[0]}", "remove spans."],
+            )
+            for option in (
+                "share: kv",
+                "max_followers: 2",
+                "skip_layers: [7]",
+                "sink: false",
+                "calibration_blocks: 2",
+            )
+        ),
+        (
+            ["spans={strategy: late, layers: 2, leaders: copy}"],
+            ["kv spans", "remove spans.leaders"],
+        ),
+        ([KV, "spans.match_heads=true"], ["kv spans do not share", "spans.match_heads=false"]),
+        (
+            [
+                "spans={spans: [{leader: 1, followers: [2], share: kv},"
+                " {leader: 3, followers: [4]}], match_heads: true}"
+            ],
+            ["kv spans do not share", "spans.match_heads=false"],
+        ),
+        (
+            ["spans={match_heads: true, spans: [{leader: 1, followers: [2], head_map: [[0]]}]}"],
+            ["match_heads and a head_map exclude each other"],
+        ),
+        (["heads.kv_heads=2", "export.formats=[compact]"], ["export:", "export.formats=[dense]"]),
+        (["export.formats=[compact]"], ["export:", "export.formats=[dense]"]),
+    ],
+)
+def test_wrong_spans_name_path_value_and_cure(
+    minimal: Path, overrides: list[str], parts: list[str]
+) -> None:
+    text = message(minimal, *NO_TIES, *overrides)
+    for part in parts:
+        assert part in text
+
+
+def test_a_plan_file_and_spans_exclude_each_other(minimal: Path) -> None:
+    file = ["plan.strategy=file", "plan.path=p.json", "plan.budget=null"]
+    for extra in (LISTED, KV, "heads.kv_heads=2"):
+        assert "remove spans and heads, or write them into the file" in message(
+            minimal, *file, extra
+        )
+
+
+def test_editors_accept_both_forms_of_spans() -> None:
+    schema = Recipe.model_json_schema()
+    (ref, listed, null) = schema["properties"]["spans"]["anyOf"]
+    assert (ref, null) == ({"$ref": "#/$defs/SpansSection"}, {"type": "null"})
+    assert (listed["type"], listed["items"]) == ("array", {"$ref": "#/$defs/Span"})
