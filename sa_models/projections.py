@@ -58,16 +58,12 @@ class SharedLinear(nn.Linear):
             return functional.linear(x, self.weight)
         rows, product = _rows_and_product(x)
         own = product(self.weight, rows)
-        runs = iter(own.split_with_sizes(self.own_runs, dim=-1) if self.own_runs else ())
-        parts = [
-            next(runs)
-            if owner is self
-            else product(owner.weight[first : first + stop - start], rows)
-            for owner, start, stop, first in self.pieces
-        ]
-        if not self.own_runs:
+        parts = list(own.split_with_sizes(self.own_widths, -1)) if self.own_widths else []
+        for at, owner, first, width in self.tied:
+            parts.insert(at, product(owner.weight[first : first + width], rows))
+        if not self.own_widths:
             parts.append(own)  # an empty weight too gets a gradient, which DDP waits for
-        return torch.cat(parts, dim=-1).view(*x.shape[:-1], self.out_features)
+        return torch.cat(parts, -1).view(*x.shape[:-1], self.out_features)
 
     def connect(self, pieces: tuple[Piece, ...]) -> None:
         """Say where the features are stored, in their order.
@@ -76,10 +72,17 @@ class SharedLinear(nn.Linear):
             ValueError: own features that are not stored in their order, one after the other.
         """
         self.pieces = pieces
+        # What the forward pass reads: the time it spends around the products counts in decoding.
         self.widths = [stop - start for _, start, stop, _ in pieces]
-        self.own_runs = [stop - start for owner, start, stop, _ in pieces if owner is self]
-        firsts = [first for owner, _, _, first in pieces if owner is self]
-        if firsts != [sum(self.own_runs[:i]) for i in range(len(firsts))]:
+        self.own_at = [at for at, piece in enumerate(pieces) if piece.owner is self]
+        self.own_widths = [self.widths[at] for at in self.own_at]
+        self.tied = [
+            (at, owner, first, self.widths[at])
+            for at, (owner, _, _, first) in enumerate(pieces)
+            if owner is not self
+        ]
+        firsts = [pieces[at].first for at in self.own_at]
+        if firsts != [sum(self.own_widths[:i]) for i in range(len(firsts))]:
             raise ValueError(f"own features begin at {firsts}, which is not their order")
         self.owns_all = len(pieces) == 1 and pieces[0].owner is self
 
@@ -102,19 +105,18 @@ class SharedOutputLinear(SharedLinear):
         if self.owns_all:
             return functional.linear(x, self.weight)
         rows, product = _rows_and_product(x)
-        parts = list(zip(self.pieces, rows.split_with_sizes(self.widths, dim=-1), strict=True))
-        own = [part for piece, part in parts if piece.owner is self]
-        y = product(self.weight, torch.cat(own, dim=-1) if own else rows[..., :0])
-        for (owner, start, stop, first), part in parts:
-            if owner is self:
-                continue
-            columns = owner.weight[:, first : first + stop - start]
-            if y.dtype != columns.dtype:  # autocast, which knows no in-place products
-                y = y + product(columns, part)
+        parts = rows.split_with_sizes(self.widths, -1)
+        own = [parts[at] for at in self.own_at]
+        y = product(self.weight, torch.cat(own, -1) if own else rows[..., :0])
+        adds = y.dtype == self.weight.dtype  # autocast knows no in-place products
+        for at, owner, first, width in self.tied:
+            columns = owner.weight.narrow(1, first, width)
+            if not adds:
+                y = y + product(columns, parts[at])
             elif y.dim() == 1:
-                y.addmv_(columns, part)  # adds inside the product: no pass over y
+                y.addmv_(columns, parts[at])  # adds inside the product: no pass over y
             else:
-                y.addmm_(part, columns.t())
+                y.addmm_(parts[at], columns.t())
         return y.view(*x.shape[:-1], self.out_features)
 
 

@@ -78,7 +78,7 @@ class ChatEncoder(RecordEncoder):
         messages = record["messages"]
         if not messages:
             raise PostshareError(f"the 'messages' of {name} are empty; remove the record")
-        if not isinstance(messages, list) or not isinstance(messages[0], dict):
+        if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
             raise PostshareError(
                 f"the 'messages' of {name} are no list of role and content; convert them"
             )

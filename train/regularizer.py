@@ -3,9 +3,10 @@
 Its value is the sum over pairs and projections of a distance between target and source, divided by
 the number of pairs (not of pairs times projections; PostShare, section 3.2). It is computed in
 fp32 from the master weights, outside the model's graph, once per optimizer step, and its gradient
-is added to the reduced gradient before clipping. One code path serves every backend: a rank
-contributes its flat range of each parameter (:class:`train.engine.Shard`), one all-reduce per chunk
-completes the paired slices, and each rank keeps its own part of the gradient.
+is added to the reduced gradient before clipping. One code path serves every backend and device: a
+rank contributes its flat range of each parameter (:class:`train.engine.Shard`), one all-reduce per
+chunk completes the paired slices, and each rank keeps its own part of the gradient. A second one is
+for a CPU that holds whole parameters, where passes over memory are what costs time.
 """
 
 from __future__ import annotations
@@ -236,7 +237,6 @@ class Penalty:
         For kinds that depend on the difference alone. It stays in the cache between its uses, so
         that memory is read once for the two units and written once for their gradients.
         """
-        norm = torch.linalg.vector_norm
         total = 0.0
         for column, (projection, rows) in enumerate(self._rows.items()):
             pairs = [(self.ties[row].target, self.ties[row].source) for row in rows]
@@ -245,20 +245,17 @@ class Penalty:
                 for layer in sorted({layer for pair in pairs for layer, _ in pair})
             }
             flat = {} if scale is None else {at: one.read_gradient() for at, one in mine.items()}
-            weights, gradients = (
-                {
-                    at: unit_view(one.view(mine[at].shape), self.layout, projection)
-                    for at, one in tensors.items()
-                }
-                for tensors in ({at: one.values for at, one in mine.items()}, flat)
-            )
-            inner = 1 - self.layout.axis(projection)  # in memory; norm is slow along the other one
+            weights = {at: self._units(one, one.values, projection) for at, one in mine.items()}
+            gradients = {at: self._units(mine[at], flat[at], projection) for at in flat}
+            turned = self.layout.axis(projection) == 1  # to be read in the order of memory
             difference = torch.empty_like(weights[pairs[0][0][0]][0])
             squares, lengths = [], []
             for (to, target), (of, source) in pairs:
                 x, y = weights[to][target], weights[of][source]
-                squares.append([float(norm(norm(unit, dim=inner))) ** 2 for unit in (x, y)])
-                length = float(norm(torch.sub(x, y, out=difference)))
+                flat_units = [(unit.t() if turned else unit).reshape(-1) for unit in (x, y)]
+                squares.append([float(torch.dot(unit, unit)) for unit in flat_units])
+                # Not by dot, whose last bits may differ between ranks: this enters the gradient.
+                length = float(torch.linalg.vector_norm(torch.sub(x, y, out=difference)))
                 lengths.append(length)
                 if self.kind == "l2":
                     value, slope = length, 1 / length if length else 0.0
@@ -274,6 +271,9 @@ class Penalty:
             distance[rows, column] = apart
             cosines[rows, column] = _cosines(torch.tensor(squares, dtype=torch.float64).t(), apart)
         return total
+
+    def _units(self, shard: Shard, whole: Tensor, projection: str) -> Tensor:
+        return unit_view(whole.view(shard.shape), self.layout, projection)
 
     # On any device, of whole or sharded parameters, and for every kind: chunk by chunk.
 
@@ -315,7 +315,7 @@ class Penalty:
         y = None if self.kind in OF_DIFFERENCE else torch.zeros_like(x)
         squares = torch.zeros(2, pairs, dtype=torch.float64, device=engine.device)
         views = {
-            span.name: unit_view(_whole(shard).view(shard.shape), self.layout, chunk.projection)
+            span.name: self._units(shard, _whole(shard), chunk.projection)
             for span in chunk.spans
             if (shard := shards[span.name]).values.numel()
         }
@@ -373,7 +373,7 @@ class Penalty:
                 continue
             complete = local.numel() == shard.shape.numel()
             whole = local if complete else local.new_zeros(shard.shape.numel())
-            view = unit_view(whole.view(shard.shape), self.layout, chunk.projection)
+            view = self._units(shard, whole, chunk.projection)
             rows = to_source.index_select(0, span.source_rows.to(view.device))
             _add_rows(view, span.target_units, to_target[span.target_rows], 1)
             _add_rows(view, span.source_units, rows, sign)

@@ -471,6 +471,7 @@ REPLY = {"role": "assistant", "content": "b"}
         ("alpaca", [TALK], ["record 0 has no 'instruction' (found: messages)", "data.format"]),
         ("chat", [GOOD], ["record 0 has no 'messages' (found: instruction, input, output)"]),
         ("chat", [TALK, {"messages": []}], ["'messages' of record 1 are empty; remove"]),
+        ("chat", [{"messages": [OTHER, REPLY, None]}], ["record 0 are no list of role and"]),
         ("chat", [{"messages": "a"}], ["'messages' of record 0 are no list of role and content"]),
         (
             "chat",
@@ -721,8 +722,16 @@ def test_real_alpaca_records(shared: Path) -> None:
     tokenizer = load_tokenizer(str(shared / "models" / "mixed7M"))
     setup = recipe(train=str(path), validation_fraction=0.1, sequence_length=512)
     sides = prepare_data(setup, tokenizer, needed_blocks=None, vocab_size=4096)
-    outputs = {row["output"] for row in json.loads(path.read_text())}
-    whole = 0
+    wanted = []
+    for row in json.loads(path.read_text()):
+        question = PROMPT_WITH_INPUT if row["input"] else PROMPT
+        prompt = question.format(row["instruction"], row["input"])
+        pieces = [
+            tokenizer.encode(text, add_special_tokens=False) for text in (prompt, row["output"])
+        ]
+        if sum(map(len, pieces)) + 2 <= 512:
+            wanted.append(row["output"])
+    whole = []
     for side in sides:
         for index in range(len(side)):
             block = side[index]
@@ -731,6 +740,6 @@ def test_real_alpaca_records(shared: Path) -> None:
                 labels = block["labels"][start:stop]
                 answer = tokenizer.decode(labels[labels != IGNORED])
                 if answer.endswith("</s>"):
-                    assert answer.removesuffix("</s>") in outputs
-                    whole += 1
-    assert whole > 850
+                    whole.append(answer.removesuffix("</s>"))
+    assert sorted(whole) == sorted(wanted)
+    assert len(whole) > 800
