@@ -15,10 +15,11 @@ import math
 import sys
 import time
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,20 +58,25 @@ class TrainJob:
 
     Attributes:
         name: post, continued, heal or pretrain.
-        model: a Llama with fp32 parameters; trained in place, and unusable afterwards under ZeRO.
+        load: makes the model, a Llama with fp32 parameters; not called when this training has
+            finished before. It is trained in place, and unusable afterwards under ZeRO.
         plan: the ties that the penalty pulls together; None: no penalty.
         validation_blocks: for `train.evaluate_every`; None: no evaluation.
         folder: metrics.jsonl, checkpoints/ and, at the end, weights/ go here.
     """
 
     name: str
-    model: PreTrainedModel
+    load: Callable[[], PreTrainedModel]
     plan: SharingPlan | None
     train_blocks: Blocks
     validation_blocks: Blocks | None
     folder: Path
     steps: int
     learning_rate: float
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        return self.load()
 
 
 def train(job: TrainJob, recipe: Recipe) -> TrainResult:

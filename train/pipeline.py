@@ -184,7 +184,7 @@ def train_one(current: Run, name: str, folder: Path, plan: SharingPlan | None) -
     training, validation = current.blocks
     job = TrainJob(
         name=name,
-        model=convert(load_base(current.recipe), plan or SharingPlan(), leaders(current)),
+        load=lambda: convert(load_base(current.recipe), plan or SharingPlan(), leaders(current)),
         plan=plan,
         train_blocks=training,
         validation_blocks=validation,
@@ -200,11 +200,15 @@ def heal(current: Run) -> None:
     section = current.recipe.materialize
     if section.heal_steps == 0:
         return
-    model = tied(current, load_model(trained_folder(current), current.recipe.model.attention))
+
+    def load() -> SharedLlamaForCausalLM:
+        model = load_model(trained_folder(current), current.recipe.model.attention)
+        return SharedLlamaForCausalLM.from_materialized(tied(current, model), current.plan)
+
     training, validation = current.blocks
     job = TrainJob(
         name="heal",
-        model=SharedLlamaForCausalLM.from_materialized(model, current.plan),
+        load=load,
         plan=None,
         train_blocks=training,
         validation_blocks=validation,

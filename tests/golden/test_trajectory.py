@@ -70,7 +70,7 @@ def test_thirty_steps(shared: Path, tmp_path: Path, mode: str, loss_weights: lis
     train(
         TrainJob(
             name="post",
-            model=LlamaForCausalLM.from_pretrained(shared / "models/stories260K-mha"),
+            load=lambda: LlamaForCausalLM.from_pretrained(shared / "models/stories260K-mha"),
             plan=released_plan(shared / "golden" / "selection_qk_0.3.json"),
             train_blocks=Blocks.from_documents(rows, 128),
             validation_blocks=None,

@@ -74,9 +74,10 @@ def recipe(folder: Path, penalty: dict[str, Any] | None = None, **train: Any) ->
 
 
 def job(recipe: Recipe, plan: SharingPlan | None = PLAN, **fields: Any) -> TrainJob:
+    made = fields.pop("model", None) or model()
     values: dict[str, Any] = {
         "name": "post" if plan else "continued",
-        "model": model(),
+        "load": lambda: made,
         "plan": plan,
         "train_blocks": blocks(),
         "validation_blocks": blocks(5, seed=2),
