@@ -28,7 +28,7 @@ from .heads import HeadLayout
 from .manifest import (
     Identity,
     describe,
-    fsync_folder,
+    flush,
     read_manifest,
     recognize,
     seal,
@@ -130,7 +130,7 @@ def export_model(
             job.make(beside)
             for name, path in beside.items():
                 os.rename(path, folder / name)
-            fsync_folder(folder)
+            flush(folder)
     return ExportResult(
         paths={name: folder / name for name in formats},
         bytes={name: read_manifest(folder / name)["tensors"]["bytes"] for name in formats},

@@ -96,9 +96,9 @@ def _seal_file(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": digest}
 
 
-def fsync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def flush(path: Path) -> None:
+    """Make a file's content, or the names in a folder, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -124,7 +124,7 @@ def write_manifest(
     _replace_text(folder / CARD, model_card(manifest))
     manifest["files"] = {**files, CARD: _seal_file(folder / CARD)}
     _replace_text(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
-    fsync_folder(folder)
+    flush(folder)
 
 
 def update_notes(folder: str | os.PathLike[str], notes: Mapping[str, Any]) -> None:
@@ -139,7 +139,7 @@ def update_notes(folder: str | os.PathLike[str], notes: Mapping[str, Any]) -> No
     _replace_text(folder / CARD, model_card(manifest))
     manifest["files"][CARD] = _seal_file(folder / CARD)
     _replace_text(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
-    fsync_folder(folder)
+    flush(folder)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

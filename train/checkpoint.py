@@ -30,6 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from sa_models.errors import PostshareError
+from sa_models.manifest import flush
 
 if TYPE_CHECKING:
     from train.engine import Engine
@@ -344,19 +345,11 @@ def write_json(path: Path, value: Any) -> None:
 def rename_into_place(beside: Path, final: Path) -> None:
     """Flush a folder to disk and give it its name, replacing a folder that has it."""
     for path in (*beside.rglob("*"), beside):
-        _flush(path)
+        flush(path)
     old = final.with_name(final.name + ".old")
     if final.exists():
         shutil.rmtree(old, ignore_errors=True)
         os.rename(final, old)
     os.rename(beside, final)
-    _flush(final.parent)
+    flush(final.parent)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
