@@ -81,11 +81,14 @@ def _facts(recipe: Recipe, shape: LlamaShape, origin: str, gpus: int, accumulati
             f"{bound}{count(removed)} parameters, {savings.stored_ratio:.1%} of "
             f"attention, {removed / savings.base_parameters:.1%} of the model",
         )
+        forms = []
+        if plan.strategy != "none" or structure.spans:
+            forms.append(f"compact {size(stored)}")
         dense = f"dense {size(stored + savings.tied_parameters * element)}"
+        forms.append(dense if structure.has_stock_form else "no dense form")
         table.add_row(
             "export",
-            f"compact {size(stored)}, {dense if structure.has_stock_form else 'no dense form'} "
-            f"({size(base - stored)} saved, {element} bytes per parameter)",
+            f"{', '.join(forms)} ({size(base - stored)} saved, {element} bytes per parameter)",
         )
     if savings.stored_cache != savings.base_cache:
         table.add_row(
@@ -134,8 +137,8 @@ def _plan_rows(
         )
     else:
         rows += [
-            ("span", f"layers {ranges(s.followers)} reuse the {shared[s.share]} of {s.leader}")
-            for s in structure.spans
+            ("span", f"{span.leader} -> {ranges(span.followers)}: {shared[span.share]}")
+            for span in structure.spans
         ]
     if structure.kv_heads is not None:
         kv_heads = shape.num_key_value_heads or shape.num_attention_heads

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 from collections.abc import Callable
@@ -34,9 +35,12 @@ from sa_models.errors import PostshareError
 from sa_models.plan import SharingPlan
 from sa_models.spans import AttentionSpan
 from tests.unit.sa_models.reference import Reference
+from train.data import permutation
+from train.engine import start
 from train.loop import TrainingStopped
 from train.pipeline import evaluate, export, plan, run
 from train.recipe import Recipe
+from train.run_folder import Run
 from train.tracking import read_rows
 
 SA = [{"leader": 2, "followers": [3, 4], "share": "attention"}]
@@ -192,14 +196,12 @@ def test_what_is_exported_is_what_was_trained(home: Path, tmp_path: Path, kind: 
 
 def test_the_first_step_trains_the_model_that_the_plan_defines(home: Path, tmp_path: Path) -> None:
     """Loss and gradient norm of step 1, against autograd through the reference."""
-    from train.data import permutation
-
     for kind in ("sa", "cla, mean", "pooled"):
         made = recipe(home, tmp_path / kind, train={"steps": 1, "clip_norm": None}, **KINDS[kind])
         run(made)
         (row,) = read_rows(made.folder / "metrics.jsonl")
-        order = permutation(blocks := 1 + max_block(made), made.seed, 0)[:4]
-        tokens = ids(made, blocks)[order]
+        blocks = len(Run(made, start(made)).blocks[0])
+        tokens = ids(made, blocks)[permutation(blocks, made.seed, 0)[:4]]
         found = SharingPlan.load(made.folder / "plan.json")
         base = base_model(home)
         if kind != "sa":
@@ -217,13 +219,6 @@ def test_the_first_step_trains_the_model_that_the_plan_defines(home: Path, tmp_p
         trained = load_file(made.folder / "weights" / "model.safetensors")
         assert missing == set(reference.weights) - set(trained)
         assert len(missing) == 4  # q and k of two followers
-
-
-def max_block(made: Recipe) -> int:
-    from train.engine import start
-    from train.run_folder import Run
-
-    return len(Run(made, start(made)).blocks[0]) - 1
 
 
 def test_the_control_has_no_spans(home: Path, tmp_path: Path) -> None:
@@ -405,3 +400,53 @@ def test_formats(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "export/compact" not in lines
     assert (made.folder / "export" / "dense" / "README.md").is_file()
     assert json.loads((made.folder / "plan.json").read_text())["kv_heads"] == 2
+
+
+# --- instructions ---------------------------------------------------------------------------------
+
+
+def test_instructions_with_spans_that_are_found(home: Path, tmp_path: Path) -> None:
+    """Records are documents of their own and prompts are masked, in measuring and judging too."""
+    records = [
+        {"instruction": "Say what sharing is.", "output": "Plans and " + "units " * (i % 9 + 1)}
+        for i in range(40)
+    ]
+    file = tmp_path / "alpaca.jsonl"
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    made = recipe(
+        home,
+        tmp_path / "run",
+        data={
+            "train": str(file),
+            "validation": str(file),
+            "sequence_length": 128,
+            "format": "alpaca",
+        },
+        spans={"strategy": "loss", "layers": 2, "max_followers": 2, "calibration_blocks": 2},
+        train={"steps": 2},
+    )
+    run(made)
+    base, found = base_model(home), SharingPlan.load(made.folder / "plan.json")
+
+    def loss(plan: SharingPlan, validation: bool, count: int) -> float:
+        blocks = Run(made, start(made)).blocks[validation]
+        some = [blocks[i] for i in range(count)]
+        tokens, labels, positions = (
+            torch.stack([block[name] for block in some])
+            for name in ("input_ids", "labels", "position_ids")
+        )
+        assert (positions == 0).sum() > count  # several records in a block
+        assert 0 < (labels != -100).sum() < labels.numel() / 2
+        documents = (positions == 0).cumsum(1)
+        with torch.no_grad():
+            out = Reference.of(base, plan)(tokens, positions=positions, documents=documents)
+        logits = out.logits[:, :-1].flatten(0, 1)
+        return float(torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten()))
+
+    measured = read(made.folder, "spans.json")
+    assert measured["base_loss"] == pytest.approx(loss(SharingPlan(), False, 2), abs=1e-5)
+    assert measured["choices"][0]["loss"] == pytest.approx(loss(found, False, 2), abs=1e-5)
+    count = read(made.folder, "evaluation.json")["blocks"]
+    direct = read(made.folder, "evaluation.json")["models"]["direct"]["loss"]
+    assert direct == pytest.approx(loss(found, True, count), abs=1e-5)
+    assert read(made.folder, "summary.json")["perplexity"]["post"] < math.exp(direct)
