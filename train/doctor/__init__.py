@@ -40,6 +40,8 @@ from train.recipe import Recipe
 
 PATIENCE = 60.0
 """Seconds that a rank may be late, unless the command line says otherwise."""
+READING_EXTRA = 60.0
+"""More seconds for the facts: each reading that hangs takes its time."""
 JOIN_EXTRA = 150.0
 """More seconds for joining: imports, and on a CPU DeepSpeed compiles its communication once."""
 ACCELERATE_PORT = 29500
@@ -89,17 +91,26 @@ def diagnose(
         channel = Channel(rank, world, patience)
     except TooLate as error:
         address = f"{os.environ.get('MASTER_ADDR')} port {os.environ.get('MASTER_PORT')}"
-        raise PostshareError(
+        raise _unheard(
+            rank,
             f"rank {rank} cannot reach {address} ({error}); is that the main host's address, does "
-            "a firewall lie between, does another job hold the port?"
+            "a firewall lie between, does another job hold the port?",
         ) from None
     try:
         return _Visit(channel, name, overrides, console).go()
     except TooLate as error:
-        raise PostshareError(
+        raise _unheard(
+            rank,
             f"rank {rank}: the main process did not answer within {patience:.0f} s ({error}); look "
-            "at its output, or allow more with --patience"
+            "at its output, or allow more with --patience",
         ) from None
+
+
+def _unheard(rank: int, message: str) -> PostshareError:
+    """The error of a rank whose words reach nobody but its own terminal."""
+    if rank != 0:  # the command line lets only the main process speak
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    return PostshareError(message)
 
 
 @dataclass
@@ -123,7 +134,7 @@ class _Visit:
             verdict = all(finding.level < Level.BAD for finding in findings)
             show(findings, self.console)
         missing = situation.missing if self.channel.is_main else []
-        verdict = self.channel.decide("verdict", lambda: verdict)
+        verdict = self.channel.decide("verdict", lambda: verdict, 2 * self.channel.patience + 60)
         # Where the main process serves the store, it must not go before the others have read.
         answered = [r for r in range(situation.world) if r not in missing]
         self.channel.gather("bye", True, seconds=5.0, ranks=answered)
@@ -152,7 +163,9 @@ class _Visit:
                 own += check_inputs(self.recipe)
         facts = collect(folder, fingerprint)
         answers = channel.gather(
-            "facts", {"facts": facts.to_json(), "findings": [f.to_json() for f in own]}
+            "facts",
+            {"facts": facts.to_json(), "findings": [f.to_json() for f in own]},
+            seconds=channel.patience + READING_EXTRA,
         )
         self.findings = {
             rank: [Finding.from_json(f) for f in answer["findings"]]
@@ -184,7 +197,7 @@ class _Visit:
                 "folder": len({f.folder is None for f in s.facts}) == 1,
                 "clocks": [r[0].rank for r in s.hosts.values() if r[0].rank != 0],
             },
-            seconds=2 * channel.patience + JOIN_EXTRA,
+            seconds=channel.patience + JOIN_EXTRA,
         )
         if not goes_on["all"]:
             return s
@@ -219,20 +232,18 @@ class _Visit:
             self.stuck = dist.is_initialized()
             return joined, None
         reductions: list[Reduction] = []
+        problem = None
         try:
             reductions = limited(lambda: probe_bandwidth(device), channel.patience)
         except TooLate:
-            self.stuck = True
+            self.stuck, problem = True, "the all-reduce did not end in time"
         except RuntimeError as error:
-            problem = " ".join(str(error).split())[:300]
-            joined = {**joined, channel.rank: f"the all-reduce failed: {problem}"}
-        ended = channel.gather("reduced", bool(reductions), seconds=channel.patience + 10)
-        if channel.is_main and not all(ended.get(r) for r in range(channel.world)):
-            for rank in range(channel.world):
-                if not ended.get(rank):
-                    joined[rank] = joined[rank] or "the all-reduce did not end in time"
-            reductions = []
-        return joined, reductions
+            self.stuck = True  # the others may still be in it
+            problem = f"the all-reduce failed: {' '.join(str(error).split())[:300]}"
+        ended = channel.gather("reduced", problem, seconds=channel.patience + 10)
+        silent = dict.fromkeys(joined, "no word since the all-reduce")
+        joined = {**silent, **ended}
+        return joined, None if any(joined.values()) else reductions
 
 
 def _backend(facts: Facts) -> str:
@@ -261,7 +272,7 @@ def show(findings: list[Finding], console: Console | None = None) -> None:
     table.add_column("", no_wrap=True)
     table.add_column("what", no_wrap=True)
     table.add_column("found")
-    for f in findings:
+    for f in sorted(findings, key=lambda f: f.level):  # the worst last, where it is read
         cure = f"\n[bold]cure:[/] {escape(f.cure)}" if f.cure and f.level else ""
         table.add_row(words[f.level], f.topic, escape(f.found) + cure)
     console.print(table)

@@ -153,7 +153,8 @@ def check_ram(s: Situation) -> Iterator[Finding]:
         )
         need = one * len(ranks)
         what = "training" if on_cpu else "loading"
-        said = f"{what} with {len(ranks)} process(es) needs about {size(need)} on {f.host}, which "
+        processes = f"{len(ranks)} process{'es' * (len(ranks) > 1)}"
+        said = f"{what} in {processes} needs about {size(need)} on {f.host}, which "
         said += f"has {size(f.ram)} available of {size(f.ram_total)}"
         if need > f.ram:
             level = Level.BAD if need > f.ram_total or on_cpu else Level.WARN

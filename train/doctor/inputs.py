@@ -14,7 +14,7 @@ from train.doctor.facts import TooLate, limited
 from train.doctor.findings import Finding, bad, from_error, ok, warn
 from train.recipe import DataSource, Recipe, load_recipe
 
-LIMIT = 60.0
+LIMIT = 30.0
 """Seconds for looking up one model or data set in the cache."""
 
 
@@ -120,17 +120,16 @@ def find_data(source: DataSource) -> str | None:
     Raises:
         PostshareError: it is not there, or not to be had without network.
     """
-    from train.sources import STDLIB, load_rows
+    from train.sources import STDLIB, load_rows, on_hub
 
     if source.path == STDLIB:
         return "here"
     path = Path(source.path).expanduser()
-    local = path.exists()
-    if local:
+    if path.exists():
         if not os.access(path, os.R_OK):
             raise PostshareError(f"{path} cannot be read; give the job's user read access")
         return "here"
-    if path.suffix or source.path.startswith(("/", ".", "~")) or offline():
+    if not on_hub(source.path) or offline():
         load_rows(source)  # raises for what is not here, without asking the network
         return "cached"
     return None

@@ -6,6 +6,7 @@ will use: so a rank that never comes can be named, and the process group itself 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -62,7 +63,11 @@ class Channel:
         return self.rank == 0
 
     def put(self, key: str, value: Any) -> None:
-        self._store.set(key, json.dumps(value))
+        """Raises TooLate: the store is gone."""
+        try:
+            self._store.set(key, json.dumps(value))
+        except RuntimeError as error:
+            raise TooLate(key) from error
 
     def get(self, key: str, seconds: float | None = None) -> Any:
         """The value, once it is there. Raises TooLate."""
@@ -129,7 +134,8 @@ def probe_folder(channel: Channel, folder: Path) -> FolderProbe | None:
     def write_token() -> dict[str, Any]:
         token = secrets.token_hex(8)
         try:
-            made.extend(_make(folder))
+            made.extend(p for p in (folder, *folder.parents) if not p.exists())
+            folder.mkdir(parents=True, exist_ok=True)
             _write(folder / f"{name}{token}-0", token)
         except OSError as error:
             return {"token": token, "problem": error.strerror or str(error)}
@@ -148,31 +154,24 @@ def probe_folder(channel: Channel, folder: Path) -> FolderProbe | None:
                 error = caught.strerror or str(caught)
     answers = channel.gather("folder/seen", {"seen": seen, "error": error})
     unseen, unwritable = [], []
+    end = time.monotonic() + VISIBLE_SECONDS
     if channel.is_main and problem is None:
         for rank in range(channel.world):
             found = answers.get(rank, {"seen": False, "error": None})
             if found["error"] is not None:
                 unwritable.append((rank, found["error"]))
-            elif not found["seen"] or not _appears(folder / f"{name}{token}-{rank}", token):
+            elif not found["seen"] or not _appears(folder / f"{name}{token}-{rank}", token, end):
                 unseen.append(rank)
     channel.decide("folder/done", lambda: True, seconds=channel.patience + 60)
-    own.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        own.unlink()
     channel.gather("folder/clean", True)
-    for path in reversed(made):
-        try:
+    for path in made:
+        with contextlib.suppress(OSError):  # somebody else has begun to use it
             path.rmdir()
-        except OSError:  # somebody else has begun to use it
-            break
     if not channel.is_main:
         return None
     return FolderProbe(str(folder.absolute()), problem, tuple(unseen), tuple(unwritable))
-
-
-def _make(folder: Path) -> list[Path]:
-    """Make the folder and its parents; returns those that were not there."""
-    missing = [p for p in (folder, *folder.parents) if not p.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    return missing[::-1]
 
 
 def _write(path: Path, text: str) -> None:
@@ -182,8 +181,8 @@ def _write(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
-def _appears(path: Path, text: str) -> bool:
-    end = time.monotonic() + VISIBLE_SECONDS
+def _appears(path: Path, text: str, end: float | None = None) -> bool:
+    end = time.monotonic() + VISIBLE_SECONDS if end is None else end
     while True:
         try:
             if path.read_text(encoding="utf-8") == text:

@@ -51,7 +51,9 @@ def check_world(s: Situation) -> Iterator[Finding]:
     elif not s.missing:
         names = {f.host for f in s.facts}
         shown = f": {', '.join(sorted(names))}" if len(names) <= 4 else ""
-        yield ok(topic, f"{s.world} answer, on {len(s.hosts)} host(s){shown}")
+        yield ok(
+            topic, f"{s.world} answer, on {len(s.hosts)} host{'s' * (len(s.hosts) > 1)}{shown}"
+        )
 
 
 def check_join(s: Situation) -> Iterator[Finding]:
@@ -188,8 +190,8 @@ def check_disk(s: Situation) -> Iterator[Finding]:
     except PostshareError as error:
         yield from_error("plan", error)
         return
-    said = f"{size(f.disk)} free; a checkpoint takes {size(need.checkpoint)}, weights "
-    said += (
+    said = (
+        f"{size(f.disk)} free; a checkpoint takes {size(need.checkpoint)}, weights "
         f"{size(need.weights)}, exports {size(need.exports)}, all that is kept {size(need.kept)}"
     )
     cure = "free some space, set output_dir to a larger disk, or lower train.keep_checkpoints"
