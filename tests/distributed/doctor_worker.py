@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import train.doctor as doctor
 from train import engine
 from train.cli import main
 from train.recipe import Recipe
@@ -19,28 +17,12 @@ from train.recipe import Recipe
 RANK = os.environ["RANK"]
 
 
-def node_local() -> None:
+def node_local_and_alone() -> None:
     """Each rank has a folder of its own under the same name: a mount point stands in for it."""
     folder = Path(arguments[-1].removeprefix("output_dir="))
     own = folder.with_name(f"{folder.name}-{RANK}")
     Recipe.folder = property(lambda recipe: own)  # type: ignore[assignment]
-
-
-def never_answers() -> None:
-    if RANK == "1":
-        time.sleep(120)
-    doctor.READING_EXTRA = 5.0
-
-
-def never_joins() -> None:
-    """One rank answers, and hangs where the process group is made."""
-    if RANK == "1":
-        engine.join = lambda patience: time.sleep(120)
-    doctor.JOIN_EXTRA = 5.0
-
-
-def world_of_one() -> None:
-    """What a launch file that Accelerate misreads gives: each process believes it is alone."""
+    # What a launch file that Accelerate misreads gives: each process believes it is alone.
     engine._accelerator = lambda zero, patience: SimpleNamespace(num_processes=1)
 
 

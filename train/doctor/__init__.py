@@ -34,6 +34,7 @@ from train.doctor.probes import (
     probe_bandwidth,
     probe_clocks,
     probe_folder,
+    probe_links,
 )
 from train.known_models import LlamaShape, find_shape
 from train.recipe import Recipe
@@ -55,6 +56,7 @@ CHECKS: tuple[Callable[[Situation], Iterator[Finding]], ...] = (
     devices.check_gpu_memory,
     devices.check_ram,
     network.check_address,
+    network.check_links,
     network.check_settings,
     network.check_bandwidth,
     network.check_clocks,
@@ -195,7 +197,7 @@ class _Visit:
             lambda: {
                 "all": not s.missing,
                 "folder": len({f.folder is None for f in s.facts}) == 1,
-                "clocks": [r[0].rank for r in s.hosts.values() if r[0].rank != 0],
+                "hosts": [r[0].rank for r in s.hosts.values()],
             },
             seconds=channel.patience + JOIN_EXTRA,
         )
@@ -204,7 +206,10 @@ class _Visit:
         values = dict(vars(s))
         if self.recipe is not None and goes_on["folder"]:
             values["folder"] = probe_folder(channel, self.recipe.folder)
-        values["clocks"] = probe_clocks(channel, goes_on["clocks"])
+        hosts = goes_on["hosts"]
+        if len(hosts) > 1:
+            values["clocks"] = probe_clocks(channel, hosts[1:])
+            values["links"] = probe_links(channel, hosts)
         if channel.world > 1:
             values["joined"], values["reductions"] = self._join()
         return Situation(**values)

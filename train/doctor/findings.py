@@ -11,7 +11,7 @@ from typing import Any
 from sa_models.errors import PostshareError
 from sa_models.spans import ranges
 from train.doctor.facts import Facts
-from train.doctor.probes import Clock, FolderProbe, Reduction
+from train.doctor.probes import BrokenLink, Clock, FolderProbe, Reduction
 from train.known_models import LlamaShape
 from train.recipe import Recipe
 
@@ -70,6 +70,7 @@ class Situation:
         stage: ZeRO stage of the launch; None without DeepSpeed.
         folder: None when it was not probed.
         clocks: by rank, one for each host but the main rank's.
+        links: connections between hosts that failed; None: not tried.
         joined: {rank: None, or why it could not join the process group}; None: not tried.
         reductions: all-reduces timed.
         backend: of the process group.
@@ -82,6 +83,7 @@ class Situation:
     stage: int | None = None
     folder: FolderProbe | None = None
     clocks: dict[int, Clock] = field(default_factory=dict)
+    links: list[BrokenLink] | None = None
     joined: dict[int, str | None] | None = None
     reductions: list[Reduction] | None = None
     backend: str = "gloo"

@@ -36,6 +36,21 @@ def check_address(s: Situation) -> Iterator[Finding]:
         yield ok("address", f"{address}, port {port}, reached by all ranks")
 
 
+def check_links(s: Situation) -> Iterator[Finding]:
+    """Whether every host can connect to every other."""
+    if s.links is None:
+        return
+    for link in s.links:
+        yield bad(
+            "links",
+            f"{s.who([link.source])} cannot connect to {s.who([link.target])} at {link.address}: "
+            f"{link.reason}",
+            "let the firewall pass all ports between the hosts; is that the network they share?",
+        )
+    if not s.links:
+        yield ok("links", f"each of {len(s.hosts)} hosts connects to all others, on any port")
+
+
 def check_settings(s: Situation) -> Iterator[Finding]:
     """NCCL's and gloo's variables, and what they name."""
     topic, found = "network settings", False

@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import secrets
+import socket
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ EXCHANGES = 7
 SIZES = (2**20, 2**23, 2**26)
 """Bytes of the all-reduces."""
 PROBE_SECONDS = 2.0
+LINK_SECONDS = 5.0
 VISIBLE_SECONDS = 5.0
 """How long a file may take to appear on another host: NFS caches directories."""
 
@@ -192,6 +194,56 @@ def _appears(path: Path, text: str, end: float | None = None) -> bool:
         if time.monotonic() > end:
             return False
         time.sleep(0.1)
+
+
+# --- links ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BrokenLink:
+    """A rank that cannot open a connection to another: gloo and NCCL connect any two, any port."""
+
+    source: int
+    target: int
+    address: str
+    reason: str
+
+
+def probe_links(channel: Channel, ranks: list[int]) -> list[BrokenLink]:
+    """Connect each of `ranks` (one on each host, the main rank first) to every other.
+
+    The address is the one from which a host reaches the main one. Returns the connections that
+    failed, on the main rank; a host that has seen three failures stops looking.
+    """
+    if channel.rank not in ranks:
+        return []
+    broken: list[list[Any]] = []
+    with socket.create_server(("", 0), backlog=len(ranks) + 8) as server:
+        own = _address_towards(os.environ["MASTER_ADDR"])
+        channel.put(f"link/{channel.rank}", [own, server.getsockname()[1]])
+        for other in ranks:
+            if other == channel.rank or len(broken) == 3:
+                continue
+            host, port = channel.get(f"link/{other}")
+            try:
+                socket.create_connection((host, port), LINK_SECONDS).close()
+            except OSError as error:
+                reason = error.strerror or str(error)
+                broken.append([channel.rank, other, f"{host}:{port}", reason])
+        patience = channel.patience + 4 * LINK_SECONDS
+        answers = channel.gather("links", broken, seconds=patience, ranks=ranks)
+        channel.decide("links/done", lambda: True, seconds=patience + 5)
+    return [BrokenLink(*link) for links in answers.values() for link in links]
+
+
+def _address_towards(host: str) -> str:
+    """This host's address on the route to `host`; nothing is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((host, 9))
+        except OSError:  # not an IPv4 address, say
+            return socket.gethostname()
+        return probe.getsockname()[0]
 
 
 # --- clocks ---------------------------------------------------------------------------------------

@@ -19,10 +19,11 @@ from rich.console import Console
 from sa_models.errors import PostshareError
 from train import estimate
 from train.cli import launched
-from train.doctor import devices, diagnose, inputs, merged, network, ranks, show
+from train.doctor import _Visit, devices, diagnose, inputs, merged, network, ranks, show
 from train.doctor.facts import Facts, Gpu, TooLate, disk_free, infiniband, limited, memory
 from train.doctor.findings import Finding, Level, Situation, from_error
 from train.doctor.probes import (
+    BrokenLink,
     Channel,
     Clock,
     FolderProbe,
@@ -30,6 +31,7 @@ from train.doctor.probes import (
     clock_from,
     probe_clocks,
     probe_folder,
+    probe_links,
 )
 from train.known_models import KNOWN, LlamaShape
 from train.recipe import Recipe, validate
@@ -309,6 +311,15 @@ def test_bandwidth_tells_what_a_step_costs() -> None:
     assert "NCCL_SOCKET_IFNAME" in only(network.check_bandwidth(slow), Level.WARN).cure
 
 
+def test_links_between_hosts() -> None:
+    pair = [fact(0), fact(1, "b")]
+    broken = [BrokenLink(1, 0, "10.0.0.1:4711", "timed out")]
+    assert only(network.check_links(situation(*pair, links=broken))).found == (
+        "rank 1 (b) cannot connect to rank 0 (a) at 10.0.0.1:4711: timed out"
+    )
+    assert levels(network.check_links(situation(*pair, links=[]))) == {Level.OK}
+
+
 def test_clocks() -> None:
     # The fastest exchange decides: its middle against the answer, half of it as uncertainty.
     clock = clock_from([(100.0, 90.0, 104.0), (110.0, 98.0, 110.2)])
@@ -483,6 +494,33 @@ def test_clocks_of_other_hosts_are_measured() -> None:
     assert clocks[2].uncertainty < 0.5
 
 
+def test_links_are_tried_both_ways(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    assert on_threads(4, lambda channel: probe_links(channel, [0, 1, 3])) == [[], [], [], []]
+    connect = socket.create_connection
+
+    def firewall(address: Any, timeout: float) -> socket.socket:
+        if threading.current_thread() is closed[0]:
+            raise TimeoutError("timed out")
+        return connect(address, timeout)
+
+    closed: list[Any] = []
+    monkeypatch.setattr("socket.create_connection", firewall)
+
+    def work(channel: Channel) -> Any:
+        if channel.rank == 1:
+            closed.append(threading.current_thread())
+        while not closed:
+            time.sleep(0.01)
+        return probe_links(channel, [0, 1, 2])
+
+    broken, *_ = on_threads(3, work)
+    assert [(b.source, b.target, b.reason) for b in broken] == [
+        (1, 0, "timed out"),
+        (1, 2, "timed out"),
+    ]
+
+
 def test_who_is_silent_does_not_block() -> None:
     store = dist.HashStore()
     channel = Shared(0, 3, store, patience=0.5)
@@ -566,6 +604,37 @@ def test_a_rank_that_cannot_reach_the_main_one_says_so(
     with pytest.raises(PostshareError, match=f"rank 1 cannot reach 127.0.0.1 port {port}"):
         diagnose(None, patience=1.0)
     assert capsys.readouterr().err.startswith("error: rank 1 cannot reach")
+
+
+def test_the_main_rank_names_who_never_came(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {"RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in {**environment, "MASTER_PORT": str(port)}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("train.doctor.READING_EXTRA", 0.0)
+    out = io.StringIO()
+    start = time.monotonic()
+    assert not diagnose(None, patience=1.0, console=Console(file=out, width=400))
+    assert time.monotonic() - start < 20
+    assert "ranks 1-2 of 3 did not answer" in out.getvalue()
+
+
+def test_a_process_group_that_hangs_hangs_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("train.doctor.JOIN_EXTRA", 0.0)
+    monkeypatch.setattr("train.engine.join", lambda patience: time.sleep(5))
+
+    def visit(channel: Channel) -> tuple[Any, bool]:
+        channel.patience = 0.3
+        own = _Visit(channel, None, (), None)
+        return own._join(), own.stuck
+
+    ((joined, reductions), stuck), ((_, _), other) = on_threads(2, visit)
+    assert joined == dict.fromkeys((0, 1), "joining did not end in time")
+    assert reductions is None
+    assert stuck
+    assert other
 
 
 def test_findings_of_several_hosts_say_whose_they_are() -> None:
