@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,7 +27,7 @@ from sa_models.errors import PostshareError
 from train import engine
 from train.doctor import devices, network, ranks
 from train.doctor.facts import Facts, TooLate, collect, limited
-from train.doctor.findings import Finding, Level, Situation, from_error
+from train.doctor.findings import LEFT_WAITING, Finding, Level, Situation, from_error
 from train.doctor.inputs import check_inputs, check_start, resolve
 from train.doctor.probes import (
     Channel,
@@ -45,6 +46,8 @@ READING_EXTRA = 60.0
 """More seconds for the facts: each reading that hangs takes its time."""
 JOIN_EXTRA = 150.0
 """More seconds for joining: imports, and on a CPU DeepSpeed compiles its communication once."""
+GRACE = 10.0
+"""Seconds for the others to fail too, once a rank has failed to join."""
 ACCELERATE_PORT = 29500
 
 CHECKS: tuple[Callable[[Situation], Iterator[Finding]], ...] = (
@@ -67,7 +70,7 @@ CHECKS: tuple[Callable[[Situation], Iterator[Finding]], ...] = (
 
 def examine(situation: Situation) -> list[Finding]:
     """All findings of the main rank. Needs at least its own facts."""
-    return [finding for check in CHECKS for finding in check(situation)]
+    return list(dict.fromkeys(finding for check in CHECKS for finding in check(situation)))
 
 
 def diagnose(
@@ -218,15 +221,26 @@ class _Visit:
         """Join the process group as a training does, and time it."""
         channel, limit = self.channel, self.channel.patience + JOIN_EXTRA
         device, problem = torch.device("cpu"), None
+        failed: list[float] = []  # when it was seen that some rank has failed
+
+        def vain() -> bool:
+            if channel.has("failed"):
+                failed.append(time.monotonic())
+            return bool(failed) and failed[-1] - failed[0] >= GRACE
+
         try:
             # The group's own patience is longer: NCCL ends the process when it is exceeded.
-            device = limited(lambda: engine.join(timedelta(seconds=4 * limit)), limit).device
+            patience = timedelta(seconds=4 * limit)
+            device = limited(lambda: engine.join(patience), limit, vain).device
         except TooLate:
-            self.stuck, problem = True, "joining did not end in time"
+            self.stuck = True
+            problem = LEFT_WAITING if vain() else "joining did not end in time"
         except PostshareError as error:
             problem = str(error)
         except Exception as error:  # whatever NCCL, gloo or DeepSpeed say
             problem = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        if problem is not None:
+            channel.put("failed", True)
         joined = channel.gather("joined", problem, seconds=limit + 10)
         whole = channel.decide(
             "whole",
@@ -234,7 +248,7 @@ class _Visit:
             seconds=limit + 30,
         )
         if not whole:
-            self.stuck = dist.is_initialized()
+            self.stuck = self.stuck or dist.is_initialized()
             return joined, None
         reductions: list[Reduction] = []
         problem = None

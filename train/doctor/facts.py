@@ -9,6 +9,7 @@ import resource
 import shutil
 import socket
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
@@ -43,11 +44,14 @@ class TooLate(Exception):  # noqa: N818 - an answer that did not come
     """Something did not end within its time."""
 
 
-def limited(work: Callable[[], T], seconds: float) -> T:
-    """``work()``; its thread is left behind when it takes longer.
+def limited(work: Callable[[], T], seconds: float, vain: Callable[[], bool] = lambda: False) -> T:
+    """``work()``; its thread is left behind when it takes longer, or when it is in vain.
+
+    Args:
+        vain: asked once a second whether there is anything left to wait for.
 
     Raises:
-        TooLate: it did.
+        TooLate: no result.
     """
     outcome: list[tuple[T | None, BaseException | None]] = []
 
@@ -59,7 +63,11 @@ def limited(work: Callable[[], T], seconds: float) -> T:
 
     thread = threading.Thread(target=attempt, daemon=True)
     thread.start()
-    thread.join(seconds)
+    end = time.monotonic() + seconds
+    while thread.is_alive() and (left := end - time.monotonic()) > 0:
+        thread.join(min(left, 1.0))
+        if thread.is_alive() and vain():
+            break
     if not outcome:
         raise TooLate
     value, error = outcome[0]

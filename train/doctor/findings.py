@@ -15,6 +15,9 @@ from train.doctor.probes import BrokenLink, Clock, FolderProbe, Reduction
 from train.known_models import LlamaShape
 from train.recipe import Recipe
 
+LEFT_WAITING = "left waiting when another rank failed"
+"""Why a rank did not join that has no trouble of its own."""
+
 
 class Level(IntEnum):
     """ok: fine; warn: may cost time or surprise; bad: the job should not start."""

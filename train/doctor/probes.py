@@ -80,6 +80,13 @@ class Channel:
         except RuntimeError as error:  # also: the store is gone
             raise TooLate(key) from error
 
+    def has(self, key: str) -> bool:
+        """Whether it is there already. Where the store is gone, so is whoever would set it."""
+        try:
+            return self._store.check([key])
+        except RuntimeError:
+            return True
+
     def gather(
         self, key: str, value: Any, seconds: float | None = None, ranks: Iterable[int] | None = None
     ) -> dict[int, Any]:

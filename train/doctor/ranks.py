@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sa_models.errors import PostshareError
 from train import estimate
-from train.doctor.findings import Finding, Situation, bad, from_error, ok, warn
+from train.doctor.findings import LEFT_WAITING, Finding, Situation, bad, from_error, ok, warn
 from train.dry_run import size
 
 
@@ -71,6 +71,8 @@ def check_join(s: Situation) -> Iterator[Finding]:
     for rank, problem in s.joined.items():
         if problem is not None:
             by_problem[problem].append(rank)
+    if len(by_problem) > 1:
+        by_problem.pop(LEFT_WAITING, None)
     for problem, members in by_problem.items():
         finding = from_error("process group", PostshareError(problem))
         yield replace(

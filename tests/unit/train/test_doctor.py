@@ -21,7 +21,7 @@ from train import estimate
 from train.cli import launched
 from train.doctor import _Visit, devices, diagnose, inputs, merged, network, ranks, show
 from train.doctor.facts import Facts, Gpu, TooLate, disk_free, infiniband, limited, memory
-from train.doctor.findings import Finding, Level, Situation, from_error
+from train.doctor.findings import LEFT_WAITING, Finding, Level, Situation, from_error
 from train.doctor.probes import (
     BrokenLink,
     Channel,
@@ -635,6 +635,26 @@ def test_a_process_group_that_hangs_hangs_nobody(monkeypatch: pytest.MonkeyPatch
     assert reductions is None
     assert stuck
     assert other
+
+
+def test_a_rank_that_fails_to_join_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("train.doctor.GRACE", 0.0)
+    ranks_joining = iter((0, 1))
+
+    def join(patience: Any) -> None:
+        if next(ranks_joining) == 0:
+            raise RuntimeError("gloo:\n refused")
+        time.sleep(20)
+
+    monkeypatch.setattr("train.engine.join", join)
+    start = time.monotonic()
+    ((joined, _), _), *_ = on_threads(
+        2, lambda channel: (_Visit(channel, None, (), None)._join(), None)
+    )
+    assert time.monotonic() - start < 10
+    assert sorted(joined.values()) == ["RuntimeError: gloo: refused", LEFT_WAITING]
+    (finding,) = ranks.check_join(situation(fact(0), fact(1), joined=joined))
+    assert "gloo: refused" in finding.found
 
 
 def test_findings_of_several_hosts_say_whose_they_are() -> None:
