@@ -97,6 +97,26 @@ def prepare(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None
     _stage("prepare", loaded)
 
 
+@app.command(
+    epilog="Example: postshare doctor demo   (or: accelerate launch ... -m train doctor demo)"
+)
+def doctor(
+    recipe: Annotated[
+        str | None,
+        typer.Argument(metavar="[RECIPE]", help="A .yaml file, or a shipped recipe's name."),
+    ] = None,
+    overrides: OverridesArgument = None,
+    patience: Annotated[
+        float, typer.Option(min=1, help="Seconds that a process may be late.")
+    ] = 60.0,
+) -> None:
+    """Before a big job: would it start, run and save here? Exit code 0: go, 2: no-go."""
+    from train.doctor import diagnose
+
+    if not diagnose(recipe, overrides or [], patience):
+        sys.exit(EXIT_BAD_INPUT)
+
+
 @app.command(epilog="Example: postshare recipes")
 def recipes() -> None:
     """List the shipped recipes."""
@@ -165,6 +185,12 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 
 def launched(arguments: list[str] | None = None) -> NoReturn:
-    """`python -m train RECIPE key=value`: `postshare run`, as `accelerate launch` calls it."""
+    """`python -m train`, as `accelerate launch` calls it.
+
+    `RECIPE key=value` is `postshare run`; a command's name first, such as doctor, is that command.
+    """
     rest = sys.argv[1:] if arguments is None else arguments
-    main(["run", *rest])
+    commands = {
+        str(command.callback.__name__) for command in app.registered_commands if command.callback
+    }
+    main(rest if rest and rest[0] in commands else ["run", *rest])

@@ -270,19 +270,11 @@ def start(recipe: Recipe) -> Engine:
             something that the recipe decides or that is not supported; the batch size does not
             divide over the processes.
     """
-    zero = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
-    _check_launch(recipe, zero)
-    accelerator = _accelerator(zero)
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched != accelerator.num_processes:
-        raise PostshareError(
-            f"{launched} processes were launched but each sees a world of "
-            f"{accelerator.num_processes}; launch with a file of launch/accelerate/ that fits the "
-            "machine (ddp.yaml or zero1..3.yaml)"
-        )
-    recipe.train.accumulation(launched)
-    atexit.register(_leave)
-    if zero:
+    stage = launched_stage()
+    check_launch(recipe, stage)
+    accelerator = join()
+    recipe.train.accumulation(accelerator.num_processes)
+    if stage is not None:
         from train.zero import ZeroEngine
 
         return ZeroEngine(accelerator, recipe)
@@ -291,7 +283,36 @@ def start(recipe: Recipe) -> Engine:
     return PlainEngine(accelerator, recipe)
 
 
-def _accelerator(zero: bool) -> Accelerator:
+def launched_stage() -> int | None:
+    """The ZeRO stage that the launch asks for; None without DeepSpeed."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true":
+        return None
+    # Accelerate's launcher states the stage of the launch file, and 2 for a file without one.
+    return int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))
+
+
+def join(patience: timedelta = PATIENCE) -> Accelerator:
+    """Meet the other ranks. A collective, which one process runs alone.
+
+    Args:
+        patience: how long collectives wait for a rank.
+
+    Raises:
+        PostshareError: several processes were launched but this one is alone.
+    """
+    accelerator = _accelerator(launched_stage() is not None, patience)
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != accelerator.num_processes:
+        raise PostshareError(
+            f"{launched} processes were launched but each sees a world of "
+            f"{accelerator.num_processes}; launch with a file of launch/accelerate/ that fits the "
+            "machine (ddp.yaml or zero1..3.yaml)"
+        )
+    atexit.register(_leave)
+    return accelerator
+
+
+def _accelerator(zero: bool, patience: timedelta) -> Accelerator:
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -299,7 +320,7 @@ def _accelerator(zero: bool) -> Accelerator:
     on_cpu = not torch.accelerator.is_available()
     if zero:
         # On a CPU Accelerate finds no backend by itself, and each rank would be alone.
-        group = InitProcessGroupKwargs(backend="gloo" if on_cpu else "nccl", timeout=PATIENCE)
+        group = InitProcessGroupKwargs(backend="gloo" if on_cpu else "nccl", timeout=patience)
         accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[group])
         # Accelerate tells transformers about ZeRO-3, which would then partition every model made in
         # this process, by collectives: also those that the main process makes alone.
@@ -307,12 +328,19 @@ def _accelerator(zero: bool) -> Accelerator:
         return accelerator
     # Without cpu=True Accelerate leaves the model unwrapped on a machine without accelerator.
     cpu = on_cpu or os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
-    group = InitProcessGroupKwargs(timeout=PATIENCE)
+    group = InitProcessGroupKwargs(timeout=patience)
     return Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[group])
 
 
-def _check_launch(recipe: Recipe, zero: bool) -> None:
-    """Refuse launch settings that would be ignored: the recipe states them, in one place."""
+def check_launch(recipe: Recipe, stage: int | None) -> None:
+    """Refuse launch settings that would be ignored: the recipe states them, in one place.
+
+    Args:
+        stage: ZeRO stage of the launch, None without DeepSpeed.
+
+    Raises:
+        PostshareError: names the setting.
+    """
     setting = os.environ.get
     mixed = setting("ACCELERATE_MIXED_PRECISION", "no")
     if mixed not in ("no", recipe.train.precision):
@@ -324,8 +352,13 @@ def _check_launch(recipe: Recipe, zero: bool) -> None:
         raise PostshareError(
             "the launch asks for FSDP, which is not supported; use launch/accelerate/zero3.yaml"
         )
-    if not zero:
+    if stage is None:
         return
+    if stage not in (1, 2, 3):
+        raise PostshareError(
+            f"the launch asks for ZeRO stage {stage}; use 1, 2 or 3, or "
+            "launch/accelerate/ddp.yaml, which is what stage 0 would be"
+        )
     ignored = {
         "ACCELERATE_DEEPSPEED_CONFIG_FILE": "deepspeed_config_file",
         "ACCELERATE_GRADIENT_CLIPPING": "gradient_clipping",

@@ -17,6 +17,7 @@ from sa_models.plan import SharingPlan
 from sa_models.savings import PlanSavings, llama_parameters
 from sa_models.span_search import best_spans, late_spans
 from sa_models.spans import AttentionSpan
+from train.known_models import DTYPE_BYTES
 from train.structure_sections import check_structure, listed_structure
 
 if TYPE_CHECKING:
@@ -203,6 +204,83 @@ def memory_per_gpu(
         # The logits, their fp32 copy (the same in fp32), the log-probabilities, their gradient.
         logits=tokens * shape.vocab_size * (10 if size == 2 else 12),
     )
+
+
+def checkpoint_bytes(shape: LlamaShape, train: TrainSection, stage: int) -> int:
+    """Bytes of one checkpoint: fp32 weights and moments; under ZeRO also the weights in training
+    precision. Spans and fewer KV heads need less."""
+    total = llama_parameters(shape)
+    trained = trainable_parameters(shape, train.trainable)
+    moments = (2 if train.optimizer == "adamw_8bit" else 8) * trained
+    if stage == 0:
+        return 4 * total + moments
+    return (2 if train.precision == "bf16" else 4) * total + 4 * trained + moments
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Bytes that a run writes."""
+
+    checkpoint: int
+    weights: int
+    exports: int
+    kept: int
+    """Everything at its fullest: checkpoints kept and one being written, of every training."""
+
+    @property
+    def least(self) -> int:
+        """What it takes to finish when only one checkpoint is written."""
+        return self.checkpoint + self.weights + self.exports
+
+
+def disk_space(recipe: Recipe, shape: LlamaShape, stage: int) -> Disk:
+    """What a run folder grows to.
+
+    Raises:
+        PostshareError: see :func:`expected_structure` and :func:`plan_savings`.
+    """
+    train = recipe.train
+    structure = expected_structure(recipe, shape)
+    savings = plan_savings(recipe.plan, shape, structure)
+    element = DTYPE_BYTES.get(recipe.export.dtype, shape.dtype_bytes)
+    exports = 0
+    if "compact" in recipe.export.formats or not structure.has_stock_form:
+        exports += savings.stored_parameters * element
+    if "dense" in recipe.export.formats and structure.has_stock_form:
+        exports += (savings.stored_parameters + savings.tied_parameters) * element
+    trainings = 0 if train.steps == 0 else 2 if recipe.evaluate.continued and recipe.shares else 1
+    checkpoint = checkpoint_bytes(shape, train, stage) if trainings else 0
+    # Without checkpoint_every one is written when the run is stopped, and no other.
+    kept = train.keep_checkpoints * trainings + 1 if train.checkpoint_every else 1
+    weights = 4 * savings.base_parameters * trainings
+    return Disk(checkpoint, weights, exports, kept * checkpoint + weights + exports)
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that each process sends in one optimizer step."""
+
+    gradients: int
+    weights: int
+
+
+def step_traffic(shape: LlamaShape, train: TrainSection, stage: int, world: int) -> Traffic:
+    """What gradients and weights cost on the wire; gradients travel in fp32.
+
+    A ring all-reduce sends 2 (n - 1) / n of the size, a reduce-scatter or an all-gather half of
+    it. DDP and ZeRO-1 exchange gradients once a step, ZeRO-2 and 3 once a forward; ZeRO-1 and 2
+    gather the updated weights, ZeRO-3 gathers them for every forward and every backward.
+    """
+    total = llama_parameters(shape)
+    trained = trainable_parameters(shape, train.trainable)
+    size = 2 if train.precision == "bf16" else 4
+    half = (world - 1) / world
+    passes = train.accumulation(world)
+    if stage == 0:
+        return Traffic(int(2 * half * 4 * trained), 0)
+    gradients = half * 4 * trained * (passes if stage >= 2 else 1)
+    weights = half * size * (2 * passes * total if stage == 3 else trained)
+    return Traffic(int(gradients), int(weights))
 
 
 @dataclass(frozen=True)

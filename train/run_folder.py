@@ -167,7 +167,7 @@ def begin(recipe: Recipe, needs_data: bool = True) -> Run:
     current.on_main(lambda: check_wandb(recipe.wandb))
     if current.base is not None:
         current.on_main(lambda: check_plan(recipe, WeightsFolder(base_of(current))))
-    current.on_main(lambda: check_folder(current))
+    current.on_main(lambda: check_folder(recipe))
     if needs_data:
         _ = current.blocks
     current.on_main(lambda: claim(current))
@@ -177,16 +177,16 @@ def begin(recipe: Recipe, needs_data: bool = True) -> Run:
 STARTED = ("run.json", "continued", "heal", "export", SUMMARY_FILE)
 
 
-def check_folder(current: Run) -> None:
+def check_folder(recipe: Recipe) -> None:
     """Refuse a folder that holds another run, or something that is no run at all."""
-    folder, file = current.folder, current.folder / RECIPE_FILE
+    folder, file = recipe.folder, recipe.folder / RECIPE_FILE
     if not file.is_file():
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise PostshareError(
                 f"{folder} is not empty and is no run folder; choose another output_dir"
             )
     elif any((folder / name).exists() for name in STARTED):
-        refuse_other_run(folder, run_identity(load_recipe(file)), run_identity(current.recipe))
+        refuse_other_run(folder, run_identity(load_recipe(file)), run_identity(recipe))
 
 
 def claim(current: Run) -> None:

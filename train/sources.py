@@ -79,12 +79,17 @@ def _load(source: DataSource, streaming: bool) -> datasets.Dataset | datasets.It
         return datasets.load_dataset(builder, **options)
     if path.is_dir():
         return _load_folder(path, source, options)
-    if path.suffix in {*BUILDERS, *_OTHER_FILES} or not _HUB_NAME.fullmatch(source.path):
+    if not on_hub(source.path):
         raise PostshareError(
             f"{source.path} does not exist (looked in {Path.cwd()}); correct the path of this "
             "data source"
         )
     return datasets.load_dataset(source.path, name=source.subset, **options)
+
+
+def on_hub(path: str) -> bool:
+    """Whether a path that does not exist here names a dataset of the hub, and no missing file."""
+    return Path(path).suffix not in {*BUILDERS, *_OTHER_FILES} and bool(_HUB_NAME.fullmatch(path))
 
 
 def _load_folder(

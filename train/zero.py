@@ -10,7 +10,6 @@ import contextlib
 import functools
 import gc
 import logging
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ import torch
 from torch import nn
 
 from sa_models.errors import PostshareError
-from train.engine import Engine, Shard, chosen, require_fp32
+from train.engine import Engine, Shard, chosen, launched_stage, require_fp32
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -104,13 +103,9 @@ class ZeroEngine(Engine):
     backend = "deepspeed"
 
     def __init__(self, accelerator: Accelerator, recipe: Recipe) -> None:
-        # Accelerate's launcher states the stage of the launch file, and 2 for a file without one.
-        self.stage = int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))
-        if self.stage not in (1, 2, 3):
-            raise PostshareError(
-                f"the launch asks for ZeRO stage {self.stage}; use 1, 2 or 3, or "
-                "launch/accelerate/ddp.yaml, which is what stage 0 would be"
-            )
+        stage = launched_stage()
+        assert stage is not None
+        self.stage = stage
         on_cpu = accelerator.device.type == "cpu"
         config = deepspeed_config(recipe, self.stage, accelerator.num_processes, on_cpu)
         super().__init__(accelerator, config)

@@ -160,7 +160,7 @@ def test_launch_settings_that_would_be_ignored_are_refused(
 
 def test_a_world_of_one_where_two_were_launched_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     alone = SimpleNamespace(num_processes=1)
-    monkeypatch.setattr(engine_module, "_accelerator", lambda zero: alone)
+    monkeypatch.setattr(engine_module, "_accelerator", lambda *_: alone)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(
         PostshareError, match="2 processes were launched but each sees a world of 1"
@@ -170,7 +170,7 @@ def test_a_world_of_one_where_two_were_launched_is_refused(monkeypatch: pytest.M
 
 def test_batch_that_does_not_divide_over_the_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     three = SimpleNamespace(num_processes=3)
-    monkeypatch.setattr(engine_module, "_accelerator", lambda zero: three)
+    monkeypatch.setattr(engine_module, "_accelerator", lambda *_: three)
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(PostshareError, match=r"nearest is train\.batch_size=6"):
         start(recipe())

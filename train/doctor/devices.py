@@ -1,0 +1,171 @@
+"""Checks: one GPU for each rank, and memory enough for a step."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+from train import estimate
+from train.doctor.findings import Finding, Level, Situation, bad, ok, warn
+from train.dry_run import size
+from train.known_models import LlamaShape
+from train.recipe import Recipe
+
+GPU_ALLOWANCE = 2 * 10**9
+"""Bytes on a GPU for CUDA and communication buffers, which no estimate counts."""
+
+
+def check_devices(s: Situation) -> Iterator[Finding]:
+    """One GPU for each rank, and torch sees those that there are."""
+    topic = "devices"
+    without = [f.rank for f in s.facts if f.gpu is None]
+    unused = [f.rank for f in s.facts if f.gpu is None and f.driver and not f.gpus]
+    if unused:
+        yield bad(
+            topic,
+            f"{s.who(unused)}: a GPU driver is loaded, but torch sees no GPU",
+            "is CUDA_VISIBLE_DEVICES empty, torch a CPU build (`python -c 'import torch; "
+            "print(torch.version.cuda)'`), or the driver too old for it?",
+        )
+    if without and len(without) < len(s.facts):
+        yield bad(
+            topic,
+            f"{s.who(without)} without a GPU, the others with one",
+            "give every rank one: --num_processes counts the GPUs of all hosts",
+        )
+    shared = defaultdict(list)
+    for f in s.facts:
+        if f.gpu is not None:
+            shared[f.network, f.gpu.uuid].append(f.rank)
+    double = [ranks for ranks in shared.values() if len(ranks) > 1]
+    for ranks in double:
+        yield bad(
+            topic,
+            f"{s.who(ranks)} on one GPU",
+            "lower --num_processes to the number of GPUs, or set CUDA_VISIBLE_DEVICES",
+        )
+    kinds = Counter(f.gpu.name for f in s.facts if f.gpu is not None)
+    if len(kinds) > 1:
+        listed = ", ".join(f"{n} x {name}" for name, n in kinds.items())
+        yield warn(
+            topic,
+            f"different GPUs: {listed}; the slowest sets the pace",
+            "ask the cluster for one kind of node",
+        )
+    elif kinds and not double and not without:
+        (name,) = kinds
+        yield ok(topic, f"a GPU for each rank: {name}")
+    if len(without) == len(s.facts) and not unused:
+        yield ok(topic, f"no GPU: CPU, {s.facts[0].cpus} core(s) for a process")
+
+
+def check_gpu_memory(s: Situation) -> Iterator[Finding]:
+    """What a step needs at its peak against what the GPUs have."""
+    topic, gpus = "GPU memory", [(f.rank, f.gpu) for f in s.facts if f.gpu is not None]
+    if not gpus:
+        yield ok(topic, "no GPU here: nothing was checked")
+        return
+    rank, least = min(gpus, key=lambda pair: pair[1].free)
+    if s.recipe is None or s.shape is None or s.recipe.train.steps == 0:
+        free = f"{size(least.free)} of {size(least.total)} free on {s.who([rank])}"
+        yield ok(topic, f"{free}; no training to compare it with")
+        return
+    need = memory_needed(s.recipe, s.shape, s.stage or 0, s.world)
+    said = f"a step needs about {size(need)}; {s.who([rank])} has {size(least.free)} free of "
+    said += size(least.total)
+    if need > least.total:
+        yield bad(topic, said, what_fits(s, least.total - GPU_ALLOWANCE))
+    elif need > least.free:
+        cure = "something else holds the rest: see nvidia-smi, end it or take another GPU"
+        yield bad(topic, said, cure)
+    elif need + GPU_ALLOWANCE > least.free:
+        cure = "CUDA and communication want 2 GB more: " + what_fits(s, least.free - GPU_ALLOWANCE)
+        yield warn(topic, said, cure)
+    else:
+        yield ok(topic, said)
+
+
+def memory_needed(recipe: Recipe, shape: LlamaShape, stage: int, world: int, **other: Any) -> int:
+    """Bytes of one process at the peak of a step; `other` replaces fields of `train`."""
+    section = recipe.train.model_copy(update=other)
+    return estimate.memory_per_gpu(
+        shape,
+        section,
+        stage=stage,
+        gpus=world,
+        sequence_length=recipe.data.sequence_length,
+        checkpointing=section.gradient_checkpointing,
+        eager=recipe.model.attention == "eager",
+    ).total
+
+
+def what_fits(s: Situation, limit: int) -> str:
+    """The smallest change that brings a step below `limit` bytes."""
+    assert s.recipe is not None
+    assert s.shape is not None
+    stage = s.stage or 0
+    small: dict[str, Any] = {"gradient_checkpointing": True}
+    steps: list[tuple[str, int, dict[str, Any]]] = [
+        ("set train.gradient_checkpointing=true", stage, small),
+        *(
+            (f"launch/accelerate/zero{z}.yaml and train.gradient_checkpointing=true", z, small)
+            for z in (1, 2, 3)
+            if z > stage and s.world > 1
+        ),
+        (
+            "train.micro_batch_size=1, train.gradient_checkpointing=true"
+            + (" and launch/accelerate/zero3.yaml" if s.world > 1 else ""),
+            3 if s.world > 1 else stage,
+            {**small, "micro_batch_size": 1},
+        ),
+    ]
+    for cure, z, changes in steps:
+        if memory_needed(s.recipe, s.shape, z, s.world, **changes) <= limit:
+            return cure if cure.startswith("set") else f"set or use {cure}"
+    for gpus in (2**n for n in range(1, 11)):
+        if (
+            gpus > s.world
+            and memory_needed(s.recipe, s.shape, 3, gpus, **small, micro_batch_size=1) <= limit
+        ):
+            return (
+                f"use {gpus} GPUs, launch/accelerate/zero3.yaml, train.micro_batch_size=1 and "
+                "train.gradient_checkpointing=true"
+            )
+    return "it fits on no number of these GPUs; take a smaller model or shorter sequences"
+
+
+def check_ram(s: Situation) -> Iterator[Finding]:
+    """Main memory: every process loads the model whole, in fp32, before it is placed."""
+    topic = "memory"
+    if s.recipe is None or s.shape is None or s.recipe.train.steps == 0:
+        least = min(s.facts, key=lambda f: f.ram)
+        yield ok(topic, f"{size(least.ram)} available on {least.host}")
+        return
+    fine = []
+    for ranks in s.hosts.values():
+        f = min(ranks, key=lambda f: f.ram)
+        on_cpu = f.gpu is None
+        one = (
+            memory_needed(s.recipe, s.shape, s.stage or 0, s.world)
+            if on_cpu
+            else 4 * estimate.llama_parameters(s.shape)
+        )
+        need = one * len(ranks)
+        what = "training" if on_cpu else "loading"
+        processes = f"{len(ranks)} process{'es' * (len(ranks) > 1)}"
+        said = f"{what} in {processes} needs about {size(need)} on {f.host}, which "
+        said += f"has {size(f.ram)} available of {size(f.ram_total)}"
+        if need > f.ram:
+            level = Level.BAD if need > f.ram_total or on_cpu else Level.WARN
+            yield Finding(
+                level,
+                topic,
+                said,
+                "ask for more memory (sbatch --mem=0, or resources.limits.memory), or start fewer "
+                "processes on a host",
+            )
+        else:
+            fine.append(said)
+    if len(fine) == len(s.hosts):
+        yield ok(topic, fine[0])
