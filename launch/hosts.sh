@@ -28,7 +28,8 @@ launch=(
 # this pipe, and ends when this script closes it, is killed, or cannot be reached any longer.
 pipe=$(mktemp -u)
 mkfifo "$pipe"
-exec 9<>"$pipe"
+exec 9<>"$pipe" 8<"$pipe"
+rm "$pipe"
 for rank in "${!hosts[@]}"; do
   printf -v command '%q ' "${launch[@]}" --machine_rank "$rank" -m train "$@"
   printf -v script '%s\n' \
@@ -39,9 +40,8 @@ for rank in "${!hosts[@]}"; do
     "wait \$launcher; status=\$?" \
     "kill \$watch 2>/dev/null" \
     "exit \$status"
-  "${remote[@]}" "${hosts[rank]}" "$script" <"$pipe" 9>&- &
+  "${remote[@]}" "${hosts[rank]}" "$script" <&8 8<&- 9>&- &
 done
-rm "$pipe"
 signals=0
 trap 'signals=$((signals + 1)); exec 9>&-' INT TERM
 
