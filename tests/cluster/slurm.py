@@ -140,6 +140,11 @@ def slurm(folder: Path) -> Iterator[Slurm]:
         _wait_for_nodes(cluster)
         yield cluster
     finally:
+        subprocess.run(  # a step outlives its slurmd
+            on(0, "scancel", "--full", "--signal=KILL", "--user=root"),
+            env=cluster.environment, check=False, timeout=60,
+        )  # fmt: skip
+        time.sleep(1)
         for daemon in reversed(daemons):
             daemon.terminate()
         for daemon in reversed(daemons):
