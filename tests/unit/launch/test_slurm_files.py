@@ -20,7 +20,12 @@ REPOSITORY = Path(__file__).resolve().parents[3]
 FILES = sorted((REPOSITORY / "launch" / "slurm").glob("*.sbatch"))
 
 STUBS = {
-    "scontrol": 'case $1 in show) echo a7; echo a8;; *) echo "$@" >>"$NOTES/scontrol";; esac',
+    "scontrol": """
+        case "$1 $2" in
+          "show hostnames") echo a7; echo a8;;
+          "show job") echo "JobId=40017 JobState=${STATE:-RUNNING} PreemptTime=${PREEMPTED:-None}";;
+          *) echo "$@" >>"$NOTES/scontrol";;
+        esac""",
     "scancel": 'echo "$@" >>"$NOTES/scancel"; touch "$NOTES/warned"',
     # One task, on the second node. It ends when it is warned, with the status asked for.
     "srun": """
@@ -117,6 +122,18 @@ def test_otherwise_it_is_not(tmp_path: Path, status: str) -> None:
         batch.warn()
     assert batch.end() == int(status)
     assert batch.note("scontrol") == ""
+
+
+def test_preempted_it_is_queued_again_and_cancelled_it_is_not(tmp_path: Path) -> None:
+    since = "2026-11-23T13:45:30"
+    for state, asked in (("RUNNING", "requeue 40017"), ("CANCELLED", "")):
+        folder = tmp_path / state
+        folder.mkdir()
+        batch = Batch(
+            folder, "train.sbatch", "recipes/demo.yaml", STATUS="1", PREEMPTED=since, STATE=state
+        )
+        assert batch.end() == 1
+        assert batch.note("scontrol") == asked
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
