@@ -5,12 +5,13 @@ BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST_ARGS ?=
 
-.PHONY: help demo test check format bench build schema clean
+.PHONY: help demo test test-cluster check format bench build schema clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    run the whole pipeline on a small model; writes runs/demo"
 	@echo "make test    run the tests (PYTEST_ARGS='-k recipe' selects)"
+	@echo "make test-cluster  train on a real Slurm and on two hosts, all on this machine (needs root)"
 	@echo "make check   ruff, ruff format, mypy"
 	@echo "make bench   speed and memory; writes .bench/bench.json"
 	@echo "make build   write the wheel to dist/"
@@ -35,6 +36,17 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# Debian's Slurm, and the tools that make two hosts of one: installed where a command is missing.
+CLUSTER_COMMANDS := munged slurmctld slurmd sbatch ip nsenter
+
+test-cluster: $(STAMP)
+	@for c in $(CLUSTER_COMMANDS); do command -v $$c >/dev/null || { \
+		echo "installing slurm-wlm, munge, iproute2 and util-linux"; \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y \
+			--no-install-recommends slurm-wlm munge iproute2 util-linux >/dev/null || exit 2; \
+		break; }; done
+	$(BIN)/python -m pytest tests/cluster -p no:cacheprovider $(PYTEST_ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
+from train.exit_codes import ExitCode
+from train.interrupt import Interrupted, TrainingStopped, exit_code, watching
+
 if TYPE_CHECKING:
     from train.recipe import Recipe
-
-EXIT_BAD_INPUT = 2
-EXIT_INTERRUPTED = 130
 
 app = typer.Typer(
     name="postshare",
@@ -141,16 +141,8 @@ def _load(recipe: str, overrides: list[str] | None) -> Recipe:
 def _stage(name: Literal["run", "plan", "export", "evaluate", "prepare"], recipe: Recipe) -> None:
     """Call the function of `train.pipeline` of this name."""
     from train import pipeline
-    from train.interrupt import TrainingStopped
 
-    try:
-        getattr(pipeline, name)(recipe)
-    except TrainingStopped as stop:
-        if _main_process():
-            typer.echo(str(stop), err=True)
-        sys.exit(EXIT_INTERRUPTED)
-    except KeyboardInterrupt:
-        sys.exit(EXIT_INTERRUPTED)  # outside a training; typer itself would exit with 1
+    getattr(pipeline, name)(recipe)
 
 
 def _warn(recipe: Recipe) -> None:
@@ -167,21 +159,35 @@ def _main_process() -> bool:
 def main(arguments: list[str] | None = None) -> NoReturn:
     """The `postshare` command; every expected end is an exit code and one line on stderr.
 
-    Exit codes: 0 done, 2 bad input, 130 stopped by Ctrl-C. Anything else is a bug, and shows its
-    traceback.
+    See :class:`train.exit_codes.ExitCode`. A bug shows its traceback.
     """
+    with watching():
+        sys.exit(_run(arguments))
+
+
+def _run(arguments: list[str] | None) -> ExitCode:
     try:
         app(arguments)
+    except (TrainingStopped, Interrupted) as stop:
+        _say(str(stop))
+        return exit_code() or ExitCode.INTERRUPTED
     except Exception as error:
         # Imported late, so that --help stays fast: whatever raised it has imported it before.
         from sa_models.errors import PostshareError
 
+        if stopped := exit_code():  # another rank has heard the signal first, and is gone
+            _say(f"stopped by a signal ({type(error).__name__}: {error}); start again to go on")
+            return stopped
         if not isinstance(error, PostshareError):
             raise
-        if _main_process():
-            typer.echo(f"error: {error}", err=True)
-        sys.exit(EXIT_BAD_INPUT)
-    sys.exit(0)
+        _say(f"error: {error}")
+        return ExitCode.BAD_INPUT
+    return ExitCode.DONE
+
+
+def _say(line: str) -> None:
+    if _main_process():
+        typer.echo(line, err=True)
 
 
 def launched(arguments: list[str] | None = None) -> NoReturn:

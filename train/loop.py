@@ -87,7 +87,8 @@ def train(job: TrainJob, recipe: Recipe) -> TrainResult:
     Raises:
         PostshareError: the folder holds another run; the loss or a gradient is not finite; a
             checkpoint cannot be read or written; wandb is online without an account.
-        TrainingStopped: SIGINT or SIGTERM arrived; the step was finished and a checkpoint written.
+        TrainingStopped: SIGINT, SIGTERM or SIGUSR1 arrived; the step was finished, a checkpoint
+            written.
     """
     ours = identity(job, recipe)
     earlier = finished(job.folder, ours, recipe.resume)
@@ -147,7 +148,7 @@ def _train(engine: Engine, job: TrainJob, recipe: Recipe, ours: dict[str, Any]) 
     )
     batches = read_ahead(job.train_blocks, samples, 2 * samples.accumulation)
 
-    with tracker, StopSignal() as stop, closing(batches):
+    with StopSignal() as stop, tracker, closing(batches):
         for step in range(at.step, job.steps):
             step_began = time.perf_counter()
             seed_step(recipe.seed, step, engine.rank)

@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,6 +43,7 @@ def launch(
     processes: int | None = None,
     timeout: float = 300,
     environment: dict[str, str] | None = None,
+    meanwhile: Callable[[subprocess.Popen[str]], None] | None = None,
 ) -> Launch:
     """Run `accelerate launch --config_file launch/accelerate/<config>.yaml script arguments`.
 
@@ -50,6 +52,7 @@ def launch(
         script: a Python file, or "-m" with the module first among `arguments`.
         processes: overrides the launch file's number.
         timeout: seconds, after which the whole process group is killed.
+        meanwhile: called with the launcher once it has been started.
     """
     file = config if isinstance(config, Path) else LAUNCH_FILES / f"{config}.yaml"
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
@@ -81,6 +84,8 @@ def launch(
         start_new_session=True,
     )
     try:
+        if meanwhile is not None:
+            meanwhile(process)
         output, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)

@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from sa_models.errors import PostshareError
 from sa_models.plan import SharingPlan
 from train.checkpoint import steps_in
 from train.data import permutation
-from train.interrupt import StopSignal, resume_command
+from train.interrupt import resume_command
 from train.loop import TrainingStopped, TrainJob, train
 from train.recipe import Recipe
 from train.regularizer import Penalty
@@ -278,7 +277,7 @@ def small_recipe(folder: Path, **fields: Any) -> Recipe:
     return tiny.recipe(folder, steps=7, evaluate_every=3, micro_batch_size=2, **fields)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_ends_the_step_and_the_next_start_resumes_exactly(
     tmp_path: Path, unstopped: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
@@ -404,32 +403,6 @@ def test_an_error_of_the_data_reaches_the_caller(tmp_path: Path) -> None:
     broken._sources = []
     with pytest.raises(IndexError):
         train(replace(job, train_blocks=broken), recipe)
-
-
-@pytest.fixture
-def ctrl_c() -> Iterator[None]:
-    """Python's own Ctrl-C, also where the suite runs in the background, with SIGINT ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.usefixtures("ctrl_c")
-def test_a_second_signal_acts_as_ever_except_below_a_launcher(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    with StopSignal() as stop:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert stop.received
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    with StopSignal() as stop:
-        for _ in range(2):
-            os.kill(os.getpid(), signal.SIGINT)
-        assert stop.received
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_the_command_that_resumes(monkeypatch: pytest.MonkeyPatch) -> None:
