@@ -16,7 +16,7 @@ FITS = "train.micro_batch_size=4"  # the demo's batch of 8 on two processes
 
 def doctor(config: str, folder: Path, *overrides: str) -> Launch:
     arguments = ("doctor", "recipes/demo.yaml", f"output_dir={folder}", *overrides)
-    return launch(config, "-m", "train", *arguments, timeout=200)
+    return launch(config, "-m", "train", *arguments, timeout=500)
 
 
 def with_fault(fault: str, folder: Path, patience: float = 60) -> Launch:

@@ -26,6 +26,7 @@ from rich.table import Table
 from sa_models.errors import PostshareError
 from train import engine
 from train.doctor import devices, network, ranks
+from train.doctor.builds import release_own
 from train.doctor.facts import Facts, TooLate, collect, limited
 from train.doctor.findings import LEFT_WAITING, Finding, Level, Situation, from_error
 from train.doctor.inputs import check_inputs, check_start, resolve
@@ -44,14 +45,17 @@ PATIENCE = 60.0
 """Seconds that a rank may be late, unless the command line says otherwise."""
 READING_EXTRA = 60.0
 """More seconds for the facts: each reading that hangs takes its time."""
-JOIN_EXTRA = 150.0
-"""More seconds for joining: imports, and on a CPU DeepSpeed compiles its communication once."""
+JOIN_EXTRA = 60.0
+"""More seconds for joining: imports, and NCCL on many hosts."""
+BUILD_EXTRA = 400.0
+"""The same for DeepSpeed on a CPU, which compiles its communication at its first start."""
 GRACE = 10.0
 """Seconds for the others to fail too, once a rank has failed to join."""
 ACCELERATE_PORT = 29500
 
 CHECKS: tuple[Callable[[Situation], Iterator[Finding]], ...] = (
     ranks.check_world,
+    ranks.check_builds,
     ranks.check_join,
     ranks.check_versions,
     devices.check_devices,
@@ -145,6 +149,7 @@ class _Visit:
         self.channel.gather("bye", True, seconds=5.0, ranks=answered)
         if self.stuck:
             # A thread waits in a collective that nobody will end, and Python would wait for it.
+            release_own()
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(0 if verdict else 2)
@@ -202,7 +207,7 @@ class _Visit:
                 "folder": len({f.folder is None for f in s.facts}) == 1,
                 "hosts": [r[0].rank for r in s.hosts.values()],
             },
-            seconds=channel.patience + JOIN_EXTRA,
+            seconds=channel.patience + READING_EXTRA + 30,
         )
         if not goes_on["all"]:
             return s
@@ -219,7 +224,9 @@ class _Visit:
 
     def _join(self) -> tuple[dict[int, str | None], list[Reduction] | None]:
         """Join the process group as a training does, and time it."""
-        channel, limit = self.channel, self.channel.patience + JOIN_EXTRA
+        channel = self.channel
+        builds = engine.launched_stage() is not None and not torch.accelerator.is_available()
+        limit = channel.patience + (BUILD_EXTRA if builds else JOIN_EXTRA)
         device, problem = torch.device("cpu"), None
         failed: list[float] = []  # when it was seen that some rank has failed
 

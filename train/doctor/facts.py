@@ -18,6 +18,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from train.doctor.builds import find_locks
+
 T = TypeVar("T")
 
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "datasets", "safetensors")
@@ -101,6 +103,7 @@ class Facts:
         folder: absolute path of the run folder.
         disk: free bytes where the run folder is.
         recipe: hash of the resolved recipe.
+        locks: see `train.doctor.builds.find_locks`; read once on each host.
         late: readings that did not end within their time.
     """
 
@@ -124,6 +127,7 @@ class Facts:
     folder: str | None = None
     disk: int | None = None
     recipe: str | None = None
+    locks: list[tuple[str, float]] = field(default_factory=list)
     late: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
@@ -132,7 +136,8 @@ class Facts:
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Facts:
         gpu = value["gpu"]
-        return cls(**{**value, "gpu": Gpu(**gpu) if gpu else None})
+        locks = [(path, age) for path, age in value["locks"]]
+        return cls(**{**value, "gpu": Gpu(**gpu) if gpu else None, "locks": locks})
 
 
 def collect(folder: Path | None, recipe: str | None) -> Facts:
@@ -186,6 +191,7 @@ def collect(folder: Path | None, recipe: str | None) -> Facts:
         folder=None if folder is None else os.path.abspath(folder),
         disk=free,
         recipe=recipe,
+        locks=read("torch's folder of extensions", find_locks, []) if local_rank == 0 else [],
         late=late,
     )
 

@@ -117,7 +117,9 @@ class Situation:
         """What to do when the process group fails or crawls."""
         name = "NCCL_SOCKET_IFNAME" if self.backend == "nccl" else "GLOO_SOCKET_IFNAME"
         debug = "; NCCL_DEBUG=INFO says more" if self.backend == "nccl" else ""
+        compiling = "was DeepSpeed still compiling? then once more with --patience 600; else "
+        first = compiling if self.stage is not None and self.backend == "gloo" else ""
         return (
-            f"export {name}=<the interface that the hosts share> (`ip addr` lists them) and let "
-            f"the firewall pass all ports between the hosts{debug}"
+            f"{first}export {name}=<the interface that the hosts share> (`ip addr` lists them) "
+            f"and let the firewall pass all ports between the hosts{debug}"
         )

@@ -12,6 +12,9 @@ from train import estimate
 from train.doctor.findings import LEFT_WAITING, Finding, Situation, bad, from_error, ok, warn
 from train.dry_run import size
 
+BUILD_SECONDS = 900.0
+"""Age of a lock that belongs to no build any more, wherever it ran."""
+
 
 def check_world(s: Situation) -> Iterator[Finding]:
     """Whether as many processes answered, and see one another, as were started."""
@@ -54,6 +57,20 @@ def check_world(s: Situation) -> Iterator[Finding]:
         yield ok(
             topic, f"{s.world} answer, on {len(s.hosts)} host{'s' * (len(s.hosts) > 1)}{shown}"
         )
+
+
+def check_builds(s: Situation) -> Iterator[Finding]:
+    """Locks of builds that nobody is at: DeepSpeed would wait for them without a limit."""
+    for f in s.facts:
+        for lock, age in f.locks:
+            said = (
+                f"{lock} on {f.host} is {age / 60:.0f} minutes old, and no process there holds it"
+            )
+            cure = f"rm {lock} (unless another host is building there now)"
+            if s.stage is not None and age > BUILD_SECONDS:
+                yield bad("build lock", f"{said}: DeepSpeed would wait for ever", cure)
+            else:
+                yield warn("build lock", f"{said}; DeepSpeed waits for it", cure)
 
 
 def check_join(s: Situation) -> Iterator[Finding]:

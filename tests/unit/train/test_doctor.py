@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -20,6 +23,7 @@ from sa_models.errors import PostshareError
 from train import estimate
 from train.cli import launched
 from train.doctor import _Visit, devices, diagnose, inputs, merged, network, ranks, show
+from train.doctor.builds import find_locks, release_own
 from train.doctor.facts import Facts, Gpu, TooLate, disk_free, infiniband, limited, memory
 from train.doctor.findings import LEFT_WAITING, Finding, Level, Situation, from_error
 from train.doctor.probes import (
@@ -415,6 +419,32 @@ def test_infiniband_ports(tmp_path: Path) -> None:
     port.mkdir(parents=True)
     (port / "state").write_text("4: ACTIVE\n")
     assert infiniband(tmp_path) == ["mlx5_0 ACTIVE"]
+
+
+def test_locks_that_nobody_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    lock = tmp_path / "some_op" / "lock"
+    lock.parent.mkdir()
+    assert find_locks() == []
+    descriptor = os.open(lock, os.O_CREAT | os.O_EXCL)
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        assert find_locks() == [], "this process is building"
+        os.utime(lock, (time.time() - 1000,) * 2)
+        release_own()
+        assert not lock.exists()
+        assert child.wait(10) == -signal.SIGTERM, "the build ends with it"
+    finally:
+        os.close(descriptor)
+        child.kill()
+    lock.touch()
+    release_own()
+    ((path, age),) = find_locks()
+    assert (path, age < 60) == (str(lock), True)
+    old, young = (fact(locks=[(path, seconds)]) for seconds in (901.0, 10.0))
+    assert "15 minutes old" in only(ranks.check_builds(seven(old))).found
+    assert levels(ranks.check_builds(seven(young))) == {Level.WARN}
+    assert levels(ranks.check_builds(situation(old))) == {Level.WARN}
 
 
 def test_what_hangs_is_left_behind() -> None:
