@@ -114,7 +114,7 @@ def doctor(
     from train.doctor import diagnose
 
     if not diagnose(recipe, overrides or [], patience):
-        sys.exit(EXIT_BAD_INPUT)
+        sys.exit(ExitCode.BAD_INPUT)
 
 
 @app.command(epilog="Example: postshare recipes")

@@ -18,10 +18,9 @@ import gc
 import os
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -47,9 +46,12 @@ class Shard:
     Between the last `backward` of an accumulation window and `step`, read the gradient, change it
     in place and write it back: clipping, its norm and the optimizer then see the change.
 
+    Between two steps, `values` and `read_state()` are all that training knows of the range, and
+    `restore` replaces them: what a checkpoint holds, whatever wrote it and whoever reads it.
+
     Attributes:
         shape: of the whole parameter.
-        values: fp32 [stop - start], the master weights of the range; not to be written to.
+        values: fp32 [stop - start], the live master weights of the range; read only.
     """
 
     name: str
@@ -73,6 +75,25 @@ class Shard:
 
     def write_gradient(self, gradient: torch.Tensor) -> None:
         """Hand back what `read_gradient` gave, changed in place."""
+
+    def read_state(self) -> dict[str, torch.Tensor]:
+        """The optimizer's live state of the range, by key; empty before the first step.
+
+        Flat [stop - start] tensors (AdamW's `exp_avg` and `exp_avg_sq`) and scalars (its `step`);
+        of a whole parameter also such as have another size (those of 8-bit AdamW).
+        """
+        raise NotImplementedError
+
+    def restore(self, values: torch.Tensor, state: Mapping[str, torch.Tensor]) -> None:
+        """Replace the master weights and the optimizer's state by copies of these.
+
+        Args:
+            values: fp32 [stop - start].
+            state: as `read_state` gives it; empty for a range that was never updated.
+
+        Call `Engine.restored` after the last one.
+        """
+        raise NotImplementedError
 
 
 class Engine(ABC):
@@ -163,16 +184,12 @@ class Engine(ABC):
         is in memory at a time; tied embeddings come once, under their first name.
         """
 
-    def save_state(self, folder: Path) -> None:
-        """Write the backend's own state below `folder`, from all ranks (ZeRO only)."""
-        raise NotImplementedError("plain state is optimizer.state_dict() and full_weights()")
+    @abstractmethod
+    def restored(self) -> None:
+        """Let the model compute with the master weights that `Shard.restore` has put in place.
 
-    def load_state(self, folder: Path) -> None:
-        """Read what `save_state` wrote, after `prepare`, on the same number of ranks.
-
-        DeepSpeed's files are pickles: check their hashes against the manifest first.
+        A collective, to be called between steps.
         """
-        raise NotImplementedError("plain state is optimizer.state_dict() and full_weights()")
 
     @abstractmethod
     def close(self) -> None:

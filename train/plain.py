@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,14 +22,37 @@ if TYPE_CHECKING:
 
 @dataclass
 class PlainShard(Shard):
-    """The whole parameter, and its live gradient."""
+    """The whole parameter, its live gradient and optimizer state."""
 
     parameter: nn.Parameter
+    optimizer: torch.optim.Optimizer
 
     def read_gradient(self) -> torch.Tensor:
         if self.parameter.grad is None:
             self.parameter.grad = torch.zeros_like(self.parameter)
         return self.parameter.grad.view(-1)
+
+    def read_state(self) -> dict[str, torch.Tensor]:
+        state = self.optimizer.state.get(self.parameter, {})
+        return {key: self._flat(torch.as_tensor(value)) for key, value in state.items()}
+
+    def _flat(self, value: torch.Tensor) -> torch.Tensor:
+        return value.view(-1) if value.shape == self.shape else value
+
+    @torch.no_grad()
+    def restore(self, values: torch.Tensor, state: Mapping[str, torch.Tensor]) -> None:
+        self.values.copy_(values)
+        self.optimizer.state.pop(self.parameter, None)
+        if state:
+            self.optimizer.state[self.parameter] = {
+                key: self._like_parameter(value) for key, value in state.items()
+            }
+
+    def _like_parameter(self, value: torch.Tensor) -> Any:
+        if value.dim() == 0 and not value.is_floating_point():
+            return value.item()  # bitsandbytes counts its steps in a Python integer
+        value = value.detach().to(self.values.device, copy=True)
+        return value.view(self.shape) if value.shape == self.values.shape else value
 
 
 class PlainEngine(Engine):
@@ -88,13 +111,16 @@ class PlainEngine(Engine):
 
     def shards(self, names: list[str] | None = None) -> dict[str, Shard]:
         return {
-            name: PlainShard(name, p.shape, 0, p.numel(), p.detach().view(-1), p)
+            name: PlainShard(name, p.shape, 0, p.numel(), p.detach().view(-1), p, self.optimizer)
             for name, p in chosen(self._parameters, names).items()
         }
 
     def full_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name, parameter in self.accelerator.unwrap_model(self.model).named_parameters():
             yield name, parameter.detach().to("cpu", torch.float32)
+
+    def restored(self) -> None:
+        """Nothing to do: the parameters are the masters."""
 
     def close(self) -> None:
         if not hasattr(self, "model"):

@@ -10,9 +10,8 @@ import contextlib
 import functools
 import gc
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,8 +24,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from train.recipe import Recipe
-
-TAG = "zero"
 
 
 def deepspeed_config(recipe: Recipe, stage: int, world: int, on_cpu: bool) -> dict[str, Any]:
@@ -69,7 +66,47 @@ def deepspeed_config(recipe: Recipe, stage: int, world: int, on_cpu: bool) -> di
 
 
 @dataclass
-class FragmentShard(Shard):
+class ZeroShard(Shard):
+    """A slice of one of this rank's flat fp32 groups, which are what the optimizer updates.
+
+    Attributes:
+        flat: fp32 [n], the group; None where no element of the parameter lies on this rank.
+        offset: of the range in `flat`.
+        states: the optimizer's, by flat group.
+    """
+
+    flat: torch.Tensor | None
+    offset: int
+    states: dict[torch.Tensor, dict[str, Any]]
+
+    def read_state(self) -> dict[str, torch.Tensor]:
+        if self.flat is None:
+            return {}
+        state = self.states.get(self.flat, {})
+        return {key: self._narrow(value) for key, value in state.items()}
+
+    @torch.no_grad()
+    def restore(self, values: torch.Tensor, state: Mapping[str, torch.Tensor]) -> None:
+        if self.flat is None:
+            return
+        self.values.copy_(values)
+        if not state:  # of one range only; the others of the group may have theirs
+            for value in self.read_state().values():
+                value.zero_()
+            return
+        whole = self.states.setdefault(self.flat, {})
+        for key, value in state.items():
+            if key not in whole:
+                like = self.flat if value.dim() else value
+                whole[key] = torch.zeros_like(like, device=self.flat.device)
+            self._narrow(whole[key]).copy_(value)
+
+    def _narrow(self, value: torch.Tensor) -> torch.Tensor:
+        return value.narrow(0, self.offset, self.stop - self.start) if value.dim() else value
+
+
+@dataclass
+class FragmentShard(ZeroShard):
     """ZeRO-1 and 2: a slice of this rank's flat fp32 partition, and its live gradient."""
 
     gradient: torch.Tensor | None
@@ -79,7 +116,7 @@ class FragmentShard(Shard):
 
 
 @dataclass
-class PartitionShard(Shard):
+class PartitionShard(ZeroShard):
     """ZeRO-3: this rank's partition, whose tail may be padding."""
 
     parameter: nn.Parameter
@@ -165,14 +202,16 @@ class ZeroEngine(Engine):
         return {name: make(name, p) for name, p in chosen(self._trainable, names).items()}
 
     def _partition(self, name: str, parameter: Any) -> Shard:
-        from deepspeed.utils import safe_get_local_fp32_param
-
-        values = safe_get_local_fp32_param(parameter).view(-1)
-        numel = parameter.ds_shape.numel()
-        start = min(self.rank * values.numel(), numel)
-        stop = min(start + values.numel(), numel)
+        # DeepSpeed's public calls copy to the device and back, one parameter at a time.
+        zero = self.model.optimizer
+        group, offset, length = zero.grad_position[zero.get_param_id(parameter)]
+        flat = zero.fp32_partitioned_groups_flat[group]
+        shape = parameter.ds_shape
+        start = min(self.rank * length, shape.numel())
+        stop = min(start + length, shape.numel())
+        values = flat.narrow(0, offset, stop - start).detach()
         return PartitionShard(
-            name, parameter.ds_shape, start, stop, values[: stop - start].detach(), parameter
+            name, shape, start, stop, values, flat, offset, zero.optimizer.state, parameter
         )
 
     def _fragment(self, name: str, parameter: Any) -> Shard:
@@ -182,13 +221,15 @@ class ZeroEngine(Engine):
             raise PostshareError(
                 f"DeepSpeed has no fp32 mapping for {name}; use the version of constraints.txt"
             )
-        mapping = parameter._hp_mapping
-        start, stop = 0, 0
+        mapping, optimizer = parameter._hp_mapping, self.model.optimizer.optimizer
+        start, stop, flat, offset = 0, 0, None, 0
         values = torch.empty(0, dtype=torch.float32, device=self.device)
         if mapping is not None:  # some element of it lies in this rank's partition
             where = mapping.lp_fragment_address
             start, stop = where.start, where.start + where.numel
-            values = mapping.hp_fragment.detach()
+            flat = optimizer.param_groups[mapping.param_group_index]["params"][0]
+            offset = mapping.hp_fragment_address.start
+            values = flat.narrow(0, offset, stop - start).detach()
         gradient = self._fragment_gradient(parameter, mapping)
         if gradient is not None and (
             gradient.dtype != torch.float32
@@ -198,7 +239,9 @@ class ZeroEngine(Engine):
                 f"DeepSpeed keeps {gradient.numel()} {gradient.dtype} gradients of {name} for "
                 f"{stop - start} fp32 weights; use the version of constraints.txt"
             )
-        return FragmentShard(name, parameter.shape, start, stop, values, gradient)
+        return FragmentShard(
+            name, parameter.shape, start, stop, values, flat, offset, optimizer.state, gradient
+        )
 
     @staticmethod
     def _fragment_gradient(parameter: Any, mapping: Any) -> torch.Tensor | None:
@@ -227,16 +270,16 @@ class ZeroEngine(Engine):
                 whole = parameter.detach().to("cpu", torch.float32, copy=True)
             yield name, whole
 
-    def save_state(self, folder: Path) -> None:
-        self.model.save_checkpoint(str(folder), tag=TAG, save_latest=False)
-
-    def load_state(self, folder: Path) -> None:
-        path, _ = self.model.load_checkpoint(str(folder), tag=TAG)
-        if path is None:
-            raise PostshareError(
-                f"{folder} holds no DeepSpeed checkpoint; delete the folder to start from an "
-                "earlier one"
-            )
+    def restored(self) -> None:
+        zero = self.model.optimizer
+        if self.stage < 3:
+            zero.update_lp_params()
+            return
+        # What DeepSpeed does after a step of its own.
+        for group in range(len(zero.fp32_partitioned_groups_flat)):
+            zero._reassign_or_swap_out_partitioned_parameters(group)
+        if zero.persistent_parameters:
+            zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
 
     def close(self) -> None:
         if not hasattr(self, "model"):
