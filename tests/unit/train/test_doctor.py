@@ -382,7 +382,7 @@ def test_disk_space_against_what_a_run_writes() -> None:
     ):
         s = seven(fact(disk=free), recipe=section)
         assert levels(ranks.check_disk(s)) == {level}
-    assert "94.3 GB" in only(ranks.check_disk(seven(fact(disk=1)))).found
+    assert "80.9 GB" in only(ranks.check_disk(seven(fact(disk=1)))).found
 
 
 def test_traffic_of_a_step() -> None:
