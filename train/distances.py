@@ -150,7 +150,7 @@ class Spread:
             self.y[start:stop] = to_y * scale
 
     def _local_sums(self) -> Tensor:
-        """Squared norms of x, y, x - y, and what the kind needs besides; float64 [segments, rows]."""
+        """Squared norms of x, y, x - y, and the kind's own sums; float64 [segments, rows]."""
         if not self.segments:
             return self._none(3 + _SUMS[self.kind])
         # One operation for all segments: there may be thousands, and each launch costs time.

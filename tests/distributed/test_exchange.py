@@ -15,5 +15,5 @@ WORKER = Path(__file__).with_name("exchange_worker.py")
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 4])
 def test_exchanged_penalty_equals_that_of_one_process(processes: int) -> None:
-    output = run("ddp", WORKER, processes=processes, timeout=200)
+    output = run("ddp", WORKER, processes=processes, timeout=400)
     assert output.count("72 cells hold") == processes, output
