@@ -104,6 +104,8 @@ class Engine(ABC):
         device: where batches belong.
         backend: "plain" or "deepspeed"; `stage` is the ZeRO stage, 0 on "plain".
         sharded: whether the values and gradients of one parameter are spread over the ranks.
+        whole_gradients: whether every rank keeps the whole gradient where it is sharded otherwise:
+            ranks must then change all of it, all alike.
         resolved: the resolved backend configuration, JSON-ready, for the run folder.
         model: callable like the prepared model; also `.train()` and `.eval()`. bf16 logits may
             come back as bf16: compute the loss in fp32.
@@ -113,6 +115,7 @@ class Engine(ABC):
     backend: str
     stage: int = 0
     sharded: bool = False
+    whole_gradients: bool = False
     model: Any
     optimizer: torch.optim.Optimizer
 

@@ -302,6 +302,7 @@ def penalty_row(pulled: PenaltyResult | None) -> Row:
         "pair_distance_worst": float(distance.max()),
         "pair_cosine_mean": float(cosine.mean()),
         "pair_cosine_worst": float(cosine.min()),
+        "penalty_bytes": pulled.bytes_of_all_ranks,
     }
 
 

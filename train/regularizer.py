@@ -3,16 +3,19 @@
 Its value is the sum over pairs and projections of a distance between target and source, divided by
 the number of pairs (not of pairs times projections; PostShare, section 3.2). It is computed in
 fp32 from the master weights, outside the model's graph, once per optimizer step, and its gradient
-is added to the reduced gradient before clipping. One code path serves every backend and device: a
-rank contributes its flat range of each parameter (:class:`train.engine.Shard`), one all-reduce per
-chunk completes the paired slices, and each rank keeps its own part of the gradient. A second one is
-for a CPU that holds whole parameters, where passes over memory are what costs time.
+is added to the reduced gradient before clipping. There are three ways to it, with one result:
+
+* pair by pair, for a CPU that holds whole parameters: passes over memory are what costs time;
+* chunk by chunk, on a GPU that holds whole parameters, and for kinds that need autograd;
+* where the ranks hold ranges of parameters (:class:`train.engine.Shard`), by exchanging the paired
+  elements (:mod:`train.exchange`). Only where each rank keeps whole gradients all the same (ZeRO-1
+  in bf16) do all ranks get all paired slices, by one all-reduce per chunk.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,65 +24,15 @@ from torch import Tensor
 
 from sa_models.heads import HeadLayout, unit_view
 from sa_models.plan import PROJECTIONS, SharingPlan
+from train.distances import DISTANCES, OF_DIFFERENCE, cosines
+from train.exchange import Exchange, Pair
 
 if TYPE_CHECKING:
     from train.engine import Engine, Shard
     from train.recipe import PenaltySection
 
 CHUNK_ELEMENTS = 64 * 2**20
-"""Most elements of targets and sources that are paired at a time: bounds the penalty's memory."""
-
-
-# --- distances: (targets x, sources y), both fp32 [pairs, elements] -> [pairs] --------------------
-
-
-def l2(x: Tensor, y: Tensor) -> Tensor:
-    """Unsquared Frobenius norm of the difference, the paper's penalty; gradient 0 at distance 0."""
-    return torch.linalg.vector_norm(x - y, dim=-1)
-
-
-def mse(x: Tensor, y: Tensor) -> Tensor:
-    """Mean squared difference over the entries."""
-    return (x - y).square().mean(-1)
-
-
-def _divergence(p: Tensor, q: Tensor) -> Tensor:
-    """sum P log(P / Q) of two log-probabilities."""
-    return (p.exp() * (p - q)).sum(-1)
-
-
-def kl(x: Tensor, y: Tensor) -> Tensor:
-    """sum Q log(Q / P), P = softmax(x), Q = softmax(y) over all entries (the released `KL`)."""
-    return _divergence(y.log_softmax(-1), x.log_softmax(-1))
-
-
-def symmetric_kl(x: Tensor, y: Tensor) -> Tensor:
-    """Mean of the two directions of :func:`kl`."""
-    p, q = x.log_softmax(-1), y.log_softmax(-1)
-    return 0.5 * (_divergence(q, p) + _divergence(p, q))
-
-
-def js(x: Tensor, y: Tensor) -> Tensor:
-    """Half of sum M log(M / P) + sum M log(M / Q), M = (P + Q) / 2 (the released direction)."""
-    p, q = x.log_softmax(-1), y.log_softmax(-1)
-    m = torch.logaddexp(p, q) - math.log(2)
-    return 0.5 * (_divergence(m, p) + _divergence(m, q))
-
-
-def cosine(x: Tensor, y: Tensor) -> Tensor:
-    """1 - cosine of the flattened units."""
-    return 1 - torch.cosine_similarity(x, y, dim=-1)
-
-
-DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "l2": l2,
-    "mse": mse,
-    "kl": kl,
-    "symmetric_kl": symmetric_kl,
-    "js": js,
-    "cosine": cosine,
-}
-OF_DIFFERENCE = ("l2", "mse")  # odd functions of x - y: their gradients have a closed form
+"""Most fp32 elements of targets and sources that a rank holds at a time: bounds the memory."""
 
 
 def penalty_coefficient(step: int, section: PenaltySection) -> float:
@@ -108,11 +61,16 @@ class PenaltyResult:
         distance: Frobenius norm of target - source, fp32 [ties, projections] on CPU, in the order
             of `Penalty.ties` and `Penalty.projections`; nan where a tie does not pull a projection.
         cosine: of the flattened units, likewise.
+        bytes_moved: sent to other ranks by this one for it; 0 where parameters are not sharded. An
+            all-reduce counts as on a ring.
+        bytes_of_all_ranks: the sum over ranks.
     """
 
     value: float
     distance: Tensor
     cosine: Tensor
+    bytes_moved: int = 0
+    bytes_of_all_ranks: int = 0
 
 
 @dataclass(frozen=True)
@@ -182,6 +140,8 @@ class Penalty:
             for projection, rows in self._rows.items()
             for part in _split(rows, chunk_elements // (2 * layout.unit_parameters(projection)))
         ]
+        self._chunk_elements = chunk_elements
+        self._exchange: Exchange | None = None  # made with the first engine that needs one
 
     @property
     def parameter_names(self) -> list[str]:
@@ -219,20 +179,49 @@ class Penalty:
         shards = engine.shards(self.parameter_names)
         shape = (len(self.ties), len(self.projections))
         distance = torch.full(shape, math.nan, device=engine.device)
-        cosines = distance.clone()
+        cosine = distance.clone()
         scale = None if weight is None else weight / self.pairs
-        if self.kind in OF_DIFFERENCE and engine.device.type == "cpu" and not engine.sharded:
-            total = self._pull_pairs(shards, scale, distance, cosines)
+        moved = (0, 0)
+        if engine.sharded and not engine.whole_gradients:
+            exchange = self._exchange_on(engine, shards)
+            total = exchange.pull(shards, scale, distance, cosine)
+            moved = exchange.bytes_moved(gradients=scale is not None)
+        elif self.kind in OF_DIFFERENCE and engine.device.type == "cpu" and not engine.sharded:
+            total = self._pull_pairs(shards, scale, distance, cosine)
         else:
-            total = self._pull_chunks(engine, shards, scale, distance, cosines)
-        return PenaltyResult(total / max(self.pairs, 1), distance.cpu(), cosines.cpu())
+            total = self._pull_chunks(engine, shards, scale, distance, cosine)
+            if engine.sharded:
+                moved = self._bytes_reduced(engine.world)
+        return PenaltyResult(total / max(self.pairs, 1), distance.cpu(), cosine.cpu(), *moved)
+
+    def _exchange_on(self, engine: Engine, shards: dict[str, Shard]) -> Exchange:
+        if self._exchange is None or self._exchange.engine is not engine:
+            pairs = [
+                Pair(row, column, p, self.ties[row].target, self.ties[row].source)
+                for column, p in enumerate(self.projections)
+                for row in self._rows[p]
+            ]
+            self._exchange = Exchange(
+                engine, self.layout, pairs, self.kind, shards, self._chunk_elements
+            )
+        return self._exchange
+
+    def _bytes_reduced(self, world: int) -> tuple[int, int]:
+        """What a rank sends in `_pull_chunks`, and all do: slices (in fp32) and squared norms."""
+        tensors = 1 if self.kind in OF_DIFFERENCE else 2
+        held = sum(
+            len(rows) * (4 * tensors * self.layout.unit_parameters(p) + 16)
+            for p, rows in self._rows.items()
+        )
+        own = 2 * (world - 1) * held // world
+        return own, own * world
 
     # Where a CPU holds whole parameters: pair by pair.
 
     def _pull_pairs(
-        self, shards: dict[str, Shard], scale: float | None, distance: Tensor, cosines: Tensor
+        self, shards: dict[str, Shard], scale: float | None, distance: Tensor, cosine: Tensor
     ) -> float:
-        """Fill in `distance` and `cosines`, add the gradients, return the sum of the values.
+        """Fill in `distance` and `cosine`, add the gradients, return the sum of the values.
 
         For kinds that depend on the difference alone. It stays in the cache between its uses, so
         that memory is read once for the two units and written once for their gradients.
@@ -269,13 +258,13 @@ class Penalty:
                 mine[at].write_gradient(gradient)
             apart = torch.tensor(lengths)
             distance[rows, column] = apart
-            cosines[rows, column] = _cosines(torch.tensor(squares, dtype=torch.float64).t(), apart)
+            cosine[rows, column] = cosines(torch.tensor(squares, dtype=torch.float64).t(), apart)
         return total
 
     def _units(self, shard: Shard, whole: Tensor, projection: str) -> Tensor:
         return unit_view(whole.view(shard.shape), self.layout, projection)
 
-    # On any device, of whole or sharded parameters, and for every kind: chunk by chunk.
+    # On any device, of whole parameters or whole gradients, and for every kind: chunk by chunk.
 
     def _pull_chunks(
         self,
@@ -283,7 +272,7 @@ class Penalty:
         shards: dict[str, Shard],
         scale: float | None,
         distance: Tensor,
-        cosines: Tensor,
+        cosine: Tensor,
     ) -> float:
         """As `_pull_pairs`. All ranks go through the same chunks, as each takes an all-reduce."""
         total = torch.zeros((), dtype=torch.float64, device=engine.device)
@@ -291,7 +280,7 @@ class Penalty:
             x, y, squares = self._gather(engine, shards, chunk)
             apart = torch.linalg.vector_norm(x if y is None else x - y, dim=-1)
             at = chunk.ties.to(engine.device), self.projections.index(chunk.projection)
-            distance[at], cosines[at] = apart, _cosines(squares, apart)
+            distance[at], cosine[at] = apart, cosines(squares, apart)
             if y is None:
                 values = self._scale_difference(x, apart, scale)
             else:
@@ -385,12 +374,6 @@ class Penalty:
 def _squares(units: Tensor) -> Tensor:
     """Squared norm of each unit, float64 (of fp32 sums)."""
     return torch.linalg.vector_norm(units, dim=(1, 2)).double().square()
-
-
-def _cosines(squares: Tensor, apart: Tensor) -> Tensor:
-    """Cosine of each pair from the lengths of the three sides; 0 for a unit of zeros."""
-    (x, y), d = squares, apart.double().square()
-    return ((x + y - d) / (2 * (x * y).sqrt()).clamp(min=1e-30)).float()
 
 
 def _add_rows(into: Tensor, index: Tensor, rows: Tensor, sign: int) -> None:

@@ -148,6 +148,7 @@ class ZeroEngine(Engine):
         super().__init__(accelerator, config)
         self.sharded = self.world > 1
         self._bf16 = recipe.train.precision == "bf16"
+        self.whole_gradients = self.stage == 1 and self._bf16  # DeepSpeed's BF16_Optimizer
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -9,54 +9,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from sa_models.errors import PostshareError
 from sa_models.heads import PROJECTIONS, HeadLayout
 from sa_models.plan import HeadTie, SharingPlan
-from train.engine import Shard, chosen
-from train.plain import PlainShard
+from tests.unit.train.pulled import LAYOUTS, Weights, chained_plan
+from train.engine import Shard
 from train.recipe import PenaltySection
 from train.regularizer import DISTANCES, Penalty, penalty_coefficient
-
-LAYOUTS = {
-    "mha": HeadLayout(layers=4, hidden_size=24, heads=4, kv_heads=4, head_dim=6),
-    "gqa": HeadLayout(layers=4, hidden_size=24, heads=4, kv_heads=2, head_dim=6),
-    "mqa": HeadLayout(layers=4, hidden_size=24, heads=4, kv_heads=1, head_dim=6),
-}
-
-
-class Weights:
-    """Stands in for an engine of one process: the attention weights of a layout."""
-
-    world = 1
-    sharded = False
-    device = torch.device("cpu")
-
-    def __init__(self, layout: HeadLayout, seed: int = 0) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        self.parameters = {
-            layout.parameter_name(layer, p): nn.Parameter(
-                torch.randn(layout.shape(p), generator=generator)
-            )
-            for layer in range(layout.layers)
-            for p in PROJECTIONS
-        }
-
-    def shards(self, names: list[str] | None = None) -> dict[str, Shard]:
-        return {
-            name: PlainShard(name, p.shape, 0, p.numel(), p.detach().view(-1), p)
-            for name, p in chosen(self.parameters, names).items()
-        }
-
-    def all_reduce_(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor
-
-    def gradients(self) -> dict[str, torch.Tensor]:
-        return {
-            name: torch.zeros_like(p) if p.grad is None else p.grad
-            for name, p in self.parameters.items()
-        }
 
 
 def naive_distance(kind: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -95,15 +55,6 @@ def naive_penalty(
             y = naive_slice(weights, layout, tie.source, projection)
             total = total + naive_distance(kind, x, y)
     return total / len(plan.ties)
-
-
-def chained_plan(layout: HeadLayout, projections: tuple[str, ...]) -> SharingPlan:
-    """A chain (3 <- 2 <- 1), a source with two targets, and targets in one layer."""
-    last = layout.units - 1
-    pairs = [((3, 0), (2, last)), ((2, last), (1, 0)), ((1, 0), (0, last))]
-    if last:
-        pairs += [((3, last), (1, 0)), ((2, 0), (0, last))]
-    return SharingPlan(tuple(HeadTie(t, s, projections) for t, s in pairs), released=True)
 
 
 def subsets() -> list[tuple[str, ...]]:
@@ -217,7 +168,7 @@ class SlicedShard(Shard):
 
 
 @pytest.mark.parametrize("kind", ["l2", "mse", "js"])
-def test_ranges_that_cut_units_give_the_same_result(kind: str) -> None:
+def test_ranks_that_keep_whole_gradients_all_add_the_same(kind: str) -> None:
     """Three ranks with uneven, partly empty ranges, run in lock step without a process group."""
     layout = LAYOUTS["gqa"]
     plan = chained_plan(layout, PROJECTIONS)
@@ -229,11 +180,12 @@ def test_ranges_that_cut_units_give_the_same_result(kind: str) -> None:
     gathered: dict[int, list[torch.Tensor]] = {}
 
     class Rank:
-        sharded = True
+        world = 3
+        sharded = whole_gradients = True
         device = torch.device("cpu")
 
         def __init__(self, rank: int) -> None:
-            self.calls = 0
+            self.calls, self.rank = 0, rank
             self.ranges = {
                 name: SlicedShard(
                     name,
@@ -241,7 +193,7 @@ def test_ranges_that_cut_units_give_the_same_result(kind: str) -> None:
                     cuts[name][rank],
                     cuts[name][rank + 1],
                     p.detach().view(-1)[cuts[name][rank] : cuts[name][rank + 1]],
-                    torch.zeros(cuts[name][rank + 1] - cuts[name][rank]),
+                    torch.zeros(p.numel()),
                 )
                 for name, p in parameters.items()
             }
@@ -268,9 +220,13 @@ def test_ranges_that_cut_units_give_the_same_result(kind: str) -> None:
         assert result.value == pytest.approx(expected.value, rel=1e-5)
         torch.testing.assert_close(result.distance, expected.distance)
         torch.testing.assert_close(result.cosine, expected.cosine)
-    for name, gradient in whole.gradients().items():
-        joined = torch.cat([one.ranges[name].gradient for one in ranks])
-        torch.testing.assert_close(joined.view_as(gradient), gradient, rtol=1e-5, atol=1e-9)
+        slices = sum(layout.unit_parameters(p) for p in PROJECTIONS) * len(plan.ties)
+        held = slices * (8 if kind == "js" else 4) + 16 * 4 * len(plan.ties)
+        assert result.bytes_moved == 4 * held // 3  # a ring of three
+        assert result.bytes_of_all_ranks == 3 * result.bytes_moved
+        for name, gradient in whole.gradients().items():
+            own = one.ranges[name].gradient.view_as(gradient)
+            torch.testing.assert_close(own, gradient, rtol=1e-5, atol=1e-9)
 
 
 def test_coefficient_ramps() -> None:
