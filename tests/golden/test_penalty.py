@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.optim import SGD
 
 from sa_models.heads import HeadLayout
 from sa_models.plan import HeadTie, SharingPlan
@@ -36,7 +37,7 @@ class Folder:
                 self.parameters[name] = nn.Parameter(self.folder.read(name).clone())
         pulled = {name: self.parameters[name] for name in names}
         return {
-            name: PlainShard(name, p.shape, 0, p.numel(), p.detach().view(-1), p)
+            name: PlainShard(name, p.shape, 0, p.numel(), p.detach().view(-1), p, SGD([p]))
             for name, p in pulled.items()
         }
 
