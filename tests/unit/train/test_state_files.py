@@ -12,7 +12,7 @@ from sa_models.errors import PostshareError
 from train.engine import Shard
 from train.state_files import restore, take_snapshot
 
-SHAPES = {"matrix": (5, 7), "cube": (3, 2, 4), "row": (11,), "one": (1,)}
+SHAPES = {"matrix": (5, 7), "cube": (3, 2, 4), "row": (11,), "one": (1,), "none": (0, 4)}
 WORLDS = (1, 2, 3, 5, 40)
 
 
