@@ -197,7 +197,7 @@ def partitioned(source: Source, resolved: dict[str, Any], device: torch.device) 
         resolved: the DeepSpeed configuration.
         device: of the buffers; DeepSpeed places the parameters.
     """
-    from deepspeed.zero import Init
+    from deepspeed.runtime.zero import Init
 
     model = source.skeleton(device)
     dtype = torch.bfloat16 if resolved["bf16"]["enabled"] else torch.float32

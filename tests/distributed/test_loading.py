@@ -25,13 +25,12 @@ def save(folder: Path, dtype: torch.dtype, **sizes: int) -> int:
     return 4 * sum(p.numel() for p in model.parameters())
 
 
-@pytest.mark.parametrize("processes", [2, 3])
-def test_streamed_model_is_the_one_loaded_whole(processes: int, tmp_path: Path) -> None:
+def test_streamed_model_is_the_one_loaded_whole(tmp_path: Path) -> None:
     sizes = {"hidden_size": 36, "intermediate_size": 50, "num_hidden_layers": 4}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 6, "vocab_size": 49}
     save(tmp_path, torch.bfloat16, **sizes, **heads)
-    output = run("zero3", WORKER, "equal", tmp_path, processes=processes, timeout=400)
-    assert output.count("6 cases equal") == processes, output
+    output = run("zero3", WORKER, "equal", tmp_path, processes=3, timeout=400)
+    assert output.count("3 cases equal") == 3, output
 
 
 def test_no_rank_holds_the_whole_model_at_load(tmp_path: Path) -> None:
