@@ -202,7 +202,9 @@ def partitioned(source: Source, resolved: dict[str, Any], device: torch.device) 
     model = source.skeleton(device)
     dtype = torch.bfloat16 if resolved["bf16"]["enabled"] else torch.float32
     first: Any = None
-    for name, places in _places(model).items():
+    # The largest first: beside a whole tensor, and the file's mapping of it, lies little else yet.
+    largest_first = sorted(_places(model).items(), key=lambda one: -_size(*one[1][0]))
+    for name, places in largest_first:
         # A copy: DeepSpeed broadcasts rank 0's values, and the file is mapped read-only.
         parameter: Any = nn.Parameter(source[name].to(dtype, copy=True))
         for module, leaf in places:
@@ -222,3 +224,7 @@ def _places(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
         for leaf, parameter in module.named_parameters(recurse=False):
             holders.setdefault(id(parameter), []).append((module, leaf))
     return {name: holders[id(parameter)] for name, parameter in model.named_parameters()}
+
+
+def _size(module: nn.Module, leaf: str) -> int:
+    return module.get_parameter(leaf).numel()

@@ -124,11 +124,13 @@ def memory(folder: Path, way: str) -> None:
     source = here.source()
     if way == "streamed":
         assert source is not None
-        model = engine.build(source)
-    else:
-        model = here.model
-    print("memory " + json.dumps({"rank": engine.rank, "base": base, "loaded": peak()}))
-    del model
+        here = replace(here, load=lambda: engine.build(source))
+    # Files are mapped: what `load` returns may lie in no memory yet, so touch it.
+    assert all(bool((p.detach() == p.detach()).all()) for p in here.model.parameters())
+    row = {"rank": engine.rank, "base": base, "loaded": peak()}
+    prepare(engine, here, made)
+    print("memory " + json.dumps({**row, "prepared": peak()}))
+    engine.close()
 
 
 if __name__ == "__main__":
