@@ -87,7 +87,8 @@ class SharedLinear(nn.Linear):
         self.owns_all = len(pieces) == 1 and pieces[0].owner is self
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, own={self.weight.shape[self.axis]}"
+        # Not from the weight, whose shape is gone where it is split over ranks.
+        return f"{super().extra_repr()}, own={sum(self.own_widths)}"
 
 
 class SharedOutputLinear(SharedLinear):

@@ -31,8 +31,10 @@ from sa_models.errors import PostshareError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from transformers import LlamaForCausalLM
 
     from train.recipe import Recipe
+    from train.streaming import Source
 
 
 PATIENCE = timedelta(hours=4)
@@ -106,6 +108,7 @@ class Engine(ABC):
         sharded: whether the values and gradients of one parameter are spread over the ranks.
         whole_gradients: whether every rank keeps the whole gradient where it is sharded otherwise:
             ranks must then change all of it, all alike.
+        streams: whether `build` makes a model that is whole on no rank.
         resolved: the resolved backend configuration, JSON-ready, for the run folder.
         model: callable like the prepared model; also `.train()` and `.eval()`. bf16 logits may
             come back as bf16: compute the loss in fp32.
@@ -116,6 +119,7 @@ class Engine(ABC):
     stage: int = 0
     sharded: bool = False
     whole_gradients: bool = False
+    streams: bool = False
     model: Any
     optimizer: torch.optim.Optimizer
 
@@ -131,6 +135,13 @@ class Engine(ABC):
         return self.rank == 0
 
     # --- one training -----------------------------------------------------------------------------
+
+    def build(self, source: Source) -> LlamaForCausalLM:
+        """Make a model for `prepare` without it being whole on any rank; where `streams`.
+
+        A collective.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

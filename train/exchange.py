@@ -4,7 +4,7 @@ Element e of a target and element e of its source lie on two ranks, or on one. T
 sends it to the target's, which takes the difference and sends the source's gradient back: one
 all-to-all there and one back for as many pairs as fit the memory, point to point between the ranks
 that hold them. What a pair needs of all its elements (lengths, sums of exponentials) are a few
-numbers, reduced over all ranks. A rank holds nothing whole: not a parameter, not even a unit.
+numbers, reduced over all ranks. A rank gets no more than the partners of what it holds.
 """
 
 from __future__ import annotations
@@ -274,7 +274,7 @@ class Exchange:
             (chunk.send, sources, outgoing, -1 if odd else 1),
         ):
             for view, part in self._views(flat, shards, pieces, units, buffer):
-                view.add_(part, alpha=sign)
+                view.add_(part.to(view.device), alpha=sign)  # offloaded ones lie on the CPU
         for name in names:
             shards[name].write_gradient(flat[name])
 

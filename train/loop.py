@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from train.recipe import Recipe
+    from train.streaming import Source
 
 __all__ = ["TrainJob", "TrainResult", "TrainingStopped", "train"]
 
@@ -60,6 +61,8 @@ class TrainJob:
         name: post, continued, heal or pretrain.
         load: makes the model, a Llama with fp32 parameters; not called when this training has
             finished before. It is trained in place, and unusable afterwards under ZeRO.
+        source: the same model in files, for an engine that loads it tensor by tensor (`streams`);
+            None: it lies in none, and `load` makes it whole.
         plan: the ties that the penalty pulls together; None: no penalty.
         validation_blocks: for `train.evaluate_every`; None: no evaluation.
         folder: metrics.jsonl, checkpoints/ and, at the end, weights/ go here.
@@ -73,6 +76,7 @@ class TrainJob:
     folder: Path
     steps: int
     learning_rate: float
+    source: Callable[[], Source | None] = lambda: None
 
     @cached_property
     def model(self) -> PreTrainedModel:
@@ -96,6 +100,8 @@ def train(job: TrainJob, recipe: Recipe) -> TrainResult:
         return earlier
     check_wandb(recipe.wandb)
     engine = start(recipe)
+    if engine.streams and (source := job.source()) is not None:
+        job = replace(job, load=lambda: engine.build(source))
     prepare(engine, job, recipe)
     try:
         return _train(engine, job, recipe, ours)

@@ -48,6 +48,7 @@ from train.span_planning import (
     save_found,
     spans_table,
 )
+from train.streaming import base_source, compact_source
 from train.structure_sections import listed_structure
 from train.summary import (
     SUMMARY_FILE,
@@ -185,6 +186,7 @@ def train_one(current: Run, name: str, folder: Path, plan: SharingPlan | None) -
     job = TrainJob(
         name=name,
         load=lambda: convert(load_base(current.recipe), plan or SharingPlan(), leaders(current)),
+        source=lambda: base_source(current.recipe.model, plan or SharingPlan(), leaders(current)),
         plan=plan,
         train_blocks=training,
         validation_blocks=validation,
@@ -209,6 +211,13 @@ def heal(current: Run) -> None:
     job = TrainJob(
         name="heal",
         load=load,
+        source=lambda: compact_source(
+            trained_folder(current),
+            current.recipe.model,
+            current.plan,
+            leaders(current),
+            current.recipe.materialize.merge,
+        ),
         plan=None,
         train_blocks=training,
         validation_blocks=validation,

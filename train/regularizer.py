@@ -182,7 +182,7 @@ class Penalty:
         cosine = distance.clone()
         scale = None if weight is None else weight / self.pairs
         moved = (0, 0)
-        if engine.sharded and not engine.whole_gradients:
+        if engine.sharded and not engine.whole_gradients and self._chunks:
             exchange = self._exchange_on(engine, shards)
             total = exchange.pull(shards, scale, distance, cosine)
             moved = exchange.bytes_moved(gradients=scale is not None)

@@ -19,9 +19,11 @@ from torch import nn
 
 from sa_models.errors import PostshareError
 from train.engine import Engine, Shard, chosen, launched_stage, require_fp32
+from train.streaming import Source, partitioned
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from transformers import LlamaForCausalLM
 
     from train.recipe import Recipe
 
@@ -148,17 +150,26 @@ class ZeroEngine(Engine):
         super().__init__(accelerator, config)
         self.sharded = self.world > 1
         self._bf16 = recipe.train.precision == "bf16"
+        self.streams = self.stage == 3
+        self._source: Source | None = None
         self.whole_gradients = self.stage == 1 and self._bf16  # DeepSpeed's BF16_Optimizer
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+
+    def build(self, source: Source) -> LlamaForCausalLM:
+        self._source = source
+        return partitioned(source, self.resolved, self.device)
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         import deepspeed
 
-        require_fp32(model)
+        if self._source is None:
+            require_fp32(model)
         buffers = {name: buffer.dtype for name, buffer in model.named_buffers()}
         self._parameters = dict(model.named_parameters())
         self._trainable = {n: p for n, p in self._parameters.items() if p.requires_grad}
-        loaded = {n: p.detach() for n, p in self._parameters.items()} if self._bf16 else {}
+        loaded: Mapping[str, torch.Tensor] = {}
+        if self._bf16:
+            loaded = self._source or {n: p.detach() for n, p in self._parameters.items()}
         self.model, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=self.resolved, dist_init_required=False
         )
@@ -179,7 +190,9 @@ class ZeroEngine(Engine):
         # masters of frozen ones.
         for name, shard in self.shards().items() if self._bf16 else ():
             shard.values.copy_(loaded[name].view(-1)[shard.start : shard.stop])
-        self._frozen = {n: w.cpu() for n, w in loaded.items() if n not in self._trainable}
+        self._frozen = loaded
+        if self._source is None:
+            self._frozen = {n: w.cpu() for n, w in loaded.items() if n not in self._trainable}
 
     @contextlib.contextmanager
     def micro_step(self, boundary: bool) -> Iterator[None]:
