@@ -1,5 +1,8 @@
 """DeepSpeed ZeRO-1, 2 and 3, driven explicitly: its own backward, boundary and step.
 
+ZeRO-3 may keep the optimizer, or the optimizer and the weights, in the host's memory: torch's AdamW
+then runs on the CPU, and this is where the shards' masters and moments lie.
+
 Accelerate only starts the process group: `accelerator.backward` would step by itself, before the
 penalty could be added. The DeepSpeed configuration is generated from the recipe, without "auto".
 """
@@ -18,7 +21,9 @@ import torch
 from torch import nn
 
 from sa_models.errors import PostshareError
-from train.engine import Engine, Shard, chosen, launched_stage, require_fp32
+from sa_models.projections import SharedLinear
+from train.engine import Engine, Shard, chosen, require_fp32
+from train.launched import Offload, launched_offload, launched_stage
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -26,7 +31,9 @@ if TYPE_CHECKING:
     from train.recipe import Recipe
 
 
-def deepspeed_config(recipe: Recipe, stage: int, world: int, on_cpu: bool) -> dict[str, Any]:
+def deepspeed_config(
+    recipe: Recipe, stage: int, world: int, on_cpu: bool, offload: Offload | None = None
+) -> dict[str, Any]:
     """The whole DeepSpeed configuration of a recipe: no "auto", and nothing left to a default
     that changes numbers. This is the one place that states clipping under ZeRO."""
     train = recipe.train
@@ -49,16 +56,23 @@ def deepspeed_config(recipe: Recipe, stage: int, world: int, on_cpu: bool) -> di
             "stage3_param_persistence_threshold": 0 if on_cpu else 100_000,
             "sub_group_size": 1_000_000_000,
         }
+    host = {"device": "cpu", "pin_memory": not on_cpu}
+    if offload is not None and offload.optimizer:
+        zero["offload_optimizer"] = host
+    if offload is not None and offload.parameters:
+        zero["offload_param"] = host
     return {
         "train_batch_size": train.batch_size,
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
         "gradient_accumulation_steps": train.accumulation(world),
         "gradient_clipping": train.clip_norm or 0.0,
-        "bf16": {"enabled": train.precision == "bf16"},
+        # Without partitioning DeepSpeed adds up bf16 gradients: there autocast computes in bf16.
+        "bf16": {"enabled": train.precision == "bf16" and stage > 0},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
         "prescale_gradients": False,
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW under offload too
         "zero_optimization": zero,
         "steps_per_print": 1_000_000_000,
         "wall_clock_breakdown": False,
@@ -144,7 +158,9 @@ class ZeroEngine(Engine):
         assert stage is not None
         self.stage = stage
         on_cpu = accelerator.device.type == "cpu"
-        config = deepspeed_config(recipe, self.stage, accelerator.num_processes, on_cpu)
+        config = deepspeed_config(
+            recipe, self.stage, accelerator.num_processes, on_cpu, launched_offload()
+        )
         super().__init__(accelerator, config)
         self.sharded = self.world > 1
         self._bf16 = recipe.train.precision == "bf16"
@@ -167,6 +183,8 @@ class ZeroEngine(Engine):
                 f"DeepSpeed prepared ZeRO stage {self.model.zero_optimization_stage()} where the "
                 f"launch asks for {self.stage}; use the DeepSpeed version of constraints.txt"
             )
+        if self.stage == 3:
+            _announce_owners(model)
         if any(buffers[name] != buffer.dtype for name, buffer in model.named_buffers()):
             # A rotary table in bf16 is wrong by radians at position 4,096.
             raise PostshareError(
@@ -298,6 +316,19 @@ class ZeroEngine(Engine):
         del deepspeed_engine, module
         self.accelerator.free_memory()
         gc.collect()
+
+
+def _announce_owners(model: nn.Module) -> None:
+    """Tell ZeRO-3 which parameters of other layers a compact projection reads.
+
+    They are then gathered before its forward and its backward, as its own are.
+    """
+    from deepspeed.zero import register_external_parameter
+
+    for module in model.modules():
+        if isinstance(module, SharedLinear):
+            for owner in {id(owner): owner for _, owner, _, _ in module.tied}.values():
+                register_external_parameter(module, owner.weight)
 
 
 def _forget(module: nn.Module) -> None:
