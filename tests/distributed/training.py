@@ -196,5 +196,3 @@ def train(engine: Engine, setting: Setting, first: int = 0, last: int | None = N
             }
         )
     return rows
-
-

@@ -47,7 +47,23 @@ CELLS |= {
     "bf16 ties x1": Setting(precision="bf16"),
     "bf16 both x4": replace(CELLS["both x4 clipped"], precision="bf16"),
 }
-RESUMED = ("ties x4 clipped", "bf16 both x4")
+# The default suite's part: with every backend each model, accumulation and clipping, and every pair
+# of these three; heal, bf16 and the rest where they differ most between backends.
+_GRID = (
+    ("ties x4 clipped", "spans x1 free", "both x1 clipped"),
+    ("ties x1 free", "spans x4 clipped", "both x4 free"),
+)
+SUBSET: dict[tuple[str, int], tuple[str, ...]] = {
+    ("ddp", 2): (*_GRID[0], "heal x1 clipped"),
+    ("zero0", 2): (*_GRID[1], "bf16 ties x1"),
+    ("zero1", 2): (*_GRID[0], "bf16 penalty", "heal x4 free"),
+    ("zero2", 2): (*_GRID[1], "bf16 penalty", "frozen"),
+    ("zero3", 3): (*_GRID[0], "bf16 penalty", "frozen", "heal recomputed"),
+    ("zero3-offload-optimizer", 2): (*_GRID[1], "bf16 penalty"),
+    ("zero3-offload", 2): (*_GRID[0], "bf16 both x4", "heal spans"),
+    ("fsdp2", 3): (*_GRID[1], "bf16 penalty", "frozen", "recomputed", "heal x1 clipped"),
+}
+RESUMED = ("ties x4 clipped", "spans x4 clipped", "bf16 both x4")
 """Also stopped after a step, carried through the shards' state into another engine, and ended."""
 
 

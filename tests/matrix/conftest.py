@@ -33,9 +33,6 @@ def pytest_terminal_summary(config: pytest.Config) -> None:
             str(processes),
             f"{len(outcome.passed)} of {total}",
             str(len(outcome.refused) or ""),
-            *(
-                f"{outcome.worst.get(q, 0):.1e} ({outcome.bf16.get(q, 0):.1e})"
-                for q in FP32
-            ),
+            *(f"{outcome.worst.get(q, 0):.1e} ({outcome.bf16.get(q, 0):.1e})" for q in FP32),
         )
     Console(width=150).print(table)
