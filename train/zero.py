@@ -323,7 +323,7 @@ def _announce_owners(model: nn.Module) -> None:
 
     They are then gathered before its forward and its backward, as its own are.
     """
-    from deepspeed.zero import register_external_parameter
+    from deepspeed.runtime.zero import register_external_parameter
 
     for module in model.modules():
         if isinstance(module, SharedLinear):
