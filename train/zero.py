@@ -170,10 +170,13 @@ class ZeroEngine(Engine):
         import deepspeed
 
         require_fp32(model)
-        buffers = {name: buffer.dtype for name, buffer in model.named_buffers()}
         self._parameters = dict(model.named_parameters())
         self._trainable = {n: p for n, p in self._parameters.items() if p.requires_grad}
+        self._shapes = {n: p.shape for n, p in self._parameters.items()}
         loaded = {n: p.detach() for n, p in self._parameters.items()} if self._bf16 else {}
+        if self.stage == 3:
+            _set_empty_aside(model, optimizer, torch.bfloat16 if self._bf16 else torch.float32)
+        buffers = {name: buffer.dtype for name, buffer in model.named_buffers()}
         self.model, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=self.resolved, dist_init_required=False
         )
@@ -222,6 +225,9 @@ class ZeroEngine(Engine):
     def _partition(self, name: str, parameter: Any) -> Shard:
         # DeepSpeed's public calls copy to the device and back, one parameter at a time.
         zero = self.model.optimizer
+        if parameter.numel() == 0 and not hasattr(parameter, "ds_numel"):  # set aside
+            nothing = torch.empty(0, dtype=torch.float32, device=self.device)
+            return FragmentShard(name, parameter.shape, 0, 0, nothing, None, 0, {}, None)
         group, offset, length = zero.grad_position[zero.get_param_id(parameter)]
         flat = zero.fp32_partitioned_groups_flat[group]
         shape = parameter.ds_shape
@@ -278,6 +284,9 @@ class ZeroEngine(Engine):
         from deepspeed.utils import safe_get_full_fp32_param
 
         for name, parameter in self._parameters.items():
+            if self._shapes[name].numel() == 0:
+                yield name, torch.empty(self._shapes[name])
+                continue
             if parameter.requires_grad:
                 yield name, safe_get_full_fp32_param(parameter).detach().to("cpu", torch.float32)
                 continue
@@ -316,6 +325,22 @@ class ZeroEngine(Engine):
         del deepspeed_engine, module
         self.accelerator.free_memory()
         gc.collect()
+
+
+def _set_empty_aside(
+    model: nn.Module, optimizer: torch.optim.Optimizer, dtype: torch.dtype
+) -> None:
+    """Make buffers of weights without elements, which ZeRO-3 cannot gather.
+
+    A projection of a compact model has one where all its units are tied.
+    """
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.numel() == 0:
+                delattr(module, name)
+                module.register_buffer(name, parameter.detach().to(dtype), persistent=False)
+    for group in optimizer.param_groups:
+        group["params"] = [parameter for parameter in group["params"] if parameter.numel()]
 
 
 def _announce_owners(model: nn.Module) -> None:
