@@ -157,8 +157,9 @@ class FsdpEngine(Engine):
         gradients = [_rows(p.grad) for p in self._trainable.values() if p.grad is not None]
         square = nn.utils.get_total_norm(gradients).double().square()
         norm = float(self.all_reduce_(square).sqrt())
-        if norm > self._clip_norm:
-            torch._foreach_mul_(gradients, self._clip_norm / (norm + 1e-6))
+        coefficient = self._clip_norm / (norm + 1e-6)
+        if coefficient < 1:
+            torch._foreach_mul_(gradients, coefficient)
         self.optimizer.step()
         self.zero_grad()
         return norm
@@ -183,7 +184,9 @@ class FsdpEngine(Engine):
             yield name, whole.full_tensor().to("cpu", torch.float32)
 
     def restored(self) -> None:
-        """Nothing to do: layers are gathered from the masters."""
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # the root may still hold what it gathered for an evaluation
 
     def check_replicas(self) -> None:
         """Nothing to compare: each weight is on one rank."""
