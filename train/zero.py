@@ -174,8 +174,7 @@ class ZeroEngine(Engine):
         self._trainable = {n: p for n, p in self._parameters.items() if p.requires_grad}
         self._shapes = {n: p.shape for n, p in self._parameters.items()}
         loaded = {n: p.detach() for n, p in self._parameters.items()} if self._bf16 else {}
-        if self.stage == 3:
-            _set_empty_aside(model, optimizer, torch.bfloat16 if self._bf16 else torch.float32)
+        _set_empty_aside(model, optimizer, torch.bfloat16 if self._bf16 else torch.float32)
         buffers = {name: buffer.dtype for name, buffer in model.named_buffers()}
         self.model, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=self.resolved, dist_init_required=False
@@ -220,14 +219,18 @@ class ZeroEngine(Engine):
 
     def shards(self, names: list[str] | None = None) -> dict[str, Shard]:
         make = self._partition if self.stage == 3 else self._fragment
-        return {name: make(name, p) for name, p in chosen(self._trainable, names).items()}
+        return {
+            name: make(name, p) if self._shapes[name].numel() else self._nothing(name)
+            for name, p in chosen(self._trainable, names).items()
+        }
+
+    def _nothing(self, name: str) -> Shard:
+        values = torch.empty(0, dtype=torch.float32, device=self.device)
+        return FragmentShard(name, self._shapes[name], 0, 0, values, None, 0, {}, None)
 
     def _partition(self, name: str, parameter: Any) -> Shard:
         # DeepSpeed's public calls copy to the device and back, one parameter at a time.
         zero = self.model.optimizer
-        if parameter.numel() == 0 and not hasattr(parameter, "ds_numel"):  # set aside
-            nothing = torch.empty(0, dtype=torch.float32, device=self.device)
-            return FragmentShard(name, parameter.shape, 0, 0, nothing, None, 0, {}, None)
         group, offset, length = zero.grad_position[zero.get_param_id(parameter)]
         flat = zero.fp32_partitioned_groups_flat[group]
         shape = parameter.ds_shape
@@ -330,7 +333,7 @@ class ZeroEngine(Engine):
 def _set_empty_aside(
     model: nn.Module, optimizer: torch.optim.Optimizer, dtype: torch.dtype
 ) -> None:
-    """Make buffers of weights without elements, which ZeRO-3 cannot gather.
+    """Make buffers of weights without elements, which DeepSpeed can neither map nor gather.
 
     A projection of a compact model has one where all its units are tied.
     """

@@ -110,4 +110,4 @@ def initial_distance(name: str, folder: Path) -> float:
     final = load_file(folder / f"{name}.safetensors")
     start = dict(build(CELLS[name])[0].named_parameters())
     moved = sum(float((final[k] - start[k].detach()).square().sum()) for k in final)
-    return math.sqrt(moved / sum(float(torch.square(v).sum()) for v in start.values()))
+    return math.sqrt(moved / sum(float(v.detach().square().sum()) for v in start.values()))
