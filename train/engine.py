@@ -4,7 +4,7 @@ The launcher decides which one starts; the training loop never asks:
 
 - :class:`train.plain.PlainEngine`: one process, or DDP through Accelerate;
 - :class:`train.zero.ZeroEngine`: DeepSpeed ZeRO-1, 2 and 3, driven explicitly, ZeRO-3 perhaps with
-  offload; :class:`train.zero_off.WholeEngine`: DeepSpeed without partitioning (ZeRO-0);
+  offload; :class:`train.zero0.WholeEngine`: DeepSpeed without partitioning (ZeRO-0);
 - :class:`train.fsdp.FsdpEngine`: torch's own FSDP2.
 
 The gradient's contract, the same on every backend: between two steps the gradients of all
@@ -302,7 +302,7 @@ def start(recipe: Recipe) -> Engine:
     accelerator = join()
     recipe.train.accumulation(accelerator.num_processes)
     if stage == 0:
-        from train.zero_off import WholeEngine
+        from train.zero0 import WholeEngine
 
         return WholeEngine(accelerator, recipe)
     if stage is not None:
