@@ -119,14 +119,13 @@ class FsdpEngine(Engine):
                 world_size=1,
                 store=dist.HashStore(),
             )
-        model.to(self.device)
         places = _places(model, optimizer)
         mesh = init_device_mesh(self.device.type, (self.world,))
         policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16 if self._bf16 else None, reduce_dtype=torch.float32
         )
         layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
-        for module in (*layers, model):
+        for module in (*layers, model):  # each is moved to the device as it is sharded
             fully_shard(module, mesh=mesh, mp_policy=policy)
         for module in model.modules():
             if isinstance(module, FSDPModule):
