@@ -94,8 +94,13 @@ def check_offload(stage: int) -> None:
             )
         if stage != 3:
             raise PostshareError(
-                f"the launch sets deepspeed_config.{key} with ZeRO-{stage}, whose clipping would "
-                "miss the penalty's gradient; use launch/accelerate/zero3-offload-optimizer.yaml"
+                f"the launch sets deepspeed_config.{key} with ZeRO-{stage}, "
+                + (
+                    "whose clipping would miss the penalty's gradient"
+                    if stage
+                    else "which has none"
+                )
+                + "; use launch/accelerate/zero3-offload-optimizer.yaml"
             )
     offload = launched_offload()
     if offload.parameters and not offload.optimizer:

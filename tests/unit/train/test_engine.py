@@ -170,7 +170,7 @@ def test_half_precision_parameters_are_refused() -> None:
                     "ACCELERATE_DEEPSPEED_ZERO_STAGE": stage,
                     "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu",
                 },
-                f"offload_optimizer_device with ZeRO-{stage}, whose clipping would miss",
+                f"offload_optimizer_device with ZeRO-{stage}, wh.*zero3-offload-optimizer.yaml",
             )
             for stage in "012"
         ),
