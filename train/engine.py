@@ -200,8 +200,8 @@ class Engine(ABC):
     def close(self) -> None:
         """Free the wrapped model and the optimizer. The process group stays for the next engine.
 
-        After a plain engine the model holds its trained fp32 weights; after ZeRO it is unusable
-        (take the weights from `full_weights` before).
+        After a plain engine the model holds its trained fp32 weights; after ZeRO and FSDP2 it is
+        unusable (take the weights from `full_weights` before).
         """
 
     # --- between ranks ----------------------------------------------------------------------------

@@ -194,9 +194,7 @@ class FsdpEngine(Engine):
         if not hasattr(self, "model"):
             return
         self.zero_grad()
-        for parameter in self._parameters.values():
-            # Whoever still holds the model must not hold the weights with it.
-            parameter.to_local().untyped_storage().resize_(0)  # type: ignore[attr-defined]
+        self.restored()  # what was gathered goes; the shards go with the model
         del self.model, self.optimizer, self._parameters, self._trainable
         self.accelerator.free_memory()
 
