@@ -5,12 +5,13 @@ BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST_ARGS ?=
 
-.PHONY: help demo test test-cluster cluster-tools check format bench build schema clean
+.PHONY: help demo test test-matrix test-cluster cluster-tools check format bench build schema clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    run the whole pipeline on a small model; writes runs/demo"
 	@echo "make test    run the tests (PYTEST_ARGS='-k recipe' selects)"
+	@echo "make test-matrix   every backend on 1, 2 and 4 processes against one; prints a table"
 	@echo "make test-cluster  train on a real Slurm and on two hosts, all on this machine (needs root)"
 	@echo "make check   ruff, ruff format, mypy"
 	@echo "make bench   speed and memory; writes .bench/bench.json"
@@ -36,6 +37,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-matrix: $(STAMP)
+	$(BIN)/python -m pytest tests/matrix -p no:cacheprovider $(PYTEST_ARGS)
 
 # Debian's Slurm, and the tools that make two hosts of one: installed where a command is missing.
 CLUSTER_COMMANDS := munged slurmctld slurmd sbatch ip nsenter

@@ -1,8 +1,11 @@
-"""Backward and step on one process, DDP or ZeRO, behind one small interface.
+"""Backward and step on one process, DDP, ZeRO or FSDP2, behind one small interface.
 
-Two implementations: :class:`train.plain.PlainEngine` (one process, or DDP through Accelerate) and
-:class:`train.zero.ZeroEngine` (DeepSpeed ZeRO-1, 2 and 3, driven explicitly). The launcher decides
-which one starts; the training loop never asks.
+The launcher decides which one starts; the training loop never asks:
+
+- :class:`train.plain.PlainEngine`: one process, or DDP through Accelerate;
+- :class:`train.zero.ZeroEngine`: DeepSpeed ZeRO-1, 2 and 3, driven explicitly, ZeRO-3 perhaps with
+  offload; :class:`train.zero0.WholeEngine`: DeepSpeed without partitioning (ZeRO-0);
+- :class:`train.fsdp.FsdpEngine`: torch's own FSDP2.
 
 The gradient's contract, the same on every backend: between two steps the gradients of all
 `backward` calls of all ranks are **added**, never averaged. A loss of (sum of token losses of this
@@ -18,7 +21,7 @@ import gc
 import os
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -28,6 +31,7 @@ import torch.distributed as dist
 from torch import nn
 
 from sa_models.errors import PostshareError
+from train.launched import check_launch, launched_fsdp, launched_stage
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -53,7 +57,8 @@ class Shard:
 
     Attributes:
         shape: of the whole parameter.
-        values: fp32 [stop - start], the live master weights of the range; read only.
+        values: fp32 [stop - start], the live master weights of the range; read only. They lie
+            where they are updated: on the CPU under offload, and else on the engine's device.
     """
 
     name: str
@@ -104,7 +109,7 @@ class Engine(ABC):
     Attributes:
         rank, world: this process and how many there are.
         device: where batches belong.
-        backend: "plain" or "deepspeed"; `stage` is the ZeRO stage, 0 on "plain".
+        backend: "plain", "deepspeed" or "fsdp"; `stage` is the ZeRO stage, 0 on the others.
         sharded: whether the values and gradients of one parameter are spread over the ranks.
         whole_gradients: whether every rank keeps the whole gradient where it is sharded otherwise:
             ranks must then change all of it, all alike.
@@ -209,8 +214,8 @@ class Engine(ABC):
     def close(self) -> None:
         """Free the wrapped model and the optimizer. The process group stays for the next engine.
 
-        After a plain engine the model holds its trained fp32 weights; after ZeRO it is unusable
-        (take the weights from `full_weights` before).
+        After a plain engine the model holds its trained fp32 weights; after ZeRO and FSDP2 it is
+        unusable (take the weights from `full_weights` before).
         """
 
     # --- between ranks ----------------------------------------------------------------------------
@@ -234,26 +239,31 @@ class Engine(ABC):
             self.accelerator.wait_for_everyone()
 
     def check_replicas(self) -> None:
-        """Compare a bitwise checksum of the parameters over ranks (nothing to compare on ZeRO-3).
+        """Compare a bitwise checksum of the parameters over ranks (none on ZeRO-3 and FSDP2).
 
         Call it after the first steps: ranks that train different models fail nowhere else.
 
         Raises:
             PostshareError: the ranks hold different weights.
         """
-        if self.world == 1 or self.stage == 3:
-            return
-        checksum = torch.zeros((), dtype=torch.int64, device=self.device)
-        for index, parameter in enumerate(self.model.parameters()):
-            values = parameter.detach().contiguous()  # a compact o is stored transposed
-            # Integer sums wrap and do not depend on their order: equal bits, equal checksum.
-            checksum += (index + 1) * values.view(torch.int16).sum(dtype=torch.int64)
-            checksum += (index + 7) * values.view(torch.uint8).sum(dtype=torch.int64)
-        if int(self.reduce_max(checksum)) != -int(self.reduce_max(-checksum)):
+        if self.stage != 3 and self.differs(self.model.parameters()):
             raise PostshareError(
                 "the ranks hold different weights after the first steps, so they train different "
                 "models; start with `accelerate launch --config_file launch/accelerate/ddp.yaml`"
             )
+
+    def differs(self, parameters: Iterable[torch.Tensor]) -> bool:
+        """Whether the ranks' copies of these differ in a bit."""
+        if self.world == 1:
+            return False
+        checksum = torch.zeros((), dtype=torch.int64, device=self.device)
+        for index, parameter in enumerate(parameters):
+            values = parameter.detach().contiguous()  # a compact o is stored transposed
+            # Integer sums wrap and do not depend on their order: equal bits, equal checksum.
+            part = (index + 1) * values.view(torch.int16).sum(dtype=torch.int64)
+            part += (index + 7) * values.view(torch.uint8).sum(dtype=torch.int64)
+            checksum += part.to(self.device)
+        return int(self.reduce_max(checksum)) != -int(self.reduce_max(-checksum))
 
     def _reduce(self, value: Any, op: Any) -> Any:
         number = not isinstance(value, torch.Tensor)
@@ -305,21 +315,21 @@ def start(recipe: Recipe) -> Engine:
     check_launch(recipe, stage)
     accelerator = join()
     recipe.train.accumulation(accelerator.num_processes)
+    if stage == 0:
+        from train.zero0 import WholeEngine
+
+        return WholeEngine(accelerator, recipe)
     if stage is not None:
         from train.zero import ZeroEngine
 
         return ZeroEngine(accelerator, recipe)
+    if launched_fsdp():
+        from train.fsdp import FsdpEngine
+
+        return FsdpEngine(accelerator, recipe)
     from train.plain import PlainEngine
 
     return PlainEngine(accelerator, recipe)
-
-
-def launched_stage() -> int | None:
-    """The ZeRO stage that the launch asks for; None without DeepSpeed."""
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true":
-        return None
-    # Accelerate's launcher states the stage of the launch file, and 2 for a file without one.
-    return int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))
 
 
 def join(patience: timedelta = PATIENCE) -> Accelerator:
@@ -337,7 +347,7 @@ def join(patience: timedelta = PATIENCE) -> Accelerator:
         raise PostshareError(
             f"{launched} processes were launched but each sees a world of "
             f"{accelerator.num_processes}; launch with a file of launch/accelerate/ that fits the "
-            "machine (ddp.yaml or zero1..3.yaml)"
+            "machine (ddp.yaml, zero0..3.yaml or fsdp2.yaml)"
         )
     atexit.register(_leave)
     return accelerator
@@ -357,53 +367,13 @@ def _accelerator(zero: bool, patience: timedelta) -> Accelerator:
         # this process, by collectives: also those that the main process makes alone.
         unset_hf_deepspeed_config()
         return accelerator
+    # Accelerate tells transformers to load weights on the first rank alone, and to share them out
+    # later; it would be Accelerate's FSDP that does so, and ours expects them on every rank.
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     # Without cpu=True Accelerate leaves the model unwrapped on a machine without accelerator.
     cpu = on_cpu or os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
     group = InitProcessGroupKwargs(timeout=patience)
     return Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[group])
-
-
-def check_launch(recipe: Recipe, stage: int | None) -> None:
-    """Refuse launch settings that would be ignored: the recipe states them, in one place.
-
-    Args:
-        stage: ZeRO stage of the launch, None without DeepSpeed.
-
-    Raises:
-        PostshareError: names the setting.
-    """
-    setting = os.environ.get
-    mixed = setting("ACCELERATE_MIXED_PRECISION", "no")
-    if mixed not in ("no", recipe.train.precision):
-        raise PostshareError(
-            f"the launch asks for mixed_precision {mixed}, the recipe for "
-            f"{recipe.train.precision}; drop it from the launch file, train.precision decides"
-        )
-    if setting("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        raise PostshareError(
-            "the launch asks for FSDP, which is not supported; use launch/accelerate/zero3.yaml"
-        )
-    if stage is None:
-        return
-    if stage not in (1, 2, 3):
-        raise PostshareError(
-            f"the launch asks for ZeRO stage {stage}; use 1, 2 or 3, or "
-            "launch/accelerate/ddp.yaml, which is what stage 0 would be"
-        )
-    ignored = {
-        "ACCELERATE_DEEPSPEED_CONFIG_FILE": "deepspeed_config_file",
-        "ACCELERATE_GRADIENT_CLIPPING": "gradient_clipping",
-        "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "offload_optimizer_device",
-        "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "offload_param_device",
-        "ACCELERATE_DEEPSPEED_ZERO3_INIT": "zero3_init_flag",
-        "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "zero3_save_16bit_model",
-    }
-    for variable, key in ignored.items():
-        if setting(variable, "none").lower() not in ("none", "false", ""):
-            raise PostshareError(
-                f"the launch sets deepspeed_config.{key}, which would be ignored; remove it: the "
-                "DeepSpeed configuration is generated from the recipe"
-            )
 
 
 def shutdown() -> None:

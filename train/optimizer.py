@@ -85,15 +85,15 @@ def build_optimizer(
     """AdamW over the model's trainable parameters, fused; `device` is where it will train.
 
     Raises:
-        PostshareError: `adamw_8bit` without a GPU, without bitsandbytes, or under ZeRO.
+        PostshareError: `adamw_8bit` without a GPU, without bitsandbytes, or under ZeRO and FSDP2.
     """
     groups = parameter_groups(model, section.weight_decay, section.weight_decay_exclude)
     betas = (section.betas[0], section.betas[1])
     if section.optimizer == "adamw_8bit":
         if zero:
             raise PostshareError(
-                "train.optimizer adamw_8bit quantizes whole parameters, which ZeRO splits; "
-                "use train.optimizer=adamw, or one process or DDP"
+                "train.optimizer adamw_8bit quantizes whole parameters, which ZeRO and FSDP2 "
+                "split; use train.optimizer=adamw, or one process or DDP"
             )
         if device.type != "cuda":
             raise PostshareError(

@@ -304,7 +304,7 @@ class Penalty:
         y = None if self.kind in OF_DIFFERENCE else torch.zeros_like(x)
         squares = torch.zeros(2, pairs, dtype=torch.float64, device=engine.device)
         views = {
-            span.name: self._units(shard, _whole(shard), chunk.projection)
+            span.name: self._units(shard, _whole(shard).to(engine.device), chunk.projection)
             for span in chunk.spans
             if (shard := shards[span.name]).values.numel()
         }

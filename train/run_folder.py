@@ -21,6 +21,7 @@ from train import engine as engines
 from train.base_model import base_folder, fresh_config
 from train.data import Blocks, prepare_data
 from train.identity import refuse_other_run
+from train.launched import launched_fsdp
 from train.outcome import FREE_TRAIN
 from train.planning import SIMILARITY_PICTURE, TIES_PICTURE, check_plan
 from train.recipe import Recipe, load_recipe
@@ -213,9 +214,10 @@ def run_identity(recipe: Recipe) -> dict[str, Any]:
 
 
 def check_heal(current: Run) -> None:
-    """Refuse to heal under ZeRO, where a parameter that several layers read is not exact yet."""
-    if current.recipe.materialize.heal_steps and current.ranks.backend == "deepspeed":
+    """Refuse to heal under FSDP2, which gives a parameter back when its own layer is done."""
+    if current.recipe.materialize.heal_steps and launched_fsdp():
         raise PostshareError(
-            "materialize.heal_steps: healing is exact on one process and under DDP, not yet under "
-            "ZeRO; launch with launch/accelerate/ddp.yaml, or set materialize.heal_steps=0"
+            "materialize.heal_steps: in a compact model layers read one another's weights, which "
+            "FSDP2 has given back by then; launch with launch/accelerate/zero3.yaml, or set "
+            "materialize.heal_steps=0"
         )

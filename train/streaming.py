@@ -7,6 +7,7 @@ under ZeRO-3. Between the two a rank holds one whole tensor at a time, and its o
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -205,16 +206,28 @@ def partitioned(source: Source, resolved: dict[str, Any], device: torch.device) 
     # The largest first: beside a whole tensor, and the file's mapping of it, lies little else yet.
     largest_first = sorted(_places(model).items(), key=lambda one: -_size(*one[1][0]))
     for name, places in largest_first:
+        if math.prod(source.reader.shape(name)) == 0:
+            _place(nn.Parameter(source[name]), places)  # there is nothing to split
+            continue
         # A copy: DeepSpeed broadcasts rank 0's values, and the file is mapped read-only.
         parameter: Any = nn.Parameter(source[name].to(dtype, copy=True))
-        for module, leaf in places:
-            module._parameters[leaf] = parameter
+        _place(parameter, places)
         if first is None:
             Init(module=places[0][0], config_dict_or_path=resolved)
             first = parameter
         else:
             first.convert_to_zero_parameters(param_list=[parameter])
     return model
+
+
+def whole_shape(parameter: nn.Parameter) -> torch.Size:
+    """The shape of a parameter, also where ZeRO-3 has split it up."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def _place(parameter: nn.Parameter, places: list[tuple[nn.Module, str]]) -> None:
+    for module, leaf in places:
+        module._parameters[leaf] = parameter
 
 
 def _places(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:

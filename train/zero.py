@@ -1,5 +1,8 @@
 """DeepSpeed ZeRO-1, 2 and 3, driven explicitly: its own backward, boundary and step.
 
+ZeRO-3 may keep the optimizer, or the optimizer and the weights, in the host's memory: torch's AdamW
+then runs on the CPU, and this is where the shards' masters and moments lie.
+
 Accelerate only starts the process group: `accelerator.backward` would step by itself, before the
 penalty could be added. The DeepSpeed configuration is generated from the recipe, without "auto".
 """
@@ -18,8 +21,10 @@ import torch
 from torch import nn
 
 from sa_models.errors import PostshareError
-from train.engine import Engine, Shard, chosen, launched_stage, require_fp32
-from train.streaming import Source, partitioned
+from sa_models.projections import SharedLinear
+from train.engine import Engine, Shard, chosen, require_fp32
+from train.launched import Offload, launched_offload, launched_stage
+from train.streaming import Source, partitioned, whole_shape
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -28,7 +33,9 @@ if TYPE_CHECKING:
     from train.recipe import Recipe
 
 
-def deepspeed_config(recipe: Recipe, stage: int, world: int, on_cpu: bool) -> dict[str, Any]:
+def deepspeed_config(
+    recipe: Recipe, stage: int, world: int, on_cpu: bool, offload: Offload | None = None
+) -> dict[str, Any]:
     """The whole DeepSpeed configuration of a recipe: no "auto", and nothing left to a default
     that changes numbers. This is the one place that states clipping under ZeRO."""
     train = recipe.train
@@ -51,16 +58,23 @@ def deepspeed_config(recipe: Recipe, stage: int, world: int, on_cpu: bool) -> di
             "stage3_param_persistence_threshold": 0 if on_cpu else 100_000,
             "sub_group_size": 1_000_000_000,
         }
+    host = {"device": "cpu", "pin_memory": not on_cpu}
+    if offload is not None and offload.optimizer:
+        zero["offload_optimizer"] = host
+    if offload is not None and offload.parameters:
+        zero["offload_param"] = host
     return {
         "train_batch_size": train.batch_size,
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
         "gradient_accumulation_steps": train.accumulation(world),
         "gradient_clipping": train.clip_norm or 0.0,
-        "bf16": {"enabled": train.precision == "bf16"},
+        # Without partitioning DeepSpeed adds up bf16 gradients: there autocast computes in bf16.
+        "bf16": {"enabled": train.precision == "bf16" and stage > 0},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
         "prescale_gradients": False,
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW under offload too
         "zero_optimization": zero,
         "steps_per_print": 1_000_000_000,
         "wall_clock_breakdown": False,
@@ -146,7 +160,9 @@ class ZeroEngine(Engine):
         assert stage is not None
         self.stage = stage
         on_cpu = accelerator.device.type == "cpu"
-        config = deepspeed_config(recipe, self.stage, accelerator.num_processes, on_cpu)
+        config = deepspeed_config(
+            recipe, self.stage, accelerator.num_processes, on_cpu, launched_offload()
+        )
         super().__init__(accelerator, config)
         self.sharded = self.world > 1
         self._bf16 = recipe.train.precision == "bf16"
@@ -164,12 +180,14 @@ class ZeroEngine(Engine):
 
         if self._source is None:
             require_fp32(model)
-        buffers = {name: buffer.dtype for name, buffer in model.named_buffers()}
         self._parameters = dict(model.named_parameters())
         self._trainable = {n: p for n, p in self._parameters.items() if p.requires_grad}
+        self._shapes = {n: whole_shape(p) for n, p in self._parameters.items()}
         loaded: Mapping[str, torch.Tensor] = {}
         if self._bf16:
             loaded = self._source or {n: p.detach() for n, p in self._parameters.items()}
+        _set_empty_aside(model, optimizer, torch.bfloat16 if self._bf16 else torch.float32)
+        buffers = {name: buffer.dtype for name, buffer in model.named_buffers()}
         self.model, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=self.resolved, dist_init_required=False
         )
@@ -179,6 +197,8 @@ class ZeroEngine(Engine):
                 f"DeepSpeed prepared ZeRO stage {self.model.zero_optimization_stage()} where the "
                 f"launch asks for {self.stage}; use the DeepSpeed version of constraints.txt"
             )
+        if self.stage == 3:
+            _announce_owners(model)
         if any(buffers[name] != buffer.dtype for name, buffer in model.named_buffers()):
             # A rotary table in bf16 is wrong by radians at position 4,096.
             raise PostshareError(
@@ -213,7 +233,14 @@ class ZeroEngine(Engine):
 
     def shards(self, names: list[str] | None = None) -> dict[str, Shard]:
         make = self._partition if self.stage == 3 else self._fragment
-        return {name: make(name, p) for name, p in chosen(self._trainable, names).items()}
+        return {
+            name: make(name, p) if self._shapes[name].numel() else self._nothing(name)
+            for name, p in chosen(self._trainable, names).items()
+        }
+
+    def _nothing(self, name: str) -> Shard:
+        values = torch.empty(0, dtype=torch.float32, device=self.device)
+        return FragmentShard(name, self._shapes[name], 0, 0, values, None, 0, {}, None)
 
     def _partition(self, name: str, parameter: Any) -> Shard:
         # DeepSpeed's public calls copy to the device and back, one parameter at a time.
@@ -274,6 +301,9 @@ class ZeroEngine(Engine):
         from deepspeed.utils import safe_get_full_fp32_param
 
         for name, parameter in self._parameters.items():
+            if self._shapes[name].numel() == 0:
+                yield name, torch.empty(self._shapes[name])
+                continue
             if parameter.requires_grad:
                 yield name, safe_get_full_fp32_param(parameter).detach().to("cpu", torch.float32)
                 continue
@@ -312,6 +342,35 @@ class ZeroEngine(Engine):
         del deepspeed_engine, module
         self.accelerator.free_memory()
         gc.collect()
+
+
+def _set_empty_aside(
+    model: nn.Module, optimizer: torch.optim.Optimizer, dtype: torch.dtype
+) -> None:
+    """Make buffers of weights without elements, which DeepSpeed can neither map nor gather.
+
+    A projection of a compact model has one where all its units are tied.
+    """
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if whole_shape(parameter).numel() == 0:
+                delattr(module, name)
+                module.register_buffer(name, parameter.detach().to(dtype), persistent=False)
+    for group in optimizer.param_groups:
+        group["params"] = [p for p in group["params"] if whole_shape(p).numel()]
+
+
+def _announce_owners(model: nn.Module) -> None:
+    """Tell ZeRO-3 which parameters of other layers a compact projection reads.
+
+    They are then gathered before its forward and its backward, as its own are.
+    """
+    from deepspeed.runtime.zero import register_external_parameter
+
+    for module in model.modules():
+        if isinstance(module, SharedLinear):
+            for owner in {id(owner): owner for _, owner, _, _ in module.tied}.values():
+                register_external_parameter(module, owner.weight)
 
 
 def _forget(module: nn.Module) -> None:

@@ -68,7 +68,7 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("config", ["ddp", "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("config", ["ddp", "zero2", "zero3", "fsdp2"])
 def test_two_processes_give_the_single_process_losses(
     config: str, single: Path, tmp_path: Path
 ) -> None:
@@ -159,9 +159,9 @@ def test_healing_under_ddp_equals_one_process(single: Path, tmp_path: Path) -> N
             assert torch.equal(mine[unit], theirs[source])
 
 
-def test_healing_under_zero_is_refused(tmp_path: Path) -> None:
+def test_healing_under_fsdp2_is_refused(tmp_path: Path) -> None:
     result = launch(
-        "zero2", "-m", "train", "recipes/demo.yaml", *SHORT, "materialize.heal_steps=2",
+        "fsdp2", "-m", "train", "recipes/demo.yaml", *SHORT, "materialize.heal_steps=2",
         f"output_dir={tmp_path / 'run'}",
     )  # fmt: skip
     assert result.failed

@@ -1,60 +1,120 @@
-"""A tiny training with the real engine and penalty, shared by the workers of this folder."""
+"""Tiny trainings with the real engine, penalty and models, shared by the workers."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+import os
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sa_models.heads import HeadLayout
+from sa_models.convert import convert
+from sa_models.materialize import materialize_
+from sa_models.modeling import SharedLlamaForCausalLM
 from sa_models.plan import HeadTie, SharingPlan
+from sa_models.spans import AttentionSpan
 from train.engine import Engine
 from train.recipe import Recipe, validate
 from train.regularizer import Penalty
 
+LENGTH = 16
+VOCABULARY = 101
+
 # Sizes that divide by no world size: norms of 35, embeddings of 101 x 35, attention weights of
 # 20 x 35 = 700 elements, which three ranks cannot share out evenly and whose units they cut.
-CONFIG = LlamaConfig(
+MHA = LlamaConfig(
     hidden_size=35,
     intermediate_size=61,
-    num_hidden_layers=3,
+    num_hidden_layers=4,
     num_attention_heads=5,
     num_key_value_heads=5,
     head_dim=4,
-    vocab_size=101,
+    vocab_size=VOCABULARY,
     tie_word_embeddings=True,
     initializer_range=0.2,
 )
-LENGTH = 16
-# A chain, a source with two targets, two targets in one layer.
-PLAN = SharingPlan(
-    (
-        HeadTie((2, 0), (1, 3), ("q", "k", "v", "o")),
-        HeadTie((1, 3), (0, 2), ("q", "k", "v", "o")),
-        HeadTie((2, 4), (0, 2), ("q", "o")),
-    ),
-    released=True,
+GQA = LlamaConfig(
+    hidden_size=45,
+    intermediate_size=53,
+    num_hidden_layers=5,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    head_dim=6,
+    vocab_size=VOCABULARY,
+    tie_word_embeddings=True,
+    initializer_range=0.2,
 )
+UNTIED = LlamaConfig(**{**MHA.to_dict(), "tie_word_embeddings": False})
+ALL = ("q", "k", "v", "o")
+SPANS = (AttentionSpan(0, (1,), "attention"), AttentionSpan(2, (3,), "kv"))
+BOTH = SharingPlan(
+    (
+        HeadTie((1, 0), (0, 1), ALL),
+        HeadTie((2, 2), (0, 1), ("v", "o")),  # a follower has no q and k of its own,
+        HeadTie((4, 1), (0, 0), ("q", "o")),  # this one no k and v
+    ),
+    spans=(AttentionSpan(1, (2,), "attention"), AttentionSpan(3, (4,), "kv")),
+)
+MODELS: dict[str, tuple[LlamaConfig, SharingPlan]] = {
+    # A chain, a source with two targets, two targets in one layer.
+    "ties": (
+        MHA,
+        SharingPlan(
+            (
+                HeadTie((2, 0), (1, 3), ALL),
+                HeadTie((1, 3), (0, 2), ALL),
+                HeadTie((2, 4), (0, 2), ("q", "o")),
+            ),
+            released=True,
+        ),
+    ),
+    "spans": (UNTIED, SharingPlan(spans=SPANS)),
+    "both": (GQA, BOTH),
+    # A layer that owns none of its queries, and one that reads another layer's for all but one.
+    "owned": (
+        MHA,
+        SharingPlan(
+            (
+                *(HeadTie((2, unit), (0, unit), ("q", "o")) for unit in range(5)),
+                *(HeadTie((3, unit), (1, 2), ALL) for unit in range(4)),
+            )
+        ),
+    ),
+}
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What one training does; everything else is fixed."""
+    """What one training does; everything else is fixed.
 
+    Attributes:
+        model: a key of `MODELS`.
+        heal: train the compact model, in which a tied unit is one parameter, without a penalty.
+        accumulation: micro-batches per step and rank.
+        trainable: a prefix of parameter names.
+    """
+
+    model: str = "ties"
+    heal: bool = False
     kind: str = "l2"
     clip_norm: float | None = 0.5
+    accumulation: int = 1
     precision: str = "fp32"
     lm_weight: float = 0.5
-    trainable: str = "model"  # a prefix of parameter names
-    steps: int = 4
+    trainable: str = "model"
+    checkpointing: bool = False
+    steps: int = 3
     learning_rate: float = 1e-2
-    batch: int = 12
-    sections: dict[str, Any] = field(default_factory=dict)
+    batch: int = 48
+
+    @cached_property
+    def plan(self) -> SharingPlan:
+        return MODELS[self.model][1]
 
     def recipe(self) -> Recipe:
+        world = int(os.environ.get("WORLD_SIZE", "1"))
         return validate(
             {
                 "name": "distributed-test",
@@ -64,7 +124,7 @@ class Setting:
                 "train": {
                     "steps": self.steps,
                     "batch_size": self.batch,
-                    "micro_batch_size": 2,
+                    "micro_batch_size": self.batch // (self.accumulation * world),
                     "learning_rate": self.learning_rate,
                     "clip_norm": self.clip_norm,
                     "precision": self.precision,
@@ -75,53 +135,64 @@ class Setting:
 
 def build(setting: Setting) -> tuple[LlamaForCausalLM, torch.optim.Optimizer]:
     torch.manual_seed(1)
-    model = LlamaForCausalLM(CONFIG)
+    config, plan = MODELS[setting.model]
+    model = convert(LlamaForCausalLM(config), plan)
+    if setting.heal:
+        materialize_(dict(model.named_parameters()), plan.layout(config), plan)
+        model = SharedLlamaForCausalLM.from_materialized(model, plan)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.startswith(setting.trainable))
+        parameter.data = parameter.data.contiguous()
+        parameter.requires_grad_(name.startswith((setting.trainable, "lm_head")))
+    if setting.checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad],
         lr=setting.learning_rate,
         weight_decay=0.0,
         eps=1e-4,  # near-zero gradients must not decide a sign: fp32 sums differ in their order
+        fused=True,
     )
-    return model, optimizer
+    return model.train(), optimizer
 
 
 def train(engine: Engine, setting: Setting, first: int = 0, last: int | None = None) -> list[dict]:
     """Steps [first, last) on data that depends on the step alone; one row of numbers a step."""
-    penalty = Penalty(PLAN, HeadLayout.from_config(CONFIG), setting.kind)
-    micro, world = 2, engine.world
+    penalty = None
+    if setting.plan.ties and not setting.heal:
+        layout = setting.plan.layout(MODELS[setting.model][0])
+        penalty = Penalty(setting.plan, layout, setting.kind)
+    micro = setting.batch // (setting.accumulation * engine.world)
     rows = []
     for step in range(first, setting.steps if last is None else last):
         generator = torch.Generator().manual_seed(1000 + step)
-        ids = torch.randint(0, 101, (setting.batch, LENGTH), generator=generator)
+        ids = torch.randint(0, VOCABULARY, (setting.batch, LENGTH), generator=generator)
         # Labels of uneven number per row: averaging over ranks or micro-batches would be wrong.
         labels = ids.clone()
         for row in range(setting.batch):
-            labels[row, : 1 + row] = -100
+            labels[row, : 1 + row % LENGTH] = -100
         tokens = int((labels[:, 1:] != -100).sum())
-        accumulation = setting.batch // (micro * world)
         total = 0.0
-        for m in range(accumulation):
-            at = slice((m * world + engine.rank) * micro, (m * world + engine.rank + 1) * micro)
-            with engine.micro_step(boundary=m == accumulation - 1):
-                logits = engine.model(input_ids=ids[at].to(engine.device)).logits.float()
+        for m in range(setting.accumulation):
+            begin = (m * engine.world + engine.rank) * micro
+            at = slice(begin, begin + micro)
+            with engine.micro_step(boundary=m == setting.accumulation - 1):
+                logits = engine.model(input_ids=ids[at].to(engine.device), use_cache=False).logits
                 loss = F.cross_entropy(
-                    logits[:, :-1].flatten(0, 1),
+                    logits.float()[:, :-1].flatten(0, 1),
                     labels[at][:, 1:].flatten().to(engine.device),
                     ignore_index=-100,
                     reduction="sum",
                 )
                 engine.backward(setting.lm_weight * loss / tokens)
             total += loss.item() / tokens
-        pulled = penalty.apply(engine, 0.5)
+        pulled = None if penalty is None else penalty.apply(engine, 0.5)
         norm = engine.step()
         rows.append(
             {
                 "lm": engine.reduce_sum(total),
-                "penalty": pulled.value,
+                "penalty": 0.0 if pulled is None else pulled.value,
                 "norm": norm,
-                "distance": pulled.distance.tolist(),
+                "distance": [] if pulled is None else pulled.distance.tolist(),
             }
         )
     return rows

@@ -12,12 +12,17 @@ from torch import nn
 from sa_models.errors import PostshareError
 from train import engine as engine_module
 from train.engine import start
+from train.launched import Offload, check_launch, launched_fsdp, launched_offload, launched_stage
 from train.recipe import Recipe, validate
 from train.zero import deepspeed_config
 
 LAUNCH_VARIABLES = (
     "ACCELERATE_USE_DEEPSPEED",
+    "ACCELERATE_DEEPSPEED_ZERO_STAGE",
+    "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE",
+    "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE",
     "ACCELERATE_USE_FSDP",
+    "FSDP_VERSION",
     "ACCELERATE_MIXED_PRECISION",
     "WORLD_SIZE",
     "LOCAL_RANK",
@@ -137,11 +142,44 @@ def test_half_precision_parameters_are_refused() -> None:
     ("environment", "message"),
     [
         ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "mixed_precision bf16, the recipe for fp32"),
-        ({"ACCELERATE_USE_FSDP": "true"}, "FSDP, which is not supported"),
-        ({"ACCELERATE_GRADIENT_CLIPPING": "1.0"}, "deepspeed_config.gradient_clipping"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "asks for FSDP 1; use FSDP2"),
         (
-            {"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"},
-            "deepspeed_config.offload_optimizer_device",
+            {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"},
+            "fsdp_config.fsdp_offload_params, which would be ignored",
+        ),
+        (
+            {
+                "ACCELERATE_USE_FSDP": "true",
+                "FSDP_VERSION": "2",
+                "FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP",
+            },
+            "fsdp_config.fsdp_auto_wrap_policy",
+        ),
+        ({"ACCELERATE_GRADIENT_CLIPPING": "1.0"}, "deepspeed_config.gradient_clipping"),
+        ({"ACCELERATE_DEEPSPEED_ZERO_STAGE": "4"}, "ZeRO stage 4; use 0, 1, 2 or 3"),
+        (
+            {
+                "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3",
+                "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "nvme",
+            },
+            "offload_optimizer_device: nvme, and only cpu",
+        ),
+        *(
+            (
+                {
+                    "ACCELERATE_DEEPSPEED_ZERO_STAGE": stage,
+                    "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu",
+                },
+                f"offload_optimizer_device with ZeRO-{stage}, wh.*zero3-offload-optimizer.yaml",
+            )
+            for stage in "012"
+        ),
+        (
+            {
+                "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3",
+                "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "cpu",
+            },
+            "leaves the optimizer, which is larger",
         ),
         ({"ACCELERATE_DEEPSPEED_ZERO3_INIT": "true"}, "deepspeed_config.zero3_init_flag"),
     ],
@@ -156,6 +194,24 @@ def test_launch_settings_that_would_be_ignored_are_refused(
     with pytest.raises(PostshareError, match=message) as caught:
         start(recipe())
     assert "\n" not in str(caught.value)
+
+
+def test_what_the_launch_files_ask_for_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
+    check_launch(recipe(), launched_stage())
+    assert launched_offload() == Offload()
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "cpu")
+    check_launch(recipe(), launched_stage())
+    assert launched_offload() == Offload(optimizer=True)
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", "cpu")
+    check_launch(recipe(), launched_stage())
+    assert launched_offload() == Offload(optimizer=True, parameters=True)
+    monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    check_launch(recipe(), launched_stage())
+    assert launched_fsdp()
 
 
 def test_a_world_of_one_where_two_were_launched_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,7 +232,7 @@ def test_batch_that_does_not_divide_over_the_processes(monkeypatch: pytest.Monke
         start(recipe())
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_deepspeed_configuration_is_complete(stage: int) -> None:
     made = recipe(precision="bf16", clip_norm=0.7, batch_size=16)
     config = deepspeed_config(made, stage, world=2, on_cpu=True)
@@ -184,9 +240,23 @@ def test_deepspeed_configuration_is_complete(stage: int) -> None:
     assert config["gradient_accumulation_steps"] == 4
     assert config["train_batch_size"] == 16
     assert config["gradient_clipping"] == 0.7
-    assert config["bf16"] == {"enabled": True}
+    assert config["bf16"] == {"enabled": stage > 0}  # ZeRO-0: by autocast
+    assert config["zero_force_ds_cpu_optimizer"] is False
     assert config["data_types"] == {"grad_accum_dtype": "fp32"}
     zero = config["zero_optimization"]
     assert zero["stage"] == stage
     assert zero.get("stage3_param_persistence_threshold") == (0 if stage == 3 else None)
     assert deepspeed_config(recipe(clip_norm=None), stage, 1, True)["gradient_clipping"] == 0.0
+    assert "offload_optimizer" not in zero
+
+
+def test_deepspeed_configuration_with_offload() -> None:
+    def zero(on_cpu: bool, offload: Offload) -> dict[str, Any]:
+        return deepspeed_config(recipe(), 3, 2, on_cpu, offload)["zero_optimization"]
+
+    optimizer = zero(False, Offload(optimizer=True))
+    assert optimizer["offload_optimizer"] == {"device": "cpu", "pin_memory": True}
+    assert "offload_param" not in optimizer
+    both = zero(True, Offload(optimizer=True, parameters=True))
+    assert both["offload_optimizer"] == both["offload_param"]
+    assert both["offload_param"] == {"device": "cpu", "pin_memory": False}

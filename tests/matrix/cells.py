@@ -1,0 +1,76 @@
+"""What every backend must compute like one process: the cells of the equality matrix."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+from tests.distributed.training import Setting
+
+BACKENDS = (
+    "ddp",
+    "zero0",
+    "zero1",
+    "zero2",
+    "zero3",
+    "zero3-offload-optimizer",
+    "zero3-offload",
+    "fsdp2",
+)
+WORLDS = (1, 2, 4)
+
+CELLS: dict[str, Setting] = {
+    f"{model} x{accumulation} {'clipped' if clip else 'free'}": Setting(
+        model=model, accumulation=accumulation, clip_norm=clip
+    )
+    for model, accumulation, clip in itertools.product(
+        ("ties", "spans", "both"), (1, 4), (0.5, None)
+    )
+}
+# Only some parameters trained, another kind of distance; layers computed twice.
+CELLS |= {
+    "frozen": Setting(
+        kind="js", clip_norm=None, trainable="model.layers", learning_rate=1e-3, accumulation=4
+    ),
+    "recomputed": Setting(model="both", checkpointing=True, accumulation=4),
+}
+# The compact model, in which several layers read one parameter.
+CELLS |= {
+    "heal x1 clipped": Setting(model="owned", heal=True, clip_norm=0.2),
+    "heal x4 free": Setting(model="owned", heal=True, clip_norm=None, accumulation=4),
+    "heal recomputed": Setting(model="owned", heal=True, checkpointing=True, accumulation=4),
+    "heal spans": Setting(model="both", heal=True, clip_norm=0.2, accumulation=4),
+}
+CELLS |= {
+    # Only the penalty: computed in fp32 from fp32 masters, whatever the model computes in.
+    "bf16 penalty": Setting(kind="mse", precision="bf16", lm_weight=0.0, clip_norm=1e-3),
+    "bf16 ties x1": Setting(precision="bf16"),
+    "bf16 both x4": replace(CELLS["both x4 clipped"], precision="bf16"),
+}
+# The default suite's part: with every backend each model, accumulation and clipping, and every pair
+# of these three; heal, bf16 and the rest where they differ most between backends.
+_GRID = (
+    ("ties x4 clipped", "spans x1 free", "both x1 clipped"),
+    ("ties x1 free", "spans x4 clipped", "both x4 free"),
+)
+SUBSET: dict[tuple[str, int], tuple[str, ...]] = {
+    ("ddp", 2): _GRID[0],
+    ("zero0", 2): (*_GRID[1], "bf16 ties x1"),
+    ("zero1", 2): (*_GRID[0], "bf16 penalty", "heal x4 free"),
+    ("zero2", 2): (*_GRID[1], "bf16 penalty"),
+    ("zero3", 3): (*_GRID[0], "bf16 penalty", "frozen", "heal recomputed"),
+    ("zero3-offload-optimizer", 2): _GRID[1],
+    ("zero3-offload", 2): (*_GRID[0], "bf16 both x4", "heal spans"),
+    ("fsdp2", 2): (*_GRID[1], "bf16 penalty", "heal x1 clipped"),
+}
+RESUMED = ("ties x4 clipped", "spans x4 clipped", "bf16 both x4")
+"""Also stopped after a step, carried through the shards' state into another engine, and ended."""
+
+
+def heals(name: str) -> bool:
+    return CELLS[name].heal
+
+
+def exact(name: str) -> bool:
+    """Whether fp32's tolerance holds: only the rounding of bf16 gradients may differ."""
+    return CELLS[name].precision == "fp32" or name == "bf16 penalty"

@@ -1,0 +1,35 @@
+"""The whole equality matrix, `make test-matrix`: every backend on 1, 2 and 4 processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.matrix.cells import BACKENDS, CELLS, WORLDS
+from tests.matrix.compare import Outcome, compare, launch_cells
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("single")
+    launch_cells("cpu", 1, CELLS, folder)
+    return folder
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("processes", WORLDS)
+@pytest.mark.parametrize("config", BACKENDS)
+def test_every_cell_equals_one_process(
+    config: str,
+    processes: int,
+    single: Path,
+    tmp_path: Path,
+    outcomes: dict[tuple[str, int], Outcome],
+) -> None:
+    launch_cells(config, processes, CELLS, tmp_path, timeout=1100)
+    outcome = outcomes[config, processes] = compare(tmp_path, single, config)
+    assert not outcome.failed
+    assert len(outcome.passed) + len(outcome.refused) == len(CELLS)

@@ -1,0 +1,105 @@
+"""Runs on every rank: several trainings one after the other in one process, and their weights.
+
+worker.py OUTPUT CELL [CELL ...]   (a folder; rank 0 writes CELL.safetensors and rows.json)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from sa_models.errors import PostshareError
+from tests.distributed.training import Setting, build, train
+from tests.matrix.cells import CELLS, RESUMED
+from train.engine import Engine, start
+
+State = dict[str, tuple[torch.Tensor, dict[str, torch.Tensor]]]
+
+
+def prepared(setting: Setting) -> Engine:
+    engine = start(setting.recipe())
+    assert '"auto"' not in json.dumps(engine.resolved)
+    engine.prepare(*build(setting))
+    return engine
+
+
+def run(name: str, folder: Path) -> list[dict]:
+    setting = CELLS[name]
+    engine = prepared(setting)
+    check_shards(engine)
+    rows = train(engine, setting)
+    engine.check_replicas()
+    weights = {key: value.contiguous() for key, value in engine.full_weights()}
+    if engine.is_main:
+        save_file(weights, folder / f"{name}.safetensors")
+    engine.close()
+    if name in RESUMED:
+        check_resume(setting, weights)
+    return rows
+
+
+def check_shards(engine: Engine) -> None:
+    """Every element of every trainable parameter lies in exactly one rank's range (or in all)."""
+    for name, shard in engine.shards().items():
+        covered = torch.zeros(shard.shape.numel(), device=engine.device)
+        covered[shard.start : shard.stop] = 1
+        expected = 1 if engine.sharded else engine.world
+        assert bool((engine.reduce_sum(covered) == expected).all()), name
+        assert shard.values.shape == (shard.stop - shard.start,), name
+        assert shard.values.dtype == torch.float32, name
+
+
+def check_resume(setting: Setting, final: dict[str, torch.Tensor]) -> None:
+    """Stop after a step, continue in another engine: the weights are the same bits."""
+    first = prepared(setting)
+    train(first, setting, last=1)
+    state: State = {
+        name: (shard.values.clone(), {k: v.clone() for k, v in shard.read_state().items()})
+        for name, shard in first.shards().items()
+    }
+    first.close()
+    second = prepared(setting)
+    for name, shard in second.shards().items():
+        shard.restore(*state[name])
+    second.restored()
+    train(second, setting, first=1)
+    for name, weight in second.full_weights():
+        assert torch.equal(weight, final[name]), f"{name} differs after resuming"
+    second.close()
+
+
+def check_divergence() -> None:
+    """Ranks with different weights are found out, where each holds a copy of its own."""
+    engine = prepared(Setting(steps=1))
+    if engine.world > 1 and engine.stage != 3 and engine.backend != "fsdp":
+        with torch.no_grad():
+            next(iter(engine.model.parameters())).view(-1)[0] += 1e-3 * engine.rank
+        try:
+            engine.check_replicas()
+        except PostshareError:
+            print("divergence found")
+        else:
+            raise AssertionError("different weights were not noticed")
+    engine.close()
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    rows: dict[str, list[dict] | str] = {}
+    for name in sys.argv[2:]:
+        try:
+            rows[name] = run(name, folder)
+        except PostshareError as error:  # a refusal is a result; the comparison judges it
+            rows[name] = str(error)
+        if os.environ.get("RANK", "0") == "0":
+            (folder / "rows.json").write_text(json.dumps(rows))
+    check_divergence()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,205 @@
+"""FSDP2: torch's own `fully_shard`, on each decoder layer and on the root, on any device.
+
+Accelerate starts the process group alone: it offers FSDP on accelerators only, steps by itself, and
+one code path serves both. Parameters, gradients and optimizer state are fp32 DTensors, each rank
+holding its rows; layers are gathered for their forward and backward, in bf16 if the recipe asks for
+it. Gradients are reduced to the shards by every `backward`, in fp32, so that no rank holds more of
+them than one layer's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from sa_models.errors import PostshareError
+from sa_models.projections import SharedLinear
+from train.engine import Engine, Shard, chosen, require_fp32
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from train.recipe import Recipe
+
+
+@dataclass
+class RowShard(Shard):
+    """This rank's rows of a DTensor, its live gradient and optimizer state."""
+
+    parameter: Any  # an nn.Parameter that is a DTensor
+    optimizer: torch.optim.Optimizer
+
+    def read_gradient(self) -> torch.Tensor:
+        if self.parameter.grad is None:
+            self.parameter.grad = torch.zeros_like(self.parameter)
+        return _rows(self.parameter.grad)
+
+    def read_state(self) -> dict[str, torch.Tensor]:
+        state = self.optimizer.state.get(self.parameter, {})
+        return {
+            key: _rows(value) if isinstance(value, DTensor) else torch.as_tensor(value)
+            for key, value in state.items()
+        }
+
+    @torch.no_grad()
+    def restore(self, values: torch.Tensor, state: Mapping[str, torch.Tensor]) -> None:
+        self.values.copy_(values)
+        self.optimizer.state.pop(self.parameter, None)
+        if state:
+            self.optimizer.state[self.parameter] = {
+                key: self._like_parameter(value) for key, value in state.items()
+            }
+
+    def _like_parameter(self, value: torch.Tensor) -> torch.Tensor:
+        if value.dim() == 0:
+            return value.detach().to(self.values.device, copy=True)
+        made = torch.zeros_like(self.parameter)
+        _rows(made).copy_(value)
+        return made
+
+
+def _rows(tensor: Any) -> torch.Tensor:
+    """The local rows of a DTensor, flat and live."""
+    return tensor.to_local().detach().view(-1)
+
+
+class FsdpEngine(Engine):
+    """FSDP2 over all ranks; bf16 with fp32 master weights, gradients summed in fp32."""
+
+    backend = "fsdp"
+
+    def __init__(self, accelerator: Accelerator, recipe: Recipe) -> None:
+        train = recipe.train
+        super().__init__(
+            accelerator,
+            {
+                "backend": self.backend,
+                "processes": accelerator.num_processes,
+                "device": accelerator.device.type,
+                "sharded": "each decoder layer, and the rest",
+                "parameters": "fp32",
+                "compute": train.precision,
+                "reduce": "fp32",
+                "gradient_accumulation_steps": train.accumulation(accelerator.num_processes),
+                "gradient_clipping": train.clip_norm,
+            },
+        )
+        self.sharded = self.world > 1
+        self._bf16 = train.precision == "bf16"
+        self._clip_norm = math.inf if train.clip_norm is None else train.clip_norm
+
+    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        require_fp32(model)
+        if any(isinstance(module, SharedLinear) and module.tied for module in model.modules()):
+            raise PostshareError(
+                "a compact model reads the weights of one layer in another, which FSDP2 has given "
+                "back by then; launch with launch/accelerate/zero3.yaml, or set "
+                "materialize.heal_steps=0"
+            )
+        if self.differs(model.parameters()):
+            raise PostshareError(
+                "the ranks have loaded different weights, and each would train its part of its "
+                "own; let every rank load the same files"
+            )
+        if not dist.is_initialized():  # one process: Accelerate starts no group
+            dist.init_process_group(
+                "gloo" if self.device.type == "cpu" else "nccl",
+                rank=0,
+                world_size=1,
+                store=dist.HashStore(),
+            )
+        places = _places(model, optimizer)
+        mesh = init_device_mesh(self.device.type, (self.world,))
+        policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16 if self._bf16 else None, reduce_dtype=torch.float32
+        )
+        layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+        for module in (*layers, model):  # each is moved to the device as it is sharded
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                # The contract is a sum, and FSDP2 averages; gloo knows sums alone.
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)
+        self.model, self.optimizer = model, optimizer
+        self._parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
+        self._trainable = {n: p for n, p in self._parameters.items() if p.requires_grad}
+        # `fully_shard` has put new parameters in the place of those that the optimizer was given.
+        for group, names in zip(optimizer.param_groups, places, strict=True):
+            group["params"] = [self._parameters[name] for name in names]
+        for name, parameter in self._parameters.items():
+            if not isinstance(parameter, DTensor):
+                raise PostshareError(
+                    f"{name} was not sharded by FSDP2; use the torch version of constraints.txt"
+                )
+
+    @contextlib.contextmanager
+    def micro_step(self, boundary: bool) -> Iterator[None]:
+        yield
+
+    def backward(self, loss: torch.Tensor) -> None:
+        loss.backward()
+
+    def step(self) -> float:
+        # The one place that states clipping under FSDP2: by the norm over all ranks.
+        gradients = [_rows(p.grad) for p in self._trainable.values() if p.grad is not None]
+        square = nn.utils.get_total_norm(gradients).double().square()
+        norm = float(self.all_reduce_(square).sqrt())
+        coefficient = self._clip_norm / (norm + 1e-6)
+        if coefficient < 1:
+            torch._foreach_mul_(gradients, coefficient)
+        self.optimizer.step()
+        self.zero_grad()
+        return norm
+
+    def zero_grad(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def shards(self, names: list[str] | None = None) -> dict[str, Shard]:
+        return {name: self._shard(name, p) for name, p in chosen(self._trainable, names).items()}
+
+    def _shard(self, name: str, parameter: Any) -> Shard:
+        values, shape = _rows(parameter), parameter.shape
+        width = math.prod(shape[1:])
+        start = min(self.rank * -(-shape[0] // self.world), shape[0]) * width
+        return RowShard(
+            name, shape, start, start + values.numel(), values, parameter, self.optimizer
+        )
+
+    def full_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, parameter in self._parameters.items():
+            whole: Any = parameter.detach()
+            yield name, whole.full_tensor().to("cpu", torch.float32)
+
+    def restored(self) -> None:
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # the root may still hold what it gathered for an evaluation
+
+    def check_replicas(self) -> None:
+        """Nothing to compare: each weight is on one rank."""
+
+    def close(self) -> None:
+        if not hasattr(self, "model"):
+            return
+        self.zero_grad()
+        self.restored()  # what was gathered goes; the shards go with the model
+        del self.model, self.optimizer, self._parameters, self._trainable
+        self.accelerator.free_memory()
+
+
+def _places(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[list[str]]:
+    """Names of the parameters of each of the optimizer's groups."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
