@@ -329,7 +329,14 @@ class RankBlocks:
     All ranks then run the same number of forwards, which ZeRO needs.
     """
 
-    def __init__(self, blocks: Blocks, count: int, rank: int, world: int, watch: Watchdog) -> None:
+    def __init__(
+        self,
+        blocks: Blocks,
+        count: int,
+        rank: int,
+        world: int,
+        watch: Watchdog | None = None,
+    ) -> None:
         self.blocks, self.count, self.rank, self.world = blocks, count, rank, world
         self.watch = watch
 
@@ -337,7 +344,8 @@ class RankBlocks:
         return math.ceil(self.count / self.world)
 
     def __getitem__(self, index: int) -> Batch:
-        self.watch.note("validation")
+        if self.watch is not None:
+            self.watch.note("validation")
         mine = index * self.world + self.rank
         if mine < self.count:
             return self.blocks[mine]

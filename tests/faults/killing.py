@@ -167,19 +167,15 @@ def killed(config: str, folder: Path, chance: random.Random, count: Count, kills
                     count.resumed.append(startup)
                     count.lost.append(reached - (metrics.first or 0))
             since = began if early else stepped
-            if count.kills < kills and since is not None and now - since >= moment:
+            ranks = ranks_of(process, config)
+            if count.kills < kills and ranks and since is not None and now - since >= moment:
                 break
             assert now - began < LIMIT, log_of(folder)
             time.sleep(0.005)
         if process.poll() is not None:
             assert process.returncode == 0, log_of(folder)
             return
-        ranks = ranks_of(process, config)
-        if not ranks:  # the launcher has not started them yet, or they have just ended
-            chance_pid = process.pid
-        else:
-            chance_pid = chance.choice(ranks)
-        os.kill(chance_pid, signal.SIGKILL)
+        os.kill(chance.choice(ranks), signal.SIGKILL)
         in_training = stepped is not None and metrics.last() < STEPS
         count.training += in_training
         count.elsewhere += not in_training
