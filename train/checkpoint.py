@@ -1,154 +1,230 @@
-"""Checkpoints: written beside and renamed, hashed, found again, refused when they do not belong.
+"""Checkpoints: written beside while training goes on, hashed, renamed into place, found again.
 
     folder/checkpoints/step-000123/
-      state.json              position, what the run is, backend and world size
-      model.safetensors       every parameter, fp32                      (one process and DDP)
-      optimizer.safetensors   `<parameter name>.<state key>`: exp_avg, exp_avg_sq, step
-      zero/                   DeepSpeed's own files instead of the two   (ZeRO)
-      manifest.json           SHA-256 and bytes of every file; written last
+      part-00000-of-00002.safetensors   what one process held (train/state_files.py)
+      state.json                        position, what the run is, who wrote it
+      manifest.json                     SHA-256 and bytes of every file; written last
 
-A checkpoint belongs to one identity (recipe and plan, as far as they decide the numbers). Random
-state is not stored: the loop seeds every step from (seed, step, rank). Nor is the data loader's or
-the schedule's: both are functions of the step.
+A checkpoint belongs to one identity (recipe and plan, as far as they decide the numbers), not to a
+backend or a number of processes. Frozen parameters are not in it: they are those of the model that
+the training loads. Nor is random state, as the loop seeds every step from (seed, step, rank); nor
+the data loader's or the schedule's: both are functions of the step.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import nn
 
 from sa_models.errors import PostshareError
 from sa_models.manifest import flush
+from train.files import damage, file_entry, rename_into_place, write_json
+from train.identity import identity_hash, refuse_other_run
+from train.state_files import Snapshot, restore, take_snapshot
 
 if TYPE_CHECKING:
     from train.engine import Engine
 
-VERSION = 1
+VERSION = 2
 MANIFEST = "manifest.json"
 STATE = "state.json"
-MODEL = "model.safetensors"
-OPTIMIZER = "optimizer.safetensors"
+PART = "part-{:05d}-of-{:05d}.safetensors"
 
 
 @dataclass(frozen=True)
 class Position:
-    """Where a training stands: optimizer steps done, predicted tokens, seconds, the wandb run."""
+    """Where a training stands.
+
+    Attributes:
+        step: optimizer steps done; `samples`, predicted `tokens` and `seconds` likewise.
+        validation_loss: nats per token after this very step, where it was measured.
+    """
 
     step: int = 0
     samples: int = 0
     tokens: int = 0
     seconds: float = 0.0
     wandb_run_id: str | None = None
+    validation_loss: float | None = None
+
+
+@dataclass(frozen=True)
+class _Writing:
+    """A checkpoint that is not in place yet; `part` is this rank's share of the work."""
+
+    position: Position
+    beside: Path
+    final: Path
+    part: Future[None]
 
 
 class Checkpoints:
-    """The checkpoints of one training. Every method is a collective: all ranks call it.
+    """The checkpoints of one training. Every method but `close` is a collective.
 
     Args:
         folder: `.../checkpoints`, on a file system that all ranks see.
-        model: the unwrapped model that `engine` trains.
-        identity: JSON-ready mapping of all that decides the numbers; see `describe_difference`.
+        identity: JSON-ready mapping of all that decides the numbers.
         keep: newest checkpoints to keep.
-        say: prints one line (on the main process).
+        keep_best: also keep the one with the lowest validation loss.
+        say: prints one line.
     """
 
     def __init__(
         self,
         folder: Path,
         engine: Engine,
-        model: nn.Module,
         identity: dict[str, Any],
         keep: int,
+        keep_best: bool = False,
         say: Callable[[str], None] = print,
     ) -> None:
-        self.folder, self.engine, self.model = folder, engine, model
-        self.identity, self.keep, self.say = identity, keep, say
+        self.folder, self.engine, self.identity = folder, engine, identity
+        self.keep, self.keep_best, self.say = keep, keep_best, say
         self.newest: Path | None = None
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: _Writing | None = None
 
     # --- writing ------------------------------------------------------------------------------
 
     def save(self, position: Position) -> Path:
-        """Write a checkpoint, rename it into place, drop the oldest.
+        """Begin a checkpoint of this moment: copy the state, let a thread write it.
 
+        `poll` or `wait` puts it in place. One that is still being written is waited for.
+
+        Returns:
+            the folder that it will be.
         Raises:
-            PostshareError: it could not be written (a full disk, say). Nothing half written stays
-                and the previous checkpoints are untouched.
+            PostshareError: this one or the one before could not be written (a full disk, say).
+                Nothing half written stays and the checkpoints in place are untouched.
         """
+        self.wait()
         final = self.folder / f"step-{position.step:06d}"
         beside = final.with_name(final.name + ".tmp")
-        if self.engine.is_main:
-            shutil.rmtree(beside, ignore_errors=True)
-        self._on_main(beside, lambda: beside.mkdir(parents=True))
-        if self.engine.backend == "deepspeed":
-            self._save_sharded(beside / "zero")
-        else:
-            self._on_main(beside, lambda: self._save_plain(beside))
-        self._on_main(beside, lambda: self._finish(beside, final, position))
-        self.newest = final
+        self._together(beside, lambda: self._clear(beside), main=True)
+        self._together(beside, lambda: beside.mkdir(parents=True, exist_ok=True))
+        writer = self.engine.sharded or self.engine.is_main  # else every rank has the same
+        snapshot = take_snapshot(self.engine.shards()) if writer else None
+        part = self._thread.submit(self._write_part, beside, snapshot)
+        self._writing = _Writing(position, beside, final, part)
         return final
 
-    def _save_plain(self, folder: Path) -> None:
-        weights = {n: p.detach().cpu().contiguous() for n, p in self.model.named_parameters()}
-        save_file(weights, folder / MODEL)
-        save_file(optimizer_tensors(self.model, self.engine.optimizer), folder / OPTIMIZER)
+    def poll(self) -> None:
+        """Put the checkpoint that is being written in place, if every rank has written its part.
 
-    def _save_sharded(self, folder: Path) -> None:
-        try:
-            self.engine.save_state(folder)
-        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-            # No collective here: the other ranks may be anywhere in DeepSpeed's own.
-            shutil.rmtree(folder.parent, ignore_errors=True)
-            raise self._not_written(error) from error
-        self.engine.barrier()
+        Raises:
+            PostshareError: as `save`.
+        """
+        if self._writing is None:
+            return
+        if not self.engine.reduce_max(float(not self._writing.part.done())):
+            self.wait()
 
-    def _finish(self, beside: Path, final: Path, position: Position) -> None:
+    def wait(self) -> None:
+        """Put the checkpoint that is being written in place, once every rank has written its part.
+
+        Raises:
+            PostshareError: as `save`.
+        """
+        if self._writing is None:
+            return
+        writing, self._writing = self._writing, None
+        self._together(writing.beside, writing.part.result)
+        self._together(writing.beside, lambda: self._finish(writing), main=True)
+        self.newest = writing.final
+
+    def close(self) -> None:
+        """End the thread. A checkpoint that was not waited for is not finished."""
+        self._thread.shutdown()
+
+    def _clear(self, beside: Path) -> None:
+        if beside.exists():
+            shutil.rmtree(beside)
+
+    def _write_part(self, beside: Path, snapshot: Snapshot | None) -> None:
+        if snapshot is None:
+            return
+        rank, world = (self.engine.rank, self.engine.world) if self.engine.sharded else (0, 1)
+        path = beside / PART.format(rank, world)
+        snapshot.write(path)
+        flush(path)
+        write_json(path.with_suffix(".json"), file_entry(path))
+
+    def _finish(self, writing: _Writing) -> None:
+        beside = writing.beside
         state = {
             "version": VERSION,
-            **asdict(position),
+            **asdict(writing.position),
             "identity": self.identity,
             "identity_hash": identity_hash(self.identity),
-            "backend": self.engine.backend,
-            "stage": self.engine.stage,
-            "world": self.engine.world,
+            "written_by": self._written_by(),
         }
         write_json(beside / STATE, state)
-        write_json(beside / MANIFEST, {"version": VERSION, "files": hash_files(beside)})
-        rename_into_place(beside, final)
-        complete = [step for step in steps_in(self.folder) if step <= position.step]
-        for step in complete[: -self.keep]:
-            shutil.rmtree(self.folder / f"step-{step:06d}")
+        files = {STATE: file_entry(beside / STATE)}
+        for part in range(self.engine.world if self.engine.sharded else 1):
+            path = beside / PART.format(part, self.engine.world if self.engine.sharded else 1)
+            entry = path.with_suffix(".json")
+            files[path.name] = json.loads(entry.read_text(encoding="utf-8"))
+            entry.unlink()
+        write_json(beside / MANIFEST, {"version": VERSION, "files": files})
+        rename_into_place(beside, writing.final)
+        self._rotate(writing.position.step)
 
-    def _on_main(self, beside: Path, write: Callable[[], None]) -> None:
-        """Write on the main process; where that fails, all ranks raise."""
-        error: Exception | None = None
-        if self.engine.is_main:
+    def _rotate(self, newest: int) -> None:
+        complete = [step for step in steps_in(self.folder) if step <= newest]
+        kept = set(complete[-self.keep :])
+        if self.keep_best and (best := self.best()) is not None:
+            kept.add(best)
+        for step in complete:
+            if step not in kept:
+                shutil.rmtree(self.folder / f"step-{step:06d}")
+
+    def best(self) -> int | None:
+        """The step of the checkpoint with the lowest validation loss; None when none has one."""
+        losses = {}
+        for step in steps_in(self.folder):
             try:
-                write()
+                state = json.loads((self.folder / f"step-{step:06d}" / STATE).read_text("utf-8"))
+            except (OSError, ValueError):
+                continue  # `resume` names what is damaged
+            if state.get("validation_loss") is not None:
+                losses[step] = state["validation_loss"]
+        return min(losses, key=lambda step: (losses[step], step)) if losses else None
+
+    def _written_by(self) -> str:
+        engine = self.engine
+        kind = {"plain": "DDP" if engine.world > 1 else "one process", "fsdp": "FSDP2"}
+        name = kind.get(engine.backend, f"ZeRO-{engine.stage}")
+        return name if engine.world == 1 else f"{name}, {engine.world} processes"
+
+    def _together(self, beside: Path, work: Callable[[], None], main: bool = False) -> None:
+        """Do a part of the writing, on the main process only or on all; one's error is all's."""
+        error: Exception | None = None
+        if self.engine.is_main or not main:
+            try:
+                work()
             except (OSError, SafetensorError) as caught:
                 error = caught
-                shutil.rmtree(beside, ignore_errors=True)
-        if self.engine.reduce_max(float(error is not None)):
-            raise self._not_written(error) from error
-
-    def _not_written(self, error: Exception | None) -> PostshareError:
-        reason = " ".join(str(error).split()) if error else "see the main process"
+        failed = int(self.engine.reduce_max(float(self.engine.rank if error else -1)))
+        if failed < 0:
+            return
+        if self.engine.is_main:
+            shutil.rmtree(beside, ignore_errors=True)
+        reason = " ".join(str(error).split()) if error else f"see rank {failed}"
+        if error and not self.engine.is_main:
+            self.say(f"rank {self.engine.rank}: {reason}")
         last = f"the last good one is {self.newest}" if self.newest else "there is none yet"
-        return PostshareError(
+        raise PostshareError(
             f"the checkpoint could not be written to {self.folder} ({reason}); free disk space or "
             f"lower train.keep_checkpoints, then start again: {last}"
-        )
+        ) from error
 
     # --- reading ------------------------------------------------------------------------------
 
@@ -158,140 +234,58 @@ class Checkpoints:
         Says which one it took, and which it ignored and why. Leftovers of a killed write go.
 
         Raises:
-            PostshareError: the newest complete checkpoint belongs to another recipe or plan, or
-                its backend cannot be continued by this one.
+            PostshareError: the newest complete checkpoint belongs to another recipe or plan; there
+                are checkpoints and none is complete, so that training would start over unasked.
         """
-        chosen = -1.0
+        steps: list[int] = []
+        ignored = 0
         if self.engine.is_main:
             for leftover in self.folder.glob("step-*.tmp"):
                 self.say(f"removed {leftover}: it was never finished")
                 shutil.rmtree(leftover)
-            chosen = float(self._newest_complete())
-        step = int(self.engine.reduce_max(chosen))
-        if step < 0:
-            return Position()
-        folder = self.folder / f"step-{step:06d}"
+            steps = steps_in(self.folder)
+        while (step := int(self.engine.reduce_max(float(steps.pop() if steps else -1)))) >= 0:
+            folder = self.folder / f"step-{step:06d}"
+            if self._complete(folder):
+                return self._load(folder)
+            ignored += 1
+        if ignored:
+            raise PostshareError(
+                f"{self.folder} holds {ignored} checkpoint(s) and none can be used (see above); "
+                "restore the files, or delete the folder to start over from step 0"
+            )
+        return Position()
+
+    def _complete(self, folder: Path) -> bool:
+        """Whether every file is there with its hash; the ranks share the hashing."""
+        reason = incomplete(folder, self.engine.rank, self.engine.world)
+        speaker = int(self.engine.reduce_max(float(self.engine.rank if reason else -1)))
+        if speaker == self.engine.rank:
+            self.say(f"ignored {folder}: {reason}")
+        return speaker < 0
+
+    def _load(self, folder: Path) -> Position:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        self._check_belongs(folder, state)
-        if self.engine.backend == "deepspeed":
-            self.engine.load_state(folder / "zero")
-        else:
-            load_weights(self.model, folder / MODEL)
-            load_optimizer(self.model, self.engine.optimizer, folder / OPTIMIZER)
+        refuse_other_run(folder, state["identity"], self.identity)
+        problem: Exception | None = None
+        try:
+            restore(self.engine.shards(), sorted(folder.glob("part-*.safetensors")))
+        except (OSError, SafetensorError, PostshareError) as caught:
+            problem = caught
+        if self.engine.reduce_max(float(problem is not None)):
+            if isinstance(problem, PostshareError):
+                raise problem
+            reason = " ".join(str(problem).split()) if problem else "see the other processes"
+            raise PostshareError(
+                f"{folder} cannot be read ({reason}); delete it to start from an earlier one"
+            ) from problem
+        self.engine.restored()
         self.newest = folder
         if self.engine.is_main:
-            self.say(f"resuming from {folder}")
+            here, there = self._written_by(), state["written_by"]
+            by = "" if here == there else f" (written by {there}; here: {here})"
+            self.say(f"resuming from {folder}{by}")
         return Position(**{key: state[key] for key in asdict(Position())})
-
-    def _newest_complete(self) -> int:
-        for step in reversed(steps_in(self.folder)):
-            folder = self.folder / f"step-{step:06d}"
-            reason = incomplete(folder)
-            if reason is None:
-                return step
-            self.say(f"ignored {folder}: {reason}")
-        return -1
-
-    def _check_belongs(self, folder: Path, state: dict[str, Any]) -> None:
-        refuse_other_run(folder, state["identity"], self.identity)
-        written = backend_name(state["backend"], state["stage"])
-        here = backend_name(self.engine.backend, self.engine.stage)
-        if written != here:
-            raise PostshareError(
-                f"{folder} was written by {written} and this run uses {here}; "
-                "start with the launch file that wrote it, or choose another output_dir"
-            )
-        if self.engine.backend == "deepspeed" and state["world"] != self.engine.world:
-            raise PostshareError(
-                f"{folder} was written by {state['world']} processes under {written}, and this run "
-                f"has {self.engine.world}: each file holds one process's partition, and converting "
-                f"them is not supported; start {state['world']} processes"
-            )
-
-
-# --- identity -------------------------------------------------------------------------------------
-
-
-def identity_hash(identity: dict[str, Any]) -> str:
-    """SHA-256 (hex) of the canonical JSON."""
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-
-
-def refuse_other_run(folder: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
-    """Raises PostshareError, naming what differs, when `folder` holds a run of another identity."""
-    theirs = json.loads(json.dumps(theirs))
-    ours = json.loads(json.dumps(ours))  # tuples become lists, as in the file
-    differing = _differences(theirs, ours)
-    if differing:
-        raise PostshareError(
-            f"{folder} holds another run ({'; '.join(differing[:3])}); choose another output_dir, "
-            "or delete the folder to start over"
-        )
-
-
-def _differences(theirs: Any, ours: Any, path: str = "") -> list[str]:
-    if isinstance(theirs, dict) and isinstance(ours, dict):
-        keys = [*theirs, *(key for key in ours if key not in theirs)]
-        found = []
-        for key in keys:
-            found += _differences(theirs.get(key), ours.get(key), f"{path}.{key}" if path else key)
-        return found
-    return [] if theirs == ours else [f"{path} was {theirs!r}, now {ours!r}"]
-
-
-def backend_name(backend: str, stage: int) -> str:
-    return f"ZeRO-{stage}" if backend == "deepspeed" else "one process or DDP"
-
-
-# --- tensors --------------------------------------------------------------------------------------
-
-
-def optimizer_tensors(
-    model: nn.Module, optimizer: torch.optim.Optimizer
-) -> dict[str, torch.Tensor]:
-    """The optimizer's state as CPU tensors named `<parameter name>.<state key>`."""
-    tensors = {}
-    for name, parameter in model.named_parameters():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            # AdamW's `step` is a tensor, that of bitsandbytes a number.
-            tensors[f"{name}.{key}"] = torch.as_tensor(value).detach().cpu().contiguous()
-    return tensors
-
-
-def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, path: Path) -> None:
-    """Inverse of :func:`optimizer_tensors`; hyperparameters stay those of `optimizer`."""
-    saved: dict[str, dict[str, torch.Tensor]] = {}
-    for full_name, tensor in load_file(path).items():
-        name, key = full_name.rsplit(".", 1)
-        saved.setdefault(name, {})[key] = tensor
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    ordered = [names[p] for group in optimizer.param_groups for p in group["params"]]
-    if unknown := set(saved) - set(ordered):
-        raise PostshareError(
-            f"{path} holds optimizer state of {sorted(unknown)[0]}, which this run does not train; "
-            "restore train.trainable, or choose another output_dir"
-        )
-    state = {index: saved[name] for index, name in enumerate(ordered) if name in saved}
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
-
-
-@torch.no_grad()
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Copy every parameter from a safetensors file. Raises PostshareError unless names agree."""
-    saved = load_file(path)
-    parameters = dict(model.named_parameters())
-    if different := set(saved) ^ set(parameters):
-        raise PostshareError(
-            f"{path} and the model differ in {sorted(different)[0]}; choose another output_dir"
-        )
-    for name, parameter in parameters.items():
-        if parameter.shape != saved[name].shape:
-            raise PostshareError(
-                f"{path}: {name} has shape {list(saved[name].shape)}, the model's is "
-                f"{list(parameter.shape)}; choose another output_dir"
-            )
-        parameter.copy_(saved[name])
 
 
 # --- files ----------------------------------------------------------------------------------------
@@ -303,53 +297,20 @@ def steps_in(folder: Path) -> list[int]:
     return sorted(int(name[1]) for name in names if name)
 
 
-def incomplete(folder: Path) -> str | None:
-    """Why a checkpoint cannot be used: None when every file is there with its hash."""
+def incomplete(folder: Path, rank: int = 0, world: int = 1) -> str | None:
+    """Why a checkpoint cannot be used: None when every file is there with its hash.
+
+    Args:
+        rank, world: look at every `world`-th file only, from `rank` on.
+    """
     try:
-        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        files, version = manifest["files"], manifest["version"]
     except (OSError, ValueError, KeyError, TypeError):
         return "it has no readable manifest"
-    for name, entry in files.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != entry["bytes"] or file_hash(path) != entry["sha256"]:
-            return f"{name} is damaged (its hash differs from the manifest)"
+    if version != VERSION:
+        return f"it has format {version}, this postshare reads {VERSION}"
+    for name in sorted(files)[rank::world]:
+        if problem := damage(folder / name, files[name]):
+            return f"{name} {problem}"
     return None
-
-
-def file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def hash_files(folder: Path) -> dict[str, dict[str, Any]]:
-    """{relative path: {"sha256", "bytes"}} of every file below a folder."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {
-        path.relative_to(folder).as_posix(): {
-            "sha256": file_hash(path),
-            "bytes": path.stat().st_size,
-        }
-        for path in files
-    }
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write beside and rename."""
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    os.replace(beside, path)
-
-
-def rename_into_place(beside: Path, final: Path) -> None:
-    """Flush a folder to disk and give it its name, replacing a folder that has it."""
-    for path in (*beside.rglob("*"), beside):
-        flush(path)
-    old = final.with_name(final.name + ".old")
-    if final.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        os.rename(final, old)
-    os.rename(beside, final)
-    flush(final.parent)
-    shutil.rmtree(old, ignore_errors=True)

@@ -206,15 +206,11 @@ def memory_per_gpu(
     )
 
 
-def checkpoint_bytes(shape: LlamaShape, train: TrainSection, stage: int) -> int:
-    """Bytes of one checkpoint: fp32 weights and moments; under ZeRO also the weights in training
-    precision. Spans and fewer KV heads need less."""
-    total = llama_parameters(shape)
+def checkpoint_bytes(shape: LlamaShape, train: TrainSection) -> int:
+    """Bytes of one checkpoint, the same on every backend: fp32 weights and moments of what is
+    trained. Spans and fewer KV heads need less."""
     trained = trainable_parameters(shape, train.trainable)
-    moments = (2 if train.optimizer == "adamw_8bit" else 8) * trained
-    if stage == 0:
-        return 4 * total + moments
-    return (2 if train.precision == "bf16" else 4) * total + 4 * trained + moments
+    return (6 if train.optimizer == "adamw_8bit" else 12) * trained
 
 
 @dataclass(frozen=True)
@@ -233,7 +229,7 @@ class Disk:
         return self.checkpoint + self.weights + self.exports
 
 
-def disk_space(recipe: Recipe, shape: LlamaShape, stage: int) -> Disk:
+def disk_space(recipe: Recipe, shape: LlamaShape) -> Disk:
     """What a run folder grows to.
 
     Raises:
@@ -249,7 +245,7 @@ def disk_space(recipe: Recipe, shape: LlamaShape, stage: int) -> Disk:
     if "dense" in recipe.export.formats and structure.has_stock_form:
         exports += (savings.stored_parameters + savings.tied_parameters) * element
     trainings = 0 if train.steps == 0 else 2 if recipe.evaluate.continued and recipe.shares else 1
-    checkpoint = checkpoint_bytes(shape, train, stage) if trainings else 0
+    checkpoint = checkpoint_bytes(shape, train) if trainings else 0
     # Without checkpoint_every one is written when the run is stopped, and no other.
     kept = train.keep_checkpoints * trainings + 1 if train.checkpoint_every else 1
     weights = 4 * savings.base_parameters * trainings

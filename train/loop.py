@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -132,7 +132,12 @@ def _train(engine: Engine, job: TrainJob, recipe: Recipe, ours: dict[str, Any]) 
     # --- where it stands
     begin(job.folder, ours, engine)
     checkpoints = Checkpoints(
-        job.folder / "checkpoints", engine, job.model, ours, section.keep_checkpoints, note
+        job.folder / "checkpoints",
+        engine,
+        ours,
+        section.keep_checkpoints,
+        section.keep_best,
+        note,
     )
     at = checkpoints.resume()
     began = time.perf_counter() - at.seconds
@@ -153,7 +158,7 @@ def _train(engine: Engine, job: TrainJob, recipe: Recipe, ours: dict[str, Any]) 
     watch = Watchdog(engine.rank, engine.world, section.hang_timeout)
     health = Health(engine, section.health_every)
 
-    with StopSignal() as stop, tracker, closing(batches), watch:
+    with StopSignal() as stop, tracker, closing(batches), closing(checkpoints), watch:
         for step in range(at.step, job.steps):
             step_began = time.perf_counter()
             seed_step(recipe.seed, step, engine.rank)
@@ -205,6 +210,7 @@ def _train(engine: Engine, job: TrainJob, recipe: Recipe, ours: dict[str, Any]) 
                 engine.check_replicas()
 
             # 5. What came of it.
+            checkpoints.poll()
             now = time.perf_counter()
             at = Position(
                 step=step + 1,
@@ -238,10 +244,15 @@ def _train(engine: Engine, job: TrainJob, recipe: Recipe, ours: dict[str, Any]) 
             last = at.step == job.steps
             if not last and (stopping or due(section.checkpoint_every, at.step)):
                 watch.note("writing a checkpoint")
-                saved = checkpoints.save(at)
+                measured = row.get("validation_loss")
+                saved = checkpoints.save(replace(at, validation_loss=measured))
                 if stopping:
+                    checkpoints.wait()
                     raise TrainingStopped(at.step, job.steps, saved, engine.world)
 
+        watch.note("writing the last checkpoint")
+        checkpoints.wait()
+        watch.note("writing the weights", limited=False)
         result = TrainResult(at.step, at.tokens, at.seconds, job.folder / "weights")
         return finish(job.folder, engine, job.model, recipe.export.shard_bytes, result)
 
@@ -289,6 +300,7 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 def require_finite(what: str, value: float, step: int, checkpoints: Checkpoints) -> None:
     """Raises PostshareError for nan and inf; `value` is the same on all ranks, so all raise."""
     if not math.isfinite(value):
+        checkpoints.wait()
         last = f"the last good checkpoint is {checkpoints.newest}"
         raise PostshareError(
             f"step {step + 1}: the {what} is {value}; lower train.learning_rate or raise "

@@ -26,8 +26,8 @@ from sa_models.readers import open_weights
 from sa_models.weights import WeightsFolder
 from train import engine as engines
 from train.base_model import load_base, load_dense, load_model
-from train.checkpoint import write_json
 from train.data import Blocks
+from train.files import write_json
 from train.loop import TrainJob, TrainResult, train
 from train.outcome import read_result
 from train.planning import (

@@ -19,8 +19,8 @@ from sa_models.plan import SharingPlan
 from sa_models.weights import WeightsFolder, read_config
 from train import engine as engines
 from train.base_model import base_folder, fresh_config
-from train.checkpoint import refuse_other_run
 from train.data import Blocks, prepare_data
+from train.identity import refuse_other_run
 from train.outcome import FREE_TRAIN
 from train.planning import SIMILARITY_PICTURE, TIES_PICTURE, check_plan
 from train.recipe import Recipe, load_recipe

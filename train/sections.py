@@ -310,6 +310,9 @@ class TrainSection(Section):
     three times as long; null: wait as long as the process group does."""
     health_every: Count = 10
     """Steps between comparisons of the ranks: time, data wait, memory, loss; 0: never."""
+    keep_best: bool = False
+    """Also keep the checkpoint with the lowest validation loss; checkpoint_every must then be a
+    multiple of evaluate_every."""
 
     @model_validator(mode="after")
     def _lengths(self) -> Self:
@@ -319,6 +322,12 @@ class TrainSection(Section):
             raise ValueError(self._indivisible(1))
         if self.decay_steps is not None and self.schedule != "wsd":
             raise ValueError(f"schedule {self.schedule} ignores decay_steps; set schedule wsd")
+        every = self.evaluate_every, self.checkpoint_every
+        if self.keep_best and (0 in every or every[1] % every[0]):
+            raise ValueError(
+                f"keep_best knows the loss of evaluated checkpoints only, and checkpoint_every "
+                f"{every[1]} is no multiple of evaluate_every {every[0]}; set both"
+            )
         return self
 
     def accumulation(self, world_size: int) -> int:

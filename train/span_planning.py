@@ -21,9 +21,9 @@ from sa_models.isotropy import Isotropy, best_head_map, head_similarity, measure
 from sa_models.plan import SharingPlan
 from sa_models.span_search import SpanChoice
 from sa_models.spans import AttentionSpan, ranges
-from train.checkpoint import write_json
 from train.data import Blocks
 from train.evaluate import perplexity
+from train.files import write_json
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, LlamaForCausalLM

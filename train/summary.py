@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 
 from sa_models.plan import SharingPlan
 from sa_models.savings import PlanSavings
-from train.checkpoint import write_json
 from train.data import Blocks
 from train.evaluate import Perplexity, perplexity
+from train.files import write_json
 
 EVALUATION_FILE = "evaluation.json"
 SUMMARY_FILE = "summary.json"

@@ -71,6 +71,7 @@ class Watchdog:
         self._alone = Note(rank, os.uname().nodename, os.getpid(), 0, 0, "starting")
         self._beats: Heartbeats | None = None
         self._first: int | None = None
+        self._limited = True
         self._ended = threading.Event()
 
     @property
@@ -78,8 +79,13 @@ class Watchdog:
         """This rank's note."""
         return self._alone if self._beats is None else self._beats.note
 
-    def note(self, phase: str, step: int | None = None) -> None:
-        """The main thread enters a phase; `step` counts from 1. The same calls on all ranks."""
+    def note(self, phase: str, step: int | None = None, limited: bool = True) -> None:
+        """The main thread enters a phase; `step` counts from 1. The same calls on all ranks.
+
+        Args:
+            limited: whether the phase must end within the time-out.
+        """
+        self._limited = limited
         step = self.here.step if step is None else step
         if self._first is None and step:
             self._first = step
@@ -147,7 +153,7 @@ class Watchdog:
             # Not the whole difference: where this process was stopped, nothing was late.
             quiet += min(now - before, 2 * tick)
             before = now
-            if self.here.count != seen:
+            if self.here.count != seen or not self._limited:
                 seen, quiet = self.here.count, 0.0
             patience = self.timeout
             if self._first in (None, self.here.step):

@@ -205,7 +205,7 @@ def check_disk(s: Situation) -> Iterator[Finding]:
         yield ok(topic, f"{size(f.disk)} free")
         return
     try:
-        need = estimate.disk_space(s.recipe, s.shape, s.stage or 0)
+        need = estimate.disk_space(s.recipe, s.shape)
     except PostshareError as error:
         yield from_error("plan", error)
         return

@@ -1,0 +1,52 @@
+"""Files that are whole or not there: hashes, JSON, renaming into place."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from sa_models.manifest import flush
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write beside and rename."""
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    os.replace(beside, path)
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 (hex)."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_entry(path: Path) -> dict[str, Any]:
+    """{"sha256", "bytes"} of a file, as manifests hold it."""
+    return {"sha256": file_hash(path), "bytes": path.stat().st_size}
+
+
+def damage(path: Path, entry: dict[str, Any]) -> str | None:
+    """Why a file is not the one of its manifest entry; None when it is."""
+    if not path.is_file():
+        return "is missing"
+    if path.stat().st_size != entry["bytes"] or file_hash(path) != entry["sha256"]:
+        return "is damaged (its hash differs from the manifest)"
+    return None
+
+
+def rename_into_place(beside: Path, final: Path) -> None:
+    """Flush a folder to disk and give it its name, replacing a folder that has it."""
+    for path in (*beside.rglob("*"), beside):
+        flush(path)
+    old = final.with_name(final.name + ".old")
+    if final.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(final, old)
+    os.rename(beside, final)
+    flush(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
