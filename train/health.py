@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from train.tracking import memory_bytes
 
@@ -22,29 +21,24 @@ if TYPE_CHECKING:
 
 
 class Health:
-    """Compares the ranks every `every` steps (0: never). Alone there is nothing to compare."""
+    """Compares the ranks every `every` steps (0: never). Alone there is nothing to compare.
 
-    def __init__(self, engine: Engine, every: int) -> None:
+    Args:
+        model: the unwrapped one: DDP's forward waits for the other ranks before it calls it.
+    """
+
+    def __init__(self, engine: Engine, model: nn.Module, every: int) -> None:
         self.engine, self.every = engine, every
         self._measuring = False
-        self._forward = 0.0
+        self._forward = self._began = 0.0
+        if engine.world > 1 and every > 0:
+            model.register_forward_pre_hook(self._enter)
+            model.register_forward_hook(self._leave)
 
     def begin(self, step: int) -> None:
         """A step begins; `step` counts from 1."""
         self._measuring = self.engine.world > 1 and self.every > 0 and step % self.every == 0
         self._forward = 0.0
-
-    @contextmanager
-    def forward(self) -> Iterator[None]:
-        """Around a forward: its time counts as this rank's own."""
-        if not self._measuring:
-            yield
-            return
-        self._wait_for_device()
-        began = time.perf_counter()
-        yield
-        self._wait_for_device()
-        self._forward += time.perf_counter() - began
 
     def compare(self, data_wait: float, loss: float) -> dict[str, Any]:
         """The columns of metrics.jsonl for this step; a collective. {} between comparisons.
@@ -78,6 +72,16 @@ class Health:
             return ""
         listed = ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
         return f" on rank{'s' * (len(ranks) > 1)} {listed}"
+
+    def _enter(self, *_: Any) -> None:
+        if self._measuring:
+            self._wait_for_device()
+            self._began = time.perf_counter()
+
+    def _leave(self, *_: Any) -> None:
+        if self._measuring:
+            self._wait_for_device()
+            self._forward += time.perf_counter() - self._began
 
     def _wait_for_device(self) -> None:
         if self.engine.device.type != "cpu":

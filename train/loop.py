@@ -156,7 +156,7 @@ def _train(engine: Engine, job: TrainJob, recipe: Recipe, ours: dict[str, Any]) 
     )
     batches = read_ahead(job.train_blocks, samples, 2 * samples.accumulation)
     watch = Watchdog(engine.rank, engine.world, section.hang_timeout)
-    health = Health(engine, section.health_every)
+    health = Health(engine, job.model, section.health_every)
 
     with StopSignal() as stop, tracker, closing(batches), closing(checkpoints), watch:
         for step in range(at.step, job.steps):
@@ -181,8 +181,7 @@ def _train(engine: Engine, job: TrainJob, recipe: Recipe, ours: dict[str, Any]) 
             for micro, batch in enumerate(window):
                 watch.note("forward and backward")
                 with engine.micro_step(boundary=micro == len(window) - 1):
-                    with health.forward():
-                        loss = token_losses(engine, batch) / predicted
+                    loss = token_losses(engine, batch) / predicted
                     engine.backward(lm_weight * loss)
                 lm += loss.detach()
             lm_loss, stopping = engine.reduce_sum(

@@ -5,9 +5,12 @@ fault_worker.py FAULT RECIPE [key=value ...]
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import time
+
+from transformers import LlamaModel
 
 from train import loop
 from train.cli import launched
@@ -43,15 +46,16 @@ def stuck_data() -> None:
 
 
 def slow_forward() -> None:
-    """Rank 1 takes a second longer for each forward."""
-    losses = loop.token_losses
+    """Rank 1's model takes a second longer for each forward."""
+    forward = LlamaModel.forward
 
-    def wrapped(engine: object, batch: object) -> object:
+    @functools.wraps(forward)
+    def wrapped(*arguments: object, **options: object) -> object:
         if RANK == 1:
             time.sleep(1)
-        return losses(engine, batch)  # type: ignore[arg-type]
+        return forward(*arguments, **options)  # type: ignore[arg-type]
 
-    loop.token_losses = wrapped  # type: ignore[assignment]
+    LlamaModel.forward = wrapped  # type: ignore[assignment]
 
 
 if __name__ == "__main__":
