@@ -12,7 +12,8 @@ import resource
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlparse
@@ -144,8 +145,21 @@ def _nulls(values: torch.Tensor) -> list[list[float | None]]:
 
 def append_row(path: Path, row: Row) -> None:
     # JSON has no NaN: a row that could not be read back must fail here.
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row, allow_nan=False) + "\n")
+    line = json.dumps(row, allow_nan=False) + "\n"
+    with _writing(path), path.open("a", encoding="utf-8") as file:
+        file.write(line)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turns a full or read-only disk into one line."""
+    try:
+        yield
+    except OSError as error:
+        raise PostshareError(
+            f"{path} cannot be written ({error.strerror}); free disk space, then start the same "
+            "command again"
+        ) from error
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -167,11 +181,12 @@ def read_rows(path: Path) -> list[Row]:
 
 def truncate_rows(path: Path, step: int) -> None:
     """Drop the rows beyond `step`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     rows = [row for row in read_rows(path) if row["step"] <= step]
     beside = path.with_name(path.name + ".tmp")
-    beside.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    os.replace(beside, path)
+    with _writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        os.replace(beside, path)
 
 
 def memory_bytes() -> int:
