@@ -156,7 +156,7 @@ def killed(config: str, folder: Path, chance: random.Random, count: Count, kills
     while True:
         process, metrics, began = start(config, folder), Metrics(folder), time.monotonic()
         early = chance.random() < 0.15
-        moment = chance.uniform(0, startup) if early else chance.uniform(0, 2.5)
+        moment = chance.uniform(0, startup) if early else chance.uniform(0, 4.0)
         stepped: float | None = None
         while process.poll() is None:
             now = time.monotonic()
