@@ -113,6 +113,15 @@ def end(process: subprocess.Popen[bytes], seconds: float = 60.0) -> None:
         raise AssertionError("the launcher did not end after a rank was killed") from None
 
 
+def half_written(folder: Path) -> bool:
+    """Whether something lies among the checkpoints that has no checkpoint's name."""
+    try:
+        names = os.listdir(folder / "checkpoints")
+    except OSError:
+        return False
+    return any(not re.fullmatch(r"step-\d+", name) for name in names)
+
+
 class Metrics:
     """The rows that one start adds to metrics.jsonl."""
 
@@ -155,8 +164,10 @@ def killed(config: str, folder: Path, chance: random.Random, count: Count, kills
     startup = 8.0
     while True:
         process, metrics, began = start(config, folder), Metrics(folder), time.monotonic()
-        early = chance.random() < 0.15
-        moment = chance.uniform(0, startup) if early else chance.uniform(0, 4.0)
+        # Of twenty kills three fall at any moment of the start, seven on a checkpoint that is being
+        # written, and ten at any moment of some steps and what follows the training.
+        kind = chance.choices(["start", "writing", "steps"], [3, 7, 10])[0]
+        moment = chance.uniform(0, startup if kind == "start" else 4.0)
         stepped: float | None = None
         while process.poll() is None:
             now = time.monotonic()
@@ -166,12 +177,14 @@ def killed(config: str, folder: Path, chance: random.Random, count: Count, kills
                 if reached:
                     count.resumed.append(startup)
                     count.lost.append(reached - (metrics.first or 0))
-            since = began if early else stepped
-            ranks = ranks_of(process, config)
-            if count.kills < kills and ranks and since is not None and now - since >= moment:
+            since = began if kind == "start" else stepped
+            due = since is not None and now - since >= moment
+            if kind == "writing" and since is not None and now - since < 20:
+                due = half_written(folder)
+            if count.kills < kills and due and (ranks := ranks_of(process, config)):
                 break
             assert now - began < LIMIT, log_of(folder)
-            time.sleep(0.005)
+            time.sleep(0.002)
         if process.poll() is not None:
             assert process.returncode == 0, log_of(folder)
             return
@@ -179,10 +192,8 @@ def killed(config: str, folder: Path, chance: random.Random, count: Count, kills
         in_training = stepped is not None and metrics.last() < STEPS
         count.training += in_training
         count.elsewhere += not in_training
-        checkpoints = folder / "checkpoints"
-        names = [path.name for path in checkpoints.iterdir()] if checkpoints.is_dir() else []
-        count.writing += any(not re.fullmatch(r"step-\d+", name) for name in names)
         end(process)
+        count.writing += half_written(folder)
         reached = max(reached, metrics.last())
 
 
