@@ -300,7 +300,7 @@ class WandbRun:
         if self._run is not None:
             self._guard(lambda: self._run.finish(exit_code=int(failed)), CLOSING_SECONDS)
 
-    def _guard(self, call: Callable[[], None], seconds: float = CALL_SECONDS) -> None:
+    def _guard(self, call: Callable[[], None], seconds: float | None = None) -> None:
         # Whatever wandb raises (network, disk, its service process), and if it never comes back,
         # training goes on.
         failed: list[Exception] = []
@@ -313,6 +313,7 @@ class WandbRun:
 
         thread = threading.Thread(target=guarded, name="wandb", daemon=True)
         thread.start()
+        seconds = CALL_SECONDS if seconds is None else seconds
         thread.join(seconds)
         if not failed and not thread.is_alive():
             return
