@@ -5,13 +5,14 @@ BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST_ARGS ?=
 
-.PHONY: help demo test test-cluster check format bench build schema clean
+.PHONY: help demo test test-cluster test-faults check format bench build schema clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    run the whole pipeline on a small model; writes runs/demo"
 	@echo "make test    run the tests (PYTEST_ARGS='-k recipe' selects)"
 	@echo "make test-cluster  train on a real Slurm and on two hosts, all on this machine (needs root)"
+	@echo "make test-faults   kill a training 100 times, fill its disk, cut its network (KILLS=100)"
 	@echo "make check   ruff, ruff format, mypy"
 	@echo "make bench   speed and memory; writes .bench/bench.json"
 	@echo "make build   write the wheel to dist/"
@@ -47,6 +48,14 @@ test-cluster: $(STAMP)
 			--no-install-recommends slurm-wlm munge iproute2 util-linux >/dev/null || exit 2; \
 		break; }; done
 	$(BIN)/python -m pytest tests/cluster -p no:cacheprovider $(PYTEST_ARGS)
+
+# Disks and networks need root (iproute2, util-linux); without it those tests say so and are skipped.
+KILLS ?= 100
+
+test-faults: $(STAMP)
+	$(BIN)/python -m pytest tests/faults tests/distributed/test_hang.py \
+		tests/distributed/test_elastic.py tests/cluster/test_network_faults.py \
+		--kills $(KILLS) -rs -p no:cacheprovider $(PYTEST_ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -48,10 +48,12 @@ class RankLostError(PostshareError):
 
 
 def lost_connection(error: BaseException) -> str | None:
-    """The first line of an error of the libraries that means a lost peer; None for others."""
-    if isinstance(error, RuntimeError | ConnectionError) and _LOST.search(str(error)):
-        return str(error).strip().splitlines()[0][:200]
-    return None
+    """What an error of the libraries says that means a lost peer; None for other errors."""
+    if not isinstance(error, RuntimeError | ConnectionError) or not _LOST.search(str(error)):
+        return None
+    # gloo: "[/long/path/pair.cc:537] Read error [127.0.0.1]:1459: Connection reset by peer. This..."
+    line = re.sub(r"^\[\S+\] ", "", str(error).strip().splitlines()[0])
+    return line.split(". ")[0][:200]
 
 
 def _agreed(error: Exception) -> bool:

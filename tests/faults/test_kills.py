@@ -1,6 +1,8 @@
 """SIGKILL of a random rank at random moments; the same command; the weights of an undisturbed run.
 
 `pytest tests/faults/test_kills.py --kills 100`; half of them on one process, half on two.
+
+Fewer than 20 are shared out between one process and DDP.
 """
 
 from __future__ import annotations
@@ -22,7 +24,10 @@ BOUNDS = {"one": 0.0, "ddp": 1e-6, "zero2": 1e-6}
 def test_nothing_is_lost(
     config: str, tmp_path: Path, pytestconfig: pytest.Config, fault_table: list[killing.Count]
 ) -> None:
-    kills = max(1, round(SHARES[config] * pytestconfig.getoption("--kills")))
+    asked = pytestconfig.getoption("--kills")
+    if asked < 20 and config == "zero2":
+        pytest.skip("few kills: one process and DDP only; --kills 20 for all")
+    kills = max(1, round(SHARES[config] * asked)) if asked >= 20 else asked // 2 + (config == "one")
     chance = random.Random(f"{config} {pytestconfig.getoption('--seed')}")
     whole, count = tmp_path / "whole", killing.Count(config)
     fault_table.append(count)
