@@ -19,6 +19,8 @@ import torch.distributed as dist
 from train.exit_codes import ExitCode
 from train.watchdog import START_AGAIN, RankLostError
 
+BUILD_SECONDS = 300.0
+"""DeepSpeed may compile when the process group is made: that is never cut short."""
 SPEAKS_AFTER = 30.0
 """Seconds after which the main rank says for whom it waits."""
 
@@ -40,7 +42,8 @@ def meeting(patience: float | None) -> Iterator[None]:
     # Without torchrun (srun or mpirun alone) rank 0 serves the store, once it makes the group.
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         _meet(int(os.environ["RANK"]), world, patience)
-    late = threading.Timer(patience, _give_up, [patience])
+    limit = max(patience, BUILD_SECONDS)
+    late = threading.Timer(limit, _give_up, [limit])
     late.daemon = True
     late.start()
     try:
@@ -60,12 +63,8 @@ def _meet(rank: int, world: int, patience: float) -> None:
         store.set(str(rank), "here")
         while missing and time.monotonic() < end:
             missing = [r for r in missing if not store.check([str(r)])]
-            if (
-                rank == 0
-                and missing
-                and not spoken
-                and end - time.monotonic() < patience - SPEAKS_AFTER
-            ):
+            waited = patience - (end - time.monotonic())
+            if rank == 0 and missing and not spoken and waited > SPEAKS_AFTER:
                 print(f"waiting for {_ranks(missing)} to start", file=sys.stderr, flush=True)
                 spoken = True
             time.sleep(0.2 if missing else 0)

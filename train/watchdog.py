@@ -24,8 +24,11 @@ from train.interrupt import TrainingStopped
 
 FIRST_STEP = 3
 """Times the time-out that the first step may take: kernels are compiled, files are cold."""
+ALONE_SECONDS = 10.0
+"""How long a rank whose peer has ended may take to find out by itself."""
 START_AGAIN = "start the same command again: it goes on from the last checkpoint"
 
+_HUNG = "no progress"
 _LOST = re.compile(
     r"Connection (closed|reset|refused)|Broken pipe|Socket (Timeout|closed)|recvValue failed"
     r"|Timed out waiting .*(operation|clients)|timed out after \d+ms|No route to host"
@@ -51,7 +54,7 @@ def lost_connection(error: BaseException) -> str | None:
     """What an error of the libraries says that means a lost peer; None for other errors."""
     if not isinstance(error, RuntimeError | ConnectionError) or not _LOST.search(str(error)):
         return None
-    # gloo: "[/long/path/pair.cc:537] Read error [127.0.0.1]:1459: Connection reset by peer. This..."
+    # gloo: "[/long/path/pair.cc:537] Read error [127.0.0.1]:1459: Connection reset by peer. This"
     line = re.sub(r"^\[\S+\] ", "", str(error).strip().splitlines()[0])
     return line.split(". ")[0][:200]
 
@@ -165,12 +168,15 @@ class Watchdog:
                 beats.observe()
             if quiet > patience:
                 self._hung(patience)
-            if beats is not None and beats.verdict is not None and quiet > 2 * beats.interval:
-                # Another rank has given up. This one's main thread may be on its way out by itself.
-                self._die(None if beats.verdict.startswith("no progress") else beats.verdict)
+            if beats is not None and beats.verdict is not None:
+                if beats.verdict.startswith(_HUNG) and quiet > 2 * beats.interval:
+                    self._die(None)
+                elif quiet > ALONE_SECONDS:
+                    # Another rank has ended, and this one waits for it.
+                    self._die(beats.verdict)
 
     def _hung(self, patience: float) -> None:
-        mine = f"no progress for {patience:.0f} s: {self._whose_fault()}; {START_AGAIN}"
+        mine = f"{_HUNG} for {patience:.0f} s: {self._whose_fault()}; {START_AGAIN}"
         if self._beats is None:
             self._die(mine)
         else:
