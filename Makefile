@@ -5,7 +5,8 @@ BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST_ARGS ?=
 
-.PHONY: help demo test test-matrix test-cluster cluster-tools check format bench build schema clean
+.PHONY: help demo test test-matrix test-cluster cluster-tools test-faults check format bench build \
+	schema clean
 .DEFAULT_GOAL := help
 
 help:
@@ -13,6 +14,7 @@ help:
 	@echo "make test    run the tests (PYTEST_ARGS='-k recipe' selects)"
 	@echo "make test-matrix   every backend on 1, 2 and 4 processes against one; prints a table"
 	@echo "make test-cluster  train on a real Slurm and on two hosts, all on this machine (needs root)"
+	@echo "make test-faults   kill a training 100 times, fill its disk, cut its network (KILLS=100)"
 	@echo "make check   ruff, ruff format, mypy"
 	@echo "make bench   speed and memory; writes .bench/bench.json"
 	@echo "make build   write the wheel to dist/"
@@ -53,6 +55,14 @@ cluster-tools:
 		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y \
 			--no-install-recommends slurm-wlm munge iproute2 util-linux >/dev/null || exit 2; \
 		break; }; done
+
+# Disks and networks need root (iproute2, util-linux); without it those tests say so and are skipped.
+KILLS ?= 100
+
+test-faults: $(STAMP)
+	$(BIN)/python -m pytest tests/faults tests/distributed/test_hang.py \
+		tests/distributed/test_elastic.py tests/cluster/test_network_faults.py \
+		--kills $(KILLS) -rs -p no:cacheprovider $(PYTEST_ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

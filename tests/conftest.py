@@ -11,6 +11,11 @@ torch.set_num_threads(1)
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--kills", type=int, default=5, help="kills in tests/faults/test_kills.py")
+    parser.addoption("--seed", type=int, default=0, help="of their moments and ranks")
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of real checkpoints, texts and golden numbers beside the checkout."""

@@ -174,10 +174,21 @@ def _run(arguments: list[str] | None) -> ExitCode:
     except Exception as error:
         # Imported late, so that --help stays fast: whatever raised it has imported it before.
         from sa_models.errors import PostshareError
+        from train.watchdog import START_AGAIN, RankLostError, lost_connection
 
+        if isinstance(error, RankLostError):
+            if error.speaks:
+                typer.echo(f"error: {error}", err=True)
+            return ExitCode.RANK_LOST
         if stopped := exit_code():  # another rank has heard the signal first, and is gone
             _say(f"stopped by a signal ({type(error).__name__}: {error}); start again to go on")
             return stopped
+        if lost := lost_connection(error):
+            rank = os.environ.get("RANK", "0")
+            typer.echo(
+                f"error: rank {rank} has lost another rank ({lost}); {START_AGAIN}", err=True
+            )
+            return ExitCode.RANK_LOST
         if not isinstance(error, PostshareError):
             raise
         _say(f"error: {error}")

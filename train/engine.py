@@ -32,6 +32,8 @@ from torch import nn
 
 from sa_models.errors import PostshareError
 from train.launched import check_launch, launched_fsdp, launched_stage
+from train.meeting import meeting
+from train.watchdog import FIRST_STEP
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -310,10 +312,13 @@ def start(recipe: Recipe) -> Engine:
         PostshareError: several processes were launched but this one is alone; the launch file sets
             something that the recipe decides or that is not supported; the batch size does not
             divide over the processes.
+        RankLostError: a rank has not started within three times `train.hang_timeout`.
     """
     stage = launched_stage()
     check_launch(recipe, stage)
-    accelerator = join()
+    patience = recipe.train.hang_timeout
+    with meeting(None if patience is None else FIRST_STEP * patience):
+        accelerator = join()
     recipe.train.accumulation(accelerator.num_processes)
     if stage == 0:
         from train.zero0 import WholeEngine

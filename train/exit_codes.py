@@ -16,7 +16,11 @@ class ExitCode(IntEnum):
     """An error nobody foresaw; Python itself exits with it, after a traceback."""
     BAD_INPUT = 2
     """The recipe, a file or the machine must be changed first; one line on stderr says how."""
+    RANK_LOST = 69
+    """Another rank, its host or the network is gone (EX_UNAVAILABLE): start again."""
     STOPPED = 75
     """SIGTERM or SIGUSR1 ended it, work is saved: start the same command again (EX_TEMPFAIL)."""
+    HUNG = 76
+    """No progress within `train.hang_timeout`: start again; twice at one place is no accident."""
     INTERRUPTED = 130
     """The same after Ctrl-C: a person wanted it, so a scheduler should not start it again."""

@@ -36,11 +36,13 @@ from train.checkpoint import Checkpoints, Position
 from train.data import IGNORED, Blocks, PositionSampler
 from train.engine import Engine, start
 from train.evaluate import perplexity
+from train.health import Health
 from train.interrupt import StopSignal, TrainingStopped
 from train.optimizer import build_optimizer, learning_rate_factor, select_trainable
 from train.outcome import TrainResult, begin, finish, finished, identity
 from train.regularizer import Penalty, PenaltyResult, penalty_coefficient
 from train.tracking import Row, Tracker, check_wandb, memory_bytes
+from train.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -91,6 +93,7 @@ def train(job: TrainJob, recipe: Recipe) -> TrainResult:
     Raises:
         PostshareError: the folder holds another run; the loss or a gradient is not finite; a
             checkpoint cannot be read or written; wandb is online without an account.
+        RankLostError: another rank is gone.
         TrainingStopped: SIGINT, SIGTERM or SIGUSR1 arrived; the step was finished, a checkpoint
             written.
     """
@@ -158,16 +161,22 @@ def _train(engine: Engine, job: TrainJob, recipe: Recipe, ours: dict[str, Any]) 
         job.name, recipe, job.folder, job.steps, at.step, at.wandb_run_id, engine.is_main
     )
     batches = read_ahead(job.train_blocks, samples, 2 * samples.accumulation)
+    watch = Watchdog(engine.rank, engine.world, section.hang_timeout)
+    health = Health(engine, job.model, section.health_every)
 
-    with StopSignal() as stop, tracker, closing(batches), closing(checkpoints):
+    with StopSignal() as stop, tracker, closing(batches), closing(checkpoints), watch:
         for step in range(at.step, job.steps):
             step_began = time.perf_counter()
             seed_step(recipe.seed, step, engine.rank)
+            watch.note("reading data", step + 1)
+            health.begin(step + 1)
 
             # 1. The window: what this rank reads, and how many tokens all ranks predict in it.
             window = [next(batches) for _ in range(samples.accumulation)]
             data_wait = time.perf_counter() - step_began
-            predicted = int(engine.reduce_sum(sum(predicted_tokens(batch) for batch in window)))
+            watch.note("counting tokens")
+            own = sum(predicted_tokens(batch) for batch in window)
+            predicted = int(engine.reduce_sum(own))
             if predicted == 0:
                 raise PostshareError(
                     f"step {step + 1}: no token is predicted; check the documents of data.train"
@@ -176,6 +185,7 @@ def _train(engine: Engine, job: TrainJob, recipe: Recipe, ours: dict[str, Any]) 
             # 2. The language-model loss: the mean over those tokens, and its gradient.
             lm = torch.zeros((), dtype=torch.float64, device=engine.device)
             for micro, batch in enumerate(window):
+                watch.note("forward and backward")
                 with engine.micro_step(boundary=micro == len(window) - 1):
                     loss = token_losses(engine, batch) / predicted
                     engine.backward(lm_weight * loss)
@@ -183,9 +193,12 @@ def _train(engine: Engine, job: TrainJob, recipe: Recipe, ours: dict[str, Any]) 
             lm_loss, stopping = engine.reduce_sum(
                 torch.stack([lm, lm.new_tensor(float(stop.received))])
             ).tolist()
-            require_finite("lm loss", lm_loss, step, checkpoints)
+            if not math.isfinite(lm_loss):
+                name = f"lm loss{health.culprits(float(lm))}"
+                require_finite(name, lm_loss, step, checkpoints)
 
             # 3. The penalty: once a step, on the weights alone.
+            watch.note("penalty")
             pulled = None
             coefficient = penalty_weight * penalty_coefficient(step, recipe.penalty)
             if penalty is not None:
@@ -193,6 +206,7 @@ def _train(engine: Engine, job: TrainJob, recipe: Recipe, ours: dict[str, Any]) 
                 require_finite("penalty", pulled.value, step, checkpoints)
 
             # 4. The update: clip, step.
+            watch.note("optimizer step")
             learning_rate = job.learning_rate * learning_rate_factor(step, job.steps, section)
             engine.set_learning_rate(learning_rate)
             gradient_norm = engine.step()
@@ -223,9 +237,10 @@ def _train(engine: Engine, job: TrainJob, recipe: Recipe, ours: dict[str, Any]) 
                 "tokens_per_second": predicted / (now - step_began),
                 "data_wait_seconds": data_wait,
                 "memory_bytes": memory_bytes(),
+                **health.compare(data_wait, float(lm) * predicted / own if own else -math.inf),
             }
             if due(section.evaluate_every, at.step) and job.validation_blocks is not None:
-                row |= validate(engine, job.validation_blocks, recipe)
+                row |= validate(engine, job.validation_blocks, recipe, watch)
             tracker.log(row, pulled.distance if pulled else None)
             if pulled is not None:
                 tracker.log_pairs(at.step, pulled.distance, pulled.cosine)
@@ -233,13 +248,16 @@ def _train(engine: Engine, job: TrainJob, recipe: Recipe, ours: dict[str, Any]) 
             # 6. A checkpoint; stopping is a checkpoint too, on all ranks at the same step.
             last = at.step == job.steps
             if not last and (stopping or due(section.checkpoint_every, at.step)):
+                watch.note("writing a checkpoint")
                 measured = row.get("validation_loss")
                 saved = checkpoints.save(replace(at, validation_loss=measured))
                 if stopping:
                     checkpoints.wait()
                     raise TrainingStopped(at.step, job.steps, saved, engine.world)
 
+        watch.note("writing the last checkpoint")
         checkpoints.wait()
+        watch.note("writing the weights", limited=False)
         result = TrainResult(at.step, at.tokens, at.seconds, job.folder / "weights")
         return finish(job.folder, engine, job.model, recipe.export.shard_bytes, result)
 
@@ -329,13 +347,23 @@ class RankBlocks:
     All ranks then run the same number of forwards, which ZeRO needs.
     """
 
-    def __init__(self, blocks: Blocks, count: int, rank: int, world: int) -> None:
+    def __init__(
+        self,
+        blocks: Blocks,
+        count: int,
+        rank: int,
+        world: int,
+        watch: Watchdog | None = None,
+    ) -> None:
         self.blocks, self.count, self.rank, self.world = blocks, count, rank, world
+        self.watch = watch
 
     def __len__(self) -> int:
         return math.ceil(self.count / self.world)
 
     def __getitem__(self, index: int) -> Batch:
+        if self.watch is not None:
+            self.watch.note("validation")
         mine = index * self.world + self.rank
         if mine < self.count:
             return self.blocks[mine]
@@ -344,12 +372,12 @@ class RankBlocks:
         return block
 
 
-def validate(engine: Engine, blocks: Blocks, recipe: Recipe) -> Row:
+def validate(engine: Engine, blocks: Blocks, recipe: Recipe, watch: Watchdog) -> Row:
     """Validation loss (nats per token) and perplexity of the weights as they are."""
     count = min(len(blocks), recipe.evaluate.blocks or len(blocks))
     # Fewer blocks than ranks: each rank runs them all rather than none.
     rank, world = (engine.rank, engine.world) if count >= engine.world else (0, 1)
-    mine = RankBlocks(blocks, count, rank, world)
+    mine = RankBlocks(blocks, count, rank, world, watch)
     measured = perplexity(
         engine.model,
         mine,  # type: ignore[arg-type]  # of Blocks it needs the length and the items

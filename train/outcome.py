@@ -40,6 +40,8 @@ FREE_TRAIN = {
     "evaluate_every",
     "checkpoint_every",
     "keep_checkpoints",
+    "hang_timeout",
+    "health_every",
     "keep_best",
 }
 

@@ -25,6 +25,7 @@ from train.launched import launched_fsdp
 from train.outcome import FREE_TRAIN
 from train.planning import SIMILARITY_PICTURE, TIES_PICTURE, check_plan
 from train.recipe import Recipe, load_recipe
+from train.shared_folder import require_shared
 from train.span_planning import ISOTROPY_PICTURE, SPANS_FILE
 from train.summary import SUMMARY_FILE
 from train.tokens import load_tokenizer
@@ -171,6 +172,7 @@ def begin(recipe: Recipe, needs_data: bool = True) -> Run:
     current.on_main(lambda: check_folder(recipe))
     if needs_data:
         _ = current.blocks
+    require_shared(recipe.folder, current.ranks)
     current.on_main(lambda: claim(current))
     return current
 

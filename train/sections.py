@@ -304,6 +304,12 @@ class TrainSection(Section):
     """Steps between checkpoints; 0: only when stopped."""
     keep_checkpoints: Positive = 2
     """Newest checkpoints to keep."""
+    hang_timeout: Annotated[float, Field(ge=1)] | None = 600.0
+    """Seconds that a phase of a step (reading data, a micro-batch, a checkpoint, a validation
+    block) may last before the training ends and names the late rank; the first step may take
+    three times as long; null: wait as long as the process group does."""
+    health_every: Count = 10
+    """Steps between comparisons of the ranks: time, data wait, memory, loss; 0: never."""
     keep_best: bool = False
     """Also keep the checkpoint with the lowest validation loss; checkpoint_every must then be a
     multiple of evaluate_every."""

@@ -10,8 +10,10 @@ import netrc
 import os
 import resource
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlparse
@@ -21,12 +23,17 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from sa_models.errors import PostshareError
+from train.interrupt import TrainingStopped
 
 if TYPE_CHECKING:
     from train.recipe import Recipe, WandbSection
 
 Row = dict[str, Any]
 
+CALL_SECONDS = 120.0
+"""How long wandb may take to start (its own limit is 90 s) or to take a row."""
+CLOSING_SECONDS = 60.0
+"""How long it may take to send what is left, when the training has ended."""
 PAIR_ROWS = 50
 """Rows of `pairs.jsonl` in a training."""
 
@@ -37,6 +44,11 @@ TIMING_KEYS = (
     "tokens_per_second",
     "data_wait_seconds",
     "memory_bytes",
+    "slowest_rank",
+    "rank_seconds_max",
+    "rank_seconds_median",
+    "data_wait_seconds_max",
+    "memory_bytes_max",
 )
 
 
@@ -119,6 +131,8 @@ class Tracker:
     def __exit__(self, *exception: object) -> None:
         if self.main:
             self._line.close()
+            if isinstance(exception[1], Exception):
+                self._wandb.alert(exception[1])
             self._wandb.close(failed=exception[0] is not None)
 
 
@@ -131,8 +145,21 @@ def _nulls(values: torch.Tensor) -> list[list[float | None]]:
 
 def append_row(path: Path, row: Row) -> None:
     # JSON has no NaN: a row that could not be read back must fail here.
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row, allow_nan=False) + "\n")
+    line = json.dumps(row, allow_nan=False) + "\n"
+    with _writing(path), path.open("a", encoding="utf-8") as file:
+        file.write(line)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turns a full or read-only disk into one line."""
+    try:
+        yield
+    except OSError as error:
+        raise PostshareError(
+            f"{path} cannot be written ({error.strerror}); free disk space, then start the same "
+            "command again"
+        ) from error
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -154,11 +181,12 @@ def read_rows(path: Path) -> list[Row]:
 
 def truncate_rows(path: Path, step: int) -> None:
     """Drop the rows beyond `step`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     rows = [row for row in read_rows(path) if row["step"] <= step]
     beside = path.with_name(path.name + ".tmp")
-    beside.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    os.replace(beside, path)
+    with _writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        os.replace(beside, path)
 
 
 def memory_bytes() -> int:
@@ -211,7 +239,9 @@ class WandbRun:
 
     def __init__(self, job: str, recipe: Recipe, folder: Path, run_id: str | None) -> None:
         self.run_id = run_id
+        self._name = f"{recipe.name}-{job}"
         self._run: Any = None
+        self._off = False
         mode = wandb_mode(recipe.wandb)
         if mode != "disabled":
             self._guard(lambda: self._start(job, recipe, folder, mode))
@@ -234,15 +264,17 @@ class WandbRun:
             options["group"] = options.pop("run_group")
         if mode == "online":
             options["resume"] = "allow"
-        self._run = wandb.init(
+        run = wandb.init(
             id=self.run_id,
             mode=cast(Any, mode),
             job_type=job,
             config=recipe.model_dump(),
             **options,
         )
-        self._run.define_metric("tokens")
-        self._run.define_metric("*", step_metric="tokens")
+        run.define_metric("tokens")
+        run.define_metric("*", step_metric="tokens")
+        if not self._off:  # it answered in time
+            self._run = run
 
     def log(self, row: Row, distances: torch.Tensor | None) -> None:
         if self._run is not None:
@@ -256,18 +288,43 @@ class WandbRun:
             values["pair_distances"] = wandb.Histogram(distances[~distances.isnan()].tolist())
         self._run.log(values)
 
+    def alert(self, error: Exception) -> None:
+        """Tell the run's owner (mail or Slack, as the account says) why the training ends."""
+        stopped = isinstance(error, TrainingStopped)
+        title = f"{self._name}: {'stopped' if stopped else 'failed'}"
+        text, level = str(error)[:1000], "WARN" if stopped else "ERROR"
+        if self._run is not None:
+            self._guard(lambda: self._run.alert(title=title, text=text, level=level))
+
     def close(self, failed: bool) -> None:
         if self._run is not None:
-            self._guard(lambda: self._run.finish(exit_code=int(failed)))
+            self._guard(lambda: self._run.finish(exit_code=int(failed)), CLOSING_SECONDS)
 
-    def _guard(self, call: Callable[[], None]) -> None:
-        # Whatever wandb raises (network, disk, its service process), training goes on.
-        try:
-            call()
-        except Exception as error:
-            self._run = None
-            reason = " ".join(str(error).split())[:200]
-            print(f"warning: wandb failed and is off from here on ({reason})", file=sys.stderr)
+    def _guard(self, call: Callable[[], None], seconds: float | None = None) -> None:
+        # Whatever wandb raises (network, disk, its service process), and if it never comes back,
+        # training goes on.
+        failed: list[Exception] = []
+
+        def guarded() -> None:
+            try:
+                call()
+            except Exception as error:
+                failed.append(error)
+
+        thread = threading.Thread(target=guarded, name="wandb", daemon=True)
+        thread.start()
+        seconds = CALL_SECONDS if seconds is None else seconds
+        thread.join(seconds)
+        if not failed and not thread.is_alive():
+            return
+        folder = getattr(self._run, "dir", None)
+        self._run, self._off = None, True
+        reason = " ".join(str(failed[0]).split())[:200] if failed else f"silent for {seconds:.0f} s"
+        later = f"; later: wandb sync {Path(folder).parent}" if folder else ""
+        print(
+            f"warning: wandb failed and is off from here on ({reason}){later}",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
 
 
 # --- the progress line ----------------------------------------------------------------------------
@@ -281,6 +338,7 @@ class ProgressLine:
         self.every = max(1, steps // 20)
         self.started = time.perf_counter()
         self.average: float | None = None
+        self.slowest = ""
         self.console = Console(stderr=True)
         self.bar: Progress | None = None
         self.task = TaskID(0)
@@ -315,6 +373,11 @@ class ProgressLine:
         parts.append(f"{row['tokens_per_second']:,.0f} tokens/s")
         parts.append(f"data {wait:.0f}%")
         parts.append(f"{row['memory_bytes'] / 2**30:.2f} GiB")
+        if "slowest_rank" in row:
+            behind = row["rank_seconds_max"] / max(row["rank_seconds_median"], 1e-9) - 1
+            self.slowest = f"slowest rank {row['slowest_rank']} (+{100 * behind:.0f}%)"
+        if self.slowest:
+            parts.append(self.slowest)
         return "  ".join(parts)
 
     def say(self, text: str) -> None:

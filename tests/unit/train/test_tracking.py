@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import http.server
 import io
 import json
+import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +167,10 @@ class FakeRun:
         self.logged: list[dict[str, Any]] = []
         self.metrics: list[Any] = []
         self.exit_code: int | None = None
+        self.alerts: list[dict[str, str]] = []
+
+    def alert(self, **options: str) -> None:
+        self.alerts.append(options)
 
     def define_metric(self, name: str, step_metric: str | None = None) -> None:
         self.metrics.append((name, step_metric))
@@ -222,6 +230,46 @@ def test_a_wandb_failure_never_stops_training(
     assert len(read_rows(tmp_path / "metrics.jsonl")) == 4
 
 
+def test_nan_is_an_alert(tmp_path: Path, fake: FakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    import train.loop as loop
+
+    losses = loop.token_losses
+    monkeypatch.setattr(loop, "token_losses", lambda *given: losses(*given) * float("nan"))
+    asked = recipe(tmp_path, "offline")
+    with pytest.raises(PostshareError, match="lm loss is nan"):
+        train(tiny.job(asked), asked)
+    (alert,) = fake.alerts
+    assert (alert["title"], alert["level"]) == ("tiny-post: failed", "ERROR")
+    assert "step 1: the lm loss is nan" in alert["text"]
+    assert fake.exit_code == 1
+
+
+@pytest.mark.parametrize("call", ["log", "finish", "alert"])
+def test_a_wandb_that_never_answers_holds_nothing_up(
+    call: str,
+    tmp_path: Path,
+    fake: FakeRun,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import train.loop as loop
+
+    monkeypatch.setattr(fake, call, lambda *arguments, **options: threading.Event().wait(60))
+    monkeypatch.setattr(tracking, "CALL_SECONDS", 0.3)
+    monkeypatch.setattr(tracking, "CLOSING_SECONDS", 0.3)
+    asked = recipe(tmp_path, "offline")
+    began = time.monotonic()
+    if call == "alert":
+        losses = loop.token_losses
+        monkeypatch.setattr(loop, "token_losses", lambda *given: losses(*given) * float("nan"))
+        with pytest.raises(PostshareError, match="lm loss is nan"):
+            train(tiny.job(asked), asked)
+    else:
+        train(tiny.job(asked), asked)
+    assert time.monotonic() - began < 20
+    assert capsys.readouterr().err.count("warning: wandb failed and is off from here on") == 1
+
+
 def test_the_run_id_lives_in_the_checkpoint(
     tmp_path: Path, fake: FakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -241,12 +289,96 @@ def test_the_run_id_lives_in_the_checkpoint(
         patch.setattr(loop, "StopSignal", Stopped)
         with pytest.raises(TrainingStopped) as stopped:
             train(tiny.job(asked), asked)
+    (alert,) = fake.alerts
+    assert (alert["title"], alert["level"]) == ("tiny-post: stopped", "WARN")
+    assert "stopped after step 1 of 4" in alert["text"]
     first = fake.options["id"]  # type: ignore[attr-defined]
     assert (
         json.loads((stopped.value.checkpoint / "state.json").read_text())["wandb_run_id"] == first
     )
     train(tiny.job(asked), asked)
     assert fake.options["id"] == first  # type: ignore[attr-defined]
+
+
+class Api(http.server.BaseHTTPRequestHandler):
+    """As much of wandb's server as a run needs to start."""
+
+    def do_POST(self) -> None:
+        query = self.rfile.read(int(self.headers["Content-Length"])).decode(errors="replace")
+        project = {"name": "postshare", "entity": {"name": "someone"}}
+        run = {
+            "id": "1", "name": "abcd1234", "displayName": "x", "project": project,
+            "historyLineCount": 0, "sweepName": None, "description": "", "config": None,
+        }  # fmt: skip
+        answer: dict[str, Any] = {"serverInfo": {}, "viewer": {"id": "1", "entity": "someone"}}
+        if "upsertBucket" in query:
+            answer = {"upsertBucket": {"bucket": run, "inserted": True}}
+        body = json.dumps({"data": answer}).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_GET = do_PUT = do_POST  # noqa: N815
+
+    def log_message(self, *arguments: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize("network", ["never there", "gone in mid-run"])
+def test_online_without_the_network_training_goes_on(network: str, tmp_path: Path) -> None:
+    """The real wandb, in a process of its own; its server is here, and goes away."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Api)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    script = f"""
+import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
+import time
+from pathlib import Path
+import tiny
+from train import loop, tracking
+from train.loop import train
+tracking.CALL_SECONDS, tracking.CLOSING_SECONDS = 30, 5
+started, seed = Path({str(tmp_path / "started")!r}), loop.seed_step
+def wait(base, step, rank):
+    if step == 2:
+        started.touch()
+        while started.exists(): time.sleep(0.01)
+    seed(base, step, rank)
+loop.seed_step = wait
+asked = tiny.recipe(Path({str(tmp_path / "run")!r}), steps=4)
+asked = asked.model_copy(update={{"wandb": asked.wandb.model_copy(update={{"mode": "online"}})}})
+train(tiny.job(asked), asked)
+"""
+    if network == "never there":
+        server.shutdown()
+        server.server_close()
+    began = time.monotonic()
+    child = subprocess.Popen(
+        [sys.executable, "-c", script], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env={
+            **os.environ, "WANDB_BASE_URL": address, "WANDB_API_KEY": "0" * 40,
+            "WANDB_INIT_TIMEOUT": "10",
+        },
+    )  # fmt: skip
+    while not (tmp_path / "started").exists():
+        assert child.poll() is None, child.communicate()
+        assert time.monotonic() - began < 90
+        time.sleep(0.05)
+    if network == "gone in mid-run":
+        server.shutdown()
+        server.server_close()
+    (tmp_path / "started").unlink()
+    gone = time.monotonic()
+    _, said = child.communicate(timeout=90)
+    assert child.returncode == 0, said
+    assert time.monotonic() - gone < 60
+    assert len(read_rows(tmp_path / "run" / "metrics.jsonl")) == 4
+    warnings = [line for line in said.splitlines() if "warning: wandb failed" in line]
+    assert len(warnings) == 1, said
+    if network == "gone in mid-run":
+        assert "later: wandb sync" in warnings[0], said
 
 
 def test_a_real_offline_run(tmp_path: Path) -> None:

@@ -1,0 +1,210 @@
+"""Runs of the demo recipe that are killed again and again from outside, and started again.
+
+A black box: a command, SIGKILL, and the files that a user looks at. Nothing here knows how a
+checkpoint is written.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+STEPS = 60
+RECIPE = (
+    "recipes/demo.yaml",
+    f"train.steps={STEPS}",
+    "train.micro_batch_size=2",
+    "train.warmup_steps=2",
+    "train.checkpoint_every=5",
+    "data.sequence_length=64",
+    "evaluate.blocks=2",
+    "evaluate.continued=false",
+)
+LIMIT = 240.0
+"""Seconds after which a start that has neither ended nor stepped is a failure."""
+
+
+@dataclass
+class Count:
+    """What happened to one backend.
+
+    Attributes:
+        training, elsewhere: kills after the first new step, and before it or after the last one.
+        writing: kills that left something half written among the checkpoints.
+        lost: steps that had to be done again, of each kill.
+        resumed: seconds from a restart to the first new step.
+    """
+
+    name: str
+    training: int = 0
+    elsewhere: int = 0
+    writing: int = 0
+    runs: int = 0
+    difference: float = 0.0
+    lost: list[int] = field(default_factory=list)
+    resumed: list[float] = field(default_factory=list)
+
+    @property
+    def kills(self) -> int:
+        return self.training + self.elsewhere
+
+
+def command(config: str, folder: Path) -> list[str]:
+    """The demo under a launch file; `one` is a process without a launcher."""
+    program = [sys.executable, "-m", "train"]
+    if config != "one":
+        file = f"launch/accelerate/{config}.yaml"
+        cli = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+        program = [*cli, "--config_file", file, "--main_process_port", "0", "-m", "train"]
+    return [*program, *RECIPE, f"output_dir={folder}"]
+
+
+def start(config: str, folder: Path) -> subprocess.Popen[bytes]:
+    """Its output is appended to `<folder>.log`."""
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(
+            filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")])
+        ),
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "10",
+    }
+    with folder.with_name(f"{folder.name}.log").open("ab") as log:
+        return subprocess.Popen(
+            command(config, folder), cwd=REPOSITORY, env=environment, stdout=log, stderr=log,
+            start_new_session=True,
+        )  # fmt: skip
+
+
+def ranks_of(process: subprocess.Popen[bytes], config: str) -> list[int]:
+    """Process ids of the ranks that run now."""
+    if config == "one":
+        return [process.pid]
+    try:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        return [
+            int(pid) for pid in children
+            if b"-m\0train\0" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        ]  # fmt: skip
+    except OSError:
+        return []
+
+
+def end(process: subprocess.Popen[bytes], seconds: float = 60.0) -> None:
+    """Wait for it; what does not end is killed with all that it started."""
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        for pid in [*map(int, children), process.pid]:
+            os.kill(pid, signal.SIGKILL)
+        process.wait()
+        raise AssertionError("the launcher did not end after a rank was killed") from None
+
+
+def half_written(folder: Path) -> bool:
+    """Whether something lies among the checkpoints that has no checkpoint's name."""
+    try:
+        names = os.listdir(folder / "checkpoints")
+    except OSError:
+        return False
+    return any(not re.fullmatch(r"step-\d+", name) for name in names)
+
+
+class Metrics:
+    """The rows that one start adds to metrics.jsonl."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "metrics.jsonl"
+        self.before = self._identity()
+        self.first: int | None = None
+
+    def _identity(self) -> int:
+        return self.path.stat().st_ino if self.path.exists() else 0
+
+    def last(self) -> int:
+        """The last complete row's step, 0 without one."""
+        text = self.path.read_bytes() if self.path.exists() else b""
+        rows = [line for line in text.split(b"\n")[:-1] if line]
+        return int(re.search(rb'"step": (\d+)', rows[-1])[1]) if rows else 0  # type: ignore[index]
+
+    def stepped(self) -> bool:
+        """Whether this start has finished a step: a resumed file is written anew, then grows."""
+        if self._identity() == self.before:
+            return False
+        if self.first is None:
+            self.first = self.last()
+        return self.last() > self.first
+
+
+def undisturbed(config: str, folder: Path) -> None:
+    process = start(config, folder)
+    process.wait(LIMIT)
+    assert process.returncode == 0, log_of(folder)
+
+
+def log_of(folder: Path) -> str:
+    return folder.with_name(f"{folder.name}.log").read_text(errors="replace")[-6000:]
+
+
+def killed(config: str, folder: Path, chance: random.Random, count: Count, kills: int) -> None:
+    """Start, kill and start again until the run ends; at most `kills` kills in all."""
+    reached = 0
+    startup = 8.0
+    while True:
+        process, metrics, began = start(config, folder), Metrics(folder), time.monotonic()
+        # Of twenty kills three fall at any moment of the start, seven on a checkpoint that is being
+        # written, and ten at any moment of some steps and what follows the training.
+        kind = chance.choices(["start", "writing", "steps"], [3, 7, 10])[0]
+        moment = chance.uniform(0, startup if kind == "start" else 4.0)
+        stepped: float | None = None
+        while process.poll() is None:
+            now = time.monotonic()
+            if stepped is None and metrics.stepped():
+                stepped = now
+                startup = now - began
+                if reached:
+                    count.resumed.append(startup)
+                    count.lost.append(reached - (metrics.first or 0))
+            since = began if kind == "start" else stepped
+            due = since is not None and now - since >= moment
+            if kind == "writing" and since is not None and now - since < 20:
+                due = half_written(folder)
+            if count.kills < kills and due and (ranks := ranks_of(process, config)):
+                break
+            assert now - began < LIMIT, log_of(folder)
+            time.sleep(0.002)
+        if process.poll() is not None:
+            assert process.returncode == 0, log_of(folder)
+            return
+        os.kill(chance.choice(ranks), signal.SIGKILL)
+        in_training = stepped is not None and metrics.last() < STEPS
+        count.training += in_training
+        count.elsewhere += not in_training
+        end(process)
+        count.writing += half_written(folder)
+        reached = max(reached, metrics.last())
+
+
+def largest_difference(folder: Path, reference: Path) -> float:
+    """Norm of the difference over the norm, of the worst tensor; 0.0 means bitwise equal."""
+    worst = 0.0
+    for file in sorted((reference / "weights").glob("*.safetensors")):
+        theirs, mine = load_file(file), load_file(folder / "weights" / file.name)
+        assert theirs.keys() == mine.keys()
+        for name, value in theirs.items():
+            if not mine[name].equal(value):
+                difference = float((mine[name] - value).norm() / value.norm())
+                worst = max(worst, difference, 1e-30)
+    return worst

@@ -1,0 +1,195 @@
+"""Disks that are full or read-only, checkpoints that are damaged: never a silent fresh start."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from sa_models.errors import PostshareError
+from tests.unit.train import tiny
+from train import loop
+from train.checkpoint import steps_in
+from train.loop import train
+from train.recipe import Recipe
+
+STEPS = 14
+
+
+class PlugPulled(BaseException):
+    """No error handling of the product takes it for its own."""
+
+
+def recipe(folder: Path) -> Recipe:
+    return tiny.recipe(folder, steps=STEPS, checkpoint_every=2, keep_checkpoints=3)
+
+
+def run(folder: Path) -> Path:
+    """Train to the end; the weights file."""
+    asked = recipe(folder)
+    return train(tiny.job(asked), asked).weights / "model.safetensors"
+
+
+def interrupt(folder: Path, monkeypatch: pytest.MonkeyPatch, step: int = 11) -> list[int]:
+    """Train, and break off before this step; the steps of the checkpoints."""
+    seed = loop.seed_step
+
+    def pull(base: int, at: int, rank: int) -> None:
+        if at == step:
+            raise PlugPulled
+        seed(base, at, rank)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "seed_step", pull)
+        with pytest.raises(PlugPulled):
+            run(folder)
+    steps = steps_in(folder / "checkpoints")
+    assert len(steps) >= 2
+    assert steps[-1] >= 8
+    return steps
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run(tmp_path_factory.mktemp("undisturbed") / "run")
+
+
+def assert_bitwise(mine: Path, theirs: Path) -> None:
+    ours, wanted = load_file(mine), load_file(theirs)
+    assert ours.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert ours[name].equal(value), name
+
+
+def largest(folder: Path) -> Path:
+    return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+def truncate(folder: Path) -> None:
+    file = largest(folder)
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def flip_a_bit(folder: Path) -> None:
+    file = largest(folder)
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+def delete_shard(folder: Path) -> None:
+    largest(folder).unlink()
+
+
+def keep_only_the_manifest(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file() and path.name != "manifest.json":
+            path.unlink()
+
+
+def lose_the_manifest(folder: Path) -> None:
+    (folder / "manifest.json").unlink()
+
+
+def garble_the_manifest(folder: Path) -> None:
+    (folder / "manifest.json").write_text('{"version": 2, "fil')
+
+
+def empty(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+DAMAGES = [
+    truncate, flip_a_bit, delete_shard, keep_only_the_manifest, lose_the_manifest,
+    garble_the_manifest, empty,
+]  # fmt: skip
+Damage = Callable[[Path], None]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_the_checkpoint_before_the_damaged_one_is_used(
+    damage: Damage, tmp_path: Path, expected: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    *_, before, newest = interrupt(tmp_path / "run", monkeypatch)
+    damage(tmp_path / "run" / "checkpoints" / f"step-{newest:06d}")
+    weights = run(tmp_path / "run")
+    said = capsys.readouterr().err
+    assert f"step-{newest:06d}: " in said
+    assert "ignored" in said
+    assert f"resuming from {tmp_path / 'run' / 'checkpoints'}/step-{before:06d}" in said
+    assert_bitwise(weights, expected)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_without_a_good_one_it_does_not_start_over(
+    damage: Damage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = interrupt(tmp_path / "run", monkeypatch)
+    for step in steps:
+        damage(tmp_path / "run" / "checkpoints" / f"step-{step:06d}")
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    with pytest.raises(PostshareError, match=r"none can be used .*delete the folder to start over"):
+        run(tmp_path / "run")
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+# --- disks ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 3 MB of its own."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to mount a small file system")
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=3m", "none", folder],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if mounted.returncode != 0:
+        pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def fill(disk: Path, leave: int) -> Path:
+    """Leave so many bytes."""
+    ballast = disk / "ballast"
+    ballast.write_bytes(b"\0" * (shutil.disk_usage(disk).free - leave))
+    return ballast
+
+
+@pytest.mark.parametrize("leave", [0, 20_000, 150_000])
+def test_a_full_disk_is_an_error_that_says_so_and_costs_nothing(
+    leave: int, disk: Path, expected: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = interrupt(disk / "run", monkeypatch)
+    ballast = fill(disk, leave)
+    with pytest.raises(PostshareError, match=r"(?i)no space left.*(disk space|with room)"):
+        run(disk / "run")
+    kept = steps_in(disk / "run" / "checkpoints")
+    assert kept[-1] >= steps[-1], "what was there is there"
+    ballast.unlink()
+    assert_bitwise(run(disk / "run"), expected)
+
+
+def test_a_read_only_folder(disk: Path, expected: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupt(disk / "run", monkeypatch)
+    remount = ["mount", "-o"]
+    subprocess.run([*remount, "remount,ro", disk], check=True)
+    try:
+        with pytest.raises(PostshareError, match=r"cannot be written.*Read-only file system"):
+            run(disk / "run")
+    finally:
+        subprocess.run([*remount, "remount,rw", disk], check=True)
+    assert_bitwise(run(disk / "run"), expected)
+    assert json.loads((disk / "run" / "result.json").read_text())["steps"] == STEPS
