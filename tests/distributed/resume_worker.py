@@ -15,7 +15,7 @@ from tests.distributed.training import Setting, build, train
 from train.checkpoint import Checkpoints, Position
 from train.engine import start
 
-SETTING = Setting(clip_norm=0.5, steps=6)
+SETTING = Setting(clip_norm=0.5, steps=8)
 
 
 def main() -> None:
