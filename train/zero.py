@@ -363,7 +363,8 @@ def _set_empty_aside(
 def _announce_owners(model: nn.Module) -> None:
     """Tell ZeRO-3 which parameters of other layers a compact projection reads.
 
-    They are then gathered before its forward and its backward, as its own are.
+    They are then gathered with its own, before its forward and its backward; unannounced ones it
+    finds by itself when they are read, if nothing else holds them at that moment.
     """
     from deepspeed.runtime.zero import register_external_parameter
 

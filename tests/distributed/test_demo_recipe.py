@@ -136,8 +136,8 @@ def test_spans_on_two_processes_give_the_single_process_losses(
     }
 
 
-def test_healing_under_ddp_equals_one_process(single: Path, tmp_path: Path) -> None:
-    folders = {"cpu": tmp_path / "cpu", "ddp": tmp_path / "ddp"}
+def test_healing_under_zero3_equals_one_process(tmp_path: Path) -> None:
+    folders = {"cpu": tmp_path / "cpu", "zero3": tmp_path / "zero3"}
     for config, folder in folders.items():
         start(config, folder, "materialize.heal_steps=2", "evaluate.continued=false")
     one, two = (load_file(f / "heal/weights/model.safetensors") for f in folders.values())
@@ -149,8 +149,8 @@ def test_healing_under_ddp_equals_one_process(single: Path, tmp_path: Path) -> N
             moved += float((value - before[name]).norm())
     assert moved > 0.1
     # The exported dense model holds every tie exactly.
-    dense = load_file(folders["ddp"] / "export" / "dense" / "model.safetensors")
-    plan = json.loads((folders["ddp"] / "plan.json").read_text())
+    dense = load_file(folders["zero3"] / "export" / "dense" / "model.safetensors")
+    plan = json.loads((folders["zero3"] / "plan.json").read_text())
     for tie in plan["ties"]:
         (layer, unit), (at, source) = tie["target"], tie["source"]
         for p in tie["projections"]:

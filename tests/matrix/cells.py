@@ -54,7 +54,7 @@ _GRID = (
     ("ties x1 free", "spans x4 clipped", "both x4 free"),
 )
 SUBSET: dict[tuple[str, int], tuple[str, ...]] = {
-    ("ddp", 2): _GRID[0],
+    ("ddp", 2): (*_GRID[0], "heal x1 clipped"),
     ("zero0", 2): (*_GRID[1], "bf16 ties x1"),
     ("zero1", 2): (*_GRID[0], "bf16 penalty", "heal x4 free"),
     ("zero2", 2): (*_GRID[1], "bf16 penalty"),
