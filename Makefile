@@ -5,7 +5,7 @@ BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST_ARGS ?=
 
-.PHONY: help demo test test-cluster test-faults check format bench build schema clean
+.PHONY: help demo test test-cluster cluster-tools test-faults check format bench build schema clean
 .DEFAULT_GOAL := help
 
 help:
@@ -41,13 +41,15 @@ test: $(STAMP)
 # Debian's Slurm, and the tools that make two hosts of one: installed where a command is missing.
 CLUSTER_COMMANDS := munged slurmctld slurmd sbatch ip nsenter
 
-test-cluster: $(STAMP)
+test-cluster: $(STAMP) cluster-tools
+	$(BIN)/python -m pytest tests/cluster -p no:cacheprovider $(PYTEST_ARGS)
+
+cluster-tools:
 	@for c in $(CLUSTER_COMMANDS); do command -v $$c >/dev/null || { \
 		echo "installing slurm-wlm, munge, iproute2 and util-linux"; \
 		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y \
 			--no-install-recommends slurm-wlm munge iproute2 util-linux >/dev/null || exit 2; \
 		break; }; done
-	$(BIN)/python -m pytest tests/cluster -p no:cacheprovider $(PYTEST_ARGS)
 
 # Disks and networks need root (iproute2, util-linux); without it those tests say so and are skipped.
 KILLS ?= 100

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 HERE = Path(__file__).parent
-BENCHMARKS = ("match", "penalty", "compact", "export", "spans")
+BENCHMARKS = ("match", "penalty", "compact", "export", "spans", "distributed")
 
 
 def main() -> None:

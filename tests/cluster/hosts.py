@@ -22,7 +22,13 @@ def missing(*commands: str) -> str | None:
     if os.geteuid() != 0:
         return "needs root, for network namespaces"
     absent = [name for name in ("ip", "unshare", *commands) if shutil.which(name) is None]
-    return f"needs {', '.join(absent)}: make test-cluster installs it" if absent else None
+    if absent:
+        return f"needs {', '.join(absent)}: make test-cluster installs it"
+    tried = subprocess.run(["ip", "netns", "add", "pstry"], capture_output=True, text=True)
+    if tried.returncode:
+        return f"no network namespaces here: {tried.stderr.strip()}"
+    subprocess.run(["ip", "netns", "delete", "pstry"], check=True)
+    return None
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from sa_models.errors import PostshareError
 from tests.distributed.training import Setting, build, train
+from train.checkpoint import Checkpoints, Position
 from train.engine import Engine, start
 
 SETTINGS = {
@@ -59,11 +60,14 @@ def resume(setting: Setting, engine: Engine, folder: Path, final: dict[str, torc
     first = start(setting.recipe())
     first.prepare(*build(setting))
     train(first, setting, last=half)
-    first.save_state(folder)
+    checkpoints = Checkpoints(folder, first, {}, keep=1)
+    checkpoints.save(Position(half))
+    checkpoints.wait()
+    checkpoints.close()
     first.close()
     second = start(setting.recipe())
     second.prepare(*build(setting))
-    second.load_state(folder)
+    assert Checkpoints(folder, second, {}, keep=1).resume() == Position(half)
     train(second, setting, first=half)
     for name, weight in second.full_weights():
         assert torch.equal(weight, final[name]), name
