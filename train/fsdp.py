@@ -26,11 +26,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from sa_models.errors import PostshareError
 from sa_models.projections import SharedLinear
 from train.engine import Engine, Shard, chosen, require_fp32
+from train.streaming import parameter_places, place
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from transformers import LlamaForCausalLM
 
     from train.recipe import Recipe
+    from train.streaming import Source
 
 
 @dataclass
@@ -98,35 +101,25 @@ class FsdpEngine(Engine):
         self.sharded = self.world > 1
         self._bf16 = train.precision == "bf16"
         self._clip_norm = math.inf if train.clip_norm is None else train.clip_norm
+        self.streams = True
+        self._built: nn.Module | None = None
+
+    def build(self, source: Source) -> LlamaForCausalLM:
+        model = source.skeleton(self.device)
+        _refuse_shared_weights(model)
+        places = parameter_places(model)
+        for prefix, module in _sharded_modules(model):
+            for name, where in places.items():
+                if name.startswith(prefix) and where[0][0].get_parameter(where[0][1]).is_meta:
+                    place(nn.Parameter(source[name].to(self.device, copy=True)), where)
+            self._shard_module(module)
+        self._built = model
+        return model
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         require_fp32(model)
-        if any(isinstance(module, SharedLinear) and module.tied for module in model.modules()):
-            raise PostshareError(
-                "a compact model reads the weights of one layer in another, which FSDP2 has given "
-                "back by then; launch with launch/accelerate/zero3.yaml, or set "
-                "materialize.heal_steps=0"
-            )
-        if self.differs(model.parameters()):
-            raise PostshareError(
-                "the ranks have loaded different weights, and each would train its part of its "
-                "own; let every rank load the same files"
-            )
-        if not dist.is_initialized():  # one process: Accelerate starts no group
-            dist.init_process_group(
-                "gloo" if self.device.type == "cpu" else "nccl",
-                rank=0,
-                world_size=1,
-                store=dist.HashStore(),
-            )
-        places = _places(model, optimizer)
-        mesh = init_device_mesh(self.device.type, (self.world,))
-        policy = MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16 if self._bf16 else None, reduce_dtype=torch.float32
-        )
-        layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
-        for module in (*layers, model):  # each is moved to the device as it is sharded
-            fully_shard(module, mesh=mesh, mp_policy=policy)
+        if model is not self._built:
+            self._shard_whole(model, optimizer)
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 # The contract is a sum, and FSDP2 averages; gloo knows sums alone.
@@ -135,14 +128,41 @@ class FsdpEngine(Engine):
         self.model, self.optimizer = model, optimizer
         self._parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
         self._trainable = {n: p for n, p in self._parameters.items() if p.requires_grad}
-        # `fully_shard` has put new parameters in the place of those that the optimizer was given.
-        for group, names in zip(optimizer.param_groups, places, strict=True):
-            group["params"] = [self._parameters[name] for name in names]
         for name, parameter in self._parameters.items():
             if not isinstance(parameter, DTensor):
                 raise PostshareError(
                     f"{name} was not sharded by FSDP2; use the torch version of constraints.txt"
                 )
+
+    def _shard_whole(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Shard a model that every rank has whole."""
+        _refuse_shared_weights(model)
+        if self.differs(model.parameters()):
+            raise PostshareError(
+                "the ranks have loaded different weights, and each would train its part of its "
+                "own; let every rank load the same files"
+            )
+        places = _places(model, optimizer)
+        for _, module in _sharded_modules(model):  # each is moved to the device as it is sharded
+            self._shard_module(module)
+        # `fully_shard` has put new parameters in the place of those that the optimizer was given.
+        parameters = dict(model.named_parameters())
+        for group, names in zip(optimizer.param_groups, places, strict=True):
+            group["params"] = [parameters[name] for name in names]
+
+    def _shard_module(self, module: nn.Module) -> None:
+        if not dist.is_initialized():  # one process: Accelerate starts no group
+            dist.init_process_group(
+                "gloo" if self.device.type == "cpu" else "nccl",
+                rank=0,
+                world_size=1,
+                store=dist.HashStore(),
+            )
+        policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16 if self._bf16 else None, reduce_dtype=torch.float32
+        )
+        mesh = init_device_mesh(self.device.type, (self.world,))
+        fully_shard(module, mesh=mesh, mp_policy=policy)
 
     @contextlib.contextmanager
     def micro_step(self, boundary: bool) -> Iterator[None]:
@@ -195,8 +215,26 @@ class FsdpEngine(Engine):
             return
         self.zero_grad()
         self.restored()  # what was gathered goes; the shards go with the model
+        self._built = None
         del self.model, self.optimizer, self._parameters, self._trainable
         self.accelerator.free_memory()
+
+
+def _refuse_shared_weights(model: nn.Module) -> None:
+    if any(isinstance(module, SharedLinear) and module.tied for module in model.modules()):
+        raise PostshareError(
+            "a compact model reads the weights of one layer in another, which FSDP2 has given "
+            "back by then; launch with launch/accelerate/zero3.yaml, or set "
+            "materialize.heal_steps=0"
+        )
+
+
+def _sharded_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(prefix of its parameters' names, module) of each decoder layer, and of the root last."""
+    for name, module in model.named_modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            yield f"{name}.", module
+    yield "", model
 
 
 def _places(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[list[str]]:

@@ -1,7 +1,8 @@
 """Models that are whole on no rank: read tensor by tensor and split up as they are read.
 
 A :class:`Source` says what the model is and where its weights lie; :func:`partitioned` makes it
-under ZeRO-3. Between the two a rank holds one whole tensor at a time, and its own ranges.
+under ZeRO-3, `FsdpEngine.build` under FSDP2. Between the two a rank holds its own ranges and one
+whole tensor at a time (FSDP2: one layer's, or the embeddings).
 """
 
 from __future__ import annotations
@@ -204,14 +205,14 @@ def partitioned(source: Source, resolved: dict[str, Any], device: torch.device) 
     dtype = torch.bfloat16 if resolved["bf16"]["enabled"] else torch.float32
     first: Any = None
     # The largest first: beside a whole tensor, and the file's mapping of it, lies little else yet.
-    largest_first = sorted(_places(model).items(), key=lambda one: -_size(*one[1][0]))
+    largest_first = sorted(parameter_places(model).items(), key=lambda one: -_size(*one[1][0]))
     for name, places in largest_first:
         if math.prod(source.reader.shape(name)) == 0:
-            _place(nn.Parameter(source[name]), places)  # there is nothing to split
+            place(nn.Parameter(source[name]), places)  # there is nothing to split
             continue
         # A copy: DeepSpeed broadcasts rank 0's values, and the file is mapped read-only.
         parameter: Any = nn.Parameter(source[name].to(dtype, copy=True))
-        _place(parameter, places)
+        place(parameter, places)
         if first is None:
             Init(module=places[0][0], config_dict_or_path=resolved)
             first = parameter
@@ -225,12 +226,13 @@ def whole_shape(parameter: nn.Parameter) -> torch.Size:
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
-def _place(parameter: nn.Parameter, places: list[tuple[nn.Module, str]]) -> None:
+def place(parameter: nn.Parameter, places: list[tuple[nn.Module, str]]) -> None:
+    """Put a parameter where :func:`parameter_places` says."""
     for module, leaf in places:
         module._parameters[leaf] = parameter
 
 
-def _places(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
+def parameter_places(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
     """{parameter name: (module, attribute) of all that hold it}; tied ones have several."""
     holders: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():

@@ -1,4 +1,4 @@
-"""Under ZeRO-3 a model is whole on no rank at load, and is the same model."""
+"""Under ZeRO-3 and FSDP2 a model is whole on no rank at load, and is the same model."""
 
 from __future__ import annotations
 
@@ -25,15 +25,17 @@ def save(folder: Path, dtype: torch.dtype, **sizes: int) -> int:
     return 4 * sum(p.numel() for p in model.parameters())
 
 
-def test_streamed_model_is_the_one_loaded_whole(tmp_path: Path) -> None:
+@pytest.mark.parametrize("config", ["zero3", "fsdp2"])
+def test_streamed_model_is_the_one_loaded_whole(config: str, tmp_path: Path) -> None:
     sizes = {"hidden_size": 36, "intermediate_size": 50, "num_hidden_layers": 4}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 6, "vocab_size": 49}
     save(tmp_path, torch.bfloat16, **sizes, **heads)
-    output = run("zero3", WORKER, "equal", tmp_path, processes=3, timeout=400)
+    output = run(config, WORKER, "equal", tmp_path, processes=3, timeout=400)
     assert output.count("3 cases equal") == 3, output
 
 
-def test_no_rank_holds_the_whole_model_at_load(tmp_path: Path) -> None:
+@pytest.mark.parametrize("config", ["zero3", "fsdp2"])
+def test_no_rank_holds_the_whole_model_at_load(config: str, tmp_path: Path) -> None:
     """A model of 400 MB; the largest tensor has 16 MB."""
     sizes = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 7}
     whole = save(
@@ -44,7 +46,7 @@ def test_no_rank_holds_the_whole_model_at_load(tmp_path: Path) -> None:
         num_key_value_heads=8,
         vocab_size=4096,
     )
-    output = run("zero3", WORKER, "memory", tmp_path, "streamed", processes=2, timeout=300)
+    output = run(config, WORKER, "memory", tmp_path, "streamed", processes=2, timeout=300)
     rows = [json.loads(row) for row in re.findall(r"memory (\{.*\})", output)]
     assert sorted(row["rank"] for row in rows) == [0, 1]
     for row in rows:
