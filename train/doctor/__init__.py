@@ -39,6 +39,7 @@ from train.doctor.probes import (
     probe_links,
 )
 from train.known_models import LlamaShape, find_shape
+from train.launched import launched_fsdp, launched_offload
 from train.recipe import Recipe
 
 PATIENCE = 60.0
@@ -194,6 +195,8 @@ class _Visit:
             self.recipe,
             shape,
             engine.launched_stage(),
+            launched_fsdp(),
+            launched_offload(),
             backend=_backend(facts),
         )
 

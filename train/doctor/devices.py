@@ -10,6 +10,7 @@ from train import estimate
 from train.doctor.findings import Finding, Level, Situation, bad, ok, warn
 from train.dry_run import size
 from train.known_models import LlamaShape
+from train.launched import Offload
 from train.recipe import Recipe
 
 GPU_ALLOWANCE = 2 * 10**9
@@ -71,7 +72,7 @@ def check_gpu_memory(s: Situation) -> Iterator[Finding]:
         free = f"{size(least.free)} of {size(least.total)} free on {s.who([rank])}"
         yield ok(topic, f"{free}; no training to compare it with")
         return
-    need = memory_needed(s.recipe, s.shape, s.stage or 0, s.world)
+    need = memory_needed(s.recipe, s.shape, s.sharding, s.world, s.offload)
     said = f"a step needs about {size(need)}; {s.who([rank])} has {size(least.free)} free of "
     said += size(least.total)
     if need > least.total:
@@ -86,10 +87,22 @@ def check_gpu_memory(s: Situation) -> Iterator[Finding]:
         yield ok(topic, said)
 
 
-def memory_needed(recipe: Recipe, shape: LlamaShape, stage: int, world: int, **other: Any) -> int:
-    """Bytes of one process at the peak of a step; `other` replaces fields of `train`."""
+def memory_needed(
+    recipe: Recipe,
+    shape: LlamaShape,
+    stage: int,
+    world: int,
+    offload: Offload = Offload(),  # noqa: B008 - it cannot be changed
+    **other: Any,
+) -> int:
+    """Bytes on the device of one process at the peak of a step.
+
+    Args:
+        offload: only the optimizer's part is left out, so that the weights' is an upper bound.
+        other: replaces fields of `train`.
+    """
     section = recipe.train.model_copy(update=other)
-    return estimate.memory_per_gpu(
+    memory = estimate.memory_per_gpu(
         shape,
         section,
         stage=stage,
@@ -97,14 +110,15 @@ def memory_needed(recipe: Recipe, shape: LlamaShape, stage: int, world: int, **o
         sequence_length=recipe.data.sequence_length,
         checkpointing=section.gradient_checkpointing,
         eager=recipe.model.attention == "eager",
-    ).total
+    )
+    return memory.total - (memory.optimizer if offload.optimizer else 0)
 
 
 def what_fits(s: Situation, limit: int) -> str:
     """The smallest change that brings a step below `limit` bytes."""
     assert s.recipe is not None
     assert s.shape is not None
-    stage = s.stage or 0
+    stage = s.sharding
     small: dict[str, Any] = {"gradient_checkpointing": True}
     steps: list[tuple[str, int, dict[str, Any]]] = [
         ("set train.gradient_checkpointing=true", stage, small),
@@ -135,8 +149,24 @@ def what_fits(s: Situation, limit: int) -> str:
     return "it fits on no number of these GPUs; take a smaller model or shorter sequences"
 
 
+def host_memory(s: Situation) -> int:
+    """Bytes of main memory that one process with a GPU needs.
+
+    The model in fp32 as it is loaded: whole, or this rank's share and the largest tensor where it
+    is spread. Later what is offloaded: the optimizer's masters, moments and gradients, 16 bytes a
+    parameter, and the weights.
+    """
+    assert s.shape is not None
+    whole = 4 * estimate.llama_parameters(s.shape)
+    if s.sharding < 3:
+        return whole
+    share = whole // s.world
+    loading = share + 4 * s.shape.vocab_size * s.shape.hidden_size
+    return max(loading, 4 * share * s.offload.optimizer + share * s.offload.parameters)
+
+
 def check_ram(s: Situation) -> Iterator[Finding]:
-    """Main memory: every process loads the model whole, in fp32, before it is placed."""
+    """Main memory: what loading takes, and what is offloaded; on a CPU the training itself."""
     topic = "memory"
     if s.recipe is None or s.shape is None or s.recipe.train.steps == 0:
         least = min(s.facts, key=lambda f: f.ram)
@@ -147,9 +177,7 @@ def check_ram(s: Situation) -> Iterator[Finding]:
         f = min(ranks, key=lambda f: f.ram)
         on_cpu = f.gpu is None
         one = (
-            memory_needed(s.recipe, s.shape, s.stage or 0, s.world)
-            if on_cpu
-            else 4 * estimate.llama_parameters(s.shape)
+            memory_needed(s.recipe, s.shape, s.sharding, s.world) if on_cpu else host_memory(s)
         )
         need = one * len(ranks)
         what = "training" if on_cpu else "loading"

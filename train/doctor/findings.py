@@ -13,6 +13,7 @@ from sa_models.spans import ranges
 from train.doctor.facts import Facts
 from train.doctor.probes import BrokenLink, Clock, FolderProbe, Reduction
 from train.known_models import LlamaShape
+from train.launched import Offload
 from train.recipe import Recipe
 
 LEFT_WAITING = "left waiting when another rank failed"
@@ -71,6 +72,8 @@ class Situation:
         world: processes that were launched.
         recipe, shape: None where there is none, or where it could not be read.
         stage: ZeRO stage of the launch; None without DeepSpeed.
+        fsdp: whether the launch asks for FSDP2.
+        offload: what ZeRO-3 keeps in the host's memory.
         folder: None when it was not probed.
         clocks: by rank, one for each host but the main rank's.
         links: connections between hosts that failed; None: not tried.
@@ -84,12 +87,19 @@ class Situation:
     recipe: Recipe | None = None
     shape: LlamaShape | None = None
     stage: int | None = None
+    fsdp: bool = False
+    offload: Offload = field(default_factory=Offload)
     folder: FolderProbe | None = None
     clocks: dict[int, Clock] = field(default_factory=dict)
     links: list[BrokenLink] | None = None
     joined: dict[int, str | None] | None = None
     reductions: list[Reduction] | None = None
     backend: str = "gloo"
+
+    @property
+    def sharding(self) -> int:
+        """What is spread over the ranks, as a ZeRO stage: FSDP2 spreads what ZeRO-3 does."""
+        return 3 if self.fsdp else self.stage or 0
 
     @property
     def missing(self) -> list[int]:

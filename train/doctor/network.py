@@ -156,7 +156,7 @@ def check_bandwidth(s: Situation) -> Iterator[Finding]:
     said = f"all-reduce of {listed}: {size(best)}/s over each link"
     if s.recipe is not None and s.shape is not None and s.recipe.train.steps != 0:
         try:
-            traffic = estimate.step_traffic(s.shape, s.recipe.train, s.stage or 0, s.world)
+            traffic = estimate.step_traffic(s.shape, s.recipe.train, s.sharding, s.world)
         except PostshareError:  # the batch does not divide: `launch` says so
             pass
         else:

@@ -38,6 +38,7 @@ from train.doctor.probes import (
     probe_links,
 )
 from train.known_models import KNOWN, LlamaShape
+from train.launched import Offload
 from train.recipe import Recipe, validate
 
 GB = 10**9
@@ -231,17 +232,40 @@ def test_without_a_gpu_nothing_is_claimed() -> None:
 def test_main_memory_counts_the_processes_of_a_host() -> None:
     load = 4 * PARAMETERS  # 27 GB
     two = [fact(r, gpu=gpu(r), ram=2 * load, ram_total=2 * load) for r in range(2)]
-    assert levels(devices.check_ram(seven(*two))) == {Level.OK}
+    assert levels(devices.check_ram(seven(*two, stage=0))) == {Level.OK}
     short = [replace(f, ram=2 * load - 1) for f in two]
     assert (
         "loading in 2 processes needs about 53.9 GB"
-        in only(devices.check_ram(seven(*short)), Level.WARN).found
+        in only(devices.check_ram(seven(*short, stage=0)), Level.WARN).found
     )
     never = [replace(f, ram=load, ram_total=2 * load - 1) for f in two]
-    assert levels(devices.check_ram(seven(*never))) == {Level.BAD}
+    assert levels(devices.check_ram(seven(*never, stage=0))) == {Level.BAD}
     apart = [never[0], replace(never[1], host="b", network="b")]
-    assert levels(devices.check_ram(seven(*apart))) == {Level.OK}
-    assert "training in 1 process needs" in only(devices.check_ram(seven(fact()))).found
+    assert levels(devices.check_ram(seven(*apart, stage=0))) == {Level.OK}
+    assert "training in 1 process needs" in only(devices.check_ram(seven(fact(), stage=0))).found
+
+
+def test_main_memory_where_the_model_is_spread_or_offloaded() -> None:
+    two = [fact(r, gpu=gpu(r)) for r in range(2)]
+    largest = 4 * 32_000 * 4096
+    for spread in ({"stage": 3}, {"stage": None, "fsdp": True}):
+        assert devices.host_memory(seven(*two, **spread)) == 2 * PARAMETERS + largest
+    # Masters, two moments and gradients in fp32; and the weights, counted in fp32.
+    assert devices.host_memory(seven(*two, offload=Offload(optimizer=True))) == 8 * PARAMETERS
+    both = Offload(optimizer=True, parameters=True)
+    assert devices.host_memory(seven(*two, offload=both)) == 10 * PARAMETERS
+
+
+def test_gpu_memory_of_fsdp_and_offload() -> None:
+    def needed(**launch: Any) -> str:
+        facts = [fact(rank, gpu=gpu(rank)) for rank in range(8)]
+        (finding,) = devices.check_gpu_memory(seven(*facts, **launch))
+        return finding.found
+
+    assert needed(stage=None, fsdp=True) == needed(stage=3) != needed(stage=0)
+    one = devices.memory_needed(recipe(), SEVEN_B, 3, 8)
+    offloaded = devices.memory_needed(recipe(), SEVEN_B, 3, 8, Offload(optimizer=True))
+    assert one - offloaded == -(-12 * PARAMETERS // 8)
 
 
 # --- network --------------------------------------------------------------------------------------
