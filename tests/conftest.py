@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -7,6 +9,10 @@ import torch
 
 # Threads that wait for each other between tiny operations take longer than the operations.
 torch.set_num_threads(1)
+
+# DeepSpeed builds its extension for the environment it runs in; where several share a folder, each
+# start of another one builds again.
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
