@@ -16,9 +16,10 @@ import socket
 import threading
 import time
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 
 import torch.distributed as dist
+
+from train.attempt import open_keys
 
 _trainings = itertools.count()
 """Trainings of this process so far; the same on all ranks, so that each has keys of its own."""
@@ -69,9 +70,7 @@ class Heartbeats:
         self._seen: dict[int, tuple[Note, float]] = {}
         self._observing_since: float | None = None
         self._wake, self._ended = threading.Event(), threading.Event()
-        # A restarted group finds the notes of the one before it in the same store.
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        self._prefix = f"postshare-health/{attempt}/{next(_trainings)}"
+        self._prefix = f"health/{next(_trainings)}"
         self._thread = threading.Thread(target=self._run, name="heartbeats", daemon=True)
         self._thread.start()
 
@@ -130,14 +129,7 @@ class Heartbeats:
             self._write(store, -1)
 
     def _connect(self) -> dist.Store:
-        store = dist.TCPStore(
-            os.environ["MASTER_ADDR"],
-            int(os.environ["MASTER_PORT"]),
-            is_master=False,
-            timeout=timedelta(seconds=max(10.0, 4 * self.interval)),
-            wait_for_workers=False,
-        )
-        return dist.PrefixStore(self._prefix, store)
+        return dist.PrefixStore(self._prefix, open_keys(max(10.0, 4 * self.interval)))
 
     def _exchange(self, store: dist.Store, beat: int) -> None:
         self._write(store, beat)
