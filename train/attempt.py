@@ -70,6 +70,7 @@ class Naming:
     """
 
     def __init__(self, store: dist.Store, rank: int) -> None:
+        self.name: str | None = None
         self.keys: dist.Store | None = None
         """What all ranks of this start, and no others, share."""
         self._store = dist.PrefixStore("postshare-naming", store)
@@ -104,5 +105,5 @@ class Naming:
 
     def _found(self, name: str) -> None:
         global _name
-        _name = name
+        _name = self.name = name
         self.keys = dist.PrefixStore(f"postshare/{name}/meeting", self._base)
