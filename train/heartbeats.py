@@ -66,6 +66,8 @@ class Heartbeats:
         self.note = Note(rank, socket.gethostname(), os.getpid(), 0, 0, "starting")
         self.verdict: str | None = None
         """What the first rank that found something wrong has said about it."""
+        self.author: int | None = None
+        """Which rank that is: two may have come to the same words."""
         self._proposal: str | None = None
         self._seen: dict[int, tuple[Note, float]] = {}
         self._observing_since: float | None = None
@@ -134,11 +136,15 @@ class Heartbeats:
     def _exchange(self, store: dist.Store, beat: int) -> None:
         self._write(store, beat)
         if self._proposal is not None and self.verdict is None:
-            self.verdict = store.compare_set("verdict", "", self._proposal).decode()
+            proposal = json.dumps([self.note.rank, self._proposal])
+            self._accept(store.compare_set("verdict", "", proposal))
         elif store.check(["verdict"]):
-            self.verdict = store.get("verdict").decode()
+            self._accept(store.get("verdict"))
         if self._observing_since is not None:
             self._read(store)
+
+    def _accept(self, verdict: bytes) -> None:
+        self.author, self.verdict = json.loads(verdict)  # in this order: who reads it, reads both
 
     def _write(self, store: dist.Store, beat: int) -> None:
         note = Note(**{**asdict(self.note), "beat": beat})

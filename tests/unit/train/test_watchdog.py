@@ -59,6 +59,7 @@ def test_the_first_verdict_wins() -> None:
     ranks = [Heartbeats(rank, 2, 0.1) for rank in range(2)]
     assert ranks[1].agree("rank 0 is late", 5) == "rank 0 is late"
     assert ranks[0].agree("rank 1 is late", 5) == "rank 0 is late"
+    assert [rank.author for rank in ranks] == [1, 1]
     for rank in ranks:
         rank.end()
 
