@@ -20,6 +20,8 @@ from torch.distributed.rendezvous import register_rendezvous_handler
 
 _SCHEME = "postshare-attempt"
 _LONGEST = 24 * 3600.0
+_NCCL_SIGNAL = "exception_dump"
+"""NCCL's process group keeps it at the top of the store, and one that finds it ends its process."""
 
 _name: str | None = None
 
@@ -79,6 +81,7 @@ class Naming:
         self._answered: dict[int, bytes] = {}
         self._store.set(f"asks/{rank}", self._me)
         if rank == 0:
+            store.delete_key(_NCCL_SIGNAL)  # nobody has a process group yet who could have set it
             self._found(self._me)
 
     def step(self, missing: list[int]) -> None:
