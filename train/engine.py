@@ -31,6 +31,7 @@ import torch.distributed as dist
 from torch import nn
 
 from sa_models.errors import PostshareError
+from train.attempt import init_method
 from train.launched import check_launch, launched_fsdp, launched_stage
 from train.meeting import meeting
 from train.watchdog import FIRST_STEP
@@ -366,7 +367,9 @@ def _accelerator(zero: bool, patience: timedelta) -> Accelerator:
     on_cpu = not torch.accelerator.is_available()
     if zero:
         # On a CPU Accelerate finds no backend by itself, and each rank would be alone.
-        group = InitProcessGroupKwargs(backend="gloo" if on_cpu else "nccl", timeout=patience)
+        group = InitProcessGroupKwargs(
+            backend="gloo" if on_cpu else "nccl", init_method=init_method(), timeout=patience
+        )
         accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[group])
         # Accelerate tells transformers about ZeRO-3, which would then partition every model made in
         # this process, by collectives: also those that the main process makes alone.
@@ -377,7 +380,7 @@ def _accelerator(zero: bool, patience: timedelta) -> Accelerator:
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     # Without cpu=True Accelerate leaves the model unwrapped on a machine without accelerator.
     cpu = on_cpu or os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
-    group = InitProcessGroupKwargs(timeout=patience)
+    group = InitProcessGroupKwargs(init_method=init_method(), timeout=patience)
     return Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[group])
 
 

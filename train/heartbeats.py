@@ -16,9 +16,10 @@ import socket
 import threading
 import time
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 
 import torch.distributed as dist
+
+from train.attempt import open_keys
 
 _trainings = itertools.count()
 """Trainings of this process so far; the same on all ranks, so that each has keys of its own."""
@@ -65,13 +66,13 @@ class Heartbeats:
         self.note = Note(rank, socket.gethostname(), os.getpid(), 0, 0, "starting")
         self.verdict: str | None = None
         """What the first rank that found something wrong has said about it."""
+        self.author: int | None = None
+        """Which rank that is: two may have come to the same words."""
         self._proposal: str | None = None
         self._seen: dict[int, tuple[Note, float]] = {}
         self._observing_since: float | None = None
         self._wake, self._ended = threading.Event(), threading.Event()
-        # A restarted group finds the notes of the one before it in the same store.
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        self._prefix = f"postshare-health/{attempt}/{next(_trainings)}"
+        self._prefix = f"health/{next(_trainings)}"
         self._thread = threading.Thread(target=self._run, name="heartbeats", daemon=True)
         self._thread.start()
 
@@ -130,23 +131,20 @@ class Heartbeats:
             self._write(store, -1)
 
     def _connect(self) -> dist.Store:
-        store = dist.TCPStore(
-            os.environ["MASTER_ADDR"],
-            int(os.environ["MASTER_PORT"]),
-            is_master=False,
-            timeout=timedelta(seconds=max(10.0, 4 * self.interval)),
-            wait_for_workers=False,
-        )
-        return dist.PrefixStore(self._prefix, store)
+        return dist.PrefixStore(self._prefix, open_keys(max(10.0, 4 * self.interval)))
 
     def _exchange(self, store: dist.Store, beat: int) -> None:
         self._write(store, beat)
         if self._proposal is not None and self.verdict is None:
-            self.verdict = store.compare_set("verdict", "", self._proposal).decode()
+            proposal = json.dumps([self.note.rank, self._proposal])
+            self._accept(store.compare_set("verdict", "", proposal))
         elif store.check(["verdict"]):
-            self.verdict = store.get("verdict").decode()
+            self._accept(store.get("verdict"))
         if self._observing_since is not None:
             self._read(store)
+
+    def _accept(self, verdict: bytes) -> None:
+        self.author, self.verdict = json.loads(verdict)  # in this order: who reads it, reads both
 
     def _write(self, store: dist.Store, beat: int) -> None:
         note = Note(**{**asdict(self.note), "beat": beat})

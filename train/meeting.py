@@ -6,16 +6,17 @@ store is there already, so a rank that never came can be told from one that is s
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 
 import torch.distributed as dist
 
+from train.attempt import Naming, open_store, store_is_shared
 from train.exit_codes import ExitCode
 from train.watchdog import START_AGAIN, RankLostError
 
@@ -36,12 +37,15 @@ def meeting(patience: float | None) -> Iterator[None]:
         RankLostError: a rank has not come; the store cannot be reached.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world == 1 or patience is None or dist.is_initialized():
+    if world == 1 or dist.is_initialized():
         yield
         return
     # Without torchrun (srun or mpirun alone) rank 0 serves the store, once it makes the group.
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        _meet(int(os.environ["RANK"]), world, patience)
+    if store_is_shared():
+        _meet(int(os.environ["RANK"]), world, math.inf if patience is None else patience)
+    if patience is None:
+        yield
+        return
     limit = max(patience, BUILD_SECONDS)
     late = threading.Timer(limit, _give_up, [limit])
     late.daemon = True
@@ -53,21 +57,29 @@ def meeting(patience: float | None) -> Iterator[None]:
 
 
 def _meet(rank: int, world: int, patience: float) -> None:
-    end = time.monotonic() + patience
+    began = time.monotonic()
     main = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    missing = [r for r in range(world) if r != rank]
-    spoken = False
+    others = [r for r in range(world) if r != rank]
+    missing, spoken, here = others, False, False
     try:
-        store = dist.PrefixStore(f"postshare-meeting/{attempt}", _store(patience))
-        store.set(str(rank), "here")
-        while missing and time.monotonic() < end:
-            missing = [r for r in missing if not store.check([str(r)])]
-            waited = patience - (end - time.monotonic())
-            if rank == 0 and missing and not spoken and waited > SPEAKS_AFTER:
+        naming = Naming(open_store(patience), rank)
+        while missing and time.monotonic() - began < patience:
+            naming.step(missing)
+            keys = naming.keys
+            if keys is not None:
+                if not here:
+                    keys.set(str(rank), "here")
+                    here = True
+                missing = [r for r in missing if not keys.check([str(r)])]
+            if rank == 0 and missing and not spoken and time.monotonic() - began > SPEAKS_AFTER:
                 print(f"waiting for {_ranks(missing)} to start", file=sys.stderr, flush=True)
                 spoken = True
             time.sleep(0.2 if missing else 0)
+        if missing and not here:  # rank 0 has not answered, and the others hide behind it
+            asking = naming.asking(others[1:])
+            missing = [r for r in others if r not in asking]
+        elif not missing:
+            naming.end(world)
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0][:200]
         raise RankLostError(
@@ -80,16 +92,6 @@ def _meet(rank: int, world: int, patience: float) -> None:
             f"{START_AGAIN}",
             speaks=rank == min(r for r in range(world) if r not in missing),
         )
-
-
-def _store(patience: float) -> dist.Store:
-    return dist.TCPStore(
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        is_master=False,
-        timeout=timedelta(seconds=patience),
-        wait_for_workers=False,
-    )
 
 
 def _ranks(ranks: list[int]) -> str:

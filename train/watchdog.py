@@ -143,7 +143,8 @@ class Watchdog:
             f"or its host or the network has; {START_AGAIN}"
         )
         agreed = beats.agree(mine, 2 * beats.interval)
-        if agreed is not None and agreed != mine:
+        if agreed is not None and beats.author != self.rank:
+            agreed = agreed.removesuffix(f"; {START_AGAIN}")
             return RankLostError(f"{agreed}; {START_AGAIN}", speaks=self.rank == 0)
         return RankLostError(mine)
 
@@ -181,7 +182,8 @@ class Watchdog:
             self._die(mine)
         else:
             agreed = self._beats.agree(mine, 3.0)
-            self._die(mine if agreed in (None, mine) else None)
+            speaks = agreed is None or self._beats.author == self.rank
+            self._die(mine if speaks else None)
 
     def _whose_fault(self) -> str:
         beats = self._beats

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import threading
 import time
 from dataclasses import replace
 
 import pytest
 import torch.distributed as dist
 
-from train import heartbeats
+from train import attempt, heartbeats
+from train.attempt import Naming, init_method
 from train.heartbeats import Heartbeats
 from train.meeting import meeting
 from train.watchdog import RankLostError, Watchdog, lost_connection
@@ -27,6 +29,7 @@ def store(monkeypatch: pytest.MonkeyPatch) -> dist.TCPStore:
         monkeypatch.setenv(name, value)
     # All ranks are here: each is the first training of its process.
     monkeypatch.setattr(heartbeats, "_trainings", itertools.repeat(0))
+    monkeypatch.setattr(attempt, "_name", None)
     return server
 
 
@@ -56,6 +59,7 @@ def test_the_first_verdict_wins() -> None:
     ranks = [Heartbeats(rank, 2, 0.1) for rank in range(2)]
     assert ranks[1].agree("rank 0 is late", 5) == "rank 0 is late"
     assert ranks[0].agree("rank 1 is late", 5) == "rank 0 is late"
+    assert [rank.author for rank in ranks] == [1, 1]
     for rank in ranks:
         rank.end()
 
@@ -84,15 +88,67 @@ def test_a_lost_peer_is_named_and_other_errors_stay_what_they_are() -> None:
     assert lost_connection(ValueError(gloo)) is None
 
 
-def test_a_rank_that_does_not_come_is_named(store: dist.TCPStore) -> None:
+class Other:
+    """Another rank, as far as the meeting goes; within `with`."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+        self.name: str | None = None
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> Other:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        naming = Naming(attempt.open_store(5), self.rank)
+        while naming.keys is None and not self._over.wait(0.02):
+            naming.step([])
+        if naming.keys is not None:
+            naming.keys.set(str(self.rank), "here")
+            self.name = naming.name
+
+
+def test_a_rank_that_does_not_come_is_named() -> None:
     began = time.monotonic()
-    store.set("postshare-meeting/0/2", "here")
-    with pytest.raises(RankLostError, match=r"rank 1 of 3 did not start within 1 s"), meeting(1.0):
+    named = r"rank 1 of 3 did not start within 1 s"
+    with Other(2), pytest.raises(RankLostError, match=named) as lost, meeting(1.0):
         raise AssertionError("not all are there")
     assert 1 <= time.monotonic() - began < 4
-    store.set("postshare-meeting/0/1", "here")
-    with meeting(1.0):
+    assert lost.value.speaks
+    with Other(2), Other(1), meeting(3.0):
         pass
+
+
+def test_a_restarted_group_shares_no_key_with_the_one_before(store: dist.TCPStore) -> None:
+    assert init_method() is None
+    with Other(1) as before, Other(2), meeting(3.0):
+        pass
+    assert init_method() is not None
+    store.set("exception_dump", "1")  # as NCCL's watchdog does when it has lost a peer
+    # A rank 1 that asked and was killed before all were there.
+    Naming(attempt.open_store(5), 1)
+    with Other(2), pytest.raises(RankLostError, match="rank 1 of 3"), meeting(0.5):
+        raise AssertionError("the rank that asked is dead")
+    with Other(1) as one, Other(2) as two, meeting(3.0):
+        pass
+    assert before.name != one.name == two.name is not None
+    assert attempt.open_keys(5).check(["meeting/1", "meeting/2"])
+    assert not store.check(["exception_dump"])
+
+
+def test_a_main_rank_that_does_not_come_is_named_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    for rank, speaks in (1, True), (2, False):
+        monkeypatch.setenv("RANK", str(rank))
+        lost = pytest.raises(RankLostError, match="rank 0 of 3")
+        with Other(3 - rank), lost as error, meeting(1.0):
+            raise AssertionError("nobody has given this start a name")
+        assert error.value.speaks is speaks
 
 
 def test_a_store_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
