@@ -41,13 +41,13 @@ test: $(STAMP)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-matrix: $(STAMP)
-	$(BIN)/python -m pytest tests/matrix -p no:cacheprovider $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests/matrix -m '' -p no:cacheprovider $(PYTEST_ARGS)
 
 # Debian's Slurm, and the tools that make two hosts of one: installed where a command is missing.
 CLUSTER_COMMANDS := munged slurmctld slurmd sbatch ip nsenter
 
 test-cluster: $(STAMP) cluster-tools
-	$(BIN)/python -m pytest tests/cluster -p no:cacheprovider $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests/cluster -m '' -p no:cacheprovider $(PYTEST_ARGS)
 
 cluster-tools:
 	@for c in $(CLUSTER_COMMANDS); do command -v $$c >/dev/null || { \
@@ -61,7 +61,7 @@ KILLS ?= 100
 
 test-faults: $(STAMP)
 	$(BIN)/python -m pytest tests/faults tests/distributed/test_hang.py \
-		tests/distributed/test_elastic.py tests/cluster/test_network_faults.py \
+		tests/distributed/test_elastic.py tests/cluster/test_network_faults.py -m '' \
 		--kills $(KILLS) -rs -p no:cacheprovider $(PYTEST_ARGS)
 
 check: $(STAMP)

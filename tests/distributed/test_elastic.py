@@ -43,7 +43,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
 
 # On two hosts the launchers then disagree about the number of restarts: one of them has seen a
 # failure, the other a host that comes again.
-@pytest.mark.parametrize("hosts", [1, 2])
+@pytest.mark.parametrize("hosts", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_killed_rank_is_started_again_with_the_others(
     hosts: int, undisturbed: dict[str, Tensor], tmp_path: Path
 ) -> None:

@@ -13,7 +13,10 @@ pytestmark = pytest.mark.distributed
 WORKER = Path(__file__).with_name("exchange_worker.py")
 
 
-@pytest.mark.parametrize("processes", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    "processes",
+    [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 4)), 3],
+)
 def test_exchanged_penalty_equals_that_of_one_process(processes: int) -> None:
     output = run("ddp", WORKER, processes=processes, timeout=400)
     assert output.count("72 cells hold") == processes, output

@@ -72,7 +72,7 @@ def rank_of(pid: int) -> int:
     return int(value.removeprefix(b"RANK="))
 
 
-@pytest.mark.parametrize("stopped", [0, 1])
+@pytest.mark.parametrize("stopped", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_stopped_rank_is_named_and_all_others_dump_their_stacks(
     tmp_path: Path, stopped: int
 ) -> None:
@@ -103,6 +103,7 @@ def test_a_rank_whose_data_never_comes_is_late_not_silent(tmp_path: Path) -> Non
     assert result.output.count("in wrapped") >= 1, "the line that sleeps is in a stack"
 
 
+@pytest.mark.slow
 def test_one_process_with_a_stuck_source(tmp_path: Path) -> None:
     command = [sys.executable, str(WORKER), "stuck_data", *RECIPE, f"output_dir={tmp_path / 'run'}"]
     began = time.monotonic()

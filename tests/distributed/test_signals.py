@@ -72,7 +72,14 @@ def warning_to_ranks(launcher: subprocess.Popen[str]) -> None:
         os.kill(pid, signal.SIGUSR1)
 
 
-@pytest.mark.parametrize("send", [to_launcher, to_everybody, warning_to_ranks])
+@pytest.mark.parametrize(
+    "send",
+    [
+        to_launcher,
+        pytest.param(to_everybody, marks=pytest.mark.slow),
+        pytest.param(warning_to_ranks, marks=pytest.mark.slow),  # make test-cluster has it, too
+    ],
+)
 def test_in_a_training_all_ranks_save_the_same_step(tmp_path: Path, send: Send) -> None:
     metrics = tmp_path / "run" / "metrics.jsonl"
     result = start(
