@@ -68,7 +68,9 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("config", ["ddp", "zero2", "zero3", "fsdp2"])
+@pytest.mark.parametrize(
+    "config", ["ddp", pytest.param("zero2", marks=pytest.mark.slow), "zero3", "fsdp2"]
+)
 def test_two_processes_give_the_single_process_losses(
     config: str, single: Path, tmp_path: Path
 ) -> None:

@@ -38,7 +38,8 @@ def test_a_sound_launch_is_go(config: str, tmp_path: Path) -> None:
     assert "2 ranks joined (gloo)" in said
     assert "the same folder on all ranks" in said
     assert "the same on all ranks: python" in said
-    rate = re.search(r"64 MiB in [\d.]+ ms: ([\d.]+) (MB|GB)/s over each link", said)
+    # The largest that was timed: on a busy machine the probe stops before 64 MiB.
+    rate = re.search(r"\d MiB in [\d.]+ ms: ([\d.]+) (MB|GB)/s over each link", said)
     assert rate, result.report()
     seconds = re.search(r"gradients of a step: ([\d.]+) MB, ([\d.e-]+) s", said)
     assert seconds, result.report()
