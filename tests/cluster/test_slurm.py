@@ -131,7 +131,7 @@ def test_cancelled_preempted_and_out_of_time_it_ends_as_if_undisturbed(
     # Two processes have trained, and what they have done is the undisturbed run.
     assert "each of 2 nodes, the first is psnode1" in job.text()
     state = json.loads((job.folder / f"checkpoints/step-{ends[-1]:06d}/state.json").read_text())
-    assert state["world"] == 2
+    assert state["written_by"] == "DDP, 2 processes"
     rows, expected = (read_rows(f / "metrics.jsonl") for f in (job.folder, undisturbed))
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     for row, wanted in zip(rows, expected, strict=True):
