@@ -176,9 +176,7 @@ def check_ram(s: Situation) -> Iterator[Finding]:
     for ranks in s.hosts.values():
         f = min(ranks, key=lambda f: f.ram)
         on_cpu = f.gpu is None
-        one = (
-            memory_needed(s.recipe, s.shape, s.sharding, s.world) if on_cpu else host_memory(s)
-        )
+        one = memory_needed(s.recipe, s.shape, s.sharding, s.world) if on_cpu else host_memory(s)
         need = one * len(ranks)
         what = "training" if on_cpu else "loading"
         processes = f"{len(ranks)} process{'es' * (len(ranks) > 1)}"
