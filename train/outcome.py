@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
-import secrets
 import shutil
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +22,7 @@ from sa_models.weights import ShardWriter
 from train.checkpoint import steps_in
 from train.files import rename_into_place, write_json
 from train.identity import refuse_other_run
+from train.shared_folder import require_shared
 
 if TYPE_CHECKING:
     from train.engine import Engine
@@ -44,10 +43,6 @@ FREE_TRAIN = {
     "health_every",
     "keep_best",
 }
-
-
-VISIBLE_SECONDS = 30
-"""How long a file may take to be seen by another node."""
 
 
 @dataclass(frozen=True)
@@ -108,46 +103,24 @@ def read_result(folder: Path) -> TrainResult | None:
 
 
 def begin(folder: Path, ours: dict[str, Any], engine: Engine) -> None:
-    """Mark the folder as this run's, and make sure that it is one folder for all ranks.
+    """Mark the folder as this run's. A collective.
 
     Raises:
-        PostshareError: it cannot be written, or another node does not see what the main process has
-            written there: checkpoints would be lost with the node.
+        PostshareError: it cannot be written, or it is not one folder for all ranks: checkpoints
+            would be lost with a node.
     """
-    start, problem = 0, None
+    require_shared(folder, engine)
+    problem = None
     if engine.is_main:
-        start = secrets.randbits(48)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_json(
-                folder / "run.json", {"identity": ours, "backend": engine.resolved, "start": start}
-            )
+            write_json(folder / "run.json", {"identity": ours, "backend": engine.resolved})
         except OSError as error:
             problem = " ".join(str(error).split())
-    start = int(engine.reduce_max(float(start)))  # 48 bits are exact in float64
     if engine.reduce_max(float(problem is not None)):
         raise PostshareError(
             f"{folder} cannot be written to ({problem or 'see the main process'}); set output_dir "
             "to a folder with room that you may write to"
         )
-    blind = int(engine.reduce_max(float(-1 if _sees(folder, start) else engine.rank)))
-    if blind >= 0:
-        raise PostshareError(
-            f"{folder} is not the same folder on all nodes: rank {blind} does not see what rank 0 "
-            "has written there; set output_dir to a file system that all nodes share"
-        )
-
-
-def _sees(folder: Path, start: int) -> bool:
-    """Whether this rank reads there what the main one has written; network file systems lag."""
-    for _ in range(VISIBLE_SECONDS):
-        try:
-            if _read(folder / "run.json").get("start") == start:
-                return True
-        except OSError:
-            pass
-        time.sleep(1)
-    return False
 
 
 def finish(

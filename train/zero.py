@@ -150,10 +150,23 @@ class PartitionShard(ZeroShard):
         safe_set_local_grad(self.parameter, self._padded)
 
 
-class ZeroEngine(Engine):
-    """DeepSpeed ZeRO-1, 2 or 3; bf16 with fp32 master weights, gradients summed in fp32."""
+class DrivenEngine(Engine):
+    """What all stages of DeepSpeed share: its boundary and its backward, driven explicitly."""
 
     backend = "deepspeed"
+
+    @contextlib.contextmanager
+    def micro_step(self, boundary: bool) -> Iterator[None]:
+        self.model.set_gradient_accumulation_boundary(boundary)
+        yield
+
+    def backward(self, loss: torch.Tensor) -> None:
+        # DeepSpeed averages over the ranks; the contract is a sum.
+        self.model.backward(loss * self.world, scale_wrt_gas=False)
+
+
+class ZeroEngine(DrivenEngine):
+    """DeepSpeed ZeRO-1, 2 or 3; bf16 with fp32 master weights, gradients summed in fp32."""
 
     def __init__(self, accelerator: Accelerator, recipe: Recipe) -> None:
         stage = launched_stage()
@@ -213,15 +226,6 @@ class ZeroEngine(Engine):
         self._frozen = loaded
         if self._source is None:
             self._frozen = {n: w.cpu() for n, w in loaded.items() if n not in self._trainable}
-
-    @contextlib.contextmanager
-    def micro_step(self, boundary: bool) -> Iterator[None]:
-        self.model.set_gradient_accumulation_boundary(boundary)
-        yield
-
-    def backward(self, loss: torch.Tensor) -> None:
-        # DeepSpeed averages over the ranks; the contract is a sum.
-        self.model.backward(loss * self.world, scale_wrt_gas=False)
 
     def step(self) -> float:
         self.model.step()

@@ -9,10 +9,8 @@ bf16 where it does not partition (0.19.8 refuses an fp32 sum there), which the c
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import logging
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,7 +19,7 @@ from torch import nn
 from sa_models.errors import PostshareError
 from train.engine import require_fp32
 from train.plain import PlainEngine, autocast_forward
-from train.zero import deepspeed_config
+from train.zero import DrivenEngine, deepspeed_config
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -29,10 +27,8 @@ if TYPE_CHECKING:
     from train.recipe import Recipe
 
 
-class WholeEngine(PlainEngine):
+class WholeEngine(DrivenEngine, PlainEngine):
     """DeepSpeed's engine with `zero_stage: 0`: fp32 parameters, bf16 by autocast."""
-
-    backend = "deepspeed"
 
     def __init__(self, accelerator: Accelerator, recipe: Recipe) -> None:
         super().__init__(accelerator, recipe)
@@ -56,15 +52,6 @@ class WholeEngine(PlainEngine):
             )
         self.optimizer = optimizer
         self._parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-
-    @contextlib.contextmanager
-    def micro_step(self, boundary: bool) -> Iterator[None]:
-        self.model.set_gradient_accumulation_boundary(boundary)
-        yield
-
-    def backward(self, loss: torch.Tensor) -> None:
-        # DeepSpeed averages over the ranks; the contract is a sum.
-        self.model.backward(loss * self.world, scale_wrt_gas=False)
 
     def step(self) -> float:
         # DeepSpeed clips by the same norm, and does not say it.
