@@ -206,12 +206,16 @@ def partitioned(source: Source, resolved: dict[str, Any], device: torch.device) 
     first: Any = None
     # The largest first: beside a whole tensor, and the file's mapping of it, lies little else yet.
     largest_first = sorted(parameter_places(model).items(), key=lambda one: -_size(*one[1][0]))
+    # All go through one buffer: with a tensor each, the ranges that stay would lie between holes,
+    # and the C library's heap keep half as much again.
+    buffer = torch.empty(_size(*largest_first[0][1][0]), dtype=dtype)
     for name, places in largest_first:
         if math.prod(source.reader.shape(name)) == 0:
             place(nn.Parameter(source[name]), places)  # there is nothing to split
             continue
         # A copy: DeepSpeed broadcasts rank 0's values, and the file is mapped read-only.
-        parameter: Any = nn.Parameter(source[name].to(dtype, copy=True))
+        shape = source.reader.shape(name)
+        parameter: Any = nn.Parameter(buffer[: math.prod(shape)].view(shape).copy_(source[name]))
         place(parameter, places)
         if first is None:
             Init(module=places[0][0], config_dict_or_path=resolved)
