@@ -108,10 +108,20 @@ class FsdpEngine(Engine):
         model = source.skeleton(self.device)
         _refuse_shared_weights(model)
         places = parameter_places(model)
+        unread = {name: math.prod(source.reader.shape(name)) for name in places}
+        parts = []
         for prefix, module in _sharded_modules(model):
-            for name, where in places.items():
-                if name.startswith(prefix) and where[0][0].get_parameter(where[0][1]).is_meta:
-                    place(nn.Parameter(source[name].to(self.device, copy=True)), where)
+            names = [name for name in unread if name.startswith(prefix)]
+            parts.append((module, {name: unread.pop(name) for name in names}))
+        # All modules go through one buffer: with one each, the rows that stay would lie between
+        # holes, and the C library's heap keep half as much again. FSDP2 copies its rows.
+        largest = max(sum(sizes.values()) for _, sizes in parts)
+        buffer = torch.empty(largest, dtype=torch.float32, device=self.device)
+        for module, sizes in parts:
+            pieces = buffer[: sum(sizes.values())].split(list(sizes.values()))
+            for name, piece in zip(sizes, pieces, strict=True):
+                value = piece.view(source.reader.shape(name)).copy_(source[name])
+                place(nn.Parameter(value), places[name])
             self._shard_module(module)
         self._built = model
         return model
