@@ -365,6 +365,8 @@ def _accelerator(zero: bool, patience: timedelta) -> Accelerator:
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     on_cpu = not torch.accelerator.is_available()
+    if on_cpu:  # else DeepSpeed, which Accelerate imports, warns that it has found no other
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if zero:
         # On a CPU Accelerate finds no backend by itself, and each rank would be alone.
         group = InitProcessGroupKwargs(
