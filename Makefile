@@ -37,8 +37,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/postshare run recipes/demo.yaml output_dir=runs/demo
 
+# Two workers: one for the tests that launch processes, one for the others (tests/conftest.py).
 test: $(STAMP)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder $(PYTEST_ARGS)
 
 test-matrix: $(STAMP)
 	$(BIN)/python -m pytest tests/matrix -m '' -p no:cacheprovider $(PYTEST_ARGS)

@@ -22,6 +22,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed", type=int, default=0, help="of their moments and ranks")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Group tests for `-n 2 --dist loadgroup`.
+
+    Launches come first and run one after the other, as each takes all cores it can get; meanwhile
+    the other worker takes the other files, whole, because their tests share fixtures.
+    """
+    items.sort(key=lambda item: item.get_closest_marker("distributed") is None)
+    for item in items:
+        launches = item.get_closest_marker("distributed") is not None
+        item.add_marker(pytest.mark.xdist_group("launches" if launches else str(item.path)))
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of real checkpoints, texts and golden numbers beside the checkout."""

@@ -1,22 +1,29 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
+from dataclasses import asdict
 
 import pytest
 
 from tests.faults.killing import Count
 
-_counts: list[Count] = []
+PROPERTY = "faults"
 
 
 @pytest.fixture
-def fault_table() -> list[Count]:
-    """Appended to by the tests, printed at the end."""
-    return _counts
+def fault_table(record_property: Callable[[str, object], None]) -> Callable[[Count], None]:
+    """Called with what a test has counted, however far it came; printed at the end.
+
+    A property of the report: with `-n` tests run in other processes than the one that prints.
+    """
+    return lambda count: record_property(PROPERTY, asdict(count))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if not _counts:
+    reports = [r for key in ("passed", "failed") for r in terminalreporter.getreports(key)]
+    found = [value for r in reports for name, value in r.user_properties if name == PROPERTY]
+    if not found:
         return
     write = terminalreporter.write_line
     write("")
@@ -25,7 +32,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         "| largest difference | steps redone, mean (most) | first new step after, median (most) |"
     )
     write("| --- | --- | --- | --- | --- | --- | --- | --- |")
-    for c in _counts:
+    for c in (Count(**value) for value in found):
         redone = f"{statistics.mean(c.lost):.1f} ({max(c.lost)})" if c.lost else "-"
         first = (
             f"{statistics.median(c.resumed):.1f} s ({max(c.resumed):.1f} s)" if c.resumed else "-"

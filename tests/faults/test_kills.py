@@ -8,6 +8,7 @@ Fewer than 20 are shared out between one process and DDP.
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,10 @@ BOUNDS = {"one": 0.0, "ddp": 1e-6, "zero2": 1e-6}
 
 @pytest.mark.parametrize("config", SHARES)
 def test_nothing_is_lost(
-    config: str, tmp_path: Path, pytestconfig: pytest.Config, fault_table: list[killing.Count]
+    config: str,
+    tmp_path: Path,
+    pytestconfig: pytest.Config,
+    fault_table: Callable[[killing.Count], None],
 ) -> None:
     asked = pytestconfig.getoption("--kills")
     if asked < 20 and config == "zero2":
@@ -30,12 +34,14 @@ def test_nothing_is_lost(
     kills = max(1, round(SHARES[config] * asked)) if asked >= 20 else asked // 2 + (config == "one")
     chance = random.Random(f"{config} {pytestconfig.getoption('--seed')}")
     whole, count = tmp_path / "whole", killing.Count(config)
-    fault_table.append(count)
     killing.undisturbed(config, whole)
-    while count.kills < kills:
-        folder = tmp_path / f"run-{count.runs}"
-        killing.killed(config, folder, chance, count, kills)
-        count.runs += 1
-        count.difference = max(count.difference, killing.largest_difference(folder, whole))
-        assert count.difference <= BOUNDS[config], killing.log_of(folder)
+    try:
+        while count.kills < kills:
+            folder = tmp_path / f"run-{count.runs}"
+            killing.killed(config, folder, chance, count, kills)
+            count.runs += 1
+            count.difference = max(count.difference, killing.largest_difference(folder, whole))
+            assert count.difference <= BOUNDS[config], killing.log_of(folder)
+    finally:
+        fault_table(count)
     assert count.kills == kills

@@ -66,8 +66,9 @@ class Batch:
         )  # fmt: skip
 
     def warn(self) -> None:
-        end = time.monotonic() + 20
-        while not (self.notes / "accelerate").exists() and time.monotonic() < end:
+        end = time.monotonic() + 60
+        while not (self.notes / "accelerate").exists():
+            assert time.monotonic() < end, "the launcher was never started"
             time.sleep(0.05)
         self.process.send_signal(signal.SIGUSR1)
 

@@ -78,7 +78,7 @@ class Command:
     def end(self) -> tuple[int, str]:
         """Exit status (minus the signal that killed it) and stderr."""
         try:
-            _, errors = self.process.communicate(timeout=20)
+            _, errors = self.process.communicate(timeout=60)
         except subprocess.TimeoutExpired:
             self.process.kill()
             raise AssertionError(f"still running: {self.process.communicate()}") from None
