@@ -90,6 +90,23 @@ def evaluate(recipe: RecipeArgument, overrides: OverridesArgument = None) -> Non
     _stage("evaluate", loaded)
 
 
+@app.command(epilog="Example: postshare compare demo --seeds 3")
+def compare(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each, with other seeds.")] = 1,
+    controls: Annotated[
+        str | None,
+        typer.Option(help="Only these, separated by commas (default: all that exist)."),
+    ] = None,
+) -> None:
+    """Train the recipe and its controls on the same tokens: one table, one Pareto plot."""
+    loaded = _load(recipe, overrides)
+    from train.compare import compare
+
+    compare(loaded, seeds, None if controls is None else controls.split(","))
+
+
 @app.command(epilog="Example: postshare prepare llama3.2-1b-postshare-30")
 def prepare(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
     """Download and cache model and data, once per node; then HF_HUB_OFFLINE=1 works."""

@@ -244,7 +244,8 @@ def disk_space(recipe: Recipe, shape: LlamaShape) -> Disk:
         exports += savings.stored_parameters * element
     if "dense" in recipe.export.formats and structure.has_stock_form:
         exports += (savings.stored_parameters + savings.tied_parameters) * element
-    trainings = 0 if train.steps == 0 else 2 if recipe.evaluate.continued and recipe.shares else 1
+    own = (train.steps != 0) + (recipe.materialize.heal_steps > 0)
+    trainings = own + (own > 0 and recipe.evaluate.continued and recipe.shares)
     checkpoint = checkpoint_bytes(shape, train) if trainings else 0
     # Without checkpoint_every one is written when the run is stopped, and no other.
     kept = train.keep_checkpoints * trainings + 1 if train.checkpoint_every else 1

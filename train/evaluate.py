@@ -24,7 +24,28 @@ class Perplexity:
     tokens: int
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class BlockLosses:
+    """What each block contributes: sums of token losses in nats, and the tokens predicted."""
+
+    nats: tuple[float, ...]
+    tokens: tuple[int, ...]
+
+    @property
+    def perplexity(self) -> Perplexity:
+        """Token-weighted over the blocks. Raises PostshareError as :func:`block_losses`."""
+        tokens = sum(self.tokens)
+        if tokens == 0:
+            raise PostshareError("no token to evaluate; add text to data.validation")
+        loss = sum(self.nats) / tokens
+        if not math.isfinite(loss):
+            raise PostshareError(
+                f"the evaluation loss is {loss}; look for the step where it first appears in "
+                "metrics.jsonl and lower train.learning_rate"
+            )
+        return Perplexity(loss=loss, perplexity=math.exp(loss), tokens=tokens)
+
+
 def perplexity(
     model: torch.nn.Module,
     blocks: Blocks,
@@ -32,19 +53,32 @@ def perplexity(
     limit: int | None = None,
     progress: bool = True,
 ) -> Perplexity:
-    """Token-weighted over the first `limit` blocks (None = all), in order, without dropout.
+    """Token-weighted perplexity over the blocks; see :func:`block_losses`."""
+    return block_losses(model, blocks, batch_size, limit, progress).perplexity
+
+
+@torch.no_grad()
+def block_losses(
+    model: torch.nn.Module,
+    blocks: Blocks,
+    batch_size: int,
+    limit: int | None = None,
+    progress: bool = True,
+) -> BlockLosses:
+    """Losses of the first `limit` blocks (None = all), in order, without dropout.
 
     Every token but the first of a block is predicted; with document masks, the first of each
     document is not. Losses are computed in fp32 whatever the model's dtype, and summed in float64,
     so the result does not depend on `batch_size` beyond rounding inside the model. The model's
-    training mode is restored. Raises PostshareError when there is nothing to predict or the loss is
-    not finite.
+    training mode is restored. Nothing to predict, or a loss that is not finite, is an error
+    of :attr:`BlockLosses.perplexity`.
     """
     count = len(blocks) if limit is None else min(limit, len(blocks))
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    total, tokens = 0.0, 0
+    nats: list[float] = []
+    tokens: list[int] = []
     try:
         starts = range(0, count, batch_size)
         console = Console(stderr=True)
@@ -58,16 +92,8 @@ def perplexity(
             logits = model(**inputs, use_cache=False).logits[:, :-1]
             for row, target in zip(logits, labels, strict=True):  # one fp32 copy of a row at a time
                 nll = F.cross_entropy(row.float(), target, ignore_index=IGNORED, reduction="none")
-                total += nll.double().sum().item()
-            tokens += int((labels != IGNORED).sum())
+                nats.append(nll.double().sum().item())
+                tokens.append(int((target != IGNORED).sum()))
     finally:
         model.train(was_training)
-    if tokens == 0:
-        raise PostshareError("no token to evaluate; add text to data.validation")
-    loss = total / tokens
-    if not math.isfinite(loss):
-        raise PostshareError(
-            f"the evaluation loss is {loss}; look for the step where it first appears in "
-            "metrics.jsonl and lower train.learning_rate"
-        )
-    return Perplexity(loss=loss, perplexity=math.exp(loss), tokens=tokens)
+    return BlockLosses(tuple(nats), tuple(tokens))

@@ -52,7 +52,7 @@ def save_similarity(scores: torch.Tensor, layout: HeadLayout, score: str, path: 
     kind = "heads" if layout.heads_per_unit == 1 else "KV groups"
     axes.set_title(f"Similarity of {kind}: cosine of {score}")
     figure.colorbar(image, ax=axes, shrink=0.85)
-    _save(figure, path)
+    save(figure, path)
 
 
 def save_ties(plan: SharingPlan, layout: HeadLayout, path: Path) -> None:
@@ -101,7 +101,7 @@ def save_ties(plan: SharingPlan, layout: HeadLayout, path: Path) -> None:
     axes.set_ylabel("layer")
     axes.set_title(f"{len(targets)} of {len(every)} units take the weights of {len(sources)}")
     figure.legend(loc="outside lower center", ncols=3, frameon=False, markerscale=0.6)
-    _save(figure, path)
+    save(figure, path)
 
 
 def save_isotropy(isotropy: Isotropy, spans: Sequence[Span], path: Path) -> None:
@@ -144,10 +144,11 @@ def save_isotropy(isotropy: Isotropy, spans: Sequence[Span], path: Path) -> None
     outlined = ", spans outlined" if spans else ""
     figure.suptitle(f"Isotropy: mean cosine of the rows of two attention maps{outlined}")
     figure.colorbar(image, ax=every, shrink=0.85)
-    _save(figure, path)
+    save(figure, path)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
+    """Write a PNG, whole or not at all."""
     beside = path.with_name(path.name + ".tmp")
     FigureCanvasAgg(figure).print_png(str(beside))
     os.replace(beside, path)

@@ -65,13 +65,18 @@ from train.summary import (
 
 def run(recipe: Recipe) -> None:
     """The whole pipeline; finished stages are skipped."""
+    stages(recipe)
+    engines.shutdown()
+
+
+def stages(recipe: Recipe) -> None:
+    """As `run`; other runs may follow in this process. Call `engine.shutdown` after the last."""
     current = begin(recipe)
     make_plan(current)
     post_train(current)
     heal(current)
     write_exports(current)
     judge(current)
-    engines.shutdown()
 
 
 def plan(recipe: Recipe) -> None:
@@ -169,18 +174,24 @@ def show_plan(current: Run) -> None:
 
 
 def post_train(current: Run) -> None:
-    """Train the control without any sharing (*continued*), then the model with its structure."""
+    """Train the control without any sharing (*continued*), then the model with its structure.
+
+    The control takes as many steps as the model, its healing included.
+    """
+    steps = current.steps + current.recipe.materialize.heal_steps
+    if current.shares and current.recipe.evaluate.continued and steps > 0:
+        train_one(current, "continued", current.folder / "continued", None, steps)
     if current.steps == 0:
         return
-    if current.shares and current.recipe.evaluate.continued:
-        train_one(current, "continued", current.folder / "continued", None)
     if current.shares:
         train_one(current, "post", current.folder, current.plan)
     else:
         train_one(current, "pretrain" if current.base is None else "post", current.folder, None)
 
 
-def train_one(current: Run, name: str, folder: Path, plan: SharingPlan | None) -> TrainResult:
+def train_one(
+    current: Run, name: str, folder: Path, plan: SharingPlan | None, steps: int | None = None
+) -> TrainResult:
     section = current.recipe.train
     training, validation = current.blocks
     job = TrainJob(
@@ -191,7 +202,7 @@ def train_one(current: Run, name: str, folder: Path, plan: SharingPlan | None) -
         train_blocks=training,
         validation_blocks=validation,
         folder=folder,
-        steps=current.steps,
+        steps=current.steps if steps is None else steps,
         learning_rate=section.learning_rate,
     )
     return train(job, current.recipe)

@@ -16,10 +16,11 @@ from transformers import PreTrainedModel
 from sa_models.plan import SharingPlan
 from sa_models.savings import PlanSavings
 from train.data import Blocks
-from train.evaluate import Perplexity, perplexity
+from train.evaluate import BlockLosses, Perplexity, block_losses
 from train.files import write_json
 
 EVALUATION_FILE = "evaluation.json"
+BLOCKS_FILE = "evaluation-blocks.json"
 SUMMARY_FILE = "summary.json"
 
 MODELS = {
@@ -42,28 +43,29 @@ def evaluate_models(
 ) -> dict[str, Perplexity]:
     """Perplexity of each model on the same blocks, one model in memory at a time.
 
-    Writes ``evaluation.json``; what it already holds for these blocks is not measured again.
+    Writes ``evaluation.json``, and the loss of each block (``evaluation-blocks.json``); what this
+    holds already for these blocks is not measured again.
     """
     count = min(len(blocks), limit or len(blocks))
-    measured = _earlier(folder, count)
+    measured = {n: b for n, b in read_block_losses(folder).items() if len(b.nats) == count}
     for name, load in models.items():
         if name not in measured:
             model = load()
             model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides it
-            measured[name] = perplexity(model, blocks, batch_size, limit=limit)
-            value = {"blocks": count, "models": {n: asdict(m) for n, m in measured.items()}}
-            write_json(folder / EVALUATION_FILE, value)
-    return {name: measured[name] for name in models}
+            measured[name] = block_losses(model, blocks, batch_size, limit=limit)
+            found = {n: asdict(b.perplexity) for n, b in measured.items()}
+            write_json(folder / EVALUATION_FILE, {"blocks": count, "models": found})
+            write_json(folder / BLOCKS_FILE, {n: asdict(b) for n, b in measured.items()})
+    return {name: measured[name].perplexity for name in models}
 
 
-def _earlier(folder: Path, blocks: int) -> dict[str, Perplexity]:
-    file = folder / EVALUATION_FILE
+def read_block_losses(folder: Path) -> dict[str, BlockLosses]:
+    """What ``evaluation-blocks.json`` of a run folder holds, by model; nothing where it is not."""
+    file = folder / BLOCKS_FILE
     if not file.is_file():
         return {}
     value = json.loads(file.read_text(encoding="utf-8"))
-    if value["blocks"] != blocks:
-        return {}
-    return {name: Perplexity(**one) for name, one in value["models"].items()}
+    return {n: BlockLosses(tuple(b["nats"]), tuple(b["tokens"])) for n, b in value.items()}
 
 
 @dataclass(frozen=True)

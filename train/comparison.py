@@ -1,0 +1,183 @@
+"""What `postshare compare` concludes: perplexities with confidence intervals, table and plot.
+
+An interval has two sources: the held-out text (a few blocks stand for all text) and the seed. Both
+are drawn again, with replacement, `DRAWS` times; what is compared shares blocks and seeds, so that
+a difference is judged by its own spread and not by that of each side (a paired bootstrap).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich import box
+from rich.table import Table
+
+from train.evaluate import BlockLosses
+
+DRAWS = 2000
+LEVEL = 0.95
+
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row: a model, or the same kind of model of several seeds.
+
+    Attributes:
+        losses: of each seed, on the same blocks; of one entry where no seed enters (base, direct).
+        bytes: of the exported weights, None where nothing is exported.
+        parameters: stored.
+    """
+
+    name: str
+    what: str
+    losses: tuple[BlockLosses, ...]
+    parameters: int
+    bytes: int | None
+
+    @property
+    def loss(self) -> float:
+        """Nats per token, the mean over the seeds."""
+        return sum(one.perplexity.loss for one in self.losses) / len(self.losses)
+
+    @property
+    def perplexity(self) -> float:
+        """The exponential of the mean loss: the geometric mean over the seeds."""
+        return math.exp(self.loss)
+
+
+def interval(entry: Entry, reference: Entry | None = None, seed: int = 0) -> Interval:
+    """Of the loss (nats per token), or of how far it lies above that of a reference.
+
+    Args:
+        reference: on the same blocks; its seed k is paired with the entry's seed k.
+        seed: of the bootstrap.
+
+    Returns:
+        the 2.5 and the 97.5 percent quantiles.
+    """
+    others = [entry, reference] if reference else [entry]
+    signs = [1.0, -1.0]
+    seeds = max(len(one.losses) for one in others)
+    generator = np.random.default_rng(seed)
+    tokens = np.array(entry.losses[0].tokens, dtype=np.float64)
+    drawn = generator.multinomial(len(tokens), np.full(len(tokens), 1 / len(tokens)), DRAWS)
+    runs = generator.multinomial(seeds, np.full(seeds, 1 / seeds), DRAWS) / seeds
+    value = np.zeros(DRAWS)
+    for one, sign in zip(others, signs, strict=False):
+        nats = np.array([losses.nats for losses in one.losses])  # (seeds, blocks)
+        mean = (drawn @ nats.T) / (drawn @ tokens)[:, None]  # (draws, seeds)
+        weights = runs if len(one.losses) == seeds else np.ones((DRAWS, 1))
+        value += sign * (mean * weights).sum(axis=1)
+    tail = (1 - LEVEL) / 2
+    low, high = np.quantile(value, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def pareto(points: NDArray[np.float64]) -> list[int]:
+    """Indices of the points (bytes, perplexity) that no other point beats in both, by bytes."""
+    order = np.lexsort((points[:, 1], points[:, 0]))
+    front, best = [], math.inf
+    for index in order:
+        if points[index, 1] < best:
+            front.append(int(index))
+            best = points[index, 1]
+    return front
+
+
+def table(entries: Sequence[Entry], reference: str) -> Table:
+    """The comparison; differences are from the entry named `reference`."""
+    by_name = {entry.name: entry for entry in entries}
+    against = by_name[reference]
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    columns = ("model", "perplexity", f"vs {reference}", "95 %", "parameters", "bytes")
+    for column in columns:
+        shown.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
+    for entry in entries:
+        change = spread = ""
+        if entry is not against:
+            low, high = interval(entry, against)
+            change = f"{math.expm1(entry.loss - against.loss):+.1%}"
+            spread = f"{math.expm1(low):+.1%} to {math.expm1(high):+.1%}"
+        size = "" if entry.bytes is None else f"{entry.bytes:,}"
+        shown.add_row(
+            entry.name, f"{entry.perplexity:.2f}", change, spread, f"{entry.parameters:,}", size
+        )
+    return shown
+
+
+def verdict(entries: Sequence[Entry], recipe: str, controls: Sequence[str]) -> str:
+    """Which control is best, and whether the recipe differs from it by more than chance."""
+    by_name = {entry.name: entry for entry in entries}
+    own = by_name[recipe]
+    best = min((by_name[name] for name in controls), key=lambda entry: entry.loss)
+    low, high = interval(own, best)
+    change = f"{math.expm1(own.loss - best.loss):+.1%}"
+    if low <= 0 <= high:
+        blocks, seeds = len(own.losses[0].tokens), len(own.losses)
+        return (
+            f"the recipe and {best.name}, the best control, cannot be told apart ({change}; "
+            f"95 %: {math.expm1(low):+.1%} to {math.expm1(high):+.1%}) with {seeds} "
+            f"seed{'s' if seeds > 1 else ''} and {blocks} held-out blocks; raise --seeds, "
+            "evaluate.blocks or train.steps"
+        )
+    who = "better than" if high < 0 else "worse than"
+    advice = "" if high < 0 else f"; use {best.name} instead"
+    return f"the recipe is {who} {best.name}, the best control ({change}){advice}"
+
+
+def as_json(entries: Sequence[Entry], reference: str) -> list[dict[str, Any]]:
+    """The rows of ``comparison.json``; differences in nats per token."""
+    against = next(entry for entry in entries if entry.name == reference)
+    return [
+        {
+            "name": entry.name,
+            "what": entry.what,
+            "perplexity": entry.perplexity,
+            "perplexities": [one.perplexity.perplexity for one in entry.losses],
+            "loss": entry.loss,
+            "loss_interval": interval(entry),
+            "above_reference": entry.loss - against.loss,
+            "above_reference_interval": interval(entry, against),
+            "parameters": entry.parameters,
+            "bytes": entry.bytes,
+        }
+        for entry in entries
+    ]
+
+
+def save_picture(entries: Sequence[Entry], reference: str, path: Path) -> None:
+    """Quality against bytes and the Pareto front, as a PNG.
+
+    Bars are 95 % intervals of the difference from the entry named `reference`.
+    """
+    from matplotlib.figure import Figure
+
+    from train.pictures import save
+
+    against = next(entry for entry in entries if entry.name == reference)
+    sized = [entry for entry in entries if entry.bytes is not None]
+    points = np.array([[(entry.bytes or 0) / 1e6, entry.perplexity] for entry in sized])
+    figure = Figure(figsize=(7.6, 5.2), dpi=140, layout="constrained")
+    axes = figure.add_subplot()
+    front = points[pareto(points)]
+    axes.step(front[:, 0], front[:, 1], where="post", color="0.6", linewidth=1.2, label="Pareto")
+    for entry, (size, value) in zip(sized, points, strict=True):
+        if entry is not against:
+            low, high = (math.exp(against.loss + bound) for bound in interval(entry, against))
+            axes.plot([size, size], [low, high], color="0.55", linewidth=1.4, zorder=2)
+        axes.plot(size, value, marker="o", markersize=7, zorder=3)
+        axes.annotate(entry.name, (size, value), xytext=(7, 4), textcoords="offset points", size=9)
+    axes.margins(x=0.16, y=0.12)
+    axes.set_xlabel("megabytes of weights")
+    axes.set_ylabel("perplexity on held-out text")
+    axes.set_title(f"Quality against bytes at equal tokens (bars: 95 % against {reference})")
+    axes.legend(frameon=False)
+    save(figure, path)
