@@ -15,11 +15,11 @@ pytestmark = pytest.mark.distributed
 @pytest.fixture(scope="module")
 def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("single")
-    launch_cells("cpu", 1, CELLS, folder)
+    launch_cells("cpu", 1, CELLS, folder, timeout=1100)
     return folder
 
 
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(2400)  # the first one also runs the single process
 @pytest.mark.parametrize("processes", WORLDS)
 @pytest.mark.parametrize("config", BACKENDS)
 def test_every_cell_equals_one_process(
