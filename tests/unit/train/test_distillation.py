@@ -22,6 +22,8 @@ from sa_models.errors import PostshareError
 from train.data import IGNORED, permutation
 from train.distill_section import DistillSection
 from train.engine import start
+from train.estimate import cached_bytes, memory_per_gpu
+from train.known_models import KNOWN
 from train.loop import TrainingStopped, train
 from train.objective import Lessons
 from train.recipe import Recipe, validate
@@ -294,7 +296,7 @@ def test_the_cache_is_written_once_and_mended(
     monkeypatch.setattr(teacher_cache.TeacherCache, "_ask", counted)
     blocks = tiny.blocks(100)
     last = len(blocks) - 3 * 32
-    recipe = taught(tmp_path, teacher, CACHED, steps=3, micro_batch_size=2)
+    recipe = taught(tmp_path, teacher, CACHED, steps=3, micro_batch_size=8)
 
     engine = start(recipe)
 
@@ -423,3 +425,42 @@ def test_a_teacher_that_cannot_teach(
     check(tokenizer=Words("a", "b", "c"))
     with pytest.raises(PostshareError, match=r"the tokenizer of .* is another.*'b' is number 1"):
         check(tokenizer=Words("a", "c", "b"))
+
+
+# --- estimates ------------------------------------------------------------------------------------
+
+
+def test_the_estimate_counts_the_teacher() -> None:
+    """Whole without ZeRO-3, a share and what a forward gathers with it; nothing once cached."""
+    shape = KNOWN["meta-llama/Llama-2-7b-hf"]
+    parameters, embeddings = 6_738_415_616, 32000 * 4096
+    layer = (parameters - 2 * embeddings) // 32
+    made = section({}).train
+
+    def teacher(stage: int, distill: DistillSection | None) -> int:
+        memory = memory_per_gpu(
+            shape,
+            made,
+            stage=stage,
+            gpus=8,
+            sequence_length=1024,
+            checkpointing=True,
+            distill=distill,
+        )
+        without = memory_per_gpu(
+            shape, made, stage=stage, gpus=8, sequence_length=1024, checkpointing=True
+        )
+        assert memory.total == without.total + memory.teacher
+        return memory.teacher
+
+    logits = 1024 * 32000
+    half = DistillSection(precision="bf16")
+    assert teacher(2, DistillSection()) == 4 * (parameters + logits)
+    assert teacher(0, half) == 2 * (parameters + logits)
+    gathered = 2 * embeddings + 2 * layer
+    assert teacher(3, half) == 2 * (parameters // 8 + gathered + logits)
+    features = half.model_copy(update={"hidden_weight": 1.0})
+    assert teacher(2, features) == 2 * (parameters + logits + 1024 * 32 * 4096)
+    assert teacher(2, None) == teacher(2, DistillSection(top_k=8, cache=True)) == 0
+    # 2 steps of 2 sequences of 16 tokens, 8 x 8 + 4 bytes each.
+    assert cached_bytes(section({"top_k": 8, "cache": True})) == 64 * 68
