@@ -18,6 +18,7 @@ import hashlib
 import json
 import math
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import lru_cache
@@ -37,6 +38,7 @@ from train.data import Blocks, permutation
 from train.divergence import TopK
 from train.files import damage, file_entry, file_hash, write_json
 from train.identity import refuse_other_run
+from train.shared_folder import VISIBLE_SECONDS
 from train.span_planning import bar
 from train.teacher import Teacher, teacher_folder
 from train.watchdog import Watchdog
@@ -181,6 +183,17 @@ class TeacherCache:
         self.engine.accelerator.free_memory()
         watch.note("waiting for all answers")
         self._together(problem)
+        self._together(self._unseen(missing))
+
+    def _unseen(self, written: Sequence[int]) -> OSError | None:
+        """What another rank has written and this one does not see, NFS's patience given."""
+        end = time.monotonic() + VISIBLE_SECONDS
+        for file in map(self._file, written):
+            while not file.exists():
+                if time.monotonic() > end:
+                    return FileNotFoundError(f"{file} cannot be seen by rank {self.engine.rank}")
+                time.sleep(0.2)
+        return None
 
     def _ask(self, teacher: Teacher, chunk: int, watch: Watchdog) -> dict[str, Tensor]:
         blocks = [self.blocks[int(index)] for index in self._indices(chunk)]

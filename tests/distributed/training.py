@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import tempfile
@@ -145,7 +146,8 @@ class Setting:
 
 def teacher_folder(model: str) -> Path:
     """A model of the same shape with other weights; whichever process comes first writes it."""
-    folder = Path(tempfile.gettempdir()) / f"postshare-teacher-{os.getuid()}" / model
+    shape = hashlib.sha256(MODELS[model][0].to_json_string().encode()).hexdigest()[:12]
+    folder = Path(tempfile.gettempdir()) / f"postshare-teachers-{os.getuid()}" / f"{model}-{shape}"
     if not folder.is_dir():
         torch.manual_seed(2)
         folder.parent.mkdir(exist_ok=True)
