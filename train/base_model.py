@@ -21,8 +21,11 @@ if TYPE_CHECKING:
 NEEDED_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer*", "*.model"]
 
 
-def base_folder(model: ModelSection) -> Path:
+def base_folder(model: ModelSection, key: str = "model.path") -> Path:
     """The local folder of ``model.path``; a hub model comes from the cache or is downloaded.
+
+    Args:
+        key: the recipe's name for the path, for messages.
 
     Raises:
         PostshareError: it exists neither here nor on the hub, is gated, or cannot be reached.
@@ -34,12 +37,12 @@ def base_folder(model: ModelSection) -> Path:
         return local
     if model.path.startswith(("/", ".", "~")) or model.path.count("/") != 1:
         raise PostshareError(
-            f"model.path {model.path!r} is no folder here and no hub name (owner/name); correct it"
+            f"{key} {model.path!r} is no folder here and no hub name (owner/name); correct it"
         )
-    return _snapshot(model)
+    return _snapshot(model, key)
 
 
-def _snapshot(model: ModelSection) -> Path:
+def _snapshot(model: ModelSection, key: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -63,7 +66,7 @@ def _snapshot(model: ModelSection) -> Path:
             "it is not in the cache and the hub cannot be reached; run `postshare prepare RECIPE` "
             "once on this node with network, or give a local folder"
         )
-    raise PostshareError(f"model.path {name!r} cannot be had: {cure}")
+    raise PostshareError(f"{key} {name!r} cannot be had: {cure}")
 
 
 def load_base(recipe: Recipe) -> LlamaForCausalLM:

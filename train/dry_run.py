@@ -159,6 +159,9 @@ def _training(recipe: Recipe) -> str:
 def _memory(recipe: Recipe, shape: LlamaShape, gpus: int) -> Table:
     now = recipe.train.gradient_checkpointing
     words = {True: "on", False: "off"}
+    names = [field.name for field in fields(estimate.Memory)]
+    if recipe.distill is None:
+        names.remove("teacher")  # the last one
     rows = []
     for stage in estimate.ZERO_STAGES:
         chosen, other = (
@@ -170,10 +173,11 @@ def _memory(recipe: Recipe, shape: LlamaShape, gpus: int) -> Table:
                 sequence_length=recipe.data.sequence_length,
                 checkpointing=checkpointing,
                 eager=recipe.model.attention == "eager",
+                distill=recipe.distill,
             )
             for checkpointing in (now, not now)
         )
-        rows.append((*astuple(chosen), chosen.total, other.total))
+        rows.append((*astuple(chosen)[: len(names)], chosen.total, other.total))
     unit, factor = ("GB", 1e9) if rows[-1][-1] >= 1e9 else ("MB", 1e6)
     table = Table(
         title=f"{unit} of memory per GPU at the peak of a step, {gpus} GPU(s), gradient "
@@ -185,7 +189,6 @@ def _memory(recipe: Recipe, shape: LlamaShape, gpus: int) -> Table:
         padding=(0, 1, 0, 0),
     )
     table.add_column("ZeRO")
-    names = [field.name for field in fields(estimate.Memory)]
     for name in (*names, "total", f"total {words[not now]}"):
         table.add_column(name, justify="right")
     for stage, row in zip(estimate.ZERO_STAGES, rows, strict=True):

@@ -7,7 +7,7 @@ the CUDA context, communication buffers and fragmentation (allow 2 to 4 GB for t
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,7 @@ from train.known_models import DTYPE_BYTES
 from train.structure_sections import check_structure, listed_structure
 
 if TYPE_CHECKING:
+    from train.distill_section import DistillSection
     from train.known_models import LlamaShape
     from train.recipe import PlanSection, Recipe, TrainSection
 
@@ -126,11 +127,12 @@ class Memory:
     optimizer: int
     activations: int
     logits: int
+    teacher: int = 0
 
     @property
     def total(self) -> int:
         """Bytes in all."""
-        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
+        return sum(astuple(self))
 
 
 def layer_activations(shape: LlamaShape, tokens: int, length: int, size: int, eager: bool) -> int:
@@ -167,6 +169,7 @@ def memory_per_gpu(
     sequence_length: int,
     checkpointing: bool,
     eager: bool = False,
+    distill: DistillSection | None = None,
 ) -> Memory:
     """Memory of one GPU of `gpus` under a ZeRO stage (0: plain data parallel).
 
@@ -203,7 +206,32 @@ def memory_per_gpu(
         activations=activations,
         # The logits, their fp32 copy (the same in fp32), the log-probabilities, their gradient.
         logits=tokens * shape.vocab_size * (10 if size == 2 else 12),
+        teacher=teacher_memory(shape, distill, tokens, stage=stage, gpus=gpus),
     )
+
+
+def teacher_memory(
+    shape: LlamaShape, section: DistillSection | None, tokens: int, *, stage: int, gpus: int
+) -> int:
+    """Bytes that the teacher takes on one GPU beside the student; another one counts as the base.
+
+    Whole, or under ZeRO-3 its share and what a forward gathers; with its logits, and the outputs
+    that are compared. A cached teacher is gone before the student comes.
+    """
+    if section is None or section.cache:
+        return 0
+    total = llama_parameters(shape)
+    size = {"fp32": 4, "bf16": 2, "int8": 1}[section.precision]
+    held = size * total
+    if stage == 3 and gpus > 1:
+        embeddings = shape.vocab_size * shape.hidden_size
+        matrices = 1 if shape.tie_word_embeddings else 2
+        layer = (total - matrices * embeddings) // shape.num_hidden_layers
+        # The embeddings throughout, and a layer while the next one is fetched.
+        held = math.ceil(held / gpus) + size * (matrices * embeddings + 2 * layer)
+    compared = (section.hidden_weight > 0) + (section.attention_weight > 0)
+    features = compared * shape.num_hidden_layers * shape.hidden_size
+    return held + tokens * max(2, size) * (shape.vocab_size + features)
 
 
 def checkpoint_bytes(shape: LlamaShape, train: TrainSection) -> int:
@@ -222,11 +250,13 @@ class Disk:
     exports: int
     kept: int
     """Everything at its fullest: checkpoints kept and one being written, of every training."""
+    teacher: int = 0
+    """The answers of a teacher that is asked once."""
 
     @property
     def least(self) -> int:
         """What it takes to finish when only one checkpoint is written."""
-        return self.checkpoint + self.weights + self.exports
+        return self.checkpoint + self.weights + self.exports + self.teacher
 
 
 def disk_space(recipe: Recipe, shape: LlamaShape) -> Disk:
@@ -250,7 +280,19 @@ def disk_space(recipe: Recipe, shape: LlamaShape) -> Disk:
     # Without checkpoint_every one is written when the run is stopped, and no other.
     kept = train.keep_checkpoints * trainings + 1 if train.checkpoint_every else 1
     weights = 4 * savings.base_parameters * trainings
-    return Disk(checkpoint, weights, exports, kept * checkpoint + weights + exports)
+    teacher = cached_bytes(recipe)
+    everything = kept * checkpoint + weights + exports + teacher
+    return Disk(checkpoint, weights, exports, everything, teacher)
+
+
+def cached_bytes(recipe: Recipe) -> int:
+    """Most bytes of the teacher's answers; 0 where only the data tells (epochs)."""
+    section = recipe.distill
+    if section is None or not section.cache or section.top_k is None:
+        return 0
+    steps = max(recipe.train.steps or 0, recipe.materialize.heal_steps)
+    samples = steps * recipe.train.batch_size
+    return samples * recipe.data.sequence_length * (8 * section.top_k + 4)
 
 
 @dataclass(frozen=True)

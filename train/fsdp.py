@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -107,22 +107,7 @@ class FsdpEngine(Engine):
     def build(self, source: Source) -> LlamaForCausalLM:
         model = source.skeleton(self.device)
         _refuse_shared_weights(model)
-        places = parameter_places(model)
-        unread = {name: math.prod(source.reader.shape(name)) for name in places}
-        parts = []
-        for prefix, module in _sharded_modules(model):
-            names = [name for name in unread if name.startswith(prefix)]
-            parts.append((module, {name: unread.pop(name) for name in names}))
-        # All modules go through one buffer: with one each, the rows that stay would lie between
-        # holes, and the C library's heap keep half as much again. FSDP2 copies its rows.
-        largest = max(sum(sizes.values()) for _, sizes in parts)
-        buffer = torch.empty(largest, dtype=torch.float32, device=self.device)
-        for module, sizes in parts:
-            pieces = buffer[: sum(sizes.values())].split(list(sizes.values()))
-            for name, piece in zip(sizes, pieces, strict=True):
-                value = piece.view(source.reader.shape(name)).copy_(source[name])
-                place(nn.Parameter(value), places[name])
-            self._shard_module(module)
+        load_sharded(model, source, self.device, self._shard_module)
         self._built = model
         return model
 
@@ -161,18 +146,10 @@ class FsdpEngine(Engine):
             group["params"] = [parameters[name] for name in names]
 
     def _shard_module(self, module: nn.Module) -> None:
-        if not dist.is_initialized():  # one process: Accelerate starts no group
-            dist.init_process_group(
-                "gloo" if self.device.type == "cpu" else "nccl",
-                rank=0,
-                world_size=1,
-                store=dist.HashStore(),
-            )
         policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16 if self._bf16 else None, reduce_dtype=torch.float32
         )
-        mesh = init_device_mesh(self.device.type, (self.world,))
-        fully_shard(module, mesh=mesh, mp_policy=policy)
+        fully_shard(module, mesh=device_mesh(self.device, self.world), mp_policy=policy)
 
     @contextlib.contextmanager
     def micro_step(self, boundary: bool) -> Iterator[None]:
@@ -228,6 +205,51 @@ class FsdpEngine(Engine):
         self._built = None
         del self.model, self.optimizer, self._parameters, self._trainable
         self.accelerator.free_memory()
+
+
+def device_mesh(device: torch.device, world: int) -> DeviceMesh:
+    """All ranks as one dimension."""
+    if not dist.is_initialized():  # one process: Accelerate starts no group
+        dist.init_process_group(
+            "gloo" if device.type == "cpu" else "nccl",
+            rank=0,
+            world_size=1,
+            store=dist.HashStore(),
+        )
+    return init_device_mesh(device.type, (world,))
+
+
+def load_sharded(
+    model: nn.Module,
+    source: Source,
+    device: torch.device,
+    shard: Callable[[nn.Module], None],
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Fill the skeleton of a source layer by layer, each sharded before the next is read.
+
+    A collective.
+
+    Args:
+        shard: calls `fully_shard` on a module.
+        dtype: of the parameters.
+    """
+    places = parameter_places(model)
+    unread = {name: math.prod(source.reader.shape(name)) for name in places}
+    parts = []
+    for prefix, module in _sharded_modules(model):
+        names = [name for name in unread if name.startswith(prefix)]
+        parts.append((module, {name: unread.pop(name) for name in names}))
+    # All modules go through one buffer: with one each, the rows that stay would lie between
+    # holes, and the C library's heap keep half as much again. FSDP2 copies its rows.
+    largest = max(sum(sizes.values()) for _, sizes in parts)
+    buffer = torch.empty(largest, dtype=dtype, device=device)
+    for module, sizes in parts:
+        pieces = buffer[: sum(sizes.values())].split(list(sizes.values()))
+        for name, piece in zip(sizes, pieces, strict=True):
+            value = piece.view(source.reader.shape(name)).copy_(source[name])
+            place(nn.Parameter(value), places[name])
+        shard(module)
 
 
 def _refuse_shared_weights(model: nn.Module) -> None:

@@ -1,7 +1,8 @@
 """The training loop: one visible `for`, the same on one process, DDP and ZeRO.
 
 A step reads its whole window (accumulation x micro-batches), counts the predicted tokens of all
-ranks once, adds the gradient of (sum of token losses) / (that count) micro-batch by micro-batch,
+ranks once, adds the gradient of (sum of token losses) / (that count) micro-batch by micro-batch
+(which losses: :class:`train.objective.Objective`),
 then the penalty's gradient once, clips, and updates. The update is therefore the same for every
 micro-batch x accumulation x processes that makes up the global batch.
 
@@ -25,7 +26,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -38,6 +38,7 @@ from train.engine import Engine, start
 from train.evaluate import perplexity
 from train.health import Health
 from train.interrupt import StopSignal, TrainingStopped
+from train.objective import Lessons, Objective
 from train.optimizer import build_optimizer, learning_rate_factor, select_trainable
 from train.outcome import TrainResult, begin, finish, finished, identity
 from train.regularizer import Penalty, PenaltyResult, penalty_coefficient
@@ -105,9 +106,13 @@ def train(job: TrainJob, recipe: Recipe) -> TrainResult:
     engine = start(recipe)
     if engine.streams and (source := job.source()) is not None:
         job = replace(job, load=lambda: engine.build(source))
+    lessons = None
+    if recipe.distill is not None:
+        lessons = Lessons(recipe, engine, job.train_blocks, job.steps)
+        job = replace(job, train_blocks=lessons.blocks)
     prepare(engine, job, recipe)
     try:
-        return _train(engine, job, recipe, ours)
+        return _train(engine, job, recipe, ours, lessons)
     finally:
         engine.close()
 
@@ -127,13 +132,16 @@ def prepare(engine: Engine, job: TrainJob, recipe: Recipe) -> None:
     engine.model.train()
 
 
-def _train(engine: Engine, job: TrainJob, recipe: Recipe, ours: dict[str, Any]) -> TrainResult:
+def _train(
+    engine: Engine, job: TrainJob, recipe: Recipe, ours: dict[str, Any], lessons: Lessons | None
+) -> TrainResult:
     section = recipe.train
     penalty, lm_weight, penalty_weight = None, 1.0, 0.0
     if job.plan is not None and job.plan.ties:
         layout = HeadLayout.from_config(job.model.config)
         penalty = Penalty(job.plan, layout, recipe.penalty.kind, recipe.penalty.projections)
         lm_weight, penalty_weight = recipe.penalty.loss_weights
+    objective = Objective(engine, job.model, recipe, lm_weight, lessons)
 
     # --- where it stands
     begin(job.folder, ours, engine)
@@ -182,20 +190,22 @@ def _train(engine: Engine, job: TrainJob, recipe: Recipe, ours: dict[str, Any]) 
                     f"step {step + 1}: no token is predicted; check the documents of data.train"
                 )
 
-            # 2. The language-model loss: the mean over those tokens, and its gradient.
-            lm = torch.zeros((), dtype=torch.float64, device=engine.device)
+            # 2. The losses of the tokens: their means over the window, and the total's gradient.
+            sums = torch.zeros(len(objective.weights), dtype=torch.float64, device=engine.device)
             for micro, batch in enumerate(window):
                 watch.note("forward and backward")
                 with engine.micro_step(boundary=micro == len(window) - 1):
-                    loss = token_losses(engine, batch) / predicted
-                    engine.backward(lm_weight * loss)
-                lm += loss.detach()
-            lm_loss, stopping = engine.reduce_sum(
-                torch.stack([lm, lm.new_tensor(float(stop.received))])
-            ).tolist()
-            if not math.isfinite(lm_loss):
-                name = f"lm loss{health.culprits(float(lm))}"
-                require_finite(name, lm_loss, step, checkpoints)
+                    losses = {name: x / predicted for name, x in objective(batch).items()}
+                    engine.backward(objective.total(losses))
+                sums += torch.stack([loss.detach() for loss in losses.values()])
+            stop_here = sums.new_tensor([float(stop.received)])
+            *means, stopping = engine.reduce_sum(torch.cat([sums, stop_here])).tolist()
+            means = dict(zip(losses, means, strict=True))
+            lm = float(sums[0])
+            for name, value in means.items():
+                if not math.isfinite(value):
+                    culprits = health.culprits(lm) if name == "lm_loss" else ""
+                    require_finite(name.replace("_", " ") + culprits, value, step, checkpoints)
 
             # 3. The penalty: once a step, on the weights alone.
             watch.note("penalty")
@@ -227,9 +237,10 @@ def _train(engine: Engine, job: TrainJob, recipe: Recipe, ours: dict[str, Any]) 
             row: Row = {
                 "step": at.step,
                 "tokens": at.tokens,
-                "lm_loss": lm_loss,
+                **means,
                 **penalty_row(pulled),
-                "total_loss": lm_weight * lm_loss + coefficient * (pulled.value if pulled else 0.0),
+                "total_loss": objective.total(means)
+                + coefficient * (pulled.value if pulled else 0.0),
                 "gradient_norm": gradient_norm,
                 "learning_rate": learning_rate,
                 "seconds": at.seconds,
@@ -237,7 +248,7 @@ def _train(engine: Engine, job: TrainJob, recipe: Recipe, ours: dict[str, Any]) 
                 "tokens_per_second": predicted / (now - step_began),
                 "data_wait_seconds": data_wait,
                 "memory_bytes": memory_bytes(),
-                **health.compare(data_wait, float(lm) * predicted / own if own else -math.inf),
+                **health.compare(data_wait, lm * predicted / own if own else -math.inf),
             }
             if due(section.evaluate_every, at.step) and job.validation_blocks is not None:
                 row |= validate(engine, job.validation_blocks, recipe, watch)
@@ -283,17 +294,6 @@ def read_ahead(blocks: Blocks, samples: PositionSampler, depth: int) -> Generato
 def predicted_tokens(batch: Batch) -> int:
     """Tokens of a micro-batch that are predicted from the ones before them."""
     return int((batch["labels"][:, 1:] != IGNORED).sum())
-
-
-def token_losses(engine: Engine, batch: Batch) -> Tensor:
-    """Sum of the micro-batch's token losses in nats, computed in fp32."""
-    batch = {name: tensor.to(engine.device, non_blocking=True) for name, tensor in batch.items()}
-    # Padding the labels instead of cutting the logits spares a copy of the logits.
-    labels = F.pad(batch.pop("labels")[:, 1:], (0, 1), value=IGNORED)
-    logits = engine.model(**batch, use_cache=False).logits.float()
-    return F.cross_entropy(
-        logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
-    )
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

@@ -74,6 +74,7 @@ def identity(job: TrainJob, recipe: Recipe) -> dict[str, Any]:
         "model": recipe.model.model_dump(mode="json"),
         "data": recipe.data.model_dump(mode="json", exclude={"processes"}),
         "train": recipe.train.model_dump(mode="json", exclude=FREE_TRAIN),
+        "distill": recipe.distill and recipe.distill.model_dump(mode="json"),
     }
 
 

@@ -40,7 +40,7 @@ from train.planning import (
 )
 from train.progress import ExportProgress
 from train.recipe import Recipe
-from train.run_folder import PLAN_FILE, Run, base_of, begin
+from train.run_folder import PLAN_FILE, Run, base_of, begin, find_teacher
 from train.span_planning import (
     ISOTROPY_PICTURE,
     SPANS_FILE,
@@ -71,7 +71,7 @@ def run(recipe: Recipe) -> None:
 
 def stages(recipe: Recipe) -> None:
     """As `run`; other runs may follow in this process. Call `engine.shutdown` after the last."""
-    current = begin(recipe)
+    current = begin(recipe, trains=True)
     make_plan(current)
     post_train(current)
     heal(current)
@@ -111,6 +111,8 @@ def prepare(recipe: Recipe) -> None:
     if current.base is not None:
         WeightsFolder(current.base)
         current.say(f"model     {current.base}")
+    if recipe.distill is not None:
+        current.say(f"teacher   {find_teacher(current)}")
     train_blocks, validation_blocks = current.blocks
     current.say(
         f"data      {len(train_blocks):,} training and {len(validation_blocks):,} validation "

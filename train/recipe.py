@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, ValidationError, model_validator
 
 from sa_models.errors import PostshareError
+from train.distill_section import DistillSection, check_distill
 from train.sections import (
     Budget,
     DataSection,
@@ -35,6 +36,7 @@ __all__ = [
     "Budget",
     "DataSection",
     "DataSource",
+    "DistillSection",
     "EvaluateSection",
     "ExportSection",
     "HeadsSection",
@@ -70,6 +72,7 @@ class Recipe(Section):
     heads: HeadsSection = HeadsSection()
     penalty: PenaltySection = PenaltySection()
     train: TrainSection
+    distill: DistillSection | None = None
     materialize: MaterializeSection = MaterializeSection()
     export: ExportSection = ExportSection()
     evaluate: EvaluateSection = EvaluateSection()
@@ -104,6 +107,7 @@ class Recipe(Section):
             raise ValueError("train.epochs: a stream has no known length; set train.steps instead")
         if self.data.document_mask and self.model.attention == "flash_attention_2":
             self._one_row_for_flash_attention()
+        check_distill(self)
         return self
 
     def _one_row_for_flash_attention(self) -> None:

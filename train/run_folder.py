@@ -153,11 +153,12 @@ def base_of(current: Run) -> Path:
 # --- claiming the folder --------------------------------------------------------------------------
 
 
-def begin(recipe: Recipe, needs_data: bool = True) -> Run:
+def begin(recipe: Recipe, needs_data: bool = True, trains: bool = False) -> Run:
     """Check everything that can be checked without training, then claim the run folder.
 
     Args:
         needs_data: whether to read (and cache) the data before anything is written.
+        trains: whether a training may follow, for which a teacher has to be there.
 
     Raises:
         PostshareError: any of the inputs is wrong, or the folder belongs to another run or to
@@ -169,6 +170,8 @@ def begin(recipe: Recipe, needs_data: bool = True) -> Run:
     current.on_main(lambda: check_wandb(recipe.wandb))
     if current.base is not None:
         current.on_main(lambda: check_plan(recipe, WeightsFolder(base_of(current))))
+    if trains and recipe.distill is not None:
+        find_teacher(current)
     current.on_main(lambda: check_folder(recipe))
     if needs_data:
         _ = current.blocks
@@ -213,6 +216,18 @@ def run_identity(recipe: Recipe) -> dict[str, Any]:
     }
     value["data"].pop("processes")
     return value
+
+
+def find_teacher(current: Run) -> Path:
+    """The folder of the teacher, which is fetched if need be; one that cannot teach is refused."""
+    from train.teacher import check_teacher, teacher_folder
+
+    recipe, config = current.recipe, current.config
+    assert recipe.distill is not None
+    tokenizer = None if recipe.distill.teacher is None else current.tokenizer
+    folder = current.main_first(lambda: teacher_folder(recipe))
+    current.on_main(lambda: check_teacher(recipe, folder, config, tokenizer, current.ranks))
+    return folder
 
 
 def check_heal(current: Run) -> None:

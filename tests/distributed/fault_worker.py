@@ -12,7 +12,7 @@ import time
 
 from transformers import LlamaModel
 
-from train import loop
+from train import loop, objective
 from train.cli import launched
 
 RANK = int(os.environ.get("RANK", "0"))
@@ -22,14 +22,14 @@ STEP = 3
 
 def nan_on_rank_1() -> None:
     """Its loss, of the third micro-batch."""
-    losses, calls = loop.token_losses, [0]
+    losses, calls = objective.token_losses, [0]
 
     def wrapped(engine: object, batch: object) -> object:
         calls[0] += 1
         value = losses(engine, batch)  # type: ignore[arg-type]
         return value * float("nan") if RANK == 1 and calls[0] == STEP else value
 
-    loop.token_losses = wrapped  # type: ignore[assignment]
+    objective.token_losses = wrapped  # type: ignore[assignment]
 
 
 def stuck_data() -> None:

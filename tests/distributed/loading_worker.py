@@ -20,7 +20,8 @@ from sa_models.spans import AttentionSpan
 from tests.distributed.training import LENGTH
 from train.base_model import load_dense
 from train.engine import Engine, start
-from train.loop import TrainJob, prepare, token_losses
+from train.loop import TrainJob, prepare
+from train.objective import token_losses
 from train.recipe import Recipe, validate
 from train.streaming import base_source
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import shutil
+import tempfile
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sa_models.convert import convert
@@ -16,6 +20,7 @@ from sa_models.modeling import SharedLlamaForCausalLM
 from sa_models.plan import HeadTie, SharingPlan
 from sa_models.spans import AttentionSpan
 from train.engine import Engine
+from train.objective import Lessons, Objective
 from train.recipe import Recipe, validate
 from train.regularizer import Penalty
 
@@ -94,6 +99,7 @@ class Setting:
         heal: train the compact model, in which a tied unit is one parameter, without a penalty.
         accumulation: micro-batches per step and rank.
         trainable: a prefix of parameter names.
+        distill: the recipe's section, with :func:`teacher_folder` as the teacher.
     """
 
     model: str = "ties"
@@ -108,6 +114,7 @@ class Setting:
     steps: int = 3
     learning_rate: float = 1e-2
     batch: int = 48
+    distill: tuple[tuple[str, Any], ...] = ()
 
     @cached_property
     def plan(self) -> SharingPlan:
@@ -129,8 +136,28 @@ class Setting:
                     "clip_norm": self.clip_norm,
                     "precision": self.precision,
                 },
+                **({"distill": self._distill()} if self.distill else {}),
             }
         )
+
+    def _distill(self) -> dict[str, Any]:
+        return {**dict(self.distill), "teacher": str(teacher_folder(self.model))}
+
+
+def teacher_folder(model: str) -> Path:
+    """A model of the same shape with other weights; whichever process comes first writes it."""
+    shape = hashlib.sha256(MODELS[model][0].to_json_string().encode()).hexdigest()[:12]
+    folder = Path(tempfile.gettempdir()) / f"postshare-teachers-{os.getuid()}" / f"{model}-{shape}"
+    if not folder.is_dir():
+        torch.manual_seed(2)
+        folder.parent.mkdir(exist_ok=True)
+        beside = tempfile.mkdtemp(dir=folder.parent)
+        LlamaForCausalLM(MODELS[model][0]).save_pretrained(beside)
+        try:
+            os.rename(beside, folder)
+        except OSError:
+            shutil.rmtree(beside)
+    return folder
 
 
 def build(setting: Setting) -> tuple[LlamaForCausalLM, torch.optim.Optimizer]:
@@ -161,6 +188,10 @@ def train(engine: Engine, setting: Setting, first: int = 0, last: int | None = N
     if setting.plan.ties and not setting.heal:
         layout = setting.plan.layout(MODELS[setting.model][0])
         penalty = Penalty(setting.plan, layout, setting.kind)
+    recipe = setting.recipe()
+    lessons = Lessons(recipe, engine, None, 0) if recipe.distill else None  # type: ignore[arg-type]
+    model = engine.accelerator.unwrap_model(engine.model)
+    objective = Objective(engine, model, recipe, setting.lm_weight, lessons)
     micro = setting.batch // (setting.accumulation * engine.world)
     rows = []
     for step in range(first, setting.steps if last is None else last):
@@ -176,15 +207,11 @@ def train(engine: Engine, setting: Setting, first: int = 0, last: int | None = N
             begin = (m * engine.world + engine.rank) * micro
             at = slice(begin, begin + micro)
             with engine.micro_step(boundary=m == setting.accumulation - 1):
-                logits = engine.model(input_ids=ids[at].to(engine.device), use_cache=False).logits
-                loss = F.cross_entropy(
-                    logits.float()[:, :-1].flatten(0, 1),
-                    labels[at][:, 1:].flatten().to(engine.device),
-                    ignore_index=-100,
-                    reduction="sum",
-                )
-                engine.backward(setting.lm_weight * loss / tokens)
-            total += loss.item() / tokens
+                batch = {"input_ids": ids[at], "labels": labels[at]}
+                losses = {name: x / tokens for name, x in objective(batch).items()}
+                engine.backward(objective.total(losses))
+            # With a teacher what is minimised, else the language-model loss, whatever its weight.
+            total += float(objective.total(losses) if lessons else losses["lm_loss"])
         pulled = None if penalty is None else penalty.apply(engine, 0.5)
         norm = engine.step()
         rows.append(

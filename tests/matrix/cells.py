@@ -41,6 +41,19 @@ CELLS |= {
     "heal recomputed": Setting(model="owned", heal=True, checkpointing=True, accumulation=4),
     "heal spans": Setting(model="both", heal=True, clip_norm=0.2, accumulation=4),
 }
+# A teacher beside the student, whole or sharded as the student is.
+CELLS |= {
+    "distill x1 clipped": Setting(distill=(("weight", 0.8), ("temperature", 2.0))),
+    "distill x4 free": Setting(
+        model="both",
+        clip_norm=None,
+        accumulation=4,
+        checkpointing=True,
+        distill=(("top_k", 7), ("hidden_weight", 0.3), ("attention_weight", 0.2)),
+    ),
+    "distill heal": Setting(model="owned", heal=True, accumulation=4, distill=(("weight", 1.0),)),
+    "bf16 distill": Setting(precision="bf16", distill=(("precision", "bf16"), ("top_k", 7))),
+}
 CELLS |= {
     # Only the penalty: computed in fp32 from fp32 masters, whatever the model computes in.
     "bf16 penalty": Setting(kind="mse", precision="bf16", lm_weight=0.0, clip_norm=1e-3),
@@ -54,14 +67,28 @@ _GRID = (
     ("ties x1 free", "spans x4 clipped", "both x4 free"),
 )
 SUBSET: dict[tuple[str, int], tuple[str, ...]] = {
-    ("ddp", 2): (*_GRID[0], "heal x1 clipped"),
+    ("ddp", 2): (*_GRID[0], "heal x1 clipped", "distill x4 free"),
     ("zero0", 2): (*_GRID[1], "bf16 ties x1"),
     ("zero1", 2): (*_GRID[0], "bf16 penalty", "heal x4 free"),
     ("zero2", 2): (*_GRID[1], "bf16 penalty"),
-    ("zero3", 3): (*_GRID[0], "bf16 penalty", "frozen", "heal recomputed"),
+    ("zero3", 3): (
+        *_GRID[0],
+        "bf16 penalty",
+        "frozen",
+        "heal recomputed",
+        "distill x1 clipped",
+        "distill x4 free",
+        "distill heal",
+    ),
     ("zero3-offload-optimizer", 2): _GRID[1],
     ("zero3-offload", 2): (*_GRID[0], "bf16 both x4", "heal spans"),
-    ("fsdp2", 2): (*_GRID[1], "bf16 penalty", "heal x1 clipped"),
+    ("fsdp2", 2): (
+        *_GRID[1],
+        "bf16 penalty",
+        "heal x1 clipped",
+        "distill x1 clipped",
+        "distill x4 free",
+    ),
 }
 RESUMED = ("ties x4 clipped", "spans x4 clipped", "bf16 both x4")
 """Also stopped after a step, carried through the shards' state into another engine, and ended."""

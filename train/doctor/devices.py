@@ -110,6 +110,7 @@ def memory_needed(
         sequence_length=recipe.data.sequence_length,
         checkpointing=section.gradient_checkpointing,
         eager=recipe.model.attention == "eager",
+        distill=recipe.distill,
     )
     return memory.total - (memory.optimizer if offload.optimizer else 0)
 

@@ -232,10 +232,10 @@ def test_a_wandb_failure_never_stops_training(
 
 
 def test_nan_is_an_alert(tmp_path: Path, fake: FakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    import train.loop as loop
+    import train.objective as objective
 
-    losses = loop.token_losses
-    monkeypatch.setattr(loop, "token_losses", lambda *given: losses(*given) * float("nan"))
+    losses = objective.token_losses
+    monkeypatch.setattr(objective, "token_losses", lambda *given: losses(*given) * float("nan"))
     asked = recipe(tmp_path, "offline")
     with pytest.raises(PostshareError, match="lm loss is nan"):
         train(tiny.job(asked), asked)
@@ -253,7 +253,7 @@ def test_a_wandb_that_never_answers_holds_nothing_up(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    import train.loop as loop
+    import train.objective as objective
 
     monkeypatch.setattr(fake, call, lambda *arguments, **options: threading.Event().wait(60))
     monkeypatch.setattr(tracking, "CALL_SECONDS", 0.3)
@@ -261,8 +261,8 @@ def test_a_wandb_that_never_answers_holds_nothing_up(
     asked = recipe(tmp_path, "offline")
     began = time.monotonic()
     if call == "alert":
-        losses = loop.token_losses
-        monkeypatch.setattr(loop, "token_losses", lambda *given: losses(*given) * float("nan"))
+        losses = objective.token_losses
+        monkeypatch.setattr(objective, "token_losses", lambda *given: losses(*given) * float("nan"))
         with pytest.raises(PostshareError, match="lm loss is nan"):
             train(tiny.job(asked), asked)
     else:
