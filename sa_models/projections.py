@@ -37,7 +37,8 @@ class Piece(NamedTuple):
 class SharedLinear(nn.Linear):
     """A q, k or v projection: own rows in one GEMM, tied rows from views of their owners.
 
-    ``weight`` has shape (own rows, in_features); ``out_features`` is that of the dense projection.
+    ``weight`` has shape (own rows, in_features); ``out_features`` are those of all units of the
+    layer, own and tied.
     """
 
     axis = 0

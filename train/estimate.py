@@ -69,7 +69,7 @@ def requested_units(
 def plan_savings(
     section: PlanSection, shape: LlamaShape, structure: SharingPlan | None = None
 ) -> PlanSavings:
-    """What the plan of a recipe will save, before it is known which units are tied.
+    """What the plan of a recipe will save, before it is known which units it chooses.
 
     For strategy released this is an upper bound: its chains undo some of the ties.
 
@@ -88,12 +88,21 @@ def plan_savings(
     if section.strategy == "none":
         return savings
     layout = structure.layout(shape)
-    tied = requested_units(section, layout, tuple(structure.leader_of()))
+    count = requested_units(section, layout, skipped_layers(section, structure))
+    heads = count * layout.heads_per_unit
+    if section.action == "remove":
+        return replace(
+            savings,
+            removed_units=count,
+            removed_heads=heads,
+            removed_unit_parameters=count * sum(map(layout.unit_parameters, PROJECTIONS)),
+            stored_cache=savings.stored_cache - count * 2 * layout.head_dim,
+        )
     return replace(
         savings,
-        tied_units=tied,
-        tied_heads=tied * layout.heads_per_unit,
-        tied_parameters=tied * sum(map(layout.unit_parameters, section.share)),
+        tied_units=count,
+        tied_heads=heads,
+        tied_parameters=count * sum(map(layout.unit_parameters, section.share)),
     )
 
 
