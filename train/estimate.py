@@ -12,12 +12,13 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from sa_models import selection
-from sa_models.heads import HeadLayout
+from sa_models.heads import PROJECTIONS, HeadLayout
 from sa_models.plan import SharingPlan
 from sa_models.savings import PlanSavings, llama_parameters
 from sa_models.span_search import best_spans, late_spans
 from sa_models.spans import AttentionSpan
 from train.known_models import DTYPE_BYTES
+from train.planning import skipped_layers
 from train.structure_sections import check_structure, listed_structure
 
 if TYPE_CHECKING:
@@ -53,9 +54,7 @@ def expected_structure(recipe: Recipe, shape: LlamaShape) -> SharingPlan:
     return structure
 
 
-def requested_units(
-    section: PlanSection, layout: HeadLayout, followers: tuple[int, ...] = ()
-) -> int:
+def requested_units(section: PlanSection, layout: HeadLayout, skipped: tuple[int, ...] = ()) -> int:
     """Units that the budget asks for, before there are scores.
 
     Raises:
@@ -63,7 +62,7 @@ def requested_units(
     """
     assert section.budget is not None
     budget = selection.Budget(section.budget.ratio, section.budget.heads)
-    return selection.units_to_tie(budget, layout, (*section.skip_layers, *followers))
+    return selection.units_to_tie(budget, layout, (*section.skip_layers, *skipped))
 
 
 def plan_savings(

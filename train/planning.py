@@ -59,7 +59,9 @@ def skipped_layers(section: PlanSection, structure: SharingPlan) -> tuple[int, .
     a layer in a span, its leader's included, no unit can be removed.
     """
     if section.action == "remove":
-        return tuple(sorted({*section.skip_layers, *(i for s in structure.spans for i in s.layers)}))
+        return tuple(
+            sorted({*section.skip_layers, *(i for s in structure.spans for i in s.layers)})
+        )
     return tuple(sorted({*section.skip_layers, *structure.leader_of()}))
 
 
