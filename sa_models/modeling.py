@@ -295,8 +295,9 @@ def connect_projections_(model: LlamaModel, plan: SharingPlan) -> None:
                 start=at * width,
                 stop=(at + 1) * width,
                 first=own[owner_layer][p].index(stored) * width,
+                tied=(layer, unit, p) in source_of,
             )
-            if pieces and pieces[-1].owner is piece.owner and pieces[-1].last == piece.first:
+            if pieces and pieces[-1].goes_on_with(piece):
                 piece = pieces.pop()._replace(stop=piece.stop)
             pieces.append(piece)
         shared.connect(tuple(pieces))

@@ -39,6 +39,7 @@ CELLS |= {
     "heal x1 clipped": Setting(model="owned", heal=True, clip_norm=0.2),
     "heal x4 free": Setting(model="owned", heal=True, clip_norm=None, accumulation=4),
     "heal recomputed": Setting(model="owned", heal=True, checkpointing=True, accumulation=4),
+    "heal removed": Setting(model="removed", heal=True, clip_norm=0.2),
     "heal spans": Setting(model="both", heal=True, clip_norm=0.2, accumulation=4),
 }
 CELLS |= {
@@ -58,7 +59,7 @@ SUBSET: dict[tuple[str, int], tuple[str, ...]] = {
     ("zero0", 2): (*_GRID[1], "bf16 ties x1"),
     ("zero1", 2): (*_GRID[0], "bf16 penalty", "heal x4 free"),
     ("zero2", 2): (*_GRID[1], "bf16 penalty"),
-    ("zero3", 3): (*_GRID[0], "bf16 penalty", "frozen", "heal recomputed"),
+    ("zero3", 3): (*_GRID[0], "bf16 penalty", "frozen", "heal recomputed", "heal removed"),
     ("zero3-offload-optimizer", 2): _GRID[1],
     ("zero3-offload", 2): (*_GRID[0], "bf16 both x4", "heal spans"),
     ("fsdp2", 2): (*_GRID[1], "bf16 penalty", "heal x1 clipped"),
