@@ -29,7 +29,7 @@ Rotation = tuple[torch.Tensor, torch.Tensor]
 
 
 class SharedAttention(nn.Module):
-    """The attention of one layer under a plan.
+    """The attention of one layer under a plan, over the heads that are not removed.
 
     A follower of an ``attention`` span has no q_proj and k_proj, one of a ``kv`` span no k_proj and
     v_proj. ``leader`` in :meth:`forward` are the tensors that its leader handed on:
@@ -62,11 +62,12 @@ class SharedAttention(nn.Module):
         self.leads = next((s.share for s in plan.spans if s.leader == layer_idx), None)
         self.head_map = None if span is None else span.map_of(layer_idx)
         self.group = layout.heads_per_unit
+        held = layout.with_units(len(plan.kept_units(layout)[layer_idx]))
         # Read by the attention kernels; see _paired.
         mapped = self.follows == "attention" and self.head_map is not None
         self.num_key_value_groups = 1 if mapped else self.group
         for p, units in plan.own_units(layout)[layer_idx].items():
-            rows, columns = layout.shape(p)
+            rows, columns = held.shape(p)
             own = len(units) * layout.width(p)
             kind, shape = (
                 (SharedOutputLinear, (rows, own)) if p == "o" else (SharedLinear, (own, columns))

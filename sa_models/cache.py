@@ -1,12 +1,15 @@
-"""The KV cache of a model with spans: every layer holds only what it reads.
+"""The KV cache of a shared model: every layer holds only what it reads.
 
 A leader holds keys and values as always. A follower of an ``attention`` span holds values, with
 keys of width 0, so that everything transformers does to a cache (beam search, cropping, offloading)
-works on it unchanged. A follower of a ``kv`` span holds nothing.
+works on it unchanged. A follower of a ``kv`` span holds nothing. A layer with removed units holds
+the KV heads that are left: cache layers take their number as it comes, unless transformers has
+allocated them before.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -14,6 +17,7 @@ from transformers import Cache, LlamaConfig
 from transformers.cache_utils import DummyLayer, DynamicLayer, StaticLayer
 
 from .errors import PostshareError
+from .heads import HeadLayout
 from .plan import SharingPlan
 
 
@@ -25,18 +29,21 @@ class ValuesLayer(DynamicLayer):
         return 0 if self.values is None or not self.values.numel() else self.values.shape[-2]
 
 
-def fit_cache_(cache: Cache, plan: SharingPlan, layers: int) -> None:
+def fit_cache_(cache: Cache, plan: SharingPlan, layout: HeadLayout) -> None:
     """Give every layer the cache layer that it needs, in place. Leaves a fitted cache as it is.
 
     Args:
         cache: a dynamic or static cache, empty or filled by a model of this very plan.
+        layout: with the plan's KV heads.
 
     Raises:
-        PostshareError: the cache holds tokens of a model with other spans, has another number of
-            layers, or is of a kind that spans do not support (quantized, sliding window).
+        PostshareError: the cache holds tokens of a model with other spans or other units, has
+            another number of layers, or is of a kind that spans do not support (quantized, sliding
+            window).
     """
-    if not plan.spans:
+    if not plan.spans and not plan.removed:
         return
+    layers, removed = layout.layers, Counter(layer for layer, _ in plan.removed)
     if cache.layer_class_to_replicate is not None:
         missing = layers - len(cache.layers)
         cache.layers += [cache.layer_class_to_replicate() for _ in range(missing)]
@@ -48,37 +55,43 @@ def fit_cache_(cache: Cache, plan: SharingPlan, layers: int) -> None:
     span_of = plan.leader_of()
     for layer, held in enumerate(cache.layers):
         if type(held) not in (DynamicLayer, StaticLayer, ValuesLayer, DummyLayer):
+            if not plan.spans:
+                continue  # it holds keys and values as they come
             raise PostshareError(
                 f"a model with spans cannot use a cache of {type(held).__name__}; use a "
                 "DynamicCache or a StaticCache"
             )
         share = span_of[layer].share if layer in span_of else None
-        fitting = _fitting(held, share, cache.layers[0])
+        fitting = _fitting(held, share, cache.layers[0], layout.kv_heads - removed[layer])
         if fitting is held:
             continue
         if cache.get_seq_length() > 0:
+            what = " or ".join(n for n, v in (("spans", plan.spans), ("units", removed)) if v)
             raise PostshareError(
-                f"layer {layer} of the cache was filled by a model with other spans; pass a "
+                f"layer {layer} of the cache was filled by a model with other {what}; pass a "
                 "cache that this model filled, or an empty one"
             )
         cache.layers[layer] = fitting
 
 
-def _fitting(held: Any, share: str | None, first: Any) -> Any:
+def _fitting(held: Any, share: str | None, first: Any, kv_heads: int) -> Any:
     """The cache layer of a layer that follows in a span of ``share``: ``held`` where it fits.
 
     Args:
         first: the cache layer of layer 0, which follows nobody: it tells static from dynamic.
+        kv_heads: that the layer has.
     """
     if share == "kv":
         return held if isinstance(held, DummyLayer) else DummyLayer()
+    # (batch, KV heads, keys, head_dim) once the layer is allocated
+    shape = None if held.keys is None or held.keys.dim() < 4 else held.keys.shape
+    fits = shape is None or shape[1] == kv_heads
     if isinstance(first, StaticLayer):
-        fits = isinstance(held, StaticLayer) and (
-            held.keys is None or (held.keys.shape[-1] == 0) == (share == "attention")
-        )
+        fits &= isinstance(held, StaticLayer)
+        fits &= shape is None or (shape[-1] == 0) == (share == "attention")
         return held if fits else StaticLayer(first.max_cache_len)
     kind = ValuesLayer if share == "attention" else DynamicLayer
-    return held if type(held) is kind else kind()
+    return held if fits and type(held) is kind else kind()
 
 
 def cache_bytes(

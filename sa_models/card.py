@@ -10,7 +10,8 @@ from .spans import ranges
 
 USAGE = {
     "compact": """\
-Each shared unit is stored, and held in memory, once. With `postshare` installed:
+Each shared unit is stored, and held in memory, once; a removed one not at all. With `postshare`
+installed:
 
 ```python
 import sa_models
@@ -24,7 +25,7 @@ Without it, the modeling files in this folder do the same: read them, then pass
 """,
     "dense": """\
 A stock `LlamaForCausalLM` with full-size tensors: it loads in every tool that loads a Llama. Shared
-units are stored where each is used.
+units are stored where each is used, removed ones as zeros.
 
 ```python
 from transformers import AutoModelForCausalLM
@@ -88,6 +89,8 @@ def _shared_rows(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
             ("projections", ", ".join(projections)),
             ("a shared unit is", merged),
         ]
+    if plan["removed"]:
+        rows.append(("attention heads removed", f"{heads['removed']} of {heads['total']}"))
     for span in plan["spans"]:
         what = "attention weights" if span["share"] == "attention" else "keys and values"
         matched = ", heads matched" if span["head_map"] else ""

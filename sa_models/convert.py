@@ -144,9 +144,10 @@ def convert(
     reader = converted(source, plan, leaders)
     if reader is source:
         return model
-    if source.plan.ties:
+    if source.plan.ties or source.plan.removed:
         raise PostshareError(
-            f"{source.path} holds its tied units once; convert it before its units are tied"
+            f"{source.path} holds its tied units once and no removed ones; convert it before its "
+            "units are tied and removed"
         )
     new: LlamaForCausalLM
     if plan.spans:

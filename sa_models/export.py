@@ -186,7 +186,7 @@ class _Job:
         size = self.dtype.itemsize
         return {
             "compact": self.savings.stored_parameters * size,
-            "dense": (self.savings.stored_parameters + self.savings.tied_parameters) * size,
+            "dense": self.savings.dense_parameters * size,
         }
 
     def is_finished(self, name: str) -> bool:

@@ -6,7 +6,7 @@ single head). Its rows of q, k and v are contiguous, so are its columns of o.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from .errors import PostshareError
@@ -59,6 +59,10 @@ class HeadLayout:
     @property
     def heads_per_unit(self) -> int:
         return self.heads // self.kv_heads
+
+    def with_units(self, units: int) -> HeadLayout:
+        """The shape with so many units in a layer, each as large as now."""
+        return replace(self, heads=units * self.heads_per_unit, kv_heads=units)
 
     def width(self, projection: str) -> int:
         """Rows of q, k, v (columns of o) that belong to one unit."""

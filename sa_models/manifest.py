@@ -44,8 +44,7 @@ def describe(
 ) -> dict[str, Any]:
     """The part of the manifest that the plan and the base's config decide."""
     size = {"float32": 4}.get(identity.dtype, 2)
-    tied = savings.tied_parameters if kind == "dense" else 0
-    parameters = savings.stored_parameters + tied
+    parameters = savings.dense_parameters if kind == "dense" else savings.stored_parameters
     return {
         "version": VERSION,
         "format": kind,
@@ -59,6 +58,7 @@ def describe(
         "heads": {
             "total": savings.heads,
             "tied": savings.tied_heads,
+            "removed": savings.removed_heads,
             "effective_ratio": savings.effective_ratio,
             "stored_ratio": savings.stored_ratio,
         },

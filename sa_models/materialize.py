@@ -1,7 +1,8 @@
-"""Materialize: write the ties of a plan into dense weights.
+"""Materialize: write the ties and the removed units of a plan into dense weights.
 
-After it, every target slice equals its source slice bit for bit, so the dense model computes what
-the compact one computes. Sources are read before anything is written.
+After it, every target slice equals its source slice bit for bit and every slice of a removed unit
+is zero, so the dense model computes what the compact one computes. Sources are read before anything
+is written.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from typing import Literal
 import torch
 
 from .errors import PostshareError
-from .heads import HeadLayout, unit_view
+from .heads import PROJECTIONS, HeadLayout, unit_view
 from .plan import HeadTie, SharingPlan
+from .ties import Unit
 
 Merge = Literal["copy", "mean"]
 
@@ -51,7 +53,7 @@ def materialize_(
     plan: SharingPlan,
     merge: Merge = "copy",
 ) -> None:
-    """Write the plan's ties into the weights, in place.
+    """Write the plan's ties and removed units into the weights, in place.
 
     Args:
         parameters: {name: weight}, e.g. ``dict(model.named_parameters())`` of a dense Llama.
@@ -63,6 +65,7 @@ def materialize_(
         PostshareError: a weight that the plan needs is not there.
     """
     copy_ties_(parameters, layout, plan.effective().ties, merge)
+    zero_units_(parameters, layout, plan.removed)
 
 
 @torch.no_grad()
@@ -72,7 +75,7 @@ def copy_ties_(
     ties: Iterable[HeadTie],
     merge: Merge = "copy",
 ) -> None:
-    """:func:`materialize_` for bare ties: each target takes its source's original weights.
+    """The ties of :func:`materialize_` alone: each target takes its source's original weights.
 
     Chains are not followed, which is how the golden numbers define DirectShare "as paired".
     """
@@ -87,6 +90,16 @@ def copy_ties_(
             new[(projection, source[0], source[1])] = merged
     for (projection, layer, index), value in new.items():
         unit(parameters, layout, projection, layer, index).copy_(value)
+
+
+@torch.no_grad()
+def zero_units_(
+    parameters: Mapping[str, torch.Tensor], layout: HeadLayout, removed: Iterable[Unit]
+) -> None:
+    """Write zeros into q, k, v and o of the removed units, which then add nothing to the output."""
+    for layer, index in removed:
+        for projection in PROJECTIONS:
+            unit(parameters, layout, projection, layer, index).zero_()
 
 
 def unit(

@@ -82,6 +82,7 @@ class SharedLlamaModel(LlamaModel):
     def __init__(self, config: SharedLlamaConfig) -> None:
         LlamaPreTrainedModel.__init__(self, config)
         plan = self.plan = config.plan
+        self.layout = plan.layout(config)
         span_of = plan.leader_of()
         self.spans = [span_of.get(layer) for layer in range(config.num_hidden_layers)]
         self.padding_idx = config.pad_token_id
@@ -115,7 +116,7 @@ class SharedLlamaModel(LlamaModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if past_key_values is not None:
-            fit_cache_(past_key_values, self.plan, len(self.layers))
+            fit_cache_(past_key_values, self.plan, self.layout)
         rows = hidden_states.shape[1]
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
@@ -194,7 +195,7 @@ class SharedLlamaForCausalLM(LlamaForCausalLM):
         )
         cache = model_kwargs.get("past_key_values")
         if cache is not None:
-            fit_cache_(cache, self.model.plan, len(self.model.layers))
+            fit_cache_(cache, self.model.plan, self.model.layout)
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
@@ -213,7 +214,7 @@ class SharedLlamaForCausalLM(LlamaForCausalLM):
 
         Args:
             model: with the plan's structure (:func:`~sa_models.convert.convert`) and weights that
-                equal where they are tied.
+                equal where they are tied. What it holds of removed units is left out.
 
         Raises:
             PostshareError: the model has another structure.
@@ -278,7 +279,7 @@ def select_units(
 def connect_projections_(model: LlamaModel, plan: SharingPlan) -> None:
     """Tell every projection where its units are stored."""
     layout = plan.layout(model.config)
-    own, source_of = plan.own_units(layout), plan.sources()
+    own, kept, source_of = plan.own_units(layout), plan.kept_units(layout), plan.sources()
     projections: dict[tuple[int, str], SharedLinear] = {
         (layer, p): getattr(model.layers[layer].self_attn, f"{p}_proj")
         for layer, units in enumerate(own)
@@ -286,16 +287,17 @@ def connect_projections_(model: LlamaModel, plan: SharingPlan) -> None:
     }
     for (layer, p), shared in projections.items():
         pieces: list[Piece] = []
-        for unit in range(layout.units):
+        for at, unit in enumerate(kept[layer]):
             owner_layer, stored = source_of.get((layer, unit, p), (layer, unit))
             width = layout.width(p)
             piece = Piece(
                 owner=projections[owner_layer, p],
-                start=unit * width,
-                stop=(unit + 1) * width,
+                start=at * width,
+                stop=(at + 1) * width,
                 first=own[owner_layer][p].index(stored) * width,
+                tied=(layer, unit, p) in source_of,
             )
-            if pieces and pieces[-1].owner is piece.owner and pieces[-1].last == piece.first:
+            if pieces and pieces[-1].goes_on_with(piece):
                 piece = pieces.pop()._replace(stop=piece.stop)
             pieces.append(piece)
         shared.connect(tuple(pieces))

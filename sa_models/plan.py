@@ -1,4 +1,4 @@
-"""The sharing plan: ties, spans and KV heads, validated against a config.
+"""The sharing plan: ties, removed units, spans and KV heads, validated against a config.
 
 A plan is one value. It is stored as JSON (version 1) in a run folder and inside a compact export's
 ``config.json``; initialization, forward, materializing and exporting all read the same value, so
@@ -16,6 +16,7 @@ from typing import Any
 
 from .errors import PostshareError
 from .heads import PROJECTIONS, HeadLayout
+from .removal import check_removed
 from .savings import PlanSavings, llama_parameters
 from .spans import ABSENT, AttentionSpan, check_spans, read_span
 from .ties import (
@@ -37,7 +38,8 @@ class SharingPlan:
     """What is shared, validated against a config with :meth:`validate`.
 
     KV heads and spans are the plan's *structure*: they are applied to the weights before training
-    (:mod:`~sa_models.convert`). Ties are made after it (:mod:`~sa_models.materialize`).
+    (:mod:`~sa_models.convert`). Ties are made, and units removed, after it
+    (:mod:`~sa_models.materialize`).
 
     Attributes:
         ties: every tie points at a root source (a unit that is itself no target for that
@@ -46,7 +48,8 @@ class SharingPlan:
         kv_heads: KV heads of a layer (GQA; 1: MQA), pooled from those of the base; None: as in
             the base.
         spans: layers that reuse what another layer has computed.
-        removed: part of the version 1 JSON, not supported yet: :meth:`validate` refuses it.
+        removed: units that are pruned from their layer, in all four projections. Units are those
+            of the model with the plan's KV heads.
         released: the published selection, chains and all, kept for comparison. Its penalty pulls
             every pair; :meth:`effective` leaves out the ties whose target serves as a source, as
             the released forward does, so fewer heads change than were asked for.
@@ -157,7 +160,7 @@ class SharingPlan:
         return replace(self, ties=tuple(kept), released=False)
 
     def structure(self) -> SharingPlan:
-        """The part that is applied before training: KV heads and spans, no ties."""
+        """The part that is applied before training: KV heads and spans alone."""
         return SharingPlan(kv_heads=self.kv_heads, spans=self.spans)
 
     @property
@@ -192,6 +195,18 @@ class SharingPlan:
             (follower, p) for follower, span in self.leader_of().items() for p in ABSENT[span.share]
         )
 
+    def kept_units(self, layout: HeadLayout) -> list[list[int]]:
+        """For every layer, the units that are not removed, ascending.
+
+        Args:
+            layout: with the plan's KV heads, see :meth:`layout`.
+        """
+        removed = set(self.removed)
+        return [
+            [unit for unit in range(layout.units) if (layer, unit) not in removed]
+            for layer in range(layout.layers)
+        ]
+
     def own_units(self, layout: HeadLayout) -> list[dict[str, list[int]]]:
         """For every layer, {projection that it has: the units that it stores itself, ascending}.
 
@@ -201,11 +216,11 @@ class SharingPlan:
         source_of, absent = self.sources(), self.absent()
         return [
             {
-                p: [u for u in range(layout.units) if (layer, u, p) not in source_of]
+                p: [unit for unit in kept if (layer, unit, p) not in source_of]
                 for p in PROJECTIONS
                 if (layer, p) not in absent
             }
-            for layer in range(layout.layers)
+            for layer, kept in enumerate(self.kept_units(layout))
         ]
 
     def sources(self) -> dict[tuple[int, int, str], Unit]:
@@ -216,18 +231,14 @@ class SharingPlan:
         """Check the plan against a Llama config, of the base or of the converted model.
 
         Raises:
-            PostshareError: names the tie or span and the reason: see :func:`check_spans`; layer or
-                unit out of range, an unknown projection, one that a follower does not have, a
-                projection of a target tied twice, a unit tied to itself, a cycle, or a chain (a
-                source that is itself a target) outside a ``released`` plan; KV heads that do not
-                divide; attention dropout with spans.
+            PostshareError: names the tie, span or removed unit and the reason: see
+                :func:`check_spans` and :func:`check_removed`; layer or unit out of range, an
+                unknown projection, one that a follower does not have, a projection of a target
+                tied twice, a unit tied to itself, a cycle, or a chain (a source that is itself a
+                target) outside a ``released`` plan; KV heads that do not divide; attention dropout
+                with spans.
         """
         layout = self.layout(config)
-        if self.removed:
-            raise PostshareError(
-                "the plan uses 'removed', which this version does not support; remove it from the "
-                "plan"
-            )
         check_spans(self.spans, layout)
         dropout = getattr(config, "attention_dropout", 0.0)
         if self.spans and dropout:
@@ -238,6 +249,7 @@ class SharingPlan:
             )
         check_ties(self.ties, layout, chains=self.released)
         self._check_present()
+        check_removed(self.removed, self.ties, self.spans, layout)
 
     def _check_present(self) -> None:
         absent, span_of = self.absent(), self.leader_of()
@@ -254,19 +266,23 @@ class SharingPlan:
         """What the effective plan saves on a Llama of this config (no weights are needed)."""
         base, layout = HeadLayout.from_config(config), self.layout(config)
         ties = self.effective().ties
-        tied_units = len({tie.target for tie in ties})
+        tied_units, removed_units = len({tie.target for tie in ties}), len(self.removed)
         cache = 2 * layout.kv_heads * layout.head_dim
         saved_cache = sum(
             len(span.followers) * (cache // 2 if span.share == "attention" else cache)
             for span in self.spans
         )
+        saved_cache += removed_units * 2 * layout.head_dim
         return PlanSavings(
             units=layout.layers * layout.units,
             tied_units=tied_units,
             heads=layout.layers * layout.heads,
             tied_heads=tied_units * layout.heads_per_unit,
+            removed_units=removed_units,
+            removed_heads=removed_units * layout.heads_per_unit,
             attention_parameters=base.attention_parameters,
             tied_parameters=sum(layout.unit_parameters(p) for t in ties for p in t.projections),
+            removed_unit_parameters=removed_units * sum(map(layout.unit_parameters, PROJECTIONS)),
             span_parameters=sum(layout.units * layout.unit_parameters(p) for _, p in self.absent()),
             pooled_parameters=base.attention_parameters - layout.attention_parameters,
             base_parameters=llama_parameters(config),

@@ -21,23 +21,30 @@ class Piece(NamedTuple):
     """Consecutive features of a projection, and where their weights are stored.
 
     ``start:stop`` are features of this projection (outputs of q, k, v; inputs of o), ``first`` is
-    the row (o: column) of ``owner.weight`` at which they begin.
+    the row (o: column) of ``owner.weight`` at which they begin. Tied features may be those of other
+    units of the same layer: the owner is this projection then too.
     """
 
     owner: SharedLinear
     start: int
     stop: int
     first: int
+    tied: bool
 
     @property
     def last(self) -> int:
         return self.first + self.stop - self.start
 
+    def goes_on_with(self, other: Piece) -> bool:
+        """Whether the two are one piece; ``other`` begins where this one stops."""
+        return (other.owner, other.first, other.tied) == (self.owner, self.last, self.tied)
+
 
 class SharedLinear(nn.Linear):
     """A q, k or v projection: own rows in one GEMM, tied rows from views of their owners.
 
-    ``weight`` has shape (own rows, in_features); ``out_features`` is that of the dense projection.
+    ``weight`` has shape (own rows, in_features); ``out_features`` are those of all units of the
+    layer, own and tied.
     """
 
     axis = 0
@@ -73,18 +80,18 @@ class SharedLinear(nn.Linear):
         """
         self.pieces = pieces
         # What the forward pass reads: the time it spends around the products counts in decoding.
-        self.widths = [stop - start for _, start, stop, _ in pieces]
-        self.own_at = [at for at, piece in enumerate(pieces) if piece.owner is self]
+        self.widths = [piece.stop - piece.start for piece in pieces]
+        self.own_at = [at for at, piece in enumerate(pieces) if not piece.tied]
         self.own_widths = [self.widths[at] for at in self.own_at]
         self.tied = [
-            (at, owner, first, self.widths[at])
-            for at, (owner, _, _, first) in enumerate(pieces)
-            if owner is not self
+            (at, piece.owner, piece.first, self.widths[at])
+            for at, piece in enumerate(pieces)
+            if piece.tied
         ]
         firsts = [pieces[at].first for at in self.own_at]
         if firsts != [sum(self.own_widths[:i]) for i in range(len(firsts))]:
             raise ValueError(f"own features begin at {firsts}, which is not their order")
-        self.owns_all = len(pieces) == 1 and pieces[0].owner is self
+        self.owns_all = len(pieces) == 1 and not pieces[0].tied
 
     def extra_repr(self) -> str:
         # Not from the weight, whose shape is gone where it is split over ranks.

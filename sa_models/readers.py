@@ -1,7 +1,8 @@
 """Dense Llama weights that lie in no file as such, read tensor by tensor.
 
 :class:`MaterializedReader` is a dense folder with a plan written into it; :class:`ExpandedFolder`
-is a compact folder with its shared units put back everywhere they are used. Both read like a
+is a compact folder with its shared units put back everywhere they are used, and zeros where units
+were removed. Both read like a
 :class:`~sa_models.weights.WeightsFolder`, hold one tensor at a time, and know nothing of modules:
 the arithmetic of where a unit lies is written here a second time, so that comparing the two
 verifies an export.
@@ -18,7 +19,7 @@ from transformers import LlamaConfig
 
 from .configuration import SharedLlamaConfig
 from .errors import PostshareError
-from .heads import HeadLayout
+from .heads import PROJECTIONS, HeadLayout
 from .materialize import Merge, merge_slices, shared_slices
 from .plan import SharingPlan, Unit
 from .weights import WeightsFolder, llama_shapes, read_config, read_model_type
@@ -56,7 +57,7 @@ def cast(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
 
 
 class MaterializedReader:
-    """Dense weights with the ties of a plan written in, in one dtype.
+    """Dense weights with the ties and removed units of a plan written in, in one dtype.
 
     Args:
         source: the weights before materializing.
@@ -79,13 +80,17 @@ class MaterializedReader:
         self._merge = merge
         self._dtype = dtype
         self._layout = plan.layout(source.config)
-        # {(layer, projection): {unit that changes: the units whose slices are merged into it}}
+        # {(layer, projection): {unit that changes: the units whose slices are merged into it}}; of
+        # a removed unit none.
         self._changes: dict[tuple[int, str], dict[int, list[Unit]]] = {}
         for (p, layer, unit), targets in shared_slices(plan.effective().ties).items():
             members = [(layer, unit)] if merge == "copy" else [(layer, unit), *targets]
             changed = targets if merge == "copy" else members
             for target_layer, target_unit in changed:
                 self._changes.setdefault((target_layer, p), {})[target_unit] = members
+        for layer, unit in plan.removed:  # nothing is merged into it
+            for p in PROJECTIONS:
+                self._changes.setdefault((layer, p), {})[unit] = []
 
     def names(self) -> list[str]:
         return self._source.names()
@@ -109,8 +114,12 @@ class MaterializedReader:
         weight = self._source.read(name).to(self._dtype, copy=True)
         width, axis = self._layout.width(p), self._layout.axis(p)
         for unit, members in changes.items():
-            merged = merge_slices([self._unit(p, *member) for member in members], self._merge)
-            weight.narrow(axis, unit * width, width).copy_(merged)
+            changed = weight.narrow(axis, unit * width, width)
+            if members:
+                slices = [self._unit(p, *member) for member in members]
+                changed.copy_(merge_slices(slices, self._merge))
+            else:
+                changed.zero_()
         return cast(weight, self._dtype, name)
 
     def slice(self, name: str) -> Any:
@@ -159,7 +168,7 @@ def compact_shapes(config: Any, plan: SharingPlan) -> dict[str, tuple[int, ...]]
 
 
 def expanded_shapes(config: Any, plan: SharingPlan) -> dict[str, tuple[int, ...]]:
-    """{parameter name: shape} with ties expanded, without what followers do not have."""
+    """{parameter name: shape} of the dense form, without what followers do not have."""
     absent = plan.absent()
     shapes = llama_shapes(config)
     return {n: shape for n, shape in shapes.items() if HeadLayout.parse_name(n) not in absent}
@@ -173,6 +182,10 @@ class Run(NamedTuple):
     start: int
     stop: int
     first: int
+
+    def continues(self, owner: int, start: int, first: int) -> bool:
+        """Whether features from ``start`` on, stored there, go on where this run ends."""
+        return (owner, start, first) == (self.owner, self.stop, self.first + self.stop - self.start)
 
 
 class ExpandedFolder:
@@ -196,6 +209,7 @@ class ExpandedFolder:
         self._layout = HeadLayout.from_config(self.config)
         self._shapes = expanded_shapes(self.config, self.plan)
         self._source_of = self.plan.sources()
+        self._removed = set(self.plan.removed)
         self._own = self.plan.own_units(self._layout)
 
     def names(self) -> list[str]:
@@ -223,13 +237,13 @@ class ExpandedFolder:
         return self.files.slice(name) if where is None else _ExpandedSlice(self, *where)
 
     def _assemble(self, layer: int, projection: str, first: int, last: int) -> torch.Tensor:
-        """The rows (o: columns) of units ``first`` to ``last`` (exclusive)."""
+        """The rows (o: columns) of units ``first`` to ``last`` (exclusive); zeros of removed."""
         axis = self._layout.axis(projection)
         runs = self._runs(layer, projection, first, last)
         shape = list(self._layout.shape(projection))
-        shape[axis] = runs[-1].stop
+        shape[axis] = (last - first) * self._layout.width(projection)
         dtype = self.dtype(self._layout.parameter_name(layer, projection))
-        dense = torch.empty(shape, dtype=dtype)
+        dense = torch.zeros(shape, dtype=dtype)
         stored = {
             owner: self.files.slice(self._layout.parameter_name(owner, projection))
             for owner in {run.owner for run in runs}
@@ -243,11 +257,14 @@ class ExpandedFolder:
         width = self._layout.width(projection)
         runs: list[Run] = []
         for unit in range(first, last):
+            if (layer, unit) in self._removed:
+                continue
             owner, stored = self._source_of.get((layer, unit, projection), (layer, unit))
             start = (unit - first) * width
             at = self._own[owner][projection].index(stored) * width
-            if runs and runs[-1].owner == owner and runs[-1].first + start - runs[-1].start == at:
-                runs[-1] = runs[-1]._replace(stop=start + width)
+            last_run = runs[-1] if runs else None
+            if last_run and last_run.continues(owner, start, at):
+                runs[-1] = last_run._replace(stop=start + width)
             else:
                 runs.append(Run(owner, start, start + width, at))
         return runs

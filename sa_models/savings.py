@@ -16,9 +16,10 @@ class PlanSavings:
     """What a plan saves on a model. Parameters are counted in elements, ratios are in [0, 1].
 
     Attributes:
-        units, tied_units: of the model with the plan's KV heads.
+        units, tied_units, removed_units: of the model with the plan's KV heads; heads likewise.
         attention_parameters, base_parameters: of the model before the plan.
         tied_parameters: no longer stored because they are another unit's.
+        removed_unit_parameters: of the removed units.
         span_parameters: of the projections that followers do not have.
         pooled_parameters: of the KV heads that were pooled into others (GQA).
         base_cache, stored_cache: elements of the KV cache for one token.
@@ -28,8 +29,11 @@ class PlanSavings:
     tied_units: int
     heads: int
     tied_heads: int
+    removed_units: int
+    removed_heads: int
     attention_parameters: int
     tied_parameters: int
+    removed_unit_parameters: int
     span_parameters: int
     pooled_parameters: int
     base_parameters: int
@@ -38,12 +42,18 @@ class PlanSavings:
 
     @property
     def effective_ratio(self) -> float:
-        """Share of the heads whose weights really change because they are tied."""
-        return self.tied_units / self.units
+        """Share of the heads that really change: they are tied, or removed."""
+        return (self.tied_units + self.removed_units) / self.units
+
+    @property
+    def absent_parameters(self) -> int:
+        """Stored in neither form: of followers, and of pooled KV heads."""
+        return self.span_parameters + self.pooled_parameters
 
     @property
     def removed_parameters(self) -> int:
-        return self.tied_parameters + self.span_parameters + self.pooled_parameters
+        """No longer stored in the compact form, for whatever reason."""
+        return self.tied_parameters + self.removed_unit_parameters + self.absent_parameters
 
     @property
     def stored_ratio(self) -> float:
@@ -52,7 +62,13 @@ class PlanSavings:
 
     @property
     def stored_parameters(self) -> int:
+        """Stored in the compact form."""
         return self.base_parameters - self.removed_parameters
+
+    @property
+    def dense_parameters(self) -> int:
+        """Stored in the dense form: tied units are written out, removed ones are zeros."""
+        return self.base_parameters - self.absent_parameters
 
     @property
     def cache_ratio(self) -> float:

@@ -104,8 +104,8 @@ def check_ties(ties: Iterable[HeadTie], layout: HeadLayout, chains: bool) -> Non
     """
     ties = tuple(ties)
     for tie in ties:
-        _check_range(tie, tie.target, "target", layout)
-        _check_range(tie, tie.source, "source", layout)
+        check_range(f"{tie}: the target", tie.target, layout)
+        check_range(f"{tie}: the source", tie.source, layout)
         _check_projections(tie)
         if tie.target == tie.source:
             raise PostshareError(f"{tie}: a unit cannot be its own source; remove the tie")
@@ -147,17 +147,17 @@ def _check_chains(ties: Iterable[HeadTie], chains: bool) -> None:
                 )
 
 
-def _check_range(tie: HeadTie, unit: Unit, end: str, layout: HeadLayout) -> None:
+def check_range(which: str, unit: Unit, layout: HeadLayout) -> None:
+    """Raises PostshareError, which begins with ``which``: the model has no such unit."""
     layer, index = unit
     if not 0 <= layer < layout.layers:
         raise PostshareError(
-            f"{tie}: the {end} layer {layer} is out of range; the model has layers 0 to "
-            f"{layout.layers - 1}"
+            f"{which} layer {layer} is out of range; the model has layers 0 to {layout.layers - 1}"
         )
     if not 0 <= index < layout.units:
         kind = "heads" if layout.heads_per_unit == 1 else f"KV groups of {layout.heads_per_unit}"
         raise PostshareError(
-            f"{tie}: the {end} unit {index} is out of range; a layer of this model has "
+            f"{which} unit {index} is out of range; a layer of this model has "
             f"{layout.units} units ({kind}), 0 to {layout.units - 1}"
         )
 

@@ -84,7 +84,7 @@ def _facts(recipe: Recipe, shape: LlamaShape, origin: str, gpus: int, accumulati
         forms = []
         if plan.strategy != "none" or structure.spans:
             forms.append(f"compact {size(stored)}")
-        dense = f"dense {size(stored + savings.tied_parameters * element)}"
+        dense = f"dense {size(savings.dense_parameters * element)}"
         forms.append(dense if structure.has_stock_form else "no dense form")
         table.add_row(
             "export",
@@ -116,16 +116,7 @@ def _plan_rows(
         return [("plan", "none: nothing is shared")]
     rows = []
     if plan.strategy != "none":
-        unit = "heads" if structure.layout(shape).heads_per_unit == 1 else "KV groups"
-        bound = "at most " if plan.strategy == "released" else ""
-        what = "as the plan file says" if plan.strategy == "file" else ", ".join(plan.share)
-        rows.append(
-            (
-                "plan",
-                f"{bound}{savings.tied_units:,} of {savings.units:,} units ({unit}) tied, "
-                f"{savings.effective_ratio:.1%}; projections: {what}",
-            )
-        )
+        rows.append(("plan", _units(recipe, shape, structure, savings)))
     shared = {"attention": "attention weights", "kv": "keys and values"}
     if spans is not None and spans.layers is not None:
         rows.append(
@@ -144,6 +135,21 @@ def _plan_rows(
         kv_heads = shape.num_key_value_heads or shape.num_attention_heads
         rows.append(("KV heads", f"{structure.kv_heads} of {kv_heads} in a layer, mean-pooled"))
     return rows
+
+
+def _units(recipe: Recipe, shape: LlamaShape, structure: SharingPlan, savings: PlanSavings) -> str:
+    """How many units are tied or removed."""
+    plan = recipe.plan
+    unit = "heads" if structure.layout(shape).heads_per_unit == 1 else "KV groups"
+    of = f"of {savings.units:,} units ({unit})"
+    removed = f"{savings.removed_units:,} {of} removed"
+    if plan.action == "remove":
+        return f"{removed}, {savings.effective_ratio:.1%}"
+    bound = "at most " if plan.strategy == "released" else ""
+    what = "as the plan file says" if plan.strategy == "file" else ", ".join(plan.share)
+    tied = f"{bound}{savings.tied_units:,} {of} tied"
+    both = f"{tied}, {removed}" if savings.removed_units else tied
+    return f"{both}, {savings.effective_ratio:.1%}; projections: {what}"
 
 
 def _training(recipe: Recipe) -> str:

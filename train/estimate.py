@@ -12,12 +12,13 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from sa_models import selection
-from sa_models.heads import HeadLayout
+from sa_models.heads import PROJECTIONS, HeadLayout
 from sa_models.plan import SharingPlan
 from sa_models.savings import PlanSavings, llama_parameters
 from sa_models.span_search import best_spans, late_spans
 from sa_models.spans import AttentionSpan
 from train.known_models import DTYPE_BYTES
+from train.planning import skipped_layers
 from train.structure_sections import check_structure, listed_structure
 
 if TYPE_CHECKING:
@@ -54,9 +55,7 @@ def expected_structure(recipe: Recipe, shape: LlamaShape) -> SharingPlan:
     return structure
 
 
-def requested_units(
-    section: PlanSection, layout: HeadLayout, followers: tuple[int, ...] = ()
-) -> int:
+def requested_units(section: PlanSection, layout: HeadLayout, skipped: tuple[int, ...] = ()) -> int:
     """Units that the budget asks for, before there are scores.
 
     Raises:
@@ -64,13 +63,13 @@ def requested_units(
     """
     assert section.budget is not None
     budget = selection.Budget(section.budget.ratio, section.budget.heads)
-    return selection.units_to_tie(budget, layout, (*section.skip_layers, *followers))
+    return selection.units_to_tie(budget, layout, (*section.skip_layers, *skipped))
 
 
 def plan_savings(
     section: PlanSection, shape: LlamaShape, structure: SharingPlan | None = None
 ) -> PlanSavings:
-    """What the plan of a recipe will save, before it is known which units are tied.
+    """What the plan of a recipe will save, before it is known which units it chooses.
 
     For strategy released this is an upper bound: its chains undo some of the ties.
 
@@ -89,12 +88,21 @@ def plan_savings(
     if section.strategy == "none":
         return savings
     layout = structure.layout(shape)
-    tied = requested_units(section, layout, tuple(structure.leader_of()))
+    count = requested_units(section, layout, skipped_layers(section, structure))
+    heads = count * layout.heads_per_unit
+    if section.action == "remove":
+        return replace(
+            savings,
+            removed_units=count,
+            removed_heads=heads,
+            removed_unit_parameters=count * sum(map(layout.unit_parameters, PROJECTIONS)),
+            stored_cache=savings.stored_cache - count * 2 * layout.head_dim,
+        )
     return replace(
         savings,
-        tied_units=tied,
-        tied_heads=tied * layout.heads_per_unit,
-        tied_parameters=tied * sum(map(layout.unit_parameters, section.share)),
+        tied_units=count,
+        tied_heads=heads,
+        tied_parameters=count * sum(map(layout.unit_parameters, section.share)),
     )
 
 

@@ -1,4 +1,4 @@
-"""Pictures of a plan: how similar the units are, and which take their weights from which."""
+"""Pictures of a plan: how similar the units are, which are tied to which, which are removed."""
 
 from __future__ import annotations
 
@@ -56,17 +56,19 @@ def save_similarity(scores: torch.Tensor, layout: HeadLayout, score: str, path: 
 
 
 def save_ties(plan: SharingPlan, layout: HeadLayout, path: Path) -> None:
-    """Map of the ties, layers upward and units to the right, as a PNG."""
+    """Map of ties and removed units, layers upward and units to the right, as a PNG."""
     width = min(14.0, 2.5 + 0.45 * layout.units)
     height = min(14.0, 1.8 + 0.45 * layout.layers)
     figure = Figure(figsize=(width, height), dpi=140, layout="constrained")
     axes = figure.add_subplot()
     ties = plan.effective().ties
     targets, sources = {tie.target for tie in ties}, {tie.source for tie in ties}
+    removed = set(plan.removed)
+    changed = targets | sources | removed
     size = 3000 / (layout.units + layout.layers) ** 1.35
     every = [(layer, unit) for layer in range(layout.layers) for unit in range(layout.units)]
     for label, color, members in (
-        ("own weights", "#d9d9d9", [u for u in every if u not in targets | sources]),
+        ("own weights", "#d9d9d9", [u for u in every if u not in changed]),
         ("source", "#0072b2", sorted(sources)),
         ("target", "#e69f00", sorted(targets)),
     ):
@@ -79,6 +81,9 @@ def save_ties(plan: SharingPlan, layout: HeadLayout, path: Path) -> None:
             marker="s",
             zorder=2,
         )
+    if removed:
+        units, layers = [unit for _, unit in removed], [layer for layer, _ in removed]
+        axes.scatter(units, layers, s=size, c="#d55e00", label="removed", marker="x", zorder=2)
     for tie in ties:
         axes.add_patch(
             FancyArrowPatch(
@@ -99,8 +104,14 @@ def save_ties(plan: SharingPlan, layout: HeadLayout, path: Path) -> None:
     axes.set_yticks(range(0, layout.layers, max(1, layout.layers // 16)))
     axes.set_xlabel("head" if layout.heads_per_unit == 1 else "KV group")
     axes.set_ylabel("layer")
-    axes.set_title(f"{len(targets)} of {len(every)} units take the weights of {len(sources)}")
-    figure.legend(loc="outside lower center", ncols=3, frameon=False, markerscale=0.6)
+    title = f"{len(targets)} of {len(every)} units take the weights of {len(sources)}"
+    if removed:
+        gone = f"{len(removed)} of {len(every)} units are removed"
+        title = f"{title},\n{gone}" if targets else gone
+    axes.set_title(title)
+    figure.legend(
+        loc="outside lower center", ncols=4 if removed else 3, frameon=False, markerscale=0.6
+    )
     save(figure, path)
 
 

@@ -331,7 +331,7 @@ def report(current: Run, blocks: Blocks) -> None:
 
 
 def tied(current: Run, model: LlamaForCausalLM) -> LlamaForCausalLM:
-    """The model with the plan's structure, where it lacks it, and with its ties written in."""
+    """The model with the plan's structure, where it lacks it, and the plan materialized."""
     model = convert(model, current.plan, leaders(current))
     layout = HeadLayout.from_config(model.config)
     merge = current.recipe.materialize.merge
@@ -378,9 +378,9 @@ def trained(current: Run) -> Training:
 
 
 def export_formats(current: Run) -> tuple[exporting.Format, ...]:
-    """Without ties and spans there is nothing compact to store; with spans, no stock form."""
+    """With KV heads alone there is nothing compact to store; with spans, no stock form."""
     plan = current.plan
-    if not plan.ties and not plan.spans:
+    if not plan.ties and not plan.removed and not plan.spans:
         return ("dense",)
     return current.recipe.export.formats if plan.has_stock_form else ("compact",)
 

@@ -55,8 +55,13 @@ def check_plan(recipe: Recipe, weights: WeightsFolder) -> None:
 def skipped_layers(section: PlanSection, structure: SharingPlan) -> tuple[int, ...]:
     """Layers whose units are no targets: those of the recipe, and followers.
 
-    A follower lacks some of the projections that ties share, so that found ties leave it out.
+    A follower lacks some of the projections that ties share, so that found ties leave it out. From
+    a layer in a span, its leader's included, no unit can be removed.
     """
+    if section.action == "remove":
+        return tuple(
+            sorted({*section.skip_layers, *(i for s in structure.spans for i in s.layers)})
+        )
     return tuple(sorted({*section.skip_layers, *structure.leader_of()}))
 
 
@@ -87,7 +92,7 @@ def find_ties(
         pooled = converted(weights, SharingPlan(kv_heads=structure.kv_heads))
         scores = score_with_progress(pooled, layout, section.score)
         matches = best_matches(scores, layout, without=followers)
-    ties = selection.make_plan(
+    found = selection.make_plan(
         matches,
         layout,
         _budget(section),
@@ -95,7 +100,9 @@ def find_ties(
         skipped,
         released=section.strategy == "released",
     )
-    plan = replace(ties, kv_heads=structure.kv_heads, spans=structure.spans)
+    if section.action == "remove":
+        found = SharingPlan(removed=tuple(sorted({tie.target for tie in found.ties})))
+    plan = replace(found, kv_heads=structure.kv_heads, spans=structure.spans)
     plan.validate(weights.config)
     return plan, scores
 
@@ -131,7 +138,7 @@ def draw_plan(
     if scores is not None:
         save_similarity(scores, layout, section.score, folder / SIMILARITY_PICTURE)
         written.append(folder / SIMILARITY_PICTURE)
-    if plan.ties:
+    if plan.ties or plan.removed:
         save_ties(plan, layout, folder / TIES_PICTURE)
         written.append(folder / TIES_PICTURE)
     return written
@@ -150,14 +157,17 @@ def plan_table(plan: SharingPlan, config: LlamaConfig, requested: float, size: i
     table.add_column(style="dim")
     table.add_column(justify="right")
     rows: list[tuple[str, str]] = []
-    if plan.ties:
+    if plan.ties or plan.removed:
+        changed = savings.tied_heads + savings.removed_heads
         rows += [
             ("heads asked for", f"{requested:.2%}"),
             (
                 "heads that change (effective)",
-                f"{savings.effective_ratio:.2%}   {savings.tied_heads} of {savings.heads}",
+                f"{savings.effective_ratio:.2%}   {changed} of {savings.heads}",
             ),
         ]
+    if plan.removed:
+        rows.append(("heads removed", f"{savings.removed_heads} of {savings.heads}"))
     if plan.kv_heads is not None:
         before = HeadLayout.from_config(config).kv_heads
         rows.append(("KV heads of a layer", f"{plan.kv_heads} of {before}"))
@@ -192,8 +202,8 @@ def plan_table(plan: SharingPlan, config: LlamaConfig, requested: float, size: i
 def requested_ratio(section: PlanSection, plan: SharingPlan, layout: HeadLayout) -> float:
     """The share of heads that the recipe asks for (of a plan file: those that it names)."""
     units = layout.layers * layout.units
-    if section.budget is None:  # a plan file, or no ties at all
-        return len({tie.target for tie in plan.ties}) / units
+    if section.budget is None:  # a plan file, or no units at all
+        return (len({tie.target for tie in plan.ties}) + len(plan.removed)) / units
     if section.budget.ratio is not None:
         return section.budget.ratio
     assert section.budget.heads is not None

@@ -103,12 +103,22 @@ class Recipe(Section):
                 raise ValueError(
                     "materialize: plan.strategy is none, nothing is tied; remove materialize"
                 )
+        if self.plan.action == "remove":
+            self._nothing_is_tied()
         if self.data.streaming and self.train.steps is None:
             raise ValueError("train.epochs: a stream has no known length; set train.steps instead")
         if self.data.document_mask and self.model.attention == "flash_attention_2":
             self._one_row_for_flash_attention()
         check_distill(self)
         return self
+
+    def _nothing_is_tied(self) -> None:
+        if self.penalty != PenaltySection():
+            raise ValueError("penalty: plan.action is remove, nothing to pull; remove penalty")
+        if self.materialize.merge != "copy":
+            raise ValueError(
+                "materialize.merge: plan.action is remove, nothing is merged; remove it"
+            )
 
     def _one_row_for_flash_attention(self) -> None:
         # transformers passes it no mask; it finds the borders in the positions, of one row only.
@@ -134,7 +144,7 @@ class Recipe(Section):
 
     @property
     def shares(self) -> bool:
-        """Whether anything is shared at all: ties, spans or KV heads."""
+        """Whether anything is shared at all: ties, removed units, spans or KV heads."""
         return self.plan.strategy != "none" or self.changes_structure
 
     @property
@@ -142,6 +152,7 @@ class Recipe(Section):
         """Whether post-training pulls units together at all."""
         return (
             self.plan.strategy != "none"
+            and self.plan.action == "tie"
             and self.train.steps != 0
             and self.penalty.loss_weights[1] > 0
             and self.penalty.coefficient > 0

@@ -22,7 +22,13 @@ def warnings(recipe: Recipe, shared: Iterable[str] | None = None) -> list[str]:
             "plan.strategy released keeps the published chains: fewer units really change than "
             "plan.budget asks for (18.8 % of 30 % on Llama-2-7B); use cosine unless you compare"
         )
-    if recipe.penalized:
+    if plan.action == "remove":
+        if recipe.train.steps != 0:
+            lines.append(
+                "plan.action is remove: train.steps trains the model with all its units, which are "
+                "removed afterwards; to train without them, set materialize.heal_steps"
+            )
+    elif recipe.penalized:
         lines += _unpulled(recipe, shared)
     elif recipe.train.steps == 0:
         # Without training, sharing unpulled units is what DirectShare means.

@@ -201,10 +201,13 @@ class PlanSection(Section):
     random: control; file: plan.path; none: share nothing."""
     score: Literal["q", "k", "v", "qk", "qkv", "softmax"] = "qk"
     """Weights that the similarity of two units is computed from (the paper's default is qk)."""
+    action: Literal["tie", "remove"] = "tie"
+    """What becomes of the chosen targets: tie: they take their source's weights; remove: they are
+    pruned (for cosine and random)."""
     share: Projections = ("q", "k", "v")
     """Projections that a target takes from its source."""
     budget: Budget | None = None
-    """How many units to tie; needed by cosine, released and random."""
+    """How many units to tie or remove; needed by cosine, released and random."""
     skip_layers: Annotated[
         tuple[Count, ...], _Sequence, AfterValidator(lambda v: tuple(sorted(distinct(v))))
     ] = (0,)
@@ -225,7 +228,20 @@ class PlanSection(Section):
             raise ValueError("strategy file needs the plan; set plan.path")
         if self.strategy != "file" and self.path is not None:
             raise ValueError(f"strategy {self.strategy} ignores path; set plan.strategy=file")
+        if self.action == "remove":
+            self._removal_inputs()
         return self
+
+    def _removal_inputs(self) -> None:
+        if self.strategy not in ("cosine", "random"):
+            raise ValueError(
+                f"strategy {self.strategy} ignores action; remove plan.action, or set "
+                "plan.strategy to cosine or random"
+            )
+        if self.share != type(self).model_fields["share"].get_default():
+            raise ValueError(
+                "action remove ignores share, a unit is removed whole; remove plan.share"
+            )
 
 
 class PenaltySection(Section):

@@ -30,7 +30,7 @@ MODELS = {
     "post": "PostShare",
 }
 STRUCTURED = MODELS | {"direct": "direct", "post": "post-trained"}
-"""With spans or fewer KV heads it is not the PostShare paper's method alone."""
+"""With removed units, spans or fewer KV heads it is not the PostShare paper's method alone."""
 
 
 def evaluate_models(
@@ -99,6 +99,7 @@ def summarize(
             "effective_ratio": savings.effective_ratio,
             "total": savings.heads,
             "tied": savings.tied_heads,
+            "removed": savings.removed_heads,
         },
         "parameters": {
             "base": savings.base_parameters,
@@ -128,31 +129,39 @@ def summary_table(summary: dict[str, Any]) -> Table:
     """What a run is judged by, as one table."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("model", no_wrap=True)
-    columns = ["perplexity", "vs continued", "heads tied", "parameters", "bytes"]
+    heads, parameters, size = summary["heads"], summary["parameters"], summary["bytes"]
     structured = bool(summary["structure"]["kv_heads"] or summary["structure"]["spans"])
-    if structured:
-        columns[2] = "cache"
+    what, changed = ("cache", "") if structured else _changed_heads(heads)
+    columns = ["perplexity", "vs continued", what, "parameters", "bytes"]
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
-    heads, parameters, size = summary["heads"], summary["parameters"], summary["bytes"]
     reference = summary["perplexity"]["continued"]
     cache = summary["cache"]
-    for name, label in (STRUCTURED if structured else MODELS).items():
+    for name, label in (STRUCTURED if structured or heads["removed"] else MODELS).items():
         value = summary["perplexity"][name]
         if value is None:
             continue
         shared = name in ("direct", "post")
         kept = cache["stored_elements_per_token"] / cache["base_elements_per_token"]
-        tied = f"{heads['tied']}/{heads['total']}" if shared else "0"
         table.add_row(
             label,
             f"{value:.2f}",
             f"{value / reference - 1:+.1%}" if reference and name != "continued" else "",
-            (f"{kept:.1%}" if shared else "100%") if structured else tied,
+            (f"{kept:.1%}" if shared else "100%") if structured else (changed if shared else "0"),
             f"{parameters['stored' if shared else 'base']:,}",
             _bytes(size, name),
         )
     return table
+
+
+def _changed_heads(heads: dict[str, Any]) -> tuple[str, str]:
+    """The column for the heads that a plan changes: its heading and its value."""
+    tied, removed, total = heads["tied"], heads["removed"], heads["total"]
+    if not removed:
+        return "heads tied", f"{tied}/{total}"
+    if not tied:
+        return "heads removed", f"{removed}/{total}"
+    return "heads tied + removed", f"{tied} + {removed}/{total}"
 
 
 def _bytes(size: dict[str, int | None], name: str) -> str:
@@ -166,9 +175,14 @@ def saved_sentence(summary: dict[str, Any]) -> str:
     """What sharing saves, in one line."""
     parameters, size = summary["parameters"], summary["bytes"]
     saved = parameters["base"] - parameters["stored"]
-    tied = summary["heads"]["effective_ratio"]
+    heads = summary["heads"]
+    changed = ", ".join(
+        f"{heads[what] / heads['total']:.1%} of the heads {what}"
+        for what in ("tied", "removed")
+        if heads[what]
+    )
     line = (
-        f"saved     {f'{tied:.1%} of the heads tied: ' if tied else ''}"
+        f"saved     {f'{changed}: ' if changed else ''}"
         f"{parameters['stored_ratio']:.1%} of the attention parameters, "
         f"{saved / parameters['base']:.1%} of all parameters"
     )

@@ -65,8 +65,8 @@ def stock_model(dtype: torch.dtype, layers: int = LAYERS) -> LlamaForCausalLM:
 
 def filled(model: PreTrainedModel, plan: SharingPlan, cache: Cache, batch: int, length: int):
     """The cache with random content, as after a prompt of that length."""
-    fit_cache_(cache, plan, LAYERS)
     config = model.config
+    fit_cache_(cache, plan, plan.layout(config))
     shape = (batch, config.num_key_value_heads, length, config.head_dim)
     followers = plan.leader_of()
     for layer in range(LAYERS):

@@ -77,6 +77,14 @@ MODELS: dict[str, tuple[LlamaConfig, SharingPlan]] = {
     ),
     "spans": (UNTIED, SharingPlan(spans=SPANS)),
     "both": (GQA, BOTH),
+    # Ties between layers that have lost different units.
+    "removed": (
+        MHA,
+        SharingPlan(
+            (HeadTie((2, 0), (1, 3), ALL), HeadTie((3, 4), (1, 1), ("v", "o"))),
+            removed=((1, 0), (1, 2), (2, 1), (2, 4), (3, 3)),
+        ),
+    ),
     # A layer that owns none of its queries, and one that reads another layer's for all but one.
     "owned": (
         MHA,

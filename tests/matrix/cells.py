@@ -39,6 +39,7 @@ CELLS |= {
     "heal x1 clipped": Setting(model="owned", heal=True, clip_norm=0.2),
     "heal x4 free": Setting(model="owned", heal=True, clip_norm=None, accumulation=4),
     "heal recomputed": Setting(model="owned", heal=True, checkpointing=True, accumulation=4),
+    "heal removed": Setting(model="removed", heal=True, clip_norm=0.2),
     "heal spans": Setting(model="both", heal=True, clip_norm=0.2, accumulation=4),
 }
 # A teacher beside the student, whole or sharded as the student is.
@@ -76,6 +77,7 @@ SUBSET: dict[tuple[str, int], tuple[str, ...]] = {
         "bf16 penalty",
         "frozen",
         "heal recomputed",
+        "heal removed",
         "distill x1 clipped",
         "distill x4 free",
         "distill heal",

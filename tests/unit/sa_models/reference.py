@@ -1,4 +1,4 @@
-"""A Llama with ties, spans and pooled KV heads, written out head by head.
+"""A Llama with ties, removed units, spans and pooled KV heads, written out head by head.
 
 What the tests compare with: it shares no code with ``sa_models``. There is no cache, no kernel and
 no broadcasting over KV groups: one softmax for each sequence, layer and query head, under a mask
@@ -277,6 +277,8 @@ class Reference:
                 scores = query @ keys[h // self.group].t() / self.head_dim**0.5
                 scores = scores.masked_fill(~sees, float("-inf"))
                 maps.append(scores.softmax(-1).nan_to_num())  # a padded token may see nothing
+            if (layer, h // self.group) in self.plan.removed:
+                continue
             output = output + maps[h] @ values[h // self.group] @ self.o[layer][h].t()
         return output, {"maps": maps, "keys": keys, "values": values}
 
@@ -310,7 +312,7 @@ def shared(
 ) -> LlamaForCausalLM:
     """What ``sa_models`` makes of a dense model: converted, tied, compact where it can be."""
     converted = convert(model, plan, leaders)
-    if not plan.ties:
+    if not plan.ties and not plan.removed:
         return converted
     converted = copy.deepcopy(
         converted

@@ -187,9 +187,9 @@ def test_fitting_twice_changes_nothing() -> None:
     for kind in CACHES[:3]:
         cache = make_cache(kind, model_of("both"))
         assert cache is not None
-        fit_cache_(cache, some_plan("both", "gqa"), 6)
+        fit_cache_(cache, some_plan("both", "gqa"), model_of("both").model.layout)
         layers = list(cache.layers)
-        fit_cache_(cache, some_plan("both", "gqa"), 6)
+        fit_cache_(cache, some_plan("both", "gqa"), model_of("both").model.layout)
         assert [id(layer) for layer in cache.layers] == [id(layer) for layer in layers]
 
 
@@ -233,7 +233,7 @@ def test_a_cache_of_a_model_with_other_spans(cache: str) -> None:
                 reader(tokens(2, 1), past_key_values=filled)
             empty = make_cache(cache, filler)
             assert empty is not None
-            fit_cache_(empty, filler.model.plan, 6)
+            fit_cache_(empty, filler.model.plan, filler.model.layout)
             again = reader(tokens(), past_key_values=empty)
             assert (again.logits - logits).abs().max() <= 1e-5
             assert type(empty.layers[0]) in (DynamicLayer, StaticLayer)

@@ -349,6 +349,7 @@ def test_compact_config_and_carried_code(tmp_path: Path) -> None:
             "modeling",
             "plan",
             "projections",
+            "removal",
             "savings",
             "spans",
             "ties",

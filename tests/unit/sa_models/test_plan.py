@@ -197,12 +197,6 @@ def test_a_malformed_plan_is_named(value, says) -> None:
         SharingPlan.from_dict(value)
 
 
-def test_what_is_not_supported_is_refused_not_ignored() -> None:
-    plan = SharingPlan.from_dict({"version": 1, "ties": [], "removed": [[1, 0]]})
-    with pytest.raises(PostshareError, match="'removed'"):
-        plan.validate(config())
-
-
 def test_missing_and_broken_files(tmp_path: Path) -> None:
     with pytest.raises(PostshareError, match="does not exist"):
         SharingPlan.load(tmp_path / "none.json")

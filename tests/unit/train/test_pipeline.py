@@ -276,6 +276,7 @@ def test_gqa_with_tied_embeddings_and_real_weights(shared: Path, tmp_path: Path)
         "effective_ratio": 0.3,
         "total": 40,
         "tied": 12,
+        "removed": 0,
     }
     assert summary["parameters"]["base"] - summary["parameters"]["stored"] == 6 * 48 * 64
     check_run(made)

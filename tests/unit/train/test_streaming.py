@@ -20,6 +20,8 @@ from train.recipe import ModelSection
 from train.streaming import Source, base_source, compact_source
 
 SPANS = (AttentionSpan(0, (1,), "kv"), AttentionSpan(2, (3,), "attention"))
+REMOVED = ((1, 1), (2, 2), (2, 3))
+"""With KV heads as in the base, and without spans."""
 TIES = (
     HeadTie((2, 0), (0, 1), ("q", "o")),
     HeadTie((3, 1), (0, 1), ("o",)),
@@ -84,7 +86,10 @@ def test_source_of_healing_equals_the_compact_model(
     folder: Path, structure: SharingPlan, merge: str
 ) -> None:
     plan = SharingPlan(
-        TIES[:1] + TIES[2:] if structure.spans else TIES, structure.kv_heads, spans=structure.spans
+        TIES[:1] + TIES[2:] if structure.spans else TIES,
+        structure.kv_heads,
+        removed=() if structure.spans or structure.kv_heads else REMOVED,
+        spans=structure.spans,
     )
     source = compact_source(folder, section(folder), plan, "mean", merge)
     model = convert(load_dense(folder, "eager"), plan, "mean")
