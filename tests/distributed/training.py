@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 import shutil
@@ -19,6 +20,7 @@ from sa_models.materialize import materialize_
 from sa_models.modeling import SharedLlamaForCausalLM
 from sa_models.plan import HeadTie, SharingPlan
 from sa_models.spans import AttentionSpan
+from sa_models.weights import llama_shapes
 from train.engine import Engine
 from train.objective import Lessons, Objective
 from train.recipe import Recipe, validate
@@ -153,14 +155,18 @@ class Setting:
 
 
 def teacher_folder(model: str) -> Path:
-    """A model of the same shape with other weights; whichever process comes first writes it."""
-    shape = hashlib.sha256(MODELS[model][0].to_json_string().encode()).hexdigest()[:12]
+    """A model of the same shape with other weights.
+
+    Call it before a launch: ranks must find the folder, as saving a model is a collective there.
+    """
+    config = copy.deepcopy(MODELS[model][0])  # making a model changes its config
+    shape = hashlib.sha256(repr(sorted(llama_shapes(config).items())).encode()).hexdigest()[:12]
     folder = Path(tempfile.gettempdir()) / f"postshare-teachers-{os.getuid()}" / f"{model}-{shape}"
     if not folder.is_dir():
         torch.manual_seed(2)
         folder.parent.mkdir(exist_ok=True)
         beside = tempfile.mkdtemp(dir=folder.parent)
-        LlamaForCausalLM(MODELS[model][0]).save_pretrained(beside)
+        LlamaForCausalLM(config).save_pretrained(beside)
         try:
             os.rename(beside, folder)
         except OSError:
@@ -219,7 +225,7 @@ def train(engine: Engine, setting: Setting, first: int = 0, last: int | None = N
                 losses = {name: x / tokens for name, x in objective(batch).items()}
                 engine.backward(objective.total(losses))
             # With a teacher what is minimised, else the language-model loss, whatever its weight.
-            total += float(objective.total(losses) if lessons else losses["lm_loss"])
+            total += (objective.total(losses) if lessons else losses["lm_loss"]).item()
         pulled = None if penalty is None else penalty.apply(engine, 0.5)
         norm = engine.step()
         rows.append(

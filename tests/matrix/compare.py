@@ -11,7 +11,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 from tests.distributed.harness import run
-from tests.distributed.training import build
+from tests.distributed.training import build, teacher_folder
 from tests.matrix.cells import CELLS, exact, heals
 
 WORKER = Path(__file__).with_name("worker.py")
@@ -46,6 +46,10 @@ def launch_cells(
 ) -> str:
     """One launch of all cells; its output."""
     folder.mkdir(parents=True, exist_ok=True)
+    cells = list(cells)
+    for name in cells:
+        if CELLS[name].distill:
+            teacher_folder(CELLS[name].model)
     return run(config, WORKER, folder, *cells, processes=processes, timeout=timeout)
 
 
