@@ -30,6 +30,7 @@ from train.data import Blocks
 from train.files import write_json
 from train.loop import TrainJob, TrainResult, train
 from train.outcome import read_result
+from train.penalty_modes import unfinished
 from train.planning import (
     SIMILARITY_PICTURE,
     TIES_PICTURE,
@@ -172,6 +173,8 @@ def post_train(current: Run) -> None:
     """Train the control without any sharing (*continued*), then the model with its structure."""
     if current.steps == 0:
         return
+    if (problem := unfinished(current.recipe.penalty, current.steps)) is not None:
+        raise PostshareError(problem)
     if current.shares and current.recipe.evaluate.continued:
         train_one(current, "continued", current.folder / "continued", None)
     if current.shares:

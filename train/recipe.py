@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, ValidationError, model_validator
 
 from sa_models.errors import PostshareError
+from train.penalty_modes import disagreement
 from train.sections import (
     Budget,
     DataSection,
@@ -100,6 +101,8 @@ class Recipe(Section):
                 raise ValueError(
                     "materialize: plan.strategy is none, nothing is tied; remove materialize"
                 )
+        if (problem := disagreement(self)) is not None:
+            raise ValueError(problem)
         if self.data.streaming and self.train.steps is None:
             raise ValueError("train.epochs: a stream has no known length; set train.steps instead")
         if self.data.document_mask and self.model.attention == "flash_attention_2":
