@@ -16,7 +16,8 @@ from sa_models.modeling import SharedLlamaForCausalLM
 from sa_models.plan import HeadTie, SharingPlan
 from sa_models.spans import AttentionSpan
 from train.engine import Engine
-from train.recipe import Recipe, validate
+from train.pulling import Pull
+from train.recipe import PenaltySection, Recipe, validate
 from train.regularizer import Penalty
 
 LENGTH = 16
@@ -70,6 +71,16 @@ MODELS: dict[str, tuple[LlamaConfig, SharingPlan]] = {
             released=True,
         ),
     ),
+    # A source with three targets, two of them in one layer.
+    "stars": (
+        MHA,
+        SharingPlan(
+            (
+                *(HeadTie(target, (0, 2), ALL) for target in ((1, 3), (2, 0), (2, 4))),
+                HeadTie((3, 1), (1, 0), ("q", "o")),
+            )
+        ),
+    ),
     "spans": (UNTIED, SharingPlan(spans=SPANS)),
     "both": (GQA, BOTH),
     # A layer that owns none of its queries, and one that reads another layer's for all but one.
@@ -94,6 +105,7 @@ class Setting:
         heal: train the compact model, in which a tied unit is one parameter, without a penalty.
         accumulation: micro-batches per step and rank.
         trainable: a prefix of parameter names.
+        pull: the penalty's section, where it moves the weights after the step.
     """
 
     model: str = "ties"
@@ -108,6 +120,7 @@ class Setting:
     steps: int = 3
     learning_rate: float = 1e-2
     batch: int = 48
+    pull: PenaltySection | None = None
 
     @cached_property
     def plan(self) -> SharingPlan:
@@ -157,9 +170,11 @@ def build(setting: Setting) -> tuple[LlamaForCausalLM, torch.optim.Optimizer]:
 
 def train(engine: Engine, setting: Setting, first: int = 0, last: int | None = None) -> list[dict]:
     """Steps [first, last) on data that depends on the step alone; one row of numbers a step."""
-    penalty = None
-    if setting.plan.ties and not setting.heal:
-        layout = setting.plan.layout(MODELS[setting.model][0])
+    penalty, pull = None, None
+    layout = setting.plan.layout(MODELS[setting.model][0])
+    if setting.pull is not None:
+        pull = Pull(setting.plan, layout, setting.pull)
+    elif setting.plan.ties and not setting.heal:
         penalty = Penalty(setting.plan, layout, setting.kind)
     micro = setting.batch // (setting.accumulation * engine.world)
     rows = []
@@ -187,6 +202,8 @@ def train(engine: Engine, setting: Setting, first: int = 0, last: int | None = N
             total += loss.item() / tokens
         pulled = None if penalty is None else penalty.apply(engine, 0.5)
         norm = engine.step()
+        if pull is not None:
+            pulled = pull.apply(engine, step, setting.learning_rate)
         rows.append(
             {
                 "lm": engine.reduce_sum(total),
