@@ -60,8 +60,9 @@ class Shard:
 
     Attributes:
         shape: of the whole parameter.
-        values: fp32 [stop - start], the live master weights of the range; read only. They lie
-            where they are updated: on the CPU under offload, and else on the engine's device.
+        values: fp32 [stop - start], the live master weights of the range; read only, but for an
+            edit between two steps that ends with `Engine.refresh`. They lie where they are updated:
+            on the CPU under offload, and else on the engine's device.
     """
 
     name: str
@@ -212,6 +213,17 @@ class Engine(ABC):
 
         A collective, to be called between steps.
         """
+
+    def refresh(self, names: list[str]) -> int:
+        """Let the model compute with master weights of these parameters that were edited in place.
+
+        A collective, to be called between steps, with the same names on all ranks; it moves these
+        parameters alone. Nothing to do where the model's parameters are the masters.
+
+        Returns:
+            bytes that this rank sends to others.
+        """
+        return 0
 
     @abstractmethod
     def close(self) -> None:

@@ -9,9 +9,10 @@ numbers, reduced over all ranks. A rank gets no more than the partners of what i
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -22,7 +23,19 @@ from sa_models.ties import Unit
 from train.distances import OF_DIFFERENCE, Spread, cosines, reduced_values
 
 if TYPE_CHECKING:
-    from train.engine import Engine, Shard
+    from train.engine import Shard
+
+
+class Ranks(Protocol):
+    """What an exchange needs of an engine: who there is, and sums over them."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    def all_reduce_(self, tensor: Tensor) -> Tensor: ...
+    def reduce_max(self, value: Any) -> Any: ...
+    def reduce_sum(self, value: Any) -> Any: ...
 
 
 class Pair(NamedTuple):
@@ -104,21 +117,31 @@ class Routes:
             [(hi - lo).clamp(min=0).sum(1) for lo, hi in map(self.received, ranks)], 1
         )
 
-    def chunks(self, elements: int) -> Iterator[slice]:
+    def chunks(self, elements: int, joint: bool = False) -> Iterator[slice]:
         """Runs of pairs for which no rank needs more than `elements` elements at a time.
 
         Needed are a target's, its received source's and their difference, and the source's where
         it lies. A pair that needs more by itself is a chunk.
+
+        Args:
+            joint: neighbours with one source stay together, and meet where that lies: it is there
+                that the targets', the sources', their differences and the moves are needed.
         """
-        need = 3 * _length(self.targets) + _length(self.sources)
+        targets, sources = _length(self.targets), _length(self.sources)
+        need = targets + 4 * sources if joint else 3 * targets + sources
         start, load = 0, need.new_zeros(need.shape[1])
-        for index, one in enumerate(need):
-            if index > start and int((load + one).max()) > elements:
-                yield slice(start, index)
-                start, load = index, torch.zeros_like(load)
+        for _, run in itertools.groupby(range(len(need)), self._source if joint else None):
+            first, *others = run
+            one = need[[first, *others]].sum(0)
+            if first > start and int((load + one).max()) > elements:
+                yield slice(start, first)
+                start, load = first, torch.zeros_like(load)
             load = load + one
         if len(need):
             yield slice(start, len(need))
+
+    def _source(self, index: int) -> tuple[str, Unit]:
+        return self.pairs[index].projection, self.pairs[index].source
 
 
 def _overlap(one: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
@@ -149,11 +172,11 @@ class Chunk:
     send_sizes: list[int]
 
 
-def route(routes: Routes, rank: int, elements: int) -> list[Chunk]:
-    """The chunks of one rank; `elements` as in :meth:`Routes.chunks`."""
+def route(routes: Routes, rank: int, elements: int, joint: bool = False) -> list[Chunk]:
+    """The chunks of one rank; `elements` and `joint` as in :meth:`Routes.chunks`."""
     receive, send = routes.received(rank), routes.sent(rank)
     chunks = []
-    for pairs in routes.chunks(elements):
+    for pairs in routes.chunks(elements, joint):
         incoming, in_sizes = _pieces(*(bound[:, pairs] for bound in receive))
         outgoing, out_sizes = _pieces(*(bound[:, pairs] for bound in send))
         chunks.append(Chunk(pairs, incoming, outgoing, in_sizes, out_sizes))
@@ -174,21 +197,22 @@ class Exchange:
 
     Args:
         shards: of the pulled parameters, in the same order on all ranks. Their ranges must stay.
-        elements: see :meth:`Routes.chunks`; bounds the memory of :meth:`pull`.
+        elements, joint: see :meth:`Routes.chunks`; `elements` bounds the memory of :meth:`pull`.
     """
 
     def __init__(
         self,
-        engine: Engine,
+        engine: Ranks,
         layout: HeadLayout,
         pairs: list[Pair],
         kind: str,
         shards: dict[str, Shard],
         elements: int,
+        joint: bool = False,
     ) -> None:
         self.engine, self.layout, self.pairs, self.kind = engine, layout, pairs, kind
         self.chunks = route(
-            Routes(layout, pairs, _gather_ranges(engine, shards)), engine.rank, elements
+            Routes(layout, pairs, gather_ranges(engine, shards)), engine.rank, elements, joint
         )
         there, back = (
             sum(sum(sizes) - sizes[engine.rank] for sizes in all_sizes)
@@ -199,8 +223,12 @@ class Exchange:
         )
         # Of an all-reduce a rank of a ring sends twice what the others hold.
         numbers = 8 * reduced_values(kind) * len(pairs) * 2 * (engine.world - 1) // engine.world
-        self._bytes = {False: 4 * there + numbers, True: 4 * (there + back) + numbers}
+        self._bytes = self._sent(4 * there, 4 * back, numbers)
         self._bytes_of_all = {k: int(engine.reduce_sum(v)) for k, v in self._bytes.items()}
+
+    def _sent(self, sources: int, targets: int, numbers: int) -> dict[bool, int]:
+        """Bytes that this rank sends: of its sources, of its targets, and for one measurement."""
+        return {False: sources + numbers, True: sources + targets + numbers}
 
     def bytes_moved(self, gradients: bool) -> tuple[int, int]:
         """Bytes that a :meth:`pull` sends to other ranks: by this rank, and by all of them."""
@@ -236,12 +264,16 @@ class Exchange:
         x = self._pack(shards, chunk.receive, [(p.projection, p.target) for p in pairs])
         y = torch.empty_like(x)
         self._swap(y, outgoing, chunk.receive_sizes, chunk.send_sizes)
+        return self._spread(x, y, chunk.receive, pairs), outgoing
+
+    def _spread(self, x: Tensor, y: Tensor, pieces: list[Piece], pairs: list[Pair]) -> Spread:
+        """Targets' elements x and the sources' opposite them, both in the order of the pieces."""
         segments, at = [], 0
-        for pair, lo, hi in chunk.receive:
+        for pair, lo, hi in pieces:
             segments.append((pair, at, at + hi - lo))
             at += hi - lo
         size = torch.tensor([self.layout.unit_parameters(p.projection) for p in pairs])
-        spread = Spread(
+        return Spread(
             self.kind,
             x,
             y,
@@ -251,7 +283,6 @@ class Exchange:
             self.engine.all_reduce_,
             self.engine.reduce_max,
         )
-        return spread, outgoing
 
     def _part(
         self,
@@ -338,7 +369,7 @@ def unit_views(
         lo += rows * size
 
 
-def _gather_ranges(engine: Engine, shards: dict[str, Shard]) -> dict[str, Tensor]:
+def gather_ranges(engine: Ranks, shards: dict[str, Shard]) -> dict[str, Tensor]:
     """Every rank's (start, stop) of every parameter, int64 [world, 2] on the CPU."""
     own = torch.tensor([[shard.start, shard.stop] for shard in shards.values()])
     everyone = own.new_zeros(engine.world, *own.shape).to(engine.device)

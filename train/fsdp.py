@@ -194,6 +194,10 @@ class FsdpEngine(Engine):
             if isinstance(module, FSDPModule):
                 module.reshard()  # the root may still hold what it gathered for an evaluation
 
+    def refresh(self, names: list[str]) -> int:
+        self.restored()  # the next forward gathers the masters anew
+        return 0
+
     def check_replicas(self) -> None:
         """Nothing to compare: each weight is on one rank."""
 

@@ -41,6 +41,7 @@ from train.interrupt import StopSignal, TrainingStopped
 from train.objective import Lessons, Objective
 from train.optimizer import build_optimizer, learning_rate_factor, select_trainable
 from train.outcome import TrainResult, begin, finish, finished, identity
+from train.pulling import Pull
 from train.regularizer import Penalty, PenaltyResult, penalty_coefficient
 from train.tracking import Row, Tracker, check_wandb, memory_bytes
 from train.watchdog import Watchdog
@@ -136,11 +137,14 @@ def _train(
     engine: Engine, job: TrainJob, recipe: Recipe, ours: dict[str, Any], lessons: Lessons | None
 ) -> TrainResult:
     section = recipe.train
-    penalty, lm_weight, penalty_weight = None, 1.0, 0.0
+    penalty, pull, lm_weight, penalty_weight = None, None, 1.0, 0.0
     if job.plan is not None and job.plan.ties:
         layout = HeadLayout.from_config(job.model.config)
-        penalty = Penalty(job.plan, layout, recipe.penalty.kind, recipe.penalty.projections)
-        lm_weight, penalty_weight = recipe.penalty.loss_weights
+        lm_weight, penalty_weight = recipe.penalty.weights
+        if recipe.penalty.mode == "coupled":
+            penalty = Penalty(job.plan, layout, recipe.penalty.kind, recipe.penalty.projections)
+        else:
+            pull = Pull(job.plan, layout, recipe.penalty)
     objective = Objective(engine, job.model, recipe, lm_weight, lessons)
 
     # --- where it stands
@@ -210,17 +214,22 @@ def _train(
             # 3. The penalty: once a step, on the weights alone.
             watch.note("penalty")
             pulled = None
-            coefficient = penalty_weight * penalty_coefficient(step, recipe.penalty)
+            coefficient = 0.0
             if penalty is not None:
+                coefficient = penalty_weight * penalty_coefficient(step, recipe.penalty)
                 pulled = penalty.apply(engine, coefficient or None)
                 require_finite("penalty", pulled.value, step, checkpoints)
 
-            # 4. The update: clip, step.
+            # 4. The update: clip, step; then what pulls the weights and not the loss.
             watch.note("optimizer step")
             learning_rate = job.learning_rate * learning_rate_factor(step, job.steps, section)
             engine.set_learning_rate(learning_rate)
             gradient_norm = engine.step()
             require_finite("gradient norm", gradient_norm, step, checkpoints)
+            if pull is not None:
+                watch.note("pull")
+                pulled = pull.apply(engine, step, learning_rate)
+                require_finite("penalty", pulled.value, step, checkpoints)
             if step == at.step:
                 engine.check_replicas()
 
@@ -318,7 +327,9 @@ def penalty_row(pulled: PenaltyResult | None) -> Row:
     """The penalty's columns: distances and cosines over every tie and projection it pulls."""
     if pulled is None:
         return {"penalty": None}
-    distance = pulled.distance[~pulled.distance.isnan()]
+    absent = pulled.distance.isnan()
+    merged = (absent | (pulled.distance == 0)).all(1) & ~absent.all(1)
+    distance = pulled.distance[~absent]
     cosine = pulled.cosine[~pulled.cosine.isnan()]
     return {
         "penalty": pulled.value,
@@ -326,6 +337,7 @@ def penalty_row(pulled: PenaltyResult | None) -> Row:
         "pair_distance_worst": float(distance.max()),
         "pair_cosine_mean": float(cosine.mean()),
         "pair_cosine_worst": float(cosine.min()),
+        "pairs_merged": int(merged.sum()),
         "penalty_bytes": pulled.bytes_of_all_ranks,
     }
 

@@ -30,6 +30,7 @@ from train.data import Blocks
 from train.files import write_json
 from train.loop import TrainJob, TrainResult, train
 from train.outcome import read_result
+from train.penalty_modes import unfinished
 from train.planning import (
     SIMILARITY_PICTURE,
     TIES_PICTURE,
@@ -180,6 +181,8 @@ def post_train(current: Run) -> None:
 
     The control takes as many steps as the model, its healing included.
     """
+    if current.steps and (problem := unfinished(current.recipe.penalty, current.steps)):
+        raise PostshareError(problem)
     steps = current.steps + current.recipe.materialize.heal_steps
     if current.shares and current.recipe.evaluate.continued and steps > 0:
         train_one(current, "continued", current.folder / "continued", None, steps)

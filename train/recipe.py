@@ -15,6 +15,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from sa_models.errors import PostshareError
 from train.distill_section import DistillSection, check_distill
+from train.penalty_modes import disagreement
 from train.sections import (
     Budget,
     DataSection,
@@ -105,6 +106,8 @@ class Recipe(Section):
                 )
         if self.plan.action == "remove":
             self._nothing_is_tied()
+        if (problem := disagreement(self)) is not None:
+            raise ValueError(problem)
         if self.data.streaming and self.train.steps is None:
             raise ValueError("train.epochs: a stream has no known length; set train.steps instead")
         if self.data.document_mask and self.model.attention == "flash_attention_2":

@@ -194,15 +194,19 @@ class Penalty:
                 moved = self._bytes_reduced(engine.world)
         return PenaltyResult(total / max(self.pairs, 1), distance.cpu(), cosine.cpu(), *moved)
 
+    @property
+    def each(self) -> list[Pair]:
+        """Every projection of every tie that is pulled, by projection and target."""
+        return [
+            Pair(row, column, p, self.ties[row].target, self.ties[row].source)
+            for column, p in enumerate(self.projections)
+            for row in self._rows[p]
+        ]
+
     def _exchange_on(self, engine: Engine, shards: dict[str, Shard]) -> Exchange:
         if self._exchange is None or self._exchange.engine is not engine:
-            pairs = [
-                Pair(row, column, p, self.ties[row].target, self.ties[row].source)
-                for column, p in enumerate(self.projections)
-                for row in self._rows[p]
-            ]
             self._exchange = Exchange(
-                engine, self.layout, pairs, self.kind, shards, self._chunk_elements
+                engine, self.layout, self.each, self.kind, shards, self._chunk_elements
             )
         return self._exchange
 

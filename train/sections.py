@@ -15,6 +15,7 @@ from pydantic import (
 )
 
 from sa_models.errors import PostshareError
+from train.penalty_modes import idle_option
 
 Projection = Literal["q", "k", "v", "o"]
 _ORDER: tuple[Projection, ...] = ("q", "k", "v", "o")
@@ -247,18 +248,21 @@ class PlanSection(Section):
 class PenaltySection(Section):
     """The regularizer that pulls the two units of a tie together."""
 
+    mode: Literal["coupled", "decoupled", "progressive"] = "coupled"
+    """coupled: a loss (the paper's); decoupled: its proximal step after the optimizer's, in which
+    units become equal; progressive: targets reach their sources in ramp_steps, and stay."""
     kind: Literal["l2", "mse", "kl", "symmetric_kl", "js", "cosine"] = "l2"
     """Distance of two units; l2, the unsquared Frobenius norm, is the paper's."""
     projections: Projections | None = None
     """Projections that are pulled (default: exactly those that will be shared)."""
     loss_weights: Annotated[tuple[Weight, Weight], _Sequence] = (0.5, 0.5)
-    """Weights of the language-model loss and of the penalty."""
+    """Weights of the language-model loss and of the penalty (of its step, for decoupled)."""
     coefficient: Weight = 1.0
     """Further factor on the penalty, reached at the end of the ramp."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """How the coefficient rises from 0 over ramp_steps."""
+    """How the coefficient rises from 0 over ramp_steps; for progressive, how targets move."""
     ramp_steps: Count = 0
-    """Optimizer steps of the ramp."""
+    """Optimizer steps of the ramp; for progressive, those in which a target reaches its source."""
 
     @model_validator(mode="after")
     def _ramp(self) -> Self:
@@ -268,7 +272,14 @@ class PenaltySection(Section):
             raise ValueError(
                 "a ramp takes both schedule (linear or cosine) and ramp_steps >= 1; set both"
             )
+        if (problem := idle_option(self)) is not None:
+            raise ValueError(problem)
         return self
+
+    @property
+    def weights(self) -> tuple[float, float]:
+        """Factors on the language-model loss and on the penalty."""
+        return (1.0, 0.0) if self.mode == "progressive" else self.loss_weights
 
 
 class TrainSection(Section):

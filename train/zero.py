@@ -25,6 +25,7 @@ from sa_models.projections import SharedLinear
 from train.engine import Engine, Shard, chosen, require_fp32
 from train.launched import Offload, launched_offload, launched_stage
 from train.streaming import Source, partitioned, whole_shape
+from train.zero_refresh import Ranges, refresh_copies, refresh_partitions
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -181,6 +182,7 @@ class ZeroEngine(DrivenEngine):
         self._bf16 = recipe.train.precision == "bf16"
         self.streams = self.stage == 3
         self._source: Source | None = None
+        self._ranges: Ranges = {}
         self.whole_gradients = self.stage == 1 and self._bf16  # DeepSpeed's BF16_Optimizer
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
@@ -328,6 +330,13 @@ class ZeroEngine(DrivenEngine):
             zero._reassign_or_swap_out_partitioned_parameters(group)
         if zero.persistent_parameters:
             zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+
+    def refresh(self, names: list[str]) -> int:
+        shards = self.shards([name for name in names if self._shapes[name].numel()])
+        if self.stage == 3:
+            refresh_partitions(self._parameters, shards)
+            return 0
+        return refresh_copies(self, self._parameters, shards, self._ranges)
 
     def close(self) -> None:
         if not hasattr(self, "model"):

@@ -1,4 +1,4 @@
-"""Runs on every rank: the penalty on ranges of parameters against that on whole ones.
+"""Runs on every rank: penalty and pull on ranges of parameters against those on whole ones.
 
 A stand-in engine without a model, so that every kind, shape and way to cut is tried in one start.
 """
@@ -15,9 +15,11 @@ import torch.distributed as dist
 
 from sa_models.heads import PROJECTIONS, HeadLayout, unit_view
 from sa_models.plan import SharingPlan
-from tests.unit.train.pulled import LAYOUTS, Weights, chained_plan
+from tests.unit.train.pulled import LAYOUTS, Weights, chained_plan, star_plan
 from train.distances import DISTANCES
 from train.engine import Shard
+from train.pulling import Pull
+from train.recipe import PenaltySection
 from train.regularizer import Penalty, PenaltyResult
 
 RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -53,6 +55,9 @@ class Ranks:
 
     def shards(self, names: list[str]) -> dict[str, Shard]:
         return {name: self.ranges[name] for name in names}
+
+    def refresh(self, names: list[str]) -> int:
+        return 0  # there is no model
 
     def all_reduce_(self, tensor: torch.Tensor) -> torch.Tensor:
         dist.all_reduce(tensor)
@@ -170,6 +175,52 @@ def check(name: str, kind: str, cut: str, chunk: int) -> None:
         assert difference <= 1e-5 * float(own.norm()) + 1e-7 * own.numel() ** 0.5, f"{case} {key}"
 
 
+def check_pull(name: str, section: PenaltySection, cut: str, chunk: int) -> None:
+    """Two steps, of which the second finds pairs that are equal already."""
+    layout = LAYOUTS[name]
+    plan = star_plan(layout, PROJECTIONS)
+    case = f"{name} {section.mode} {cut} chunk {chunk}"
+    whole = Weights(layout)
+    cuts = CUTS[cut]({key: p.numel() for key, p in whole.parameters.items()})
+    engine = Ranks(layout, cuts)
+    expected, pull = Pull(plan, layout, section, chunk), Pull(plan, layout, section, chunk)
+    still = 0
+    for step in range(2):
+        other = expected.apply(whole, step, 1.0)
+        result = pull.apply(engine, step, 1.0)
+        assert same_everywhere(result), case
+        torch.testing.assert_close(result.distance, other.distance, msg=case)
+        torch.testing.assert_close(result.cosine, other.cosine, rtol=1e-5, atol=1e-6, msg=case)
+        assert torch.equal(result.distance == 0, other.distance == 0), case
+        still += int((result.distance > 0).sum())
+        # There and back, and two measurements.
+        numbers = NUMBERS["l2"] * 8 * 4 * len(plan.ties) * 2 * (WORLD - 1) // WORLD
+        assert result.bytes_moved == count_bytes(layout, plan, "l2", cuts, True) + numbers, case
+        assert result.bytes_of_all_ranks == engine.reduce_sum(result.bytes_moved), case
+        for key, p in whole.parameters.items():
+            one = engine.ranges[key]
+            own = p.detach().reshape(-1)[one.start : one.stop]
+            torch.testing.assert_close(one.values, own, rtol=1e-5, atol=1e-6, msg=f"{case} {key}")
+    merged = int((result.distance == 0).sum())
+    assert merged > 0 if section.mode == "decoupled" else merged == 4 * len(plan.ties), case
+    assert still > 0, case
+    for column, p in enumerate(PROJECTIONS):
+        for row, tie in enumerate(plan.ties):
+            units = []
+            for layer, unit in (tie.target, tie.source):
+                one = engine.ranges[layout.parameter_name(layer, p)]
+                bits = torch.zeros(one.shape.numel(), dtype=torch.int32)
+                bits[one.start : one.stop] = one.values.view(torch.int32)
+                dist.all_reduce(bits)
+                units.append(unit_view(bits.view(one.shape), layout, p)[unit])
+            assert torch.equal(*units) == (result.distance[row, column] == 0), case
+
+
+# Random units lie about sqrt(2) apart.
+SECTIONS = (
+    PenaltySection(mode="decoupled", coefficient=1.41, loss_weights=(1.0, 1.0)),
+    PenaltySection(mode="progressive", schedule="linear", ramp_steps=2),
+)
 CUTS = {"each": each, "joined": joined, "ragged": ragged}
 
 
@@ -181,6 +232,10 @@ def main() -> None:
     for cell in cells:
         check(*cell)
     print(f"{len(cells)} cells hold")
+    pulls = list(itertools.product(LAYOUTS, SECTIONS, CUTS, (2**20, 500)))
+    for pull in pulls:
+        check_pull(*pull)
+    print(f"{len(pulls)} pulls hold")
     dist.destroy_process_group()
 
 

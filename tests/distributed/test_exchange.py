@@ -20,3 +20,4 @@ WORKER = Path(__file__).with_name("exchange_worker.py")
 def test_exchanged_penalty_equals_that_of_one_process(processes: int) -> None:
     output = run("ddp", WORKER, processes=processes, timeout=400)
     assert output.count("72 cells hold") == processes, output
+    assert output.count("36 pulls hold") == processes, output

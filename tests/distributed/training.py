@@ -23,7 +23,8 @@ from sa_models.spans import AttentionSpan
 from sa_models.weights import llama_shapes
 from train.engine import Engine
 from train.objective import Lessons, Objective
-from train.recipe import Recipe, validate
+from train.pulling import Pull
+from train.recipe import PenaltySection, Recipe, validate
 from train.regularizer import Penalty
 
 LENGTH = 16
@@ -77,6 +78,16 @@ MODELS: dict[str, tuple[LlamaConfig, SharingPlan]] = {
             released=True,
         ),
     ),
+    # A source with three targets, two of them in one layer.
+    "stars": (
+        MHA,
+        SharingPlan(
+            (
+                *(HeadTie(target, (0, 2), ALL) for target in ((1, 3), (2, 0), (2, 4))),
+                HeadTie((3, 1), (1, 0), ("q", "o")),
+            )
+        ),
+    ),
     "spans": (UNTIED, SharingPlan(spans=SPANS)),
     "both": (GQA, BOTH),
     # Ties between layers that have lost different units.
@@ -110,6 +121,7 @@ class Setting:
         accumulation: micro-batches per step and rank.
         trainable: a prefix of parameter names.
         distill: the recipe's section, with :func:`teacher_folder` as the teacher.
+        pull: the penalty's section, where it moves the weights after the step.
     """
 
     model: str = "ties"
@@ -125,6 +137,7 @@ class Setting:
     learning_rate: float = 1e-2
     batch: int = 48
     distill: tuple[tuple[str, Any], ...] = ()
+    pull: PenaltySection | None = None
 
     @cached_property
     def plan(self) -> SharingPlan:
@@ -198,9 +211,11 @@ def build(setting: Setting) -> tuple[LlamaForCausalLM, torch.optim.Optimizer]:
 
 def train(engine: Engine, setting: Setting, first: int = 0, last: int | None = None) -> list[dict]:
     """Steps [first, last) on data that depends on the step alone; one row of numbers a step."""
-    penalty = None
-    if setting.plan.ties and not setting.heal:
-        layout = setting.plan.layout(MODELS[setting.model][0])
+    penalty, pull = None, None
+    layout = setting.plan.layout(MODELS[setting.model][0])
+    if setting.pull is not None:
+        pull = Pull(setting.plan, layout, setting.pull)
+    elif setting.plan.ties and not setting.heal:
         penalty = Penalty(setting.plan, layout, setting.kind)
     recipe = setting.recipe()
     lessons = Lessons(recipe, engine, None, 0) if recipe.distill else None  # type: ignore[arg-type]
@@ -228,6 +243,8 @@ def train(engine: Engine, setting: Setting, first: int = 0, last: int | None = N
             total += (objective.total(losses) if lessons else losses["lm_loss"]).item()
         pulled = None if penalty is None else penalty.apply(engine, 0.5)
         norm = engine.step()
+        if pull is not None:
+            pulled = pull.apply(engine, step, setting.learning_rate)
         rows.append(
             {
                 "lm": engine.reduce_sum(total),

@@ -14,8 +14,10 @@ import torch
 from safetensors.torch import save_file
 
 from sa_models.errors import PostshareError
-from tests.distributed.training import Setting, build, train
-from tests.matrix.cells import CELLS, RESUMED
+from sa_models.heads import PROJECTIONS
+from sa_models.materialize import unit
+from tests.distributed.training import MODELS, Setting, build, train
+from tests.matrix.cells import CELLS, PROGRESSIVE, RESUMED
 from train.engine import Engine, start
 
 State = dict[str, tuple[torch.Tensor, dict[str, torch.Tensor]]]
@@ -38,6 +40,8 @@ def run(name: str, folder: Path) -> list[dict]:
     if engine.is_main:
         save_file(weights, folder / f"{name}.safetensors")
     engine.close()
+    if setting.pull is not None:
+        check_merged(setting, weights, rows[-1]["distance"])
     if name in RESUMED:
         check_resume(setting, weights)
     return rows
@@ -71,6 +75,23 @@ def check_resume(setting: Setting, final: dict[str, torch.Tensor]) -> None:
     for name, weight in second.full_weights():
         assert torch.equal(weight, final[name]), f"{name} differs after resuming"
     second.close()
+
+
+def check_merged(
+    setting: Setting, weights: dict[str, torch.Tensor], distance: list[list[float]]
+) -> None:
+    """Pairs at distance 0, and no others, have the same bits; and there are such."""
+    layout = setting.plan.layout(MODELS[setting.model][0])
+    projections = [p for p in PROJECTIONS if any(p in tie.projections for tie in setting.plan.ties)]
+    merged = []
+    for tie, row in zip(setting.plan.ties, distance, strict=True):
+        for p, apart in zip(projections, row, strict=True):
+            if p in tie.projections:
+                x, y = (unit(weights, layout, p, *place) for place in (tie.target, tie.source))
+                assert torch.equal(x.view(torch.int32), y.view(torch.int32)) == (apart == 0)
+                merged.append(apart == 0)
+    assert any(merged)
+    assert all(merged) == (setting.pull is PROGRESSIVE)
 
 
 def check_divergence() -> None:

@@ -1,4 +1,4 @@
-"""Attention weights that a penalty can pull, without an engine; and a plan with chains."""
+"""Attention weights that a penalty can pull, without an engine; plans with and without chains."""
 
 from __future__ import annotations
 
@@ -41,6 +41,9 @@ class Weights:
             for name, p in chosen(self.parameters, names).items()
         }
 
+    def refresh(self, names: list[str]) -> int:
+        return 0
+
     def all_reduce_(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor
 
@@ -55,6 +58,17 @@ class Weights:
             name: torch.zeros_like(p) if p.grad is None else p.grad
             for name, p in self.parameters.items()
         }
+
+
+def star_plan(layout: HeadLayout, projections: tuple[str, ...]) -> SharingPlan:
+    """A source with targets in its own and in other layers, another in a layer above, a pair."""
+    last = layout.units - 1
+    pairs = [((1, 0), (0, last)), ((3, 0), (0, last)), ((2, last), (1, last))]
+    if last:
+        pairs += [((0, 0), (0, last)), ((3, last), (0, last)), ((2, 0), (1, last))]
+    else:
+        pairs[2] = ((2, 0), (0, 0))
+    return SharingPlan(tuple(HeadTie(t, s, projections) for t, s in pairs))
 
 
 def chained_plan(layout: HeadLayout, projections: tuple[str, ...]) -> SharingPlan:

@@ -92,7 +92,7 @@ def test_what_a_row_holds(tmp_path: Path) -> None:
     assert set(rows[0]) == {
         "step", "tokens", "lm_loss", "penalty", "total_loss", "gradient_norm", "learning_rate",
         "pair_distance_mean", "pair_distance_worst", "pair_cosine_mean", "pair_cosine_worst",
-        "penalty_bytes",
+        "pairs_merged", "penalty_bytes",
         "seconds", "step_seconds", "tokens_per_second", "data_wait_seconds", "memory_bytes",
     }  # fmt: skip
     assert [r["tokens"] for r in rows] == [120, 240, 360, 480]
