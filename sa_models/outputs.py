@@ -5,9 +5,9 @@
 * ``output``: the cosine of what the two units add to the residual stream, over all calibration
   tokens at once: sum_t <y_t, y'_t> / (norms), y = O h, h the head outputs of the unit.
 * ``output_map``: how much of a target's output a linear map of the source's head outputs gives.
-  M = argmin sum_t |h'_t - M h_t|^2 by least squares, one M for a KV group; the score is
-  R^2 = 1 - |O' (h' - M h)|^2 / |O' h'|^2, as if the heads of a group erred independently. Tying v
-  and keeping o with M absorbed can do no better on maps that agree. It is not symmetric.
+  M = argmin sum_t |h'_t - M h_t|^2 by least squares, one M for a KV group, whose heads are samples
+  of their own; the score is R^2 = 1 - |O' (h' - M h)|^2 / |O' h'|^2 (in a group: every head's
+  sample through the o of all its heads). It is not symmetric.
 
 ``output`` and ``output_map`` do not change with a head's gauge. Every layer sees its own
 activations, those of the unshared model. Memory: the head outputs of all calibration tokens
@@ -35,7 +35,7 @@ from .similarity import Parts, Progress, gram_matrix
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-RIDGE = 1e-6
+RIDGE = 1e-10
 """Added to a source's Gram matrix, relative to its mean diagonal: dead directions stay dead."""
 
 
