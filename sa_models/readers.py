@@ -19,7 +19,8 @@ from transformers import LlamaConfig
 from .configuration import SharedLlamaConfig
 from .errors import PostshareError
 from .heads import HeadLayout
-from .materialize import Merge, merge_slices, shared_slices
+from .materialize import merge_slices, shared_slices
+from .merging import GAUGED, Group, Merge, groups, merge_group
 from .plan import SharingPlan, Unit
 from .weights import WeightsFolder, llama_shapes, read_config, read_model_type
 
@@ -81,7 +82,13 @@ class MaterializedReader:
         self._layout = plan.layout(source.config)
         # {(layer, projection): {unit that changes: the units whose slices are merged into it}}
         self._changes: dict[tuple[int, str], dict[int, list[Unit]]] = {}
-        for (p, layer, unit), targets in shared_slices(plan.effective().ties).items():
+        # {(layer, projection): groups of units that may change in it}, for the other merges
+        self._groups: dict[tuple[int, str], list[Group]] = {}
+        ties = plan.effective().ties
+        for group in groups(ties) if merge in GAUGED else ():
+            for where in {(layer, p) for layer, _ in group.units for p in group.pair}:
+                self._groups.setdefault(where, []).append(group)
+        for (p, layer, unit), targets in shared_slices(ties if merge not in GAUGED else ()).items():
             members = [(layer, unit)] if merge == "copy" else [(layer, unit), *targets]
             changed = targets if merge == "copy" else members
             for target_layer, target_unit in changed:
@@ -103,6 +110,8 @@ class MaterializedReader:
         """The materialized tensor. Raises PostshareError when float16 cannot hold it."""
         where = HeadLayout.parse_name(name)
         changes = self._changes.get(where, {}) if where else {}
+        if where in self._groups:
+            return self._read_groups(name, *where)
         if where is None or not changes:
             return cast(self._source.read(name), self._dtype, name)
         p = where[1]
@@ -111,6 +120,22 @@ class MaterializedReader:
         for unit, members in changes.items():
             merged = merge_slices([self._unit(p, *member) for member in members], self._merge)
             weight.narrow(axis, unit * width, width).copy_(merged)
+        return cast(weight, self._dtype, name)
+
+    def _read_groups(self, name: str, layer: int, p: str) -> torch.Tensor:
+        weight = self._source.read(name).to(self._dtype, copy=True)
+        width, axis = self._layout.width(p), self._layout.axis(p)
+        for group in self._groups[layer, p]:
+            new = merge_group(
+                group,
+                self._merge,
+                self._layout.head_dim,
+                lambda p, u: self._unit(p, *u).t() if p == "o" else self._unit(p, *u),
+            )
+            for (projection, unit), value in new.items():
+                if (unit[0], projection) == (layer, p):
+                    part = weight.narrow(axis, unit[1] * width, width)
+                    part.copy_(value.t() if axis else value)
         return cast(weight, self._dtype, name)
 
     def slice(self, name: str) -> Any:

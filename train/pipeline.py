@@ -20,6 +20,7 @@ from sa_models.errors import PostshareError
 from sa_models.heads import HeadLayout
 from sa_models.manifest import update_notes
 from sa_models.materialize import materialize_
+from sa_models.merging import check_merge
 from sa_models.modeling import SharedLlamaForCausalLM
 from sa_models.plan import SharingPlan
 from sa_models.readers import open_weights
@@ -140,6 +141,7 @@ def make_plan(current: Run) -> None:
             text = calibration_text(current.recipe, base, structure, text_blocks, device)
             found, scores = find_ties(section, WeightsFolder(base), structure, text)
             draw_plan(found, scores, found.layout(current.config), section, current.folder)
+            check_merge(found, current.recipe.materialize.merge)
             save_chances(section, base, found, text, current.folder)
             found.save(file)
         show_plan(current)

@@ -388,8 +388,9 @@ class TrainSection(Section):
 class MaterializeSection(Section):
     """How tied units are made one."""
 
-    merge: Literal["copy", "mean"] = "copy"
-    """copy: the source's weights; mean: the mean of the source and all its targets."""
+    merge: Literal["copy", "mean", "aligned_mean", "absorb"] = "copy"
+    """copy: the source's weights; mean: the mean of the source and all its targets; aligned_mean:
+    after writing targets in the source's gauge; absorb: copy, and a kept o adapts to the new v."""
     heal_steps: Count = 0
     """Optimizer steps of tied fine-tuning afterwards."""
     heal_learning_rate: Rate | None = None

@@ -124,3 +124,15 @@ def test_random_plans_are_not_compared(home: Path, tmp_path: Path, capsys) -> No
 def test_options_without_effect(home: Path, tmp_path: Path, plan: dict, message: str) -> None:
     with pytest.raises(PostshareError, match=re.escape(message)):
         recipe(home, tmp_path, plan={"budget": {"ratio": 0.3}, **plan})
+
+
+def test_a_merge_without_effect_is_refused_before_training(home: Path, tmp_path: Path) -> None:
+    made = recipe(
+        home,
+        tmp_path,
+        plan={"budget": {"ratio": 0.3}, "share": ["q", "k", "v", "o"]},
+        materialize={"merge": "absorb"},
+    )
+    with pytest.raises(PostshareError, match="changes o where v is shared and o kept"):
+        pipeline.plan(made)
+    assert not (tmp_path / "plan.json").exists()
