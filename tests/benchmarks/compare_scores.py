@@ -60,6 +60,9 @@ class Comparison:
             self.row(f"random {seed}", lambda seed=seed: self.random(seed))
         for score in ("qk", "qk_aligned", "qkvo_aligned"):
             self.row(f"{score} folded", lambda score=score: self.chosen(score, fold=True))
+        for score in ("qk", "vo"):
+            for merge in ("copy", "mean", "aligned_mean", "absorb"):
+                self.row(f"{score} {merge}", lambda s=score, m=merge: self.merged(s, m))
 
     def row(self, name, measure) -> None:
         if name not in self.done:
@@ -85,6 +88,12 @@ class Comparison:
             **self.losses(plan),
         }
 
+    def merged(self, score: str, merge: str) -> dict[str, float]:
+        """Another merge of the same pairs, with q, k, v shared, and with v alone."""
+        section = self.recipe.plan.model_copy(update={"score": score})
+        plan, _ = find_ties(section, self.weights, SharingPlan())
+        return {share: self.loss(shared(plan, share), merge) for share in ("qkv", "v")}
+
     def random(self, seed: int) -> dict[str, float]:
         section = self.recipe.plan.model_copy(update={"strategy": "random", "seed": seed})
         plan, _ = find_ties(section, self.weights, SharingPlan())
@@ -96,20 +105,20 @@ class Comparison:
         return {"pairs": len(pairs), **found, **self.losses(plan)}
 
     def losses(self, plan: SharingPlan) -> dict[str, float]:
-        return {
-            share: self.loss(
-                SharingPlan(tuple(replace(tie, projections=tuple(share)) for tie in plan.ties))
-            )
-            for share in SHARES
-        }
+        return {share: self.loss(shared(plan, share)) for share in SHARES}
 
-    def loss(self, plan: SharingPlan) -> float:
+    def loss(self, plan: SharingPlan, merge: str = "copy") -> float:
         """Perplexity of the validation text with the plan's ties, untrained."""
         model = load_dense(self.base, self.recipe.model.attention)
-        materialize_(dict(model.named_parameters()), self.layout, plan)
+        materialize_(dict(model.named_parameters()), self.layout, plan, merge)
         section = self.recipe.evaluate
         blocks = self.current.blocks[1]
         return perplexity(model, blocks, section.batch_size, section.blocks, False).perplexity
+
+
+def shared(plan: SharingPlan, projections: str) -> SharingPlan:
+    """The same pairs, sharing these projections."""
+    return SharingPlan(tuple(replace(t, projections=tuple(projections)) for t in plan.ties))
 
 
 if __name__ == "__main__":
