@@ -2,7 +2,8 @@
 
 Both scores are means over blocks of text, or come from sums over them. With every block of the
 target set against another block of the source, at the same positions, what position alone makes
-alike stays, and what the text makes alike is gone. Blocks must have equal lengths.
+alike stays, and what the text makes alike is gone. Under document masks
+the borders of documents are part of the text. Blocks must have equal lengths.
 """
 
 from __future__ import annotations
@@ -85,17 +86,21 @@ def map_terms(
     length = blocks[0]["input_ids"].shape[1]
     chosen = torch.linspace(1, length - 1, min(ROWS, length - 1)).long()
     kept: list[torch.Tensor] = []
+    counted: list[torch.Tensor] = []
 
     def visit(attentions: Maps, keys: torch.Tensor) -> None:
         rows = torch.stack([maps[0][:, chosen].float().cpu() for maps in attentions])
-        kept.append(torch.nn.functional.normalize(rows, dim=-1))
+        counts = keys.cpu()[chosen] > 1  # a single key says nothing, see sa_models.isotropy
+        kept.append(torch.nn.functional.normalize(rows, dim=-1) * counts[:, None])
+        counted.append(counts.double())
 
     visit_maps(model, blocks, visit, progress)
 
+    both = torch.stack(counted) @ torch.stack(counted).T * layout.heads_per_unit
+
     def terms(target: Unit, source: Unit) -> MapPair:
-        a, b = (_rows_of(kept, layout, unit) for unit in (target, source))
-        rows = a.shape[1] * a.shape[2]
-        return MapPair(a.flatten(1).double() @ b.flatten(1).double().T / rows)
+        a, b = (_rows_of(kept, layout, unit).flatten(1).double() for unit in (target, source))
+        return MapPair(a @ b.T / both.clamp_min(1))
 
     return terms
 

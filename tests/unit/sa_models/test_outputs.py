@@ -124,7 +124,14 @@ def test_the_scores_of_pairs_are_those_of_the_matrix() -> None:
     for target, source in [((2, 1), (0, 0)), ((1, 0), (0, 1))]:
         i, j = (u[0] * 2 + u[1] for u in (target, source))
         assert terms(target, source).score == pytest.approx(float(scores[i, j]), abs=1e-5)
-    # 9 of the 10 rows of a block have two keys or more, and all of them are kept.
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_map_scores_of_pairs_are_those_of_the_matrix(masked: bool) -> None:
+    """All rows with two keys or more are kept; every block has one border of documents."""
+    model, text = tiny(2), batches(7, 10)
+    if masked:
+        text[0]["position_ids"] = torch.cat([torch.arange(4), torch.arange(6)]).expand(7, 10)
     maps, terms = unit_map_similarity(model, text), map_terms(model, text)
     for target, source in [((2, 1), (0, 0)), ((1, 0), (0, 1))]:
         i, j = (u[0] * 2 + u[1] for u in (target, source))
