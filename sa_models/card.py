@@ -83,7 +83,12 @@ def _shared_rows(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
     plan, cache = manifest["plan"], manifest["cache"]
     rows = []
     if plan["ties"]:
-        merged = {"copy": "its source's", "mean": "the mean"}[manifest["merge"]]
+        merged = {
+            "copy": "its source's",
+            "mean": "the mean",
+            "aligned_mean": "the mean, in the source's gauge",
+            "absorb": "its source's, kept o adapted",
+        }[manifest["merge"]]
         rows += [
             ("attention heads tied", f"{heads['tied']} of {heads['total']}"),
             ("projections", ", ".join(projections)),

@@ -34,7 +34,7 @@ from .manifest import (
     seal,
     write_manifest,
 )
-from .materialize import Merge
+from .merging import Merge
 from .model_folder import copy_code, copy_companions, tokenizer_folder, write_configs
 from .modeling import compact_config, select_units
 from .plan import SharingPlan
@@ -87,7 +87,8 @@ def export_model(
         plan: what to share; of a ``released`` plan the effective ties.
         dtype: of all exported tensors.
         shard_bytes: largest size of a weight file, in bytes.
-        merge: whether a shared unit is its source's, or the mean of all units that share it.
+        merge: whether a shared unit is its source's, or the mean of all units that share it; see
+            :mod:`sa_models.merging` for the others.
         leaders: see :mod:`~sa_models.convert`; of a source that is converted.
         base_config: of the model that the savings are counted from; None: the source's.
         tokenizer: a tokenizer, or the folder of one, whose generation config and licence files

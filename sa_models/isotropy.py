@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .errors import PostshareError
+from .heads import HeadLayout
 from .similarity import TIE_TOLERANCE, Progress
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def measure_isotropy(
             _remove_sink_(chunk, visible)
             without_sink.add(chunk.flatten(1, 2), (visible > 2).repeat(heads))
 
-    _visit_maps(model, batches, visit, progress)
+    visit_maps(model, batches, visit, progress)
     return Isotropy(maps.mean(), without_sink.mean())
 
 
@@ -118,10 +119,37 @@ def head_similarity(
                 _remove_sink_(chunk, visible)
             total.add(chunk.flatten(0, 1), visible > (1 if sink else 2))
 
-    _visit_maps(model, batches, visit, progress)
+    visit_maps(model, batches, visit, progress)
     cosines = total.mean()
     heads = len(cosines) // 2
     return cosines[heads:, :heads].clone()
+
+
+def unit_map_similarity(
+    model: PreTrainedModel,
+    batches: Iterable[Mapping[str, torch.Tensor]],
+    progress: Progress | None = None,
+) -> torch.Tensor:
+    """Mean cosine between the maps of every two units of a model, head h of a group with head h.
+
+    Args:
+        model, batches, progress: see :func:`measure_isotropy`.
+
+    Returns:
+        float64 (layers * units, layers * units), symmetric, ones on the diagonal, on the CPU.
+
+    Raises:
+        PostshareError: see :func:`measure_isotropy`.
+    """
+    units, total = HeadLayout.from_config(model.config).units, _RowCosines()
+
+    def visit(attentions: Maps, keys: torch.Tensor) -> None:
+        for chunk, visible in _row_chunks(attentions, keys):
+            groups = chunk.unflatten(1, (units, -1)).flatten(0, 1)
+            total.add(groups.flatten(1, 2), (visible > 1).repeat(groups.shape[1]))
+
+    visit_maps(model, batches, visit, progress)
+    return total.mean()
 
 
 def best_head_map(similarity: torch.Tensor) -> tuple[int, ...]:
@@ -216,7 +244,7 @@ def _eager_evaluation(model: PreTrainedModel) -> Iterator[None]:
         model.train(training)
 
 
-def _visit_maps(
+def visit_maps(
     model: PreTrainedModel,
     batches: Iterable[Mapping[str, torch.Tensor]],
     visit: Callable[[Maps, torch.Tensor], None],
@@ -226,7 +254,7 @@ def _visit_maps(
 
     A callback: a loop over a generator would hold a block's maps while the next ones are made.
     """
-    blocks = _blocks(batches)
+    blocks = calibration_blocks(batches)
     with _eager_evaluation(model), torch.no_grad():
         for index, block in enumerate(blocks):
             inputs = {name: tensor.to(model.device) for name, tensor in block.items()}
@@ -263,8 +291,14 @@ def _keys_per_row(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     return row + 1 - torch.where(begins, row, 0).cummax(dim=0).values
 
 
-def _blocks(batches: Iterable[Mapping[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
-    """Every block as inputs of batch size 1."""
+def calibration_blocks(
+    batches: Iterable[Mapping[str, torch.Tensor]],
+) -> list[dict[str, torch.Tensor]]:
+    """Every block as inputs of batch size 1.
+
+    Raises:
+        PostshareError: padding, or no block of three tokens.
+    """
     blocks = []
     for batch in batches:
         if "attention_mask" in batch and not batch["attention_mask"].all():

@@ -9,16 +9,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from typing import Literal
 
 import torch
 
 from .errors import PostshareError
 from .heads import PROJECTIONS, HeadLayout, unit_view
+from .merging import GAUGED, Merge, groups, merge_group
 from .plan import HeadTie, SharingPlan
 from .ties import Unit
-
-Merge = Literal["copy", "mean"]
 
 
 def merge_slices(slices: list[torch.Tensor], merge: Merge) -> torch.Tensor:
@@ -59,7 +57,7 @@ def materialize_(
         parameters: {name: weight}, e.g. ``dict(model.named_parameters())`` of a dense Llama.
         layout: the model's attention shape.
         plan: validated; a ``released`` plan is reduced to its effective ties first.
-        merge: see :func:`merge_slices`.
+        merge: see :func:`merge_slices`, and :mod:`sa_models.merging` for the others.
 
     Raises:
         PostshareError: a weight that the plan needs is not there.
@@ -80,6 +78,13 @@ def copy_ties_(
     Chains are not followed, which is how the golden numbers define DirectShare "as paired".
     """
     new = {}
+    if merge in GAUGED:
+        for group in groups(ties):
+            merged_units = merge_group(
+                group, merge, layout.head_dim, lambda p, u: unit(parameters, layout, p, *u)
+            )
+            new.update({(p, *where): value for (p, where), value in merged_units.items()})
+        ties = ()
     for (projection, *source), targets in shared_slices(ties).items():
         units = [
             unit(parameters, layout, projection, *u) for u in ((source[0], source[1]), *targets)

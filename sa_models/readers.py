@@ -20,7 +20,8 @@ from transformers import LlamaConfig
 from .configuration import SharedLlamaConfig
 from .errors import PostshareError
 from .heads import PROJECTIONS, HeadLayout
-from .materialize import Merge, merge_slices, shared_slices
+from .materialize import merge_slices, shared_slices
+from .merging import GAUGED, Group, Merge, groups, merge_group
 from .plan import SharingPlan, Unit
 from .weights import WeightsFolder, llama_shapes, read_config, read_model_type
 
@@ -83,7 +84,13 @@ class MaterializedReader:
         # {(layer, projection): {unit that changes: the units whose slices are merged into it}}; of
         # a removed unit none.
         self._changes: dict[tuple[int, str], dict[int, list[Unit]]] = {}
-        for (p, layer, unit), targets in shared_slices(plan.effective().ties).items():
+        # {(layer, projection): groups of units that may change in it}, for the other merges
+        self._groups: dict[tuple[int, str], list[Group]] = {}
+        ties = plan.effective().ties
+        for group in groups(ties) if merge in GAUGED else ():
+            for where in {(layer, p) for layer, _ in group.units for p in group.pair}:
+                self._groups.setdefault(where, []).append(group)
+        for (p, layer, unit), targets in shared_slices(ties if merge not in GAUGED else ()).items():
             members = [(layer, unit)] if merge == "copy" else [(layer, unit), *targets]
             changed = targets if merge == "copy" else members
             for target_layer, target_unit in changed:
@@ -108,9 +115,10 @@ class MaterializedReader:
         """The materialized tensor. Raises PostshareError when float16 cannot hold it."""
         where = HeadLayout.parse_name(name)
         changes = self._changes.get(where, {}) if where else {}
-        if where is None or not changes:
+        merged_groups = self._groups.get(where, []) if where else []
+        if where is None or not (changes or merged_groups):
             return cast(self._source.read(name), self._dtype, name)
-        p = where[1]
+        layer, p = where
         weight = self._source.read(name).to(self._dtype, copy=True)
         width, axis = self._layout.width(p), self._layout.axis(p)
         for unit, members in changes.items():
@@ -120,7 +128,24 @@ class MaterializedReader:
                 changed.copy_(merge_slices(slices, self._merge))
             else:
                 changed.zero_()
+        for group in merged_groups:
+            for unit, value in self._merged(group, layer, p).items():
+                weight.narrow(axis, unit * width, width).copy_(value)
         return cast(weight, self._dtype, name)
+
+    def _merged(self, group: Group, layer: int, projection: str) -> dict[int, torch.Tensor]:
+        """{unit of the layer: its rows (o: columns) of the projection}, of a group that is merged."""
+        new = merge_group(
+            group,
+            self._merge,
+            self._layout.head_dim,
+            lambda p, u: self._unit(p, *u).t() if p == "o" else self._unit(p, *u),
+        )
+        return {
+            unit: value.t() if p == "o" else value
+            for (p, (at, unit)), value in new.items()
+            if (at, p) == (layer, projection)
+        }
 
     def slice(self, name: str) -> Any:
         return self.read(name)

@@ -31,7 +31,7 @@ class Reader(Protocol):
     """What scoring needs of a model: WeightsFolder is one, :class:`InMemory` another."""
 
     def slice(self, name: str) -> torch.Tensor:
-        """An object whose ``[:, a:b]`` reads columns a to b of the weight."""
+        """An object whose ``[:, a:b]`` reads columns a to b of the weight, ``[a:b]`` rows."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,10 @@ def unit_scores(
         (layer, u) has index layer * units + u.
     """
     if score == "softmax":
-        gram = _gram(_head_functions(reader, layout), layout, progress)
+        gram = gram_matrix(_head_functions(reader, layout), layout, progress)
     else:
         parts = _column_chunks(reader, layout, score)
-        gram = _gram(parts, layout, progress)
+        gram = gram_matrix(parts, layout, progress)
     norms = gram.diagonal().sqrt()
     return gram / (norms[:, None] * norms[None, :])
 
@@ -126,14 +126,15 @@ def random_matches(layout: HeadLayout, seed: int, without: Collection[int] = ())
 
 
 @dataclass(frozen=True)
-class _Parts:
+class Parts:
     """Pieces of the units' feature vectors, (all units, features) fp32 each, and their number."""
 
     count: int
     items: Iterator[torch.Tensor]
 
 
-def _gram(parts: _Parts, layout: HeadLayout, progress: Progress | None) -> torch.Tensor:
+def gram_matrix(parts: Parts, layout: HeadLayout, progress: Progress | None) -> torch.Tensor:
+    """Inner products of all units' feature vectors, float64 (all units, all units)."""
     total = layout.layers * layout.units
     gram = torch.zeros(total, total, dtype=torch.float64)
     for done, features in enumerate(parts.items, start=1):
@@ -146,7 +147,7 @@ def _gram(parts: _Parts, layout: HeadLayout, progress: Progress | None) -> torch
     return gram.tril() + gram.tril(-1).T
 
 
-def _column_chunks(reader: Reader, layout: HeadLayout, projections: str) -> _Parts:
+def _column_chunks(reader: Reader, layout: HeadLayout, projections: str) -> Parts:
     """The units' rows of the projections, a range of input features at a time."""
     plan = []
     for projection in projections:
@@ -167,10 +168,10 @@ def _column_chunks(reader: Reader, layout: HeadLayout, projections: str) -> _Par
                 features[layer].copy_(weight.reshape(layout.units, -1))
             yield features.flatten(0, 1)
 
-    return _Parts(len(plan), items())
+    return Parts(len(plan), items())
 
 
-def _head_functions(reader: Reader, layout: HeadLayout) -> _Parts:
+def _head_functions(reader: Reader, layout: HeadLayout) -> Parts:
     """softmax(W_q W_k^T) W_v of the query heads of every unit, one head of each unit at a time."""
 
     def weight(layer: int, projection: str) -> torch.Tensor:
@@ -186,4 +187,4 @@ def _head_functions(reader: Reader, layout: HeadLayout) -> _Parts:
                 features[layer] = attention @ v[:, 0]
             yield features.flatten(2).flatten(0, 1)
 
-    return _Parts(layout.heads_per_unit, items())
+    return Parts(layout.heads_per_unit, items())

@@ -20,6 +20,7 @@ from sa_models.errors import PostshareError
 from sa_models.heads import HeadLayout
 from sa_models.manifest import update_notes
 from sa_models.materialize import materialize_
+from sa_models.merging import check_merge
 from sa_models.modeling import SharedLlamaForCausalLM
 from sa_models.plan import SharingPlan
 from sa_models.readers import open_weights
@@ -42,6 +43,7 @@ from train.planning import (
 from train.progress import ExportProgress
 from train.recipe import Recipe
 from train.run_folder import PLAN_FILE, Run, base_of, begin, find_teacher
+from train.scoring import CHANCE_FILE, calibration_text, chance_line, save_chances
 from train.span_planning import (
     ISOTROPY_PICTURE,
     SPANS_FILE,
@@ -85,9 +87,16 @@ def plan(recipe: Recipe) -> None:
     if not recipe.shares:
         raise PostshareError("plan.strategy is none: there is no plan to find; set plan.strategy")
     measures = recipe.spans is not None and recipe.spans.measures
-    current = begin(recipe, needs_data=measures)
+    current = begin(recipe, needs_data=measures or recipe.plan.measures)
     make_plan(current)
-    for name in (PLAN_FILE, SPANS_FILE, SIMILARITY_PICTURE, TIES_PICTURE, ISOTROPY_PICTURE):
+    for name in (
+        PLAN_FILE,
+        SPANS_FILE,
+        CHANCE_FILE,
+        SIMILARITY_PICTURE,
+        TIES_PICTURE,
+        ISOTROPY_PICTURE,
+    ):
         if (current.folder / name).is_file():
             current.say(f"{current.folder / name}")
 
@@ -131,13 +140,17 @@ def make_plan(current: Run) -> None:
         return
     section, base, spans = current.recipe.plan, base_of(current), current.recipe.spans
     blocks = current.blocks[0] if spans is not None and spans.measures else None
+    text_blocks, device = current.blocks[0] if section.measures else None, current.ranks.device
 
     def work() -> None:
         file = current.folder / PLAN_FILE
         if not file.is_file():
             structure = find_structure(current, base, blocks)
-            found, scores = find_ties(section, WeightsFolder(base), structure)
+            text = calibration_text(current.recipe, base, structure, text_blocks, device)
+            found, scores = find_ties(section, WeightsFolder(base), structure, text)
             draw_plan(found, scores, found.layout(current.config), section, current.folder)
+            check_merge(found, current.recipe.materialize.merge)
+            save_chances(section, base, found, text, current.folder)
             found.save(file)
         show_plan(current)
 
@@ -164,6 +177,8 @@ def show_plan(current: Run) -> None:
     current.say(
         "", plan_table(found, current.config, requested, export_dtype(current).itemsize), ""
     )
+    if section.scores:
+        current.say(chance_line(section, current.folder))
     if found.released:
         current.say(
             "note: strategy released keeps the published chains, in which ties undo each other: "

@@ -7,17 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from sa_models import selection
 from sa_models.convert import converted
 from sa_models.heads import HeadLayout
 from sa_models.plan import SharingPlan
-from sa_models.readers import DenseReader
-from sa_models.similarity import best_matches, random_matches, unit_scores
+from sa_models.similarity import best_matches, random_matches
 from sa_models.spans import ranges
 from sa_models.weights import WeightsFolder
+from train.scoring import CalibrationText, score_units
 from train.span_planning import check_spans_section
 from train.structure_sections import check_structure, listed_structure
 
@@ -66,16 +65,20 @@ def skipped_layers(section: PlanSection, structure: SharingPlan) -> tuple[int, .
 
 
 def find_ties(
-    section: PlanSection, weights: WeightsFolder, structure: SharingPlan
+    section: PlanSection,
+    weights: WeightsFolder,
+    structure: SharingPlan,
+    text: CalibrationText | None = None,
 ) -> tuple[SharingPlan, torch.Tensor | None]:
     """The plan of a recipe, and the scores (units, units) that it was chosen by, if any.
 
     Args:
         weights: of the base model; only its attention weights are read.
         structure: KV heads and spans, which become part of the plan.
+        text: needed where ``section.measures``.
 
     Raises:
-        PostshareError: see :func:`check_plan`.
+        PostshareError: see :func:`check_plan` and :func:`~train.scoring.score_units`.
     """
     if section.strategy == "none":
         return structure, None
@@ -90,7 +93,7 @@ def find_ties(
         matches = random_matches(layout, section.seed, without=followers)
     else:
         pooled = converted(weights, SharingPlan(kv_heads=structure.kv_heads))
-        scores = score_with_progress(pooled, layout, section.score)
+        scores = score_units(section, pooled, layout, text)
         matches = best_matches(scores, layout, without=followers)
     found = selection.make_plan(
         matches,
@@ -110,18 +113,6 @@ def find_ties(
 def _budget(section: PlanSection) -> selection.Budget:
     assert section.budget is not None
     return selection.Budget(ratio=section.budget.ratio, heads=section.budget.heads)
-
-
-def score_with_progress(weights: DenseReader, layout: HeadLayout, score: str) -> torch.Tensor:
-    """:func:`unit_scores` with a progress bar on stderr, when there is a terminal to show it."""
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(f"comparing units ({score})")
-        return unit_scores(
-            weights, layout, score, lambda done, n: progress.update(task, completed=done, total=n)
-        )
 
 
 def draw_plan(

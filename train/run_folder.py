@@ -25,6 +25,7 @@ from train.launched import launched_fsdp
 from train.outcome import FREE_TRAIN
 from train.planning import SIMILARITY_PICTURE, TIES_PICTURE, check_plan
 from train.recipe import Recipe, load_recipe
+from train.scoring import CHANCE_FILE
 from train.shared_folder import require_shared
 from train.span_planning import ISOTROPY_PICTURE, SPANS_FILE
 from train.summary import SUMMARY_FILE
@@ -77,6 +78,8 @@ class Run:
         """Training and validation blocks."""
         steps, spans = self.recipe.train.steps, self.recipe.spans
         measured = spans.calibration_blocks if spans is not None and spans.measures else 1
+        if self.recipe.plan.measures:
+            measured = max(measured, self.recipe.plan.calibration_blocks)
         needed = None if steps is None else max(measured, steps * self.recipe.train.batch_size)
         tokenizer, vocab_size = self.tokenizer, self.config.vocab_size  # see `on_main`
         blocks = self.main_first(
@@ -199,7 +202,8 @@ def claim(current: Run) -> None:
     """Write the resolved recipe. A plan of another recipe, never trained with, is dropped."""
     folder, file = current.folder, current.folder / RECIPE_FILE
     if file.is_file() and run_identity(load_recipe(file)) != run_identity(current.recipe):
-        for stale in (PLAN_FILE, SPANS_FILE, SIMILARITY_PICTURE, TIES_PICTURE, ISOTROPY_PICTURE):
+        pictures = SIMILARITY_PICTURE, TIES_PICTURE, ISOTROPY_PICTURE
+        for stale in (PLAN_FILE, SPANS_FILE, CHANCE_FILE, *pictures):
             (folder / stale).unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     current.recipe.save(file)

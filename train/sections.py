@@ -200,8 +200,12 @@ class PlanSection(Section):
     strategy: Literal["cosine", "released", "random", "file", "none"] = "cosine"
     """cosine: best match, root-resolved; released: the published selection with its chains;
     random: control; file: plan.path; none: share nothing."""
-    score: Literal["q", "k", "v", "qk", "qkv", "softmax"] = "qk"
-    """Weights that the similarity of two units is computed from (the paper's default is qk)."""
+    score: Literal[
+        "q", "k", "v", "qk", "qkv", "softmax",
+        "qk_aligned", "vo", "qkvo_aligned", "attention", "output", "output_map",
+    ] = "qk"  # fmt: skip
+    """What the similarity of two units is computed from (docs/scores.md; the paper's default is
+    qk); attention, output and output_map are measured on training text."""
     action: Literal["tie", "remove"] = "tie"
     """What becomes of the chosen targets: tie: they take their source's weights; remove: they are
     pruned (for cosine and random)."""
@@ -216,7 +220,11 @@ class PlanSection(Section):
     path: Name | None = None
     """Plan JSON, for strategy file."""
     seed: Count = 0
-    """Seed of strategy random."""
+    """Seed of strategy random, and of the scrambled pairs that chosen ones are compared with."""
+    fold_norm: bool = False
+    """Fold the gain of each layer's input norm into q, k and v before they are compared."""
+    calibration_blocks: Positive = 8
+    """Training blocks (their first 512 tokens) for scores that are measured on text."""
 
     @model_validator(mode="after")
     def _strategy_inputs(self) -> Self:
@@ -243,6 +251,33 @@ class PlanSection(Section):
             raise ValueError(
                 "action remove ignores share, a unit is removed whole; remove plan.share"
             )
+
+    @property
+    def scores(self) -> bool:
+        """Whether units are compared by `score` at all."""
+        return self.strategy in ("cosine", "released")
+
+    @property
+    def measures(self) -> bool:
+        """Whether calibration text is needed."""
+        return self.scores and self.score in ("attention", "output", "output_map")
+
+    @model_validator(mode="after")
+    def _score_inputs(self) -> Self:
+        if self.fold_norm and not self.scores:
+            raise ValueError(f"strategy {self.strategy} ignores fold_norm; remove plan.fold_norm")
+        if self.fold_norm and self.measures:
+            raise ValueError(
+                f"score {self.score} is measured on text, where the norm has its gain; remove "
+                "plan.fold_norm"
+            )
+        default = type(self).model_fields["calibration_blocks"].get_default()
+        if self.calibration_blocks != default and not self.measures:
+            raise ValueError(
+                "calibration_blocks are for the scores attention, output and output_map; remove "
+                "plan.calibration_blocks"
+            )
+        return self
 
 
 class PenaltySection(Section):
@@ -380,8 +415,9 @@ class TrainSection(Section):
 class MaterializeSection(Section):
     """How tied units are made one."""
 
-    merge: Literal["copy", "mean"] = "copy"
-    """copy: the source's weights; mean: the mean of the source and all its targets."""
+    merge: Literal["copy", "mean", "aligned_mean", "absorb"] = "copy"
+    """copy: the source's weights; mean: the mean of the source and all its targets; aligned_mean:
+    after writing targets in the source's gauge; absorb: copy, and a kept o adapts to the new v."""
     heal_steps: Count = 0
     """Optimizer steps of tied fine-tuning afterwards."""
     heal_learning_rate: Rate | None = None

@@ -199,14 +199,19 @@ class SpanFinder:
         return tuple(mapped)
 
     def _inputs(self) -> list[dict[str, torch.Tensor]]:
-        batches = []
-        for index in range(self.count):
-            block = default_collate([self.blocks[index]])
-            del block["labels"]
-            batches.append(
-                {name: t[:, :MAP_LENGTH].to(self.model.device) for name, t in block.items()}
-            )
-        return batches
+        return calibration_inputs(self.blocks, self.count, self.model.device)
+
+
+def calibration_inputs(
+    blocks: Blocks, count: int, device: torch.device
+) -> list[dict[str, torch.Tensor]]:
+    """The first tokens of the first blocks, each a batch of one, as a model takes them."""
+    batches = []
+    for index in range(min(count, len(blocks))):
+        block = default_collate([blocks[index]])
+        del block["labels"]
+        batches.append({name: t[:, :MAP_LENGTH].to(device) for name, t in block.items()})
+    return batches
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from sa_models.configuration import SharedLlamaConfig
 from sa_models.convert import Leaders, converted
 from sa_models.errors import PostshareError
 from sa_models.heads import HeadLayout
-from sa_models.materialize import Merge
+from sa_models.merging import Merge
 from sa_models.modeling import SharedLlamaForCausalLM, compact_config, select_units
 from sa_models.readers import MaterializedReader, compact_shapes, open_weights
 from sa_models.weights import WeightsFolder, read_model_type

@@ -123,7 +123,7 @@ def test_a_finished_run_does_nothing_on_a_second_start(
     monkeypatch.setattr(
         "train.summary.block_losses", lambda *_, **__: pytest.fail("evaluated again")
     )
-    monkeypatch.setattr("train.planning.unit_scores", lambda *_: pytest.fail("planned again"))
+    monkeypatch.setattr("train.scoring.unit_scores", lambda *_: pytest.fail("planned again"))
     run(finished)
     assert {f: f.stat().st_mtime_ns for f in files} == before
 

@@ -80,7 +80,7 @@ def test_source_of_training_equals_the_loaded_and_converted_base(
     check_same(source, convert(load_dense(folder, "eager"), plan, leaders))
 
 
-@pytest.mark.parametrize("merge", ["copy", "mean"])
+@pytest.mark.parametrize("merge", ["copy", "mean", "aligned_mean"])
 @pytest.mark.parametrize("structure", PLANS.values(), ids=PLANS)
 def test_source_of_healing_equals_the_compact_model(
     folder: Path, structure: SharingPlan, merge: str
