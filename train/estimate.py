@@ -11,13 +11,14 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
-from sa_models import selection
 from sa_models.heads import HeadLayout
 from sa_models.plan import SharingPlan
 from sa_models.savings import PlanSavings, llama_parameters
 from sa_models.span_search import best_spans, late_spans
 from sa_models.spans import AttentionSpan
+from train.budgets import amount
 from train.known_models import DTYPE_BYTES
+from train.planning import check_budget
 from train.structure_sections import check_structure, listed_structure
 
 if TYPE_CHECKING:
@@ -53,17 +54,16 @@ def expected_structure(recipe: Recipe, shape: LlamaShape) -> SharingPlan:
     return structure
 
 
-def requested_units(
-    section: PlanSection, layout: HeadLayout, followers: tuple[int, ...] = ()
-) -> int:
-    """Units that the budget asks for, before there are scores.
+def requested_units(section: PlanSection, shape: LlamaShape, structure: SharingPlan) -> int:
+    """Units that the budget asks for, before they are chosen; with action any, at most.
 
     Raises:
-        PostshareError: see :func:`sa_models.selection.units_to_tie`.
+        PostshareError: see :func:`train.planning.check_budget`.
     """
-    assert section.budget is not None
-    budget = selection.Budget(section.budget.ratio, section.budget.heads)
-    return selection.units_to_tie(budget, layout, (*section.skip_layers, *followers))
+    check_budget(section, shape, structure)
+    asked = amount(section, shape, structure)
+    tied = section.action != "remove" and asked.tie_saves
+    return asked.units("tie" if tied else "remove")
 
 
 def plan_savings(
@@ -88,7 +88,7 @@ def plan_savings(
     if section.strategy == "none":
         return savings
     layout = structure.layout(shape)
-    tied = requested_units(section, layout, tuple(structure.leader_of()))
+    tied = requested_units(section, shape, structure)
     return replace(
         savings,
         tied_units=tied,

@@ -7,6 +7,7 @@ done by the main process, while the others wait for its outcome.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +30,15 @@ from train.base_model import load_base, load_dense, load_model
 from train.data import Blocks
 from train.files import write_json
 from train.loop import TrainJob, TrainResult, train
+from train.loss_planning import (
+    SEARCH_OUTPUTS,
+    choose_by_gradient,
+    save_search,
+    search_plan,
+    search_sentence,
+    search_table,
+    unstable,
+)
 from train.outcome import read_result
 from train.planning import (
     SIMILARITY_PICTURE,
@@ -79,9 +89,10 @@ def plan(recipe: Recipe) -> None:
     if not recipe.shares:
         raise PostshareError("plan.strategy is none: there is no plan to find; set plan.strategy")
     measures = recipe.spans is not None and recipe.spans.measures
-    current = begin(recipe, needs_data=measures)
+    current = begin(recipe, needs_data=measures or recipe.plan.measures)
     make_plan(current)
-    for name in (PLAN_FILE, SPANS_FILE, SIMILARITY_PICTURE, TIES_PICTURE, ISOTROPY_PICTURE):
+    pictures = (SIMILARITY_PICTURE, TIES_PICTURE, ISOTROPY_PICTURE)
+    for name in (PLAN_FILE, SPANS_FILE, *SEARCH_OUTPUTS, *pictures):
         if (current.folder / name).is_file():
             current.say(f"{current.folder / name}")
 
@@ -122,13 +133,19 @@ def make_plan(current: Run) -> None:
     if not current.shares:
         return
     section, base, spans = current.recipe.plan, base_of(current), current.recipe.spans
-    blocks = current.blocks[0] if spans is not None and spans.measures else None
+    spans_measure = spans is not None and spans.measures
+    blocks = current.blocks[0] if spans_measure or section.measures else None
 
     def work() -> None:
         file = current.folder / PLAN_FILE
         if not file.is_file():
-            structure = find_structure(current, base, blocks)
-            found, scores = find_ties(section, WeightsFolder(base), structure)
+            structure = find_structure(current, base, blocks if spans_measure else None)
+            scores = None
+            if section.measures:
+                assert blocks is not None
+                found = find_by_loss(current, base, structure, blocks)
+            else:
+                found, scores = find_ties(section, WeightsFolder(base), structure)
             draw_plan(found, scores, found.layout(current.config), section, current.folder)
             found.save(file)
         show_plan(current)
@@ -148,6 +165,26 @@ def find_structure(current: Run, base: Path, blocks: Blocks | None) -> SharingPl
     save_found(found, current.folder)
     current.say("", spans_table(found))
     return replace(structure, spans=found.spans)
+
+
+def find_by_loss(current: Run, base: Path, structure: SharingPlan, blocks: Blocks) -> SharingPlan:
+    """The plan of strategies loss and gradient, which measure the base with its structure."""
+    recipe, config = current.recipe, current.config
+    model = convert(load_dense(base, recipe.model.attention), structure, leaders(current))
+    model.to(current.ranks.device)  # type: ignore[arg-type]  # transformers' decorator hides it
+    model.eval()
+    if recipe.plan.strategy == "gradient":
+        found = choose_by_gradient(recipe, model, blocks, structure, config)
+    else:
+        found, searched = search_plan(recipe, model, blocks, structure, config, current.folder)
+        layout, size = structure.layout(config), export_dtype(current).itemsize
+        parameters = structure.savings(config).stored_parameters
+        save_search(searched, recipe.plan, layout, parameters, size, current.folder)
+        current.say("", search_table(searched, layout), search_sentence(searched))
+        if (line := unstable(searched)) is not None:
+            print(f"warning: {line}", file=sys.stderr, flush=True)
+    found.validate(config)
+    return found
 
 
 def show_plan(current: Run) -> None:

@@ -14,7 +14,9 @@ from pydantic import (
     model_validator,
 )
 
+from sa_models.budgets import parse_share
 from sa_models.errors import PostshareError
+from train.choice_checks import CHOOSING, check_choice
 
 Projection = Literal["q", "k", "v", "o"]
 _ORDER: tuple[Projection, ...] = ("q", "k", "v", "o")
@@ -54,6 +56,11 @@ def _size(text: str) -> str:
     return text
 
 
+def _share(text: str) -> str:
+    parse_share(text)
+    return text
+
+
 # Strict everywhere, except that a YAML sequence may fill a tuple.
 _Sequence = Field(strict=False)
 Projections = Annotated[
@@ -65,6 +72,7 @@ Name = Annotated[str, Field(min_length=1)]
 Rate = Annotated[float, Field(gt=0, le=10)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Weight = Annotated[float, Field(ge=0)]
+Saved = Annotated[str, AfterValidator(_share)]
 
 
 class Section(BaseModel):
@@ -185,26 +193,45 @@ class Budget(Section):
     """Share of all units: floor(ratio * units) units are tied."""
     heads: Positive | None = None
     """Number of attention heads to tie; under GQA, those of whole KV groups."""
+    parameters: Saved | None = None
+    """What to save of the whole model's parameters, such as -10%; spans and KV heads count."""
+    bytes: Saved | None = None
+    """What to save of the exported bytes, such as -10%."""
+    cache: Saved | None = None
+    """What to save of the KV cache, such as -10%; by removed units, since tied ones keep theirs."""
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Self:
-        if (self.ratio is None) == (self.heads is None):
-            raise ValueError("takes exactly one of ratio and heads; set one of them")
+        if sum(getattr(self, name) is not None for name in type(self).model_fields) != 1:
+            raise ValueError(
+                "takes exactly one of ratio, heads, parameters, bytes and cache; set one of them"
+            )
         return self
 
 
 class PlanSection(Section):
     """How the sharing plan is found."""
 
-    strategy: Literal["cosine", "released", "random", "file", "none"] = "cosine"
+    strategy: Literal[
+        "cosine", "released", "random", "loss", "magnitude", "gradient", "file", "none"
+    ] = "cosine"
     """cosine: best match, root-resolved; released: the published selection with its chains;
-    random: control; file: plan.path; none: share nothing."""
+    random: control; loss: the changes that cost least on calibration text; magnitude, gradient:
+    remove the units with the smallest weights, or the smallest |sum of weight * gradient|
+    (pruning controls); file: plan.path; none: share nothing."""
     score: Literal["q", "k", "v", "qk", "qkv", "softmax"] = "qk"
     """Weights that the similarity of two units is computed from (the paper's default is qk)."""
     share: Projections = ("q", "k", "v")
     """Projections that a target takes from its source."""
+    action: Literal["tie", "remove", "any"] = "tie"
+    """What becomes of the chosen units: tie: they take their source's weights; remove: they are
+    pruned; any: whichever costs less (strategy loss only)."""
+    search: Literal["greedy", "evolutionary"] = "greedy"
+    """How strategy loss looks for the plan."""
+    calibration_blocks: Annotated[int, Field(ge=2)] = 8
+    """Training blocks on which strategies loss and gradient measure."""
     budget: Budget | None = None
-    """How many units to tie; needed by cosine, released and random."""
+    """How much to tie or remove; needed by all strategies but file and none."""
     skip_layers: Annotated[
         tuple[Count, ...], _Sequence, AfterValidator(lambda v: tuple(sorted(distinct(v))))
     ] = (0,)
@@ -212,11 +239,11 @@ class PlanSection(Section):
     path: Name | None = None
     """Plan JSON, for strategy file."""
     seed: Count = 0
-    """Seed of strategy random."""
+    """Seed of strategy random, and of the evolutionary search."""
 
     @model_validator(mode="after")
     def _strategy_inputs(self) -> Self:
-        needs_budget = self.strategy in ("cosine", "released", "random")
+        needs_budget = self.strategy in CHOOSING
         if needs_budget and self.budget is None:
             raise ValueError(f"strategy {self.strategy} needs a budget; set plan.budget.ratio")
         if not needs_budget and self.budget is not None:
@@ -225,7 +252,13 @@ class PlanSection(Section):
             raise ValueError("strategy file needs the plan; set plan.path")
         if self.strategy != "file" and self.path is not None:
             raise ValueError(f"strategy {self.strategy} ignores path; set plan.strategy=file")
+        check_choice(self)
         return self
+
+    @property
+    def measures(self) -> bool:
+        """Whether calibration text is needed to choose units."""
+        return self.strategy in ("loss", "gradient")
 
 
 class PenaltySection(Section):
