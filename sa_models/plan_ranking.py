@@ -1,5 +1,8 @@
 """The actions that seem cheapest from a state, by the estimates of :mod:`~sa_models.sensitivity`.
 
+What an action is expected to cost is the second order alone; the first is the slope of this text
+(see :mod:`~sa_models.plan_search`).
+
 The calibration text is taken in two halves, whose sums are those of the whole. How well the halves
 agree on the units to change tells whether there is enough text for a stable choice.
 """
@@ -18,7 +21,7 @@ import torch
 from .errors import PostshareError
 from .plan_actions import Action, Space, State, ordered
 from .plan_measure import MeasuredLoss
-from .plan_search import SOURCES_PER_TARGET, price
+from .plan_search import SOURCES_PER_TARGET, Ranked, price
 from .restart import Batch
 from .sensitivity import Sensitivity, combined, estimate_sensitivity
 from .similarity import Progress
@@ -74,7 +77,7 @@ class EstimatedRanking:
         self.estimates = 0
         self._halves = halves(measured.batches)
 
-    def __call__(self, state: State, count: int) -> list[tuple[Action, float]]:
+    def __call__(self, state: State, count: int) -> list[Ranked]:
         space = self.space
         about = [
             [a.to_list() for a in ordered(state)],
@@ -90,7 +93,7 @@ class EstimatedRanking:
         value = self.measured.cache.get(key, lambda: self._estimate(state, count))
         if self.agreement is None:
             self.agreement = Agreement(*value["agreement"])
-        return [(Action.from_list(action), rise) for action, rise in value["actions"]]
+        return [Ranked(Action.from_list(a), *numbers) for a, *numbers in value["actions"]]
 
     def _estimate(self, state: State, count: int) -> dict[str, Any]:
         self.estimates += 1
@@ -103,7 +106,7 @@ class EstimatedRanking:
             report = self._report(total - len(half) if parts else 0, total)
             parts.append(estimate_sensitivity(model, half, shares, self.without, report))
         ranked = [cheapest(self.space, state, part) for part in (*parts, combined(*parts))]
-        actions = [[action.to_list(), rise] for action, rise in ranked[-1][:count]]
+        actions = [[r.action.to_list(), r.rise, r.slope] for r in ranked[-1][:count]]
         return {"actions": actions, "agreement": list(agreement(self.space, *ranked[:2]))}
 
     def _report(self, before: int, total: int) -> Progress | None:
@@ -130,35 +133,40 @@ def halves(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
     return rows[0::2], rows[1::2]
 
 
-def cheapest(space: Space, state: State, estimated: Sensitivity) -> list[tuple[Action, float]]:
+def cheapest(space: Space, state: State, estimated: Sensitivity) -> list[Ranked]:
     """The allowed actions by what they seem to cost, a few sources for every target."""
     changed = {action.target for action in state}
-    found: list[tuple[Action, float]] = []
+    found: list[Ranked] = []
     for unit in sorted({*space.targets, *space.removable} - changed):
-        options = []
+        options: list[Ranked] = []
         if unit in space.removable:
-            options.append((Action(unit), float(estimated.removal.total[unit])))
+            removal = estimated.removal
+            options.append(_ranked(Action(unit), removal.second[unit], removal.first[unit]))
         if unit in space.targets:
-            rises = estimated.ties[space.share].total[unit].flatten()
+            ties = estimated.ties[space.share]
+            rises, slopes = ties.second[unit].flatten(), ties.first[unit].flatten()
             left = 2 * SOURCES_PER_TARGET
             for index in rises.nan_to_num(torch.inf).argsort(stable=True).tolist():
                 source = divmod(index, space.layout.units)
                 if left == 0 or math.isnan(rises[index]):
                     break
                 if source in space.sources and source not in changed:
-                    options.append((Action(unit, source, space.share), float(rises[index])))
+                    tie = Action(unit, source, space.share)
+                    options.append(_ranked(tie, rises[index], slopes[index]))
                     left -= 1
-        found += [option for option in options if space.allows(state, option[0])]
-    return sorted(found, key=lambda item: (price(space, *item), item[0].key))
+        found += [option for option in options if space.allows(state, option.action)]
+    return sorted(found, key=lambda r: (price(space, r.action, r.rise), r.action.key))
 
 
-def agreement(
-    space: Space, first: list[tuple[Action, float]], second: list[tuple[Action, float]]
-) -> tuple[int, int, float]:
+def _ranked(action: Action, rise: torch.Tensor, slope: torch.Tensor) -> Ranked:
+    return Ranked(action, float(rise), float(slope))
+
+
+def agreement(space: Space, first: list[Ranked], second: list[Ranked]) -> tuple[int, int, float]:
     """See :class:`Agreement`."""
     costs: list[dict[Any, float]] = [{}, {}]
     for ranked, cost in zip((first, second), costs, strict=True):
-        for action, rise in ranked:
+        for action, rise, _ in ranked:
             cost.setdefault(action.target, price(space, action, rise))
     units = sorted(costs[0].keys() & costs[1].keys())
     saves = min(s for s in (space.tie_saves, space.removal_saves) if s > 0)

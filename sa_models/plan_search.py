@@ -4,6 +4,11 @@ Both see a loss (state -> nats per token) and a ranking (the actions that seem c
 state, with what they seem to cost), and nothing else. Both are deterministic, and so go on from
 the cache of the losses as if they had never stopped.
 
+**Slopes.** On a little text a loss has a slope in every direction, of which a trained model has
+none over all text: it is what these few tokens happen to say. A search that follows it chooses what
+fits them. So the slope of every action, known from the estimate, is taken off what is measured;
+what is left is the curvature, which lasts (docs/search.md has the numbers).
+
 *Greedy.* In every round the cheapest-looking actions are measured, and the best of them are taken.
 What has been measured in an earlier round replaces the estimate; estimates are made anew every few
 rounds. *Evolutionary* (as in 2409.17372): states that meet the budget, of which the better halves
@@ -16,7 +21,7 @@ import math
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from .errors import PostshareError
 from .plan_actions import Action, Space, State, ordered
@@ -36,9 +41,20 @@ class StateLoss(Protocol):
         """A hint: the states asked for from now on contain this one."""
 
 
-Ranking = Callable[[State, int], list[tuple[Action, float]]]
-"""Called with a state and a number: so many allowed actions, cheapest first, each with the
-estimated rise of the loss from that state."""
+class Ranked(NamedTuple):
+    """An action as an estimate sees it.
+
+    ``rise`` is what the loss is expected to rise on text of this kind, ``slope`` what the
+    calibration text adds to that in a measurement, nats per token.
+    """
+
+    action: Action
+    rise: float
+    slope: float
+
+
+Ranking = Callable[[State, int], list[Ranked]]
+"""Called with a state and a number: so many allowed actions, cheapest first."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +74,8 @@ class Found:
         state: meets the budget.
         loss, base_loss: measured, with this state and with none.
         path: from nothing to the state; every loss is measured.
-        rises: the rise of the loss that an action of the state had where it was last measured, or
-            estimated where it never was.
+        rises: the rise of the loss, without the slope, that an action of the state had where it
+            was last measured, or estimated where it never was.
         measured: states that were asked for.
     """
 
@@ -135,6 +151,7 @@ def greedy(
     asked, last_rank = 1, -options.estimate_every
     complete = False
     known: dict[Action, float] = {}
+    slopes: dict[Action, float] = {}
     rises: dict[Action, float] = {}
     smallest = min(s for s in (space.tie_saves, space.removal_saves) if s > 0)
     per_round = options.per_round(math.ceil(space.needed / smallest))
@@ -145,18 +162,23 @@ def greedy(
         short = len(candidates) < count and not complete
         if len(path) >= last_rank + options.estimate_every or short:
             wanted = count * (1 + options.estimate_every)
-            ranked = dict(ranking(state, wanted))
+            ranked = ranking(state, wanted)
             complete = len(ranked) < wanted
-            known = ranked | {a: known[a] for a in rises if a in known}
+            known = {r.action: r.rise for r in ranked} | {a: known[a] for a in rises}
+            slopes = {r.action: r.slope for r in ranked} | slopes
             last_rank = len(path)
             candidates = _cheapest(space, state, known, count)
         if not candidates:
             raise PostshareError(NOTHING_LEFT)
         for action in candidates:
-            known[action] = rises[action] = loss(state | {action}) - current
+            rises[action] = loss(state | {action}) - current - slopes[action]
+            known[action] = rises[action]
         asked += len(candidates) + 1
         taken: list[Action] = []
-        for action in sorted(candidates, key=lambda a: (price(space, a, known[a]), a.key)):
+        # Of several at a time one may rule out another: then what was not measured follows.
+        by_price = sorted(known, key=lambda a: (price(space, a, known[a]), a.key))
+        rest = [] if per_round == 1 else [a for a in by_price if a not in candidates]
+        for action in [a for a in by_price if a in candidates] + rest:
             so_far = state | set(taken)
             if len(taken) == per_round or space.is_met(so_far):
                 break
@@ -167,7 +189,8 @@ def greedy(
         path.append(Step(tuple(taken), current, space.saved(state)))
         if progress is not None:
             progress(min(space.saved(state), space.needed), space.needed)
-    return Found(state, current, base, tuple(path), {a: rises[a] for a in state}, asked)
+    kept = {action: known[action] for action in state}
+    return Found(state, current, base, tuple(path), kept, asked)
 
 
 def _cheapest(space: Space, state: State, known: dict[Action, float], count: int) -> list[Action]:
@@ -208,14 +231,16 @@ def evolve(
     smallest = min(s for s in (space.tie_saves, space.removal_saves) if s > 0)
     size = math.ceil(space.needed / smallest)
     pool = ranking(empty, options.pool * size * SOURCES_PER_TARGET)
-    rises = dict(pool)
-    cheap = [a for a, _ in sorted(pool, key=lambda item: (price(space, *item), item[0].key))]
+    rises = {r.action: r.rise for r in pool}
+    slopes = {r.action: r.slope for r in pool}
+    cheap = sorted(rises, key=lambda a: (price(space, a, rises[a]), a.key))
     total = options.population * (1 + options.generations)
     losses: dict[State, float] = {}
+    """Without the slopes."""
 
     def measure(states: Iterable[State]) -> None:
         for state in states:
-            losses[state] = loss(state)
+            losses[state] = loss(state) - sum(slopes.get(a, 0.0) for a in ordered(state))
             if progress is not None:
                 progress(min(len(losses), total), total)
 
@@ -238,7 +263,7 @@ def evolve(
     if progress is not None:
         progress(total, total)
     kept = {a: rises.get(a, math.nan) for a in state}
-    return Found(state, losses[state], base, path, kept, 1 + len(losses) + len(path))
+    return Found(state, loss(state), base, path, kept, 1 + len(losses) + len(path))
 
 
 def _name(state: State) -> list[tuple]:
@@ -283,7 +308,7 @@ def _crossed(
 
 def _drawn(cheap: list[Action], draw: random.Random) -> list[Action]:
     """A random order, in which cheap actions tend to come first."""
-    places = {action: i * draw.random() for i, action in enumerate(cheap)}
+    places = {action: i * draw.random() for i, action in enumerate(cheap, start=1)}
     return sorted(cheap, key=lambda action: (places[action], action.key))
 
 

@@ -191,10 +191,9 @@ class _Sums:
                     at.entered = entered
                 *_, hidden = run_layers(self.model, hidden, entered)
                 logits = self.model.lm_head(self.model.model.norm(hidden))[0, :-1]
+                logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
                 targets = entered.targets[0]
-                F.cross_entropy(
-                    logits.float(), targets, ignore_index=IGNORED, reduction="sum"
-                ).backward()
+                F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum").backward()
         finally:
             for handle in handles:
                 handle.remove()

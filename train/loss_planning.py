@@ -1,4 +1,8 @@
-"""Choose the units to tie or remove by what it costs on calibration text: the first blocks."""
+"""Choose the units to tie or remove by what it costs on calibration text.
+
+The text is a few training blocks, spread evenly over all of them: a mixture, or a file that is in
+some order, is seen as a whole.
+"""
 
 from __future__ import annotations
 
@@ -68,13 +72,14 @@ class Searched:
 
 
 def calibration_batches(blocks: Blocks, count: int, size: int, device: Any) -> list[Batch]:
-    """The first ``count`` blocks (or as many as there are), ``size`` rows at a time."""
+    """``count`` blocks (or as many as there are) spread evenly, ``size`` rows at a time."""
     count = min(count, len(blocks))
+    chosen = [index * len(blocks) // count for index in range(count)]
     return [
         {
             name: tensor.to(device)
             for name, tensor in default_collate(
-                [blocks[i] for i in range(start, min(start + size, count))]
+                [blocks[index] for index in chosen[start : start + size]]
             ).items()
         }
         for start in range(0, count, size)

@@ -229,7 +229,7 @@ class PlanSection(Section):
     search: Literal["greedy", "evolutionary"] = "greedy"
     """How strategy loss looks for the plan."""
     calibration_blocks: Annotated[int, Field(ge=2)] = 8
-    """Training blocks on which strategies loss and gradient measure."""
+    """Training blocks, spread evenly, on which strategies loss and gradient measure."""
     budget: Budget | None = None
     """How much to tie or remove; needed by all strategies but file and none."""
     skip_layers: Annotated[
