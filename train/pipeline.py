@@ -344,7 +344,7 @@ def report(current: Run, blocks: Blocks) -> None:
     )
     if any(current.folder.glob("plan-*.png")):
         current.say(f"pictures  {current.folder / 'plan-*.png'}")
-    if recipe.plan.budget is not None:
+    if recipe.plan.budget is not None and recipe.plan.budget.ratio is not None:
         current.say(
             "next      the same with another budget: plan.budget.ratio=0.1 "
             "output_dir=<another folder>"

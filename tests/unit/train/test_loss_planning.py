@@ -194,10 +194,10 @@ def test_magnitude_and_gradient_remove_the_least(
             weight = getattr(base.model.layers[layer].self_attn, f"{p}_proj").weight
             part = weight[:, rows] if p == "o" else weight[rows]
             if name == "magnitude":
-                total += float(part.square().sum())
+                total += part.square().sum().item()
             else:
                 slope = weight.grad[:, rows] if p == "o" else weight.grad[rows]
-                total += float((part * slope).sum())
+                total += (part * slope).sum().item()
         return abs(total)
 
     units = [(layer, unit) for layer in range(1, LAYERS) for unit in range(HEADS)]
