@@ -83,7 +83,7 @@ build: $(STAMP)
 
 schema: docs/recipe.schema.json
 
-docs/recipe.schema.json: train/recipe.py train/sections.py train/distill_section.py train/structure_sections.py train/schema.py | $(STAMP)
+docs/recipe.schema.json: train/recipe.py train/*section*.py train/schema.py | $(STAMP)
 	$(BIN)/python -m train.schema > $@.tmp
 	mv $@.tmp $@
 

@@ -134,7 +134,7 @@ class MaterializedReader:
         return cast(weight, self._dtype, name)
 
     def _merged(self, group: Group, layer: int, projection: str) -> dict[int, torch.Tensor]:
-        """{unit of the layer: its rows (o: columns) of the projection}, of a group that is merged."""
+        """{unit of the layer: its rows (o: columns) of the projection}, of a merged group."""
         new = merge_group(
             group,
             self._merge,

@@ -11,14 +11,14 @@ from dataclasses import astuple, dataclass, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
-from sa_models import selection
 from sa_models.heads import PROJECTIONS, HeadLayout
 from sa_models.plan import SharingPlan
 from sa_models.savings import PlanSavings, llama_parameters
 from sa_models.span_search import best_spans, late_spans
 from sa_models.spans import AttentionSpan
+from train.budgets import amount
 from train.known_models import DTYPE_BYTES
-from train.planning import skipped_layers
+from train.planning import check_budget
 from train.structure_sections import check_structure, listed_structure
 
 if TYPE_CHECKING:
@@ -55,15 +55,16 @@ def expected_structure(recipe: Recipe, shape: LlamaShape) -> SharingPlan:
     return structure
 
 
-def requested_units(section: PlanSection, layout: HeadLayout, skipped: tuple[int, ...] = ()) -> int:
-    """Units that the budget asks for, before there are scores.
+def requested_units(section: PlanSection, shape: LlamaShape, structure: SharingPlan) -> int:
+    """Units that the budget asks for, before they are chosen; with action any, at most.
 
     Raises:
-        PostshareError: see :func:`sa_models.selection.units_to_tie`.
+        PostshareError: see :func:`train.planning.check_budget`.
     """
-    assert section.budget is not None
-    budget = selection.Budget(section.budget.ratio, section.budget.heads)
-    return selection.units_to_tie(budget, layout, (*section.skip_layers, *skipped))
+    check_budget(section, shape, structure)
+    asked = amount(section, shape, structure)
+    tied = section.action != "remove" and asked.tie_saves
+    return asked.units("tie" if tied else "remove")
 
 
 def plan_savings(
@@ -88,7 +89,7 @@ def plan_savings(
     if section.strategy == "none":
         return savings
     layout = structure.layout(shape)
-    count = requested_units(section, layout, skipped_layers(section, structure))
+    count = requested_units(section, shape, structure)
     heads = count * layout.heads_per_unit
     if section.action == "remove":
         return replace(

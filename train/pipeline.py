@@ -7,6 +7,7 @@ done by the main process, while the others wait for its outcome.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +31,15 @@ from train.base_model import load_base, load_dense, load_model
 from train.data import Blocks
 from train.files import write_json
 from train.loop import TrainJob, TrainResult, train
+from train.loss_planning import (
+    SEARCH_OUTPUTS,
+    choose_by_gradient,
+    save_search,
+    search_plan,
+    search_sentence,
+    search_table,
+    unstable,
+)
 from train.outcome import read_result
 from train.penalty_modes import unfinished
 from train.planning import (
@@ -89,14 +99,8 @@ def plan(recipe: Recipe) -> None:
     measures = recipe.spans is not None and recipe.spans.measures
     current = begin(recipe, needs_data=measures or recipe.plan.measures)
     make_plan(current)
-    for name in (
-        PLAN_FILE,
-        SPANS_FILE,
-        CHANCE_FILE,
-        SIMILARITY_PICTURE,
-        TIES_PICTURE,
-        ISOTROPY_PICTURE,
-    ):
+    pictures = (SIMILARITY_PICTURE, TIES_PICTURE, ISOTROPY_PICTURE)
+    for name in (PLAN_FILE, SPANS_FILE, CHANCE_FILE, *SEARCH_OUTPUTS, *pictures):
         if (current.folder / name).is_file():
             current.say(f"{current.folder / name}")
 
@@ -139,15 +143,23 @@ def make_plan(current: Run) -> None:
     if not current.shares:
         return
     section, base, spans = current.recipe.plan, base_of(current), current.recipe.spans
-    blocks = current.blocks[0] if spans is not None and spans.measures else None
-    text_blocks, device = current.blocks[0] if section.measures else None, current.ranks.device
+    spans_measure = spans is not None and spans.measures
+    blocks = current.blocks[0] if spans_measure or section.measures else None
 
     def work() -> None:
         file = current.folder / PLAN_FILE
         if not file.is_file():
-            structure = find_structure(current, base, blocks)
-            text = calibration_text(current.recipe, base, structure, text_blocks, device)
-            found, scores = find_ties(section, WeightsFolder(base), structure, text)
+            structure = find_structure(current, base, blocks if spans_measure else None)
+            scores = text = None
+            if section.searches:
+                assert blocks is not None
+                found = find_by_loss(current, base, structure, blocks)
+            else:
+                scored = blocks if section.scores_text else None
+                text = calibration_text(
+                    current.recipe, base, structure, scored, current.ranks.device
+                )
+                found, scores = find_ties(section, WeightsFolder(base), structure, text)
             draw_plan(found, scores, found.layout(current.config), section, current.folder)
             check_merge(found, current.recipe.materialize.merge)
             save_chances(section, base, found, text, current.folder)
@@ -169,6 +181,26 @@ def find_structure(current: Run, base: Path, blocks: Blocks | None) -> SharingPl
     save_found(found, current.folder)
     current.say("", spans_table(found))
     return replace(structure, spans=found.spans)
+
+
+def find_by_loss(current: Run, base: Path, structure: SharingPlan, blocks: Blocks) -> SharingPlan:
+    """The plan of strategies loss and gradient, which measure the base with its structure."""
+    recipe, config = current.recipe, current.config
+    model = convert(load_dense(base, recipe.model.attention), structure, leaders(current))
+    model.to(current.ranks.device)  # type: ignore[arg-type]  # transformers' decorator hides it
+    model.eval()
+    if recipe.plan.strategy == "gradient":
+        found = choose_by_gradient(recipe, model, blocks, structure, config)
+    else:
+        found, searched = search_plan(recipe, model, blocks, structure, config, current.folder)
+        layout, size = structure.layout(config), export_dtype(current).itemsize
+        parameters = structure.savings(config).stored_parameters
+        save_search(searched, recipe.plan, layout, parameters, size, current.folder)
+        current.say("", search_table(searched, layout), search_sentence(searched))
+        if (line := unstable(searched)) is not None:
+            print(f"warning: {line}", file=sys.stderr, flush=True)
+    found.validate(config)
+    return found
 
 
 def show_plan(current: Run) -> None:
@@ -338,7 +370,7 @@ def report(current: Run, blocks: Blocks) -> None:
     )
     if any(current.folder.glob("plan-*.png")):
         current.say(f"pictures  {current.folder / 'plan-*.png'}")
-    if recipe.plan.budget is not None:
+    if recipe.plan.budget is not None and recipe.plan.budget.ratio is not None:
         current.say(
             "next      the same with another budget: plan.budget.ratio=0.1 "
             "output_dir=<another folder>"

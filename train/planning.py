@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.table import Table
@@ -12,10 +12,13 @@ from rich.table import Table
 from sa_models import selection
 from sa_models.convert import converted
 from sa_models.heads import HeadLayout
+from sa_models.importance import least_important, unit_norms
 from sa_models.plan import SharingPlan
 from sa_models.similarity import best_matches, random_matches
 from sa_models.spans import ranges
 from sa_models.weights import WeightsFolder
+from train.budgets import search_space, unit_budget
+from train.choice_checks import MATCHED
 from train.scoring import CalibrationText, score_units
 from train.span_planning import check_spans_section
 from train.structure_sections import check_structure, listed_structure
@@ -47,8 +50,16 @@ def check_plan(recipe: Recipe, weights: WeightsFolder) -> None:
         check_spans_section(recipe.spans, config)
     if section.strategy != "none" and (recipe.spans is None or recipe.spans.spans is not None):
         # Of spans that are still to be found, nobody knows yet which units they leave.
-        skipped = skipped_layers(section, structure)
-        selection.units_to_tie(_budget(section), structure.layout(config), skipped)
+        check_budget(section, config, structure)
+
+
+def check_budget(section: PlanSection, config: Any, structure: SharingPlan) -> None:
+    """Raises PostshareError when the budget cannot be met; see :mod:`train.budgets`."""
+    skipped, layout = skipped_layers(section, structure), structure.layout(config)
+    if section.strategy in MATCHED:
+        selection.units_to_tie(unit_budget(section, config, structure), layout, skipped)
+    else:
+        search_space(section, config, structure)
 
 
 def skipped_layers(section: PlanSection, structure: SharingPlan) -> tuple[int, ...]:
@@ -75,7 +86,7 @@ def find_ties(
     Args:
         weights: of the base model; only its attention weights are read.
         structure: KV heads and spans, which become part of the plan.
-        text: needed where ``section.measures``.
+        text: needed where ``section.scores_text``.
 
     Raises:
         PostshareError: see :func:`check_plan` and :func:`~train.scoring.score_units`.
@@ -87,6 +98,13 @@ def find_ties(
         plan.validate(weights.config)
         return plan, None
     layout = structure.layout(weights.config)
+    if section.strategy == "magnitude":
+        space = search_space(section, weights.config, structure)
+        norms = unit_norms(converted(weights, structure), layout)
+        count = -(-space.needed // space.removal_saves)
+        plan = replace(structure, removed=least_important(norms, space.removable, count))
+        plan.validate(weights.config)
+        return plan, None
     followers, skipped = structure.leader_of(), skipped_layers(section, structure)
     scores = None
     if section.strategy == "random":
@@ -98,7 +116,7 @@ def find_ties(
     found = selection.make_plan(
         matches,
         layout,
-        _budget(section),
+        unit_budget(section, weights.config, structure),
         section.share,
         skipped,
         released=section.strategy == "released",
@@ -108,11 +126,6 @@ def find_ties(
     plan = replace(found, kv_heads=structure.kv_heads, spans=structure.spans)
     plan.validate(weights.config)
     return plan, scores
-
-
-def _budget(section: PlanSection) -> selection.Budget:
-    assert section.budget is not None
-    return selection.Budget(ratio=section.budget.ratio, heads=section.budget.heads)
 
 
 def draw_plan(
@@ -193,9 +206,10 @@ def plan_table(plan: SharingPlan, config: LlamaConfig, requested: float, size: i
 def requested_ratio(section: PlanSection, plan: SharingPlan, layout: HeadLayout) -> float:
     """The share of heads that the recipe asks for (of a plan file: those that it names)."""
     units = layout.layers * layout.units
-    if section.budget is None:  # a plan file, or no units at all
-        return (len({tie.target for tie in plan.ties}) + len(plan.removed)) / units
-    if section.budget.ratio is not None:
-        return section.budget.ratio
-    assert section.budget.heads is not None
-    return section.budget.heads / (layout.layers * layout.heads)
+    budget = section.budget
+    if budget is not None and budget.ratio is not None:
+        return budget.ratio
+    if budget is not None and budget.heads is not None:
+        return budget.heads / (layout.layers * layout.heads)
+    # A plan file, a budget that asks for no number of heads, or no ties at all.
+    return len({*(tie.target for tie in plan.ties), *plan.removed}) / units

@@ -16,8 +16,8 @@ from pydantic import Field, ValidationError, model_validator
 from sa_models.errors import PostshareError
 from train.distill_section import DistillSection, check_distill
 from train.penalty_modes import disagreement
+from train.plan_section import Budget, PlanSection
 from train.sections import (
-    Budget,
     DataSection,
     DataSource,
     EvaluateSection,
@@ -26,7 +26,6 @@ from train.sections import (
     ModelSection,
     Name,
     PenaltySection,
-    PlanSection,
     Section,
     TrainSection,
     WandbSection,

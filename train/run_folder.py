@@ -22,6 +22,7 @@ from train.base_model import base_folder, fresh_config
 from train.data import Blocks, prepare_data
 from train.identity import refuse_other_run
 from train.launched import launched_fsdp
+from train.loss_planning import SEARCH_OUTPUTS
 from train.outcome import FREE_TRAIN
 from train.planning import SIMILARITY_PICTURE, TIES_PICTURE, check_plan
 from train.recipe import Recipe, load_recipe
@@ -76,10 +77,11 @@ class Run:
     @cached_property
     def blocks(self) -> tuple[Blocks, Blocks]:
         """Training and validation blocks."""
-        steps, spans = self.recipe.train.steps, self.recipe.spans
+        steps, spans, plan = self.recipe.train.steps, self.recipe.spans, self.recipe.plan
         measured = spans.calibration_blocks if spans is not None and spans.measures else 1
-        if self.recipe.plan.measures:
-            measured = max(measured, self.recipe.plan.calibration_blocks)
+        measured = max(measured, plan.calibration_blocks if plan.measures else 1)
+        if steps is not None:  # *continued* takes those of healing as well
+            steps += self.recipe.materialize.heal_steps
         needed = None if steps is None else max(measured, steps * self.recipe.train.batch_size)
         tokenizer, vocab_size = self.tokenizer, self.config.vocab_size  # see `on_main`
         blocks = self.main_first(
@@ -202,8 +204,8 @@ def claim(current: Run) -> None:
     """Write the resolved recipe. A plan of another recipe, never trained with, is dropped."""
     folder, file = current.folder, current.folder / RECIPE_FILE
     if file.is_file() and run_identity(load_recipe(file)) != run_identity(current.recipe):
-        pictures = SIMILARITY_PICTURE, TIES_PICTURE, ISOTROPY_PICTURE
-        for stale in (PLAN_FILE, SPANS_FILE, CHANCE_FILE, *pictures):
+        pictures = (SIMILARITY_PICTURE, TIES_PICTURE, ISOTROPY_PICTURE)
+        for stale in (PLAN_FILE, SPANS_FILE, CHANCE_FILE, *SEARCH_OUTPUTS, *pictures):
             (folder / stale).unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     current.recipe.save(file)

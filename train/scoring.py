@@ -60,7 +60,7 @@ def score_units(
 
     Args:
         reader: the base's weights with the plan's KV heads.
-        text: needed where ``section.measures``.
+        text: needed where ``section.scores_text``.
 
     Returns:
         float64 (layers * units, layers * units), row: target, column: source.
@@ -193,7 +193,7 @@ def chance_line(section: PlanSection, folder: Path) -> str:
     file = folder / CHANCE_FILE
     if file.is_file():
         return str(json.loads(file.read_text(encoding="utf-8"))["line"])
-    if section.measures:
+    if section.scores_text:
         return f"chance: score {section.score} needs {MIN_BLOCKS} calibration blocks for p-values"
     return "chance: not measured, this plan was found by an earlier version"
 

@@ -134,11 +134,19 @@ def test_units_asked_for_are_those_that_selection_ties(
     layout = HeadLayout(layers, 4 * units, 4 * units, units, 1)
     expected = selection.Budget(ratio=ratio).units(layout)
     section = PlanSection.model_validate({"budget": {"ratio": ratio}})
+    shape = LlamaShape(
+        num_hidden_layers=layers,
+        hidden_size=4 * units,
+        num_attention_heads=4 * units,
+        num_key_value_heads=units,
+        head_dim=1,
+    )
+    assert HeadLayout.from_config(shape) == layout
     if expected:
-        assert estimate.requested_units(section, layout) == expected
+        assert estimate.requested_units(section, shape, SharingPlan()) == expected
     else:
         with pytest.raises(PostshareError, match="asks for 0 of"):
-            estimate.requested_units(section, layout)
+            estimate.requested_units(section, shape, SharingPlan())
 
 
 @pytest.mark.parametrize(

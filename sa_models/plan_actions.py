@@ -1,0 +1,196 @@
+"""What a search may do to units: tie one to a source, or remove it; and what that saves.
+
+A state is a set of actions on different units. Sources are units that are themselves not changed,
+so that a state is a valid plan without any chain to resolve.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from .heads import PROJECTIONS, HeadLayout
+from .plan import HeadTie, SharingPlan
+from .ties import Unit
+
+KINDS = ("tie", "remove")
+
+
+@dataclass(frozen=True)
+class Action:
+    """One unit is tied to ``source`` for the named projections, or removed (no source)."""
+
+    target: Unit
+    source: Unit | None = None
+    projections: tuple[str, ...] = ()
+
+    @property
+    def kind(self) -> str:
+        return "remove" if self.source is None else "tie"
+
+    @property
+    def key(self) -> tuple[Unit, Unit, tuple[str, ...]]:
+        """Sorts actions, removals first."""
+        return (self.target, self.source or (-1, -1), self.projections)
+
+    def __str__(self) -> str:
+        if self.source is None:
+            return f"remove {list(self.target)}"
+        return str(HeadTie(self.target, self.source, self.projections))
+
+    def to_list(self) -> list[Any]:
+        source = None if self.source is None else list(self.source)
+        return [list(self.target), source, "".join(self.projections)]
+
+    @classmethod
+    def from_list(cls, value: list[Any]) -> Action:
+        target, source, projections = value
+        return cls(
+            (target[0], target[1]),
+            None if source is None else (source[0], source[1]),
+            tuple(projections),
+        )
+
+
+State = frozenset[Action]
+
+
+def ordered(state: Iterable[Action]) -> list[Action]:
+    """The actions in their canonical order."""
+    return sorted(state, key=lambda action: action.key)
+
+
+def as_plan(state: Iterable[Action]) -> SharingPlan:
+    """The plan of a state."""
+    actions = ordered(state)
+    return SharingPlan(
+        ties=tuple(
+            HeadTie(a.target, a.source, a.projections) for a in actions if a.source is not None
+        ),
+        removed=tuple(a.target for a in actions if a.source is None),
+    )
+
+
+@dataclass(frozen=True)
+class Space:
+    """The actions that a search chooses from, and how much they have to save.
+
+    Attributes:
+        targets: units that may be tied.
+        removable: units that may be removed; every layer keeps at least one unit.
+        sources: units that may be sources, of targets in later layers.
+        share: the projections of a tie.
+        tie_saves, removal_saves: what an action saves, in whatever the budget counts.
+        needed: what a state has to save at least.
+    """
+
+    layout: HeadLayout
+    targets: tuple[Unit, ...]
+    removable: tuple[Unit, ...]
+    sources: frozenset[Unit]
+    share: tuple[str, ...]
+    tie_saves: int
+    removal_saves: int
+    needed: int
+    _most: dict[State, int] = field(default_factory=dict, compare=False, repr=False)
+
+    def saves(self, action: Action) -> int:
+        return self.tie_saves if action.kind == "tie" else self.removal_saves
+
+    def saved(self, state: Iterable[Action]) -> int:
+        return sum(map(self.saves, state))
+
+    def is_met(self, state: Iterable[Action]) -> bool:
+        return self.saved(state) >= self.needed
+
+    def most(self, state: State = frozenset()) -> int:
+        """The most that can be saved, going on from a state."""
+        if state not in self._most:
+            self._most[state] = self._count_most(state)
+        return self._most[state]
+
+    def _count_most(self, state: State) -> int:
+        fixed = {a.target for a in state} | {a.source for a in state if a.source}
+        removed = Counter(a.target[0] for a in state if a.source is None)
+        tied, gone = set(self.targets), set(self.removable)
+        total = self.saved(state)
+        for layer in {unit[0] for unit in tied | gone}:
+            here = [unit for unit in tied | gone if unit[0] == layer and unit not in fixed]
+            room = self.layout.units - 1 - removed[layer]
+            removals = min(room, sum(unit in gone for unit in here))
+            ties = sum(unit in tied for unit in here)
+            # No removal saves less than a tie: as many removals as there may be, ties otherwise.
+            total += removals * self.removal_saves
+            total += min(ties, len(here) - removals) * self.tie_saves
+        return total
+
+    def allows(self, state: State, action: Action) -> bool:
+        """Whether a state with this action is valid, and can still meet the budget."""
+        changed = {a.target for a in state}
+        read = {a.source for a in state}
+        if action.target in changed or action.target in read:
+            return False
+        if action.source is None:
+            gone = sum(a.source is None and a.target[0] == action.target[0] for a in state)
+            if action.target not in self.removable or gone + 1 >= self.layout.units:
+                return False
+        elif (
+            action.source in changed
+            or action.target not in self.targets
+            or action.source not in self.sources
+            or action.source[0] >= action.target[0]
+        ):
+            return False
+        # It takes no more than two units, its target and its source, away from what can be saved.
+        if self.most(state) - 2 * max(self.tie_saves, self.removal_saves) >= self.needed:
+            return True
+        return self.most(state | {action}) >= self.needed
+
+    def actions(self) -> Iterator[Action]:
+        """Every action, in canonical order of targets."""
+        for unit in sorted({*self.targets, *self.removable}):
+            if unit in self.removable:
+                yield Action(unit)
+            if unit in self.targets:
+                for source in sorted(self.sources):
+                    if source[0] < unit[0]:
+                        yield Action(unit, source, self.share)
+
+
+def make_space(
+    layout: HeadLayout,
+    kinds: Iterable[str],
+    share: Iterable[str],
+    targets: Iterable[Unit],
+    removable: Iterable[Unit],
+    without: Iterable[int],
+    unit_saves: tuple[int, int],
+    needed: int,
+) -> Space:
+    """A space of the kinds of actions that are asked for.
+
+    Args:
+        kinds: tie, remove, or both.
+        targets, removable: units that may be tied, and removed.
+        without: layers whose units are no sources.
+        unit_saves: what a tie and a removal save.
+        needed: more than :meth:`Space.most` can never be met.
+    """
+    share, kinds, left_out = tuple(p for p in PROJECTIONS if p in set(share)), {*kinds}, {*without}
+    return Space(
+        layout=layout,
+        targets=tuple(sorted(targets)) if "tie" in kinds and unit_saves[0] else (),
+        removable=tuple(sorted(removable)) if "remove" in kinds and unit_saves[1] else (),
+        sources=frozenset(
+            (layer, unit)
+            for layer in range(layout.layers)
+            if layer not in left_out
+            for unit in range(layout.units)
+        ),
+        share=share,
+        tie_saves=unit_saves[0],
+        removal_saves=unit_saves[1],
+        needed=needed,
+    )
