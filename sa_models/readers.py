@@ -2,10 +2,9 @@
 
 :class:`MaterializedReader` is a dense folder with a plan written into it; :class:`ExpandedFolder`
 is a compact folder with its shared units put back everywhere they are used, and zeros where units
-were removed. Both read like a
-:class:`~sa_models.weights.WeightsFolder`, hold one tensor at a time, and know nothing of modules:
-the arithmetic of where a unit lies is written here a second time, so that comparing the two
-verifies an export.
+were removed. Both read like a :class:`~sa_models.weights.WeightsFolder`, hold one tensor at a time,
+and know nothing of modules: the arithmetic of where a unit lies is written here a second time, so
+that comparing the two verifies an export.
 """
 
 from __future__ import annotations
