@@ -73,6 +73,7 @@ class Recipe(Section):
     penalty: PenaltySection = PenaltySection()
     train: TrainSection
     distill: DistillSection | None = None
+    """Learning from a frozen teacher, the unshared model, in every training of the run."""
     materialize: MaterializeSection = MaterializeSection()
     export: ExportSection = ExportSection()
     evaluate: EvaluateSection = EvaluateSection()
