@@ -39,8 +39,7 @@ def check_choice(section: PlanSection) -> None:
         ignored.append("fold_norm")
     for name in ignored:
         if _is_set(section, name):
-            what = f"score {section.score}" if section.scores else f"strategy {strategy}"
-            raise ValueError(f"{what} ignores {name}; remove plan.{name}")
+            raise ValueError(f"strategy {strategy} ignores {name}; remove plan.{name}")
     if section.fold_norm and section.scores_text:
         raise ValueError(
             f"score {section.score} is measured on text, where the norm has its gain; remove "
