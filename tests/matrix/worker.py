@@ -59,7 +59,12 @@ def check_shards(engine: Engine) -> None:
 
 
 def check_resume(setting: Setting, final: dict[str, torch.Tensor]) -> None:
-    """Stop after a step, continue in another engine: the weights are the same bits."""
+    """Stop after a step, continue in another engine: the weights are the same bits.
+
+    Under DDP with more than two ranks to rounding: torch puts gradients into other buckets after
+    the first step of a start, and a ring adds the ranks up in an order that depends on the place in
+    a bucket. (Of two ranks there is one order; without the new buckets it is bitwise for four too.)
+    """
     first = prepared(setting)
     train(first, setting, last=1)
     state: State = {
@@ -72,8 +77,10 @@ def check_resume(setting: Setting, final: dict[str, torch.Tensor]) -> None:
         shard.restore(*state[name])
     second.restored()
     train(second, setting, first=1)
+    bound = 1e-6 if second.backend == "plain" and second.world > 2 else 0.0
     for name, weight in second.full_weights():
-        assert torch.equal(weight, final[name]), f"{name} differs after resuming"
+        difference = float((weight - final[name]).norm() / final[name].norm())
+        assert difference <= bound, f"{name} differs by {difference:.1e} after resuming"
     second.close()
 
 
