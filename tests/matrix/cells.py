@@ -67,15 +67,16 @@ _GRID = (
     ("ties x4 clipped", "spans x1 free", "both x1 clipped"),
     ("ties x1 free", "spans x4 clipped", "both x4 free"),
 )
+_MOVED = ("decoupled x1 clipped", "bf16 decoupled")
 SUBSET: dict[tuple[str, int], tuple[str, ...]] = {
     ("ddp", 2): (*_GRID[0], "heal x1 clipped", "decoupled x4 free"),
     ("zero0", 2): (*_GRID[1], "bf16 ties x1"),
-    ("zero1", 2): (*_GRID[0], "bf16 penalty", "heal x4 free", "bf16 decoupled"),
+    ("zero1", 2): (*_GRID[0], "bf16 penalty", "heal x4 free", *_MOVED),
     ("zero2", 2): (*_GRID[1], "bf16 penalty", "progressive x4 clipped"),
-    ("zero3", 3): (*_GRID[0], "bf16 penalty", "frozen", "heal recomputed", "bf16 decoupled"),
+    ("zero3", 3): (*_GRID[0], "bf16 penalty", "frozen", "heal recomputed", _MOVED[0]),
     ("zero3-offload-optimizer", 2): _GRID[1],
     ("zero3-offload", 2): (*_GRID[0], "bf16 both x4", "heal spans"),
-    ("fsdp2", 2): (*_GRID[1], "bf16 penalty", "heal x1 clipped", "decoupled x1 clipped"),
+    ("fsdp2", 2): (*_GRID[1], "bf16 penalty", "heal x1 clipped", "progressive x1 free"),
 }
 RESUMED = (
     "ties x4 clipped",
