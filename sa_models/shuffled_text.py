@@ -2,8 +2,8 @@
 
 Both scores are means over blocks of text, or come from sums over them. With every block of the
 target set against another block of the source, at the same positions, what position alone makes
-alike stays, and what the text makes alike is gone. Under document masks
-the borders of documents are part of the text. Blocks must have equal lengths.
+alike stays, and what the text makes alike is gone. Under document masks the
+borders of documents are part of the text. Blocks must have equal lengths.
 """
 
 from __future__ import annotations
