@@ -97,7 +97,7 @@ class GreedyOptions:
         estimate_every: rounds between new estimates.
     """
 
-    shortlist: int = 16
+    shortlist: int = 8
     rounds: int = 32
     estimate_every: int = 6
 
