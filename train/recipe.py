@@ -155,7 +155,7 @@ class Recipe(Section):
         """Whether post-training pulls units together at all."""
         return (
             self.plan.strategy != "none"
-            and self.plan.action == "tie"
+            and self.plan.action != "remove"
             and self.train.steps != 0
             and self.penalty.loss_weights[1] > 0
             and self.penalty.coefficient > 0
