@@ -39,7 +39,7 @@ demo: $(STAMP)
 
 # Two workers: one for the tests that launch processes, one for the others (tests/conftest.py).
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder $(PYTEST_ARGS)
 
 test-matrix: $(STAMP)
 	$(BIN)/python -m pytest tests/matrix -m '' -p no:cacheprovider $(PYTEST_ARGS)

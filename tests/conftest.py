@@ -3,9 +3,11 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from xdist.scheduler import LoadScopeScheduling
 
 # Threads that wait for each other between tiny operations take longer than the operations.
 torch.set_num_threads(1)
@@ -22,16 +24,27 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed", type=int, default=0, help="of their moments and ranks")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Group tests for `-n 2 --dist loadgroup`.
+LAUNCHING = ("tests/distributed/", "tests/faults/")
 
-    Launches come first and run one after the other, as each takes all cores it can get; meanwhile
-    the other worker takes the other files, whole, because their tests share fixtures.
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What starts processes comes first: on two workers it takes one of them from start to end."""
+    items.sort(key=lambda item: not item.nodeid.startswith(LAUNCHING))
+
+
+class OneLauncher(LoadScopeScheduling):
+    """Launches run one after the other, on one worker, as each takes all cores that it can get.
+
+    The other worker takes the other files, whole, because their tests share fixtures.
     """
-    items.sort(key=lambda item: item.get_closest_marker("distributed") is None)
-    for item in items:
-        launches = item.get_closest_marker("distributed") is not None
-        item.add_marker(pytest.mark.xdist_group("launches" if launches else str(item.path)))
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "launches" if nodeid.startswith(LAUNCHING) else nodeid.split("::", 1)[0]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> OneLauncher:
+    return OneLauncher(config, log)
 
 
 @pytest.fixture(scope="session")

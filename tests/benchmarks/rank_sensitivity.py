@@ -1,6 +1,6 @@
 """Estimated against measured rise of the loss: rank correlation over single units and ties.
 
-    python tests/benchmarks/bench_sensitivity.py MODEL TEXT.jsonl [--blocks 8] [--pairs 250]
+    python tests/benchmarks/rank_sensitivity.py MODEL TEXT.jsonl [--blocks 8] [--pairs 250]
 
 Every removal is measured, and of the ties a seeded sample. Compared are the estimates of
 ``sa_models.sensitivity`` (first order; with the Fisher term by token), and for ties what gradients
