@@ -53,7 +53,9 @@ CELLS |= {
         checkpointing=True,
         distill=(("top_k", 7), ("hidden_weight", 0.3), ("attention_weight", 0.2)),
     ),
-    "distill heal": Setting(model="owned", heal=True, accumulation=4, distill=(("weight", 1.0),)),
+    "distill heal": Setting(
+        model="owned", heal=True, accumulation=4, clip_norm=0.2, distill=(("weight", 1.0),)
+    ),
     "bf16 distill": Setting(precision="bf16", distill=(("precision", "bf16"), ("top_k", 7))),
 }
 # Units that are moved after the step: some of them equal after three, all of them after two.
