@@ -161,7 +161,7 @@ def _changed_heads(heads: dict[str, Any]) -> tuple[str, str]:
         return "heads tied", f"{tied}/{total}"
     if not tied:
         return "heads removed", f"{removed}/{total}"
-    return "heads tied + removed", f"{tied} + {removed}/{total}"
+    return "tied + removed", f"{tied} + {removed}/{total}"
 
 
 def _bytes(size: dict[str, int | None], name: str) -> str:
