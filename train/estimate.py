@@ -282,7 +282,7 @@ def disk_space(recipe: Recipe, shape: LlamaShape) -> Disk:
     if "compact" in recipe.export.formats or not structure.has_stock_form:
         exports += savings.stored_parameters * element
     if "dense" in recipe.export.formats and structure.has_stock_form:
-        exports += (savings.stored_parameters + savings.tied_parameters) * element
+        exports += savings.dense_parameters * element
     own = (train.steps != 0) + (recipe.materialize.heal_steps > 0)
     trainings = own + (own > 0 and recipe.evaluate.continued and recipe.shares)
     checkpoint = checkpoint_bytes(shape, train) if trainings else 0
@@ -299,7 +299,7 @@ def cached_bytes(recipe: Recipe) -> int:
     section = recipe.distill
     if section is None or not section.cache or section.top_k is None:
         return 0
-    steps = max(recipe.train.steps or 0, recipe.materialize.heal_steps)
+    steps = (recipe.train.steps or 0) + recipe.materialize.heal_steps  # those of *continued*
     samples = steps * recipe.train.batch_size
     return samples * recipe.data.sequence_length * (8 * section.top_k + 4)
 

@@ -464,3 +464,6 @@ def test_the_estimate_counts_the_teacher() -> None:
     assert teacher(2, None) == teacher(2, DistillSection(top_k=8, cache=True)) == 0
     # 2 steps of 2 sequences of 16 tokens, 8 x 8 + 4 bytes each.
     assert cached_bytes(section({"top_k": 8, "cache": True})) == 64 * 68
+    # The control takes the steps of healing as well: 5.
+    healed = section({"top_k": 8, "cache": True}, materialize={"heal_steps": 3})
+    assert cached_bytes(healed) == 5 * 32 * 68

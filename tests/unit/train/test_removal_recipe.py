@@ -16,12 +16,13 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from sa_models import AttentionSpan, HeadTie, PostshareError, SharingPlan
 from sa_models.heads import HeadLayout
 from sa_models.readers import open_weights
+from sa_models.savings import llama_parameters
 from sa_models.weights import WeightsFolder
 from tests.unit.train import tiny
 from train.base_model import load_dense
 from train.dry_run import print_dry_run
 from train.engine import start
-from train.estimate import plan_savings
+from train.estimate import disk_space, plan_savings
 from train.known_models import LlamaShape, find_shape
 from train.pictures import save_ties
 from train.pipeline import run
@@ -131,6 +132,18 @@ def test_the_removed_units_are_the_targets_of_the_ties(
             assert {layer for layer, _ in removed} <= {1, 4}
         else:
             assert set(removed) == {tie.target for tie in found["tie"].ties}
+
+
+def test_disk_space_holds_the_zeros_of_the_dense_form() -> None:
+    shape = LlamaShape()  # a Llama-2-7B
+    sizes = {}
+    for formats in (["compact"], ["dense"], ["compact", "dense"]):
+        made = recipe(Path("x"), "x", "x", export={"formats": formats, "dtype": "bfloat16"})
+        sizes[tuple(formats)] = disk_space(made, shape).exports
+    removed = 307 * 4 * 128 * 4096  # floor(0.3 * 1,024) heads, in q, k, v and o
+    assert sizes["dense",] == 2 * llama_parameters(shape)
+    assert sizes["compact",] == sizes["dense",] - 2 * removed
+    assert sizes["compact", "dense"] == sizes["compact",] + sizes["dense",]
 
 
 def test_a_budget_that_empties_a_layer_is_refused(tmp_path: Path) -> None:
