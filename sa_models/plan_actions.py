@@ -6,6 +6,7 @@ so that a state is a valid plan without any chain to resolve.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -104,6 +105,12 @@ class Space:
 
     def is_met(self, state: Iterable[Action]) -> bool:
         return self.saved(state) >= self.needed
+
+    @property
+    def largest(self) -> int:
+        """Actions of a state that meets the budget, at most."""
+        smallest = min(saved for saved in (self.tie_saves, self.removal_saves) if saved > 0)
+        return math.ceil(self.needed / smallest)
 
     def most(self, state: State = frozenset()) -> int:
         """The most that can be saved, going on from a state."""

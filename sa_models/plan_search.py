@@ -153,8 +153,7 @@ def greedy(
     known: dict[Action, float] = {}
     slopes: dict[Action, float] = {}
     rises: dict[Action, float] = {}
-    smallest = min(s for s in (space.tie_saves, space.removal_saves) if s > 0)
-    per_round = options.per_round(math.ceil(space.needed / smallest))
+    per_round = options.per_round(space.largest)
     count = options.measured(per_round)
     while not space.is_met(state):
         loss.rebase(state)
@@ -228,9 +227,7 @@ def evolve(
     draw = random.Random(options.seed)
     empty: State = frozenset()
     base = loss(empty)
-    smallest = min(s for s in (space.tie_saves, space.removal_saves) if s > 0)
-    size = math.ceil(space.needed / smallest)
-    pool = ranking(empty, options.pool * size * SOURCES_PER_TARGET)
+    pool = ranking(empty, options.pool * space.largest * SOURCES_PER_TARGET)
     rises = {r.action: r.rise for r in pool}
     slopes = {r.action: r.slope for r in pool}
     cheap = sorted(rises, key=lambda a: (price(space, a, rises[a]), a.key))

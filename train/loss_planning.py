@@ -131,14 +131,13 @@ def search_plan(
     folder.mkdir(parents=True, exist_ok=True)
     measured = MeasuredLoss(model, batches, folder / SEARCH_CACHE)
     ranking = EstimatedRanking(space, measured, structure.leader_of())
-    most = math.ceil(space.needed / min(s for s in (space.tie_saves, space.removal_saves) if s))
     with bar(f"searching ({section.search})") as advance:
         if section.search == "greedy":
-            bound = greedy_passes(most)
+            bound = greedy_passes(space.largest)
             found = greedy(space, measured, ranking, progress=advance)
         else:
             options = EvolutionOptions(seed=section.seed)
-            bound = evolution_passes(most, options)
+            bound = evolution_passes(space.largest, options)
             found = evolve(space, measured, ranking, options, advance)
     measured.restore()
     plan = replace(as_plan(found.state), kv_heads=structure.kv_heads, spans=structure.spans)
