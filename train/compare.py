@@ -17,7 +17,7 @@ from sa_models.weights import WeightsFolder
 from train import comparison, pipeline
 from train import engine as engines
 from train.comparison import Entry
-from train.controls import CONTROLS, RECIPE, Target, check, variant
+from train.controls import CONTROLS, RECIPE, Target, changed, check, variant
 from train.evaluate import BlockLosses
 from train.files import write_json
 from train.planning import check_plan
@@ -78,10 +78,7 @@ def _asked(names: Sequence[str] | None) -> list[str]:
 
 def _first(recipe: Recipe, folder: Path) -> Run:
     """The recipe's first run, with its plan: what it saves is what the controls may save."""
-    nothing = Target(plan=None, config=None, steps=0)  # type: ignore[arg-type]  # as given
-    made = variant(CONTROLS[RECIPE], recipe, nothing, 0, str(folder / RECIPE / "seed-0"))
-    assert made is not None
-    current = begin(made)
+    current = begin(changed(recipe, RECIPE, {}, 0, str(folder / RECIPE / "seed-0")))
     pipeline.make_plan(current)
     return current
 
@@ -89,9 +86,8 @@ def _first(recipe: Recipe, folder: Path) -> Run:
 def _plan_runs(
     recipe: Recipe, first: Run, folder: Path, seeds: int, asked: Sequence[str]
 ) -> list[Planned]:
-    assert recipe.train.steps is not None
-    steps = recipe.train.steps + recipe.materialize.heal_steps
-    target = Target(first.plan, first.config, steps)
+    assert recipe.steps is not None
+    target = Target(first.plan, first.config, recipe.steps)
     runs = []
     for name in asked:
         for seed in range(seeds):

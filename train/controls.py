@@ -158,8 +158,11 @@ def variant(
         PostshareError: the changed recipe is not a valid one.
     """
     changes = control.changes(recipe, target, seed)
-    if changes is None:
-        return None
+    return None if changes is None else changed(recipe, control.name, changes, seed, folder)
+
+
+def changed(recipe: Recipe, name: str, changes: dict[str, Any], seed: int, folder: str) -> Recipe:
+    """The recipe with other sections, as the run of a control; see :attr:`Control.changes`."""
     value = recipe.model_dump(mode="json", exclude_unset=True)
     for section, change in changes.items():
         if change is None:
@@ -168,10 +171,9 @@ def variant(
             value[section] = value.get(section, {}) | change
         else:
             value[section] = change
-    value |= {"name": f"{recipe.name}-{control.name}", "seed": recipe.seed + seed}
-    value["output_dir"] = folder
-    value.setdefault("evaluate", {})["continued"] = control.name == RECIPE
-    return validate(value, origin=f"compare: {control.name}")
+    value |= {"name": f"{recipe.name}-{name}", "seed": recipe.seed + seed, "output_dir": folder}
+    value.setdefault("evaluate", {})["continued"] = name == RECIPE
+    return validate(value, origin=f"compare: {name}")
 
 
 def check(recipe: Recipe) -> None:
@@ -182,12 +184,12 @@ def check(recipe: Recipe) -> None:
     """
     if not recipe.shares:
         raise PostshareError("compare: the recipe shares nothing; set plan, spans or heads")
-    if recipe.train.steps is None:
+    if recipe.steps is None:
         raise PostshareError(
             "compare: all controls take the same steps, and train.epochs does not say how many; "
             "set train.steps (and train.epochs=null)"
         )
-    if recipe.train.steps + recipe.materialize.heal_steps == 0:
+    if recipe.steps == 0:
         raise PostshareError(
             "compare: nothing is trained, there are no equal tokens to compare at; set train.steps "
             "or materialize.heal_steps"

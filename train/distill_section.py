@@ -55,7 +55,7 @@ def check_distill(recipe: Recipe) -> None:
     section = recipe.distill
     if section is None:
         return
-    if recipe.train.steps == 0 and recipe.materialize.heal_steps == 0:
+    if recipe.steps == 0:
         raise ValueError("distill: nothing is trained (train.steps is 0); remove distill")
     if recipe.model.config is not None and section.teacher is None:
         raise ValueError(

@@ -299,8 +299,7 @@ def cached_bytes(recipe: Recipe) -> int:
     section = recipe.distill
     if section is None or not section.cache or section.top_k is None:
         return 0
-    steps = (recipe.train.steps or 0) + recipe.materialize.heal_steps  # those of *continued*
-    samples = steps * recipe.train.batch_size
+    samples = (recipe.steps or 0) * recipe.train.batch_size
     return samples * recipe.data.sequence_length * (8 * section.top_k + 4)
 
 

@@ -146,6 +146,15 @@ class Recipe(Section):
         return self.spans is not None or self.heads.kv_heads is not None
 
     @property
+    def steps(self) -> int | None:
+        """Optimizer steps of the model, healing included; None where only the data tells (epochs).
+
+        *continued* takes as many.
+        """
+        steps = self.train.steps
+        return None if steps is None else steps + self.materialize.heal_steps
+
+    @property
     def shares(self) -> bool:
         """Whether anything is shared at all: ties, removed units, spans or KV heads."""
         return self.plan.strategy != "none" or self.changes_structure

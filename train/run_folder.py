@@ -77,11 +77,9 @@ class Run:
     @cached_property
     def blocks(self) -> tuple[Blocks, Blocks]:
         """Training and validation blocks."""
-        steps, spans, plan = self.recipe.train.steps, self.recipe.spans, self.recipe.plan
+        steps, spans, plan = self.recipe.steps, self.recipe.spans, self.recipe.plan
         measured = spans.calibration_blocks if spans is not None and spans.measures else 1
         measured = max(measured, plan.calibration_blocks if plan.measures else 1)
-        if steps is not None:  # *continued* takes those of healing as well
-            steps += self.recipe.materialize.heal_steps
         needed = None if steps is None else max(measured, steps * self.recipe.train.batch_size)
         tokenizer, vocab_size = self.tokenizer, self.config.vocab_size  # see `on_main`
         blocks = self.main_first(
