@@ -12,17 +12,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from transformers.masking_utils import create_causal_mask
 
 from .errors import PostshareError
 from .modeling import SharedLlamaModel
+from .token_losses import IGNORED, row_losses
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
-
-IGNORED = -100
-"""Label of a token that is not predicted."""
 
 Batch = Mapping[str, torch.Tensor]
 """``input_ids`` int64 (rows, length); perhaps ``labels`` (-100: not predicted; by default every
@@ -101,12 +98,7 @@ def run_layers(
 
 def summed_loss(model: LlamaForCausalLM, hidden: torch.Tensor, targets: torch.Tensor) -> float:
     """Sum of the nats of all predicted tokens, from what leaves the last layer."""
-    logits = model.lm_head(model.model.norm(hidden))[:, :-1]
-    total = 0.0
-    for row, target in zip(logits, targets, strict=True):  # one fp32 copy of a row at a time
-        nll = F.cross_entropy(row.float(), target, ignore_index=IGNORED, reduction="none")
-        total += nll.double().sum().item()
-    return total
+    return sum(row_losses(model.lm_head(model.model.norm(hidden))[:, :-1], targets))
 
 
 class Restart:

@@ -34,8 +34,9 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from .errors import PostshareError
 from .heads import PROJECTIONS, HeadLayout, unit_view
-from .restart import IGNORED, Batch, Entered, enter, run_layers
+from .restart import Batch, Entered, enter, run_layers
 from .similarity import Progress
+from .token_losses import IGNORED
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM

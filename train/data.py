@@ -38,8 +38,9 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset, Sampler
 
 from sa_models.errors import PostshareError
+from sa_models.token_losses import IGNORED
 from train.chat import ChatEncoder
-from train.packed import IGNORED, Block, BlockSource, Packed, TextBlocks
+from train.packed import Block, BlockSource, Packed, TextBlocks
 from train.record_blocks import RecordBlocks
 from train.records import AlpacaEncoder, RecordEncoder, record_table
 from train.tokens import Encoder, streamed_token_table, token_table

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from train.packed import IGNORED
+from sa_models.token_losses import IGNORED
 
 CHUNK_ELEMENTS = 2**24
 """Logits that are in fp32 at a time: 64 MiB, and a few temporaries of that size."""

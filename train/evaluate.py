@@ -6,13 +6,13 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import track
 from torch.utils.data import default_collate
 
 from sa_models.errors import PostshareError
-from train.data import IGNORED, Blocks
+from sa_models.token_losses import IGNORED, row_losses
+from train.data import Blocks
 
 
 @dataclass(frozen=True)
@@ -90,10 +90,8 @@ def block_losses(
             labels = batch.pop("labels")[:, 1:].to(device)
             inputs = {name: tensor.to(device) for name, tensor in batch.items()}
             logits = model(**inputs, use_cache=False).logits[:, :-1]
-            for row, target in zip(logits, labels, strict=True):  # one fp32 copy of a row at a time
-                nll = F.cross_entropy(row.float(), target, ignore_index=IGNORED, reduction="none")
-                nats.append(nll.double().sum().item())
-                tokens.append(int((target != IGNORED).sum()))
+            nats += row_losses(logits, labels)
+            tokens += (labels != IGNORED).sum(1).tolist()
     finally:
         model.train(was_training)
     return BlockLosses(tuple(nats), tuple(tokens))

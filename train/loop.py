@@ -32,8 +32,9 @@ from torch.utils.data import DataLoader
 from sa_models.errors import PostshareError
 from sa_models.heads import HeadLayout
 from sa_models.plan import SharingPlan
+from sa_models.token_losses import IGNORED
 from train.checkpoint import Checkpoints, Position
-from train.data import IGNORED, Blocks, PositionSampler
+from train.data import Blocks, PositionSampler
 from train.engine import Engine, start
 from train.evaluate import perplexity
 from train.health import Health

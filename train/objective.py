@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from train.data import IGNORED
+from sa_models.token_losses import IGNORED
 from train.divergence import feature_sum, token_sums
 from train.teacher import Lesson, Taps, Teacher
 from train.teacher_cache import TeacherCache, taught

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-IGNORED = -100  # the label that transformers' losses leave out
+from sa_models.token_losses import IGNORED
 
 Block = dict[str, torch.Tensor]
 

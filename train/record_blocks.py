@@ -17,7 +17,8 @@ import torch
 from numpy.typing import NDArray
 
 from sa_models.errors import PostshareError
-from train.packed import IGNORED, Block, Packed
+from sa_models.token_losses import IGNORED
+from train.packed import Block, Packed
 
 
 class RecordBlocks:

@@ -19,7 +19,8 @@ import train.loop as loop
 import train.objective as objective
 import train.teacher_cache as teacher_cache
 from sa_models.errors import PostshareError
-from train.data import IGNORED, permutation
+from sa_models.token_losses import IGNORED
+from train.data import permutation
 from train.distill_section import DistillSection
 from train.engine import start
 from train.estimate import cached_bytes, memory_per_gpu

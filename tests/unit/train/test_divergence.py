@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import train.divergence as divergence
-from train.data import IGNORED
+from sa_models.token_losses import IGNORED
 from train.divergence import TopK, feature_sum, likeliest, token_sums
 
 ROWS, LENGTH, VOCABULARY = 2, 5, 23

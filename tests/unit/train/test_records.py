@@ -15,8 +15,9 @@ from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sa_models.errors import PostshareError
+from sa_models.token_losses import IGNORED
 from train import chat, records
-from train.data import IGNORED, Blocks, PositionSampler, prepare_data
+from train.data import Blocks, PositionSampler, prepare_data
 from train.evaluate import perplexity
 from train.loop import predicted_tokens
 from train.packed import Packed
