@@ -20,6 +20,7 @@ from train.comparison import Entry
 from train.controls import CONTROLS, RECIPE, Target, changed, check, variant
 from train.evaluate import BlockLosses
 from train.files import write_json
+from train.plan_stage import make_plan
 from train.planning import check_plan
 from train.recipe import Recipe
 from train.run_folder import Run, base_of, begin
@@ -79,7 +80,7 @@ def _asked(names: Sequence[str] | None) -> list[str]:
 def _first(recipe: Recipe, folder: Path) -> Run:
     """The recipe's first run, with its plan: what it saves is what the controls may save."""
     current = begin(changed(recipe, RECIPE, {}, 0, str(folder / RECIPE / "seed-0")))
-    pipeline.make_plan(current)
+    make_plan(current)
     return current
 
 

@@ -7,21 +7,17 @@ done by the main process, while the others wait for its outcome.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
-import torch
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from sa_models import export as exporting
-from sa_models.convert import Leaders, convert
+from sa_models.convert import convert
 from sa_models.errors import PostshareError
 from sa_models.heads import HeadLayout
 from sa_models.manifest import update_notes
 from sa_models.materialize import materialize_
-from sa_models.merging import check_merge
 from sa_models.modeling import SharedLlamaForCausalLM
 from sa_models.plan import SharingPlan
 from sa_models.readers import open_weights
@@ -31,38 +27,14 @@ from train.base_model import load_base, load_dense, load_model
 from train.data import Blocks
 from train.files import write_json
 from train.loop import TrainJob, TrainResult, train
-from train.loss_planning import (
-    SEARCH_OUTPUTS,
-    choose_by_gradient,
-    save_search,
-    search_plan,
-    search_sentence,
-    search_table,
-    unstable,
-)
 from train.outcome import read_result
 from train.penalty_modes import unfinished
-from train.planning import (
-    SIMILARITY_PICTURE,
-    TIES_PICTURE,
-    draw_plan,
-    find_ties,
-    plan_table,
-    requested_ratio,
-)
+from train.plan_stage import make_plan
+from train.planning import requested_ratio
 from train.progress import ExportProgress
 from train.recipe import Recipe
-from train.run_folder import PLAN_FILE, Run, base_of, begin, find_teacher
-from train.scoring import CHANCE_FILE, calibration_text, chance_line, save_chances
-from train.span_planning import (
-    ISOTROPY_PICTURE,
-    SPANS_FILE,
-    SpanFinder,
-    save_found,
-    spans_table,
-)
+from train.run_folder import PLAN_OUTPUTS, Run, base_of, begin, find_teacher
 from train.streaming import base_source, compact_source
-from train.structure_sections import listed_structure
 from train.summary import (
     SUMMARY_FILE,
     Training,
@@ -99,8 +71,7 @@ def plan(recipe: Recipe) -> None:
     measures = recipe.spans is not None and recipe.spans.measures
     current = begin(recipe, needs_data=measures or recipe.plan.measures)
     make_plan(current)
-    pictures = (SIMILARITY_PICTURE, TIES_PICTURE, ISOTROPY_PICTURE)
-    for name in (PLAN_FILE, SPANS_FILE, CHANCE_FILE, *SEARCH_OUTPUTS, *pictures):
+    for name in PLAN_OUTPUTS:
         if (current.folder / name).is_file():
             current.say(f"{current.folder / name}")
 
@@ -138,91 +109,6 @@ def prepare(recipe: Recipe) -> None:
 # --- the stages -----------------------------------------------------------------------------------
 
 
-def make_plan(current: Run) -> None:
-    """Find the plan, unless the run folder has it; print it, draw it."""
-    if not current.shares:
-        return
-    section, base, spans = current.recipe.plan, base_of(current), current.recipe.spans
-    spans_measure = spans is not None and spans.measures
-    blocks = current.blocks[0] if spans_measure or section.measures else None
-
-    def work() -> None:
-        file = current.folder / PLAN_FILE
-        if not file.is_file():
-            structure = find_structure(current, base, blocks if spans_measure else None)
-            scores = text = None
-            if section.searches:
-                assert blocks is not None
-                found = find_by_loss(current, base, structure, blocks)
-            else:
-                scored = blocks if section.scores_text else None
-                text = calibration_text(
-                    current.recipe, base, structure, scored, current.ranks.device
-                )
-                found, scores = find_ties(section, WeightsFolder(base), structure, text)
-            draw_plan(found, scores, found.layout(current.config), section, current.folder)
-            check_merge(found, current.recipe.materialize.merge)
-            save_chances(section, base, found, text, current.folder)
-            found.save(file)
-        show_plan(current)
-
-    current.on_main(work)
-
-
-def find_structure(current: Run, base: Path, blocks: Blocks | None) -> SharingPlan:
-    """KV heads and spans of the recipe; spans that are to be measured need the training blocks."""
-    structure = listed_structure(current.recipe.heads, current.recipe.spans)
-    if blocks is None:
-        return structure
-    pooled = SharingPlan(kv_heads=structure.kv_heads)
-    model = convert(load_dense(base, current.recipe.model.attention), pooled)
-    model.to(current.ranks.device)  # type: ignore[arg-type]  # transformers' decorator hides it
-    found = SpanFinder(current.recipe, model.eval(), blocks).find(structure.spans)
-    save_found(found, current.folder)
-    current.say("", spans_table(found))
-    return replace(structure, spans=found.spans)
-
-
-def find_by_loss(current: Run, base: Path, structure: SharingPlan, blocks: Blocks) -> SharingPlan:
-    """The plan of strategies loss and gradient, which measure the base with its structure."""
-    recipe, config = current.recipe, current.config
-    model = convert(load_dense(base, recipe.model.attention), structure, leaders(current))
-    model.to(current.ranks.device)  # type: ignore[arg-type]  # transformers' decorator hides it
-    model.eval()
-    if recipe.plan.strategy == "gradient":
-        found = choose_by_gradient(recipe, model, blocks, structure, config)
-    else:
-        found, searched = search_plan(recipe, model, blocks, structure, config, current.folder)
-        layout, size = structure.layout(config), export_dtype(current).itemsize
-        parameters = structure.savings(config).stored_parameters
-        save_search(searched, recipe.plan, layout, parameters, size, current.folder)
-        current.say("", search_table(searched, layout), search_sentence(searched))
-        if (line := unstable(searched)) is not None:
-            print(f"warning: {line}", file=sys.stderr, flush=True)
-    found.validate(config)
-    return found
-
-
-def show_plan(current: Run) -> None:
-    found, section = current.plan, current.recipe.plan
-    requested = requested_ratio(section, found, found.layout(current.config))
-    current.say(
-        "", plan_table(found, current.config, requested, export_dtype(current).itemsize), ""
-    )
-    if section.scores:
-        current.say(chance_line(section, current.folder))
-    if found.released:
-        current.say(
-            "note: strategy released keeps the published chains, in which ties undo each other: "
-            "fewer heads change than were asked for"
-        )
-    if not found.has_stock_form and "dense" in current.recipe.export.formats:
-        current.say(
-            "note: a plan with spans has no dense form, no stock Llama computes it: only the "
-            "compact folder will be exported"
-        )
-
-
 def post_train(current: Run) -> None:
     """Train the control without any sharing (*continued*), then the model with its structure.
 
@@ -248,8 +134,8 @@ def train_one(
     training, validation = current.blocks
     job = TrainJob(
         name=name,
-        load=lambda: convert(load_base(current.recipe), plan or SharingPlan(), leaders(current)),
-        source=lambda: base_source(current.recipe.model, plan or SharingPlan(), leaders(current)),
+        load=lambda: convert(load_base(current.recipe), plan or SharingPlan(), current.leaders),
+        source=lambda: base_source(current.recipe.model, plan or SharingPlan(), current.leaders),
         plan=plan,
         train_blocks=training,
         validation_blocks=validation,
@@ -278,7 +164,7 @@ def heal(current: Run) -> None:
             trained_folder(current),
             current.recipe.model,
             current.plan,
-            leaders(current),
+            current.leaders,
             current.recipe.materialize.merge,
         ),
         plan=None,
@@ -308,10 +194,10 @@ def write_exports(current: Run) -> None:
                 current.plan,
                 current.folder / "export",
                 formats=export_formats(current),
-                dtype=export_dtype(current),
+                dtype=current.export_dtype,
                 shard_bytes=recipe.export.shard_bytes,
                 merge="copy" if healed else recipe.materialize.merge,
-                leaders=leaders(current),
+                leaders=current.leaders,
                 base_config=current.config,
                 tokenizer=tokenizer,
                 recipe=recipe.model_dump(mode="json"),
@@ -332,7 +218,7 @@ def judge(current: Run) -> None:
 
 def report(current: Run, blocks: Blocks) -> None:
     """Evaluate what is not evaluated yet, write evaluation.json and summary.json, print both."""
-    recipe, base, dtype = current.recipe, base_of(current), export_dtype(current)
+    recipe, base, dtype = current.recipe, base_of(current), current.export_dtype
     attention = recipe.model.attention
 
     def direct() -> PreTrainedModel:
@@ -382,16 +268,11 @@ def report(current: Run, blocks: Blocks) -> None:
 
 def tied(current: Run, model: LlamaForCausalLM) -> LlamaForCausalLM:
     """The model with the plan's structure, where it lacks it, and the plan materialized."""
-    model = convert(model, current.plan, leaders(current))
+    model = convert(model, current.plan, current.leaders)
     layout = HeadLayout.from_config(model.config)
     merge = current.recipe.materialize.merge
     materialize_(dict(model.named_parameters()), layout, current.plan, merge)
     return model
-
-
-def leaders(current: Run) -> Leaders:
-    spans = current.recipe.spans
-    return "mean" if spans is None else spans.leaders
 
 
 def load_export(current: Run) -> PreTrainedModel:
@@ -433,13 +314,3 @@ def export_formats(current: Run) -> tuple[exporting.Format, ...]:
     if not plan.ties and not plan.removed and not plan.spans:
         return ("dense",)
     return current.recipe.export.formats if plan.has_stock_form else ("compact",)
-
-
-def export_dtype(current: Run) -> torch.dtype:
-    """The dtype of the exported weights; with ``base``, that of the base model's q_proj."""
-    name = current.recipe.export.dtype
-    if name != "base":
-        return getattr(torch, name)
-    if current.base is None:
-        return torch.float32
-    return WeightsFolder(current.base).dtype(HeadLayout.parameter_name(0, "q"))

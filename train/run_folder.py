@@ -10,11 +10,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from sa_models.convert import Leaders
 from sa_models.errors import PostshareError
+from sa_models.heads import HeadLayout
 from sa_models.plan import SharingPlan
 from sa_models.weights import WeightsFolder, read_config
 from train import engine as engines
@@ -39,6 +42,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 RECIPE_FILE = "recipe.yaml"
 PLAN_FILE = "plan.json"
+_PICTURES = (SIMILARITY_PICTURE, TIES_PICTURE, ISOTROPY_PICTURE)
+PLAN_OUTPUTS = (PLAN_FILE, SPANS_FILE, CHANCE_FILE, *SEARCH_OUTPUTS, *_PICTURES)
+"""What the plan stage may leave in a run folder, but for what a search has measured."""
 
 
 @dataclass
@@ -99,6 +105,22 @@ class Run:
             return section.steps
         assert section.epochs is not None
         return math.ceil(section.epochs * len(self.blocks[0]) / section.batch_size)
+
+    @property
+    def leaders(self) -> Leaders:
+        """How the leader of a kv span begins."""
+        spans = self.recipe.spans
+        return "mean" if spans is None else spans.leaders
+
+    @property
+    def export_dtype(self) -> torch.dtype:
+        """The dtype of the exported weights; with ``base``, that of the base model's q_proj."""
+        name = self.recipe.export.dtype
+        if name != "base":
+            return getattr(torch, name)
+        if self.base is None:
+            return torch.float32
+        return WeightsFolder(self.base).dtype(HeadLayout.parameter_name(0, "q"))
 
     @property
     def plan(self) -> SharingPlan:
@@ -202,8 +224,7 @@ def claim(current: Run) -> None:
     """Write the resolved recipe. A plan of another recipe, never trained with, is dropped."""
     folder, file = current.folder, current.folder / RECIPE_FILE
     if file.is_file() and run_identity(load_recipe(file)) != run_identity(current.recipe):
-        pictures = (SIMILARITY_PICTURE, TIES_PICTURE, ISOTROPY_PICTURE)
-        for stale in (PLAN_FILE, SPANS_FILE, CHANCE_FILE, *SEARCH_OUTPUTS, *pictures):
+        for stale in PLAN_OUTPUTS:
             (folder / stale).unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     current.recipe.save(file)

@@ -13,7 +13,7 @@ import torch
 
 from sa_models.aligned import ALIGNED, FoldedNorm, aligned_scores
 from sa_models.chance import LEVEL, Chance, PairTerms, chance, weight_terms
-from sa_models.convert import convert, converted
+from sa_models.convert import converted
 from sa_models.heads import HeadLayout
 from sa_models.isotropy import unit_map_similarity
 from sa_models.outputs import HeadOutputs, output_map_scores, output_scores, output_terms
@@ -21,7 +21,6 @@ from sa_models.plan import SharingPlan, Unit
 from sa_models.shuffled_text import MIN_BLOCKS, linear_map_terms, map_terms
 from sa_models.similarity import Progress, Reader, unit_scores
 from sa_models.weights import WeightsFolder
-from train.base_model import load_dense
 from train.files import write_json
 from train.span_planning import bar, calibration_inputs
 
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
     from train.data import Blocks
-    from train.recipe import PlanSection, Recipe
+    from train.recipe import PlanSection
 
 CHANCE_FILE = "chance.json"
 
@@ -88,20 +87,11 @@ def _measure(
 
 
 def calibration_text(
-    recipe: Recipe,
-    base: Path,
-    structure: SharingPlan,
-    blocks: Blocks | None,
-    device: torch.device,
-) -> CalibrationText | None:
-    """The model and the text of scores that are measured; None where there are no blocks."""
-    if blocks is None:
-        return None
-    pooled = SharingPlan(kv_heads=structure.kv_heads)
-    model = convert(load_dense(base, recipe.model.attention), pooled)
-    model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides it
-    inputs = calibration_inputs(blocks, recipe.plan.calibration_blocks, device)
-    return CalibrationText(model.eval(), inputs)
+    section: PlanSection, model: LlamaForCausalLM, blocks: Blocks
+) -> CalibrationText:
+    """What scores of text are measured on; the model as in :class:`CalibrationText`."""
+    inputs = calibration_inputs(blocks, section.calibration_blocks, model.device)
+    return CalibrationText(model, inputs)
 
 
 # --- chance ---------------------------------------------------------------------------------------

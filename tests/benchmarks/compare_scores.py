@@ -21,6 +21,7 @@ from sa_models.weights import WeightsFolder
 from train.base_model import load_dense
 from train.engine import start
 from train.evaluate import perplexity
+from train.plan_stage import measured_model
 from train.planning import find_ties
 from train.recipe import load_recipe
 from train.run_folder import Run, base_of
@@ -74,9 +75,10 @@ class Comparison:
     def chosen(self, score: str, fold: bool) -> dict[str, float]:
         update = {"strategy": "cosine", "score": score, "fold_norm": fold}
         section = self.recipe.plan.model_copy(update=update)
-        recipe = self.recipe.model_copy(update={"plan": section})
-        begun, blocks = time.perf_counter(), self.current.blocks[0] if section.measures else None
-        text = calibration_text(recipe, self.base, SharingPlan(), blocks, self.current.ranks.device)
+        begun, text = time.perf_counter(), None
+        if section.scores_text:
+            model = measured_model(self.current, self.base, SharingPlan())
+            text = calibration_text(section, model, self.current.blocks[0])
         plan, _ = find_ties(section, self.weights, SharingPlan(), text)
         scored = time.perf_counter()
         chances = pair_chances(section, self.weights, self.layout, plan, text)

@@ -26,15 +26,19 @@ from sa_models import HeadTie, SharingPlan
 from sa_models.budgets import parse_share
 from sa_models.errors import PostshareError
 from sa_models.heads import PROJECTIONS
+from sa_models.plan_search import EvolutionOptions
 from sa_models.sensitivity import estimate_sensitivity
-from train import pipeline
+from sa_models.weights import WeightsFolder
+from train import loss_planning
 from train.budgets import amount, search_space
+from train.engine import start
 from train.estimate import plan_savings
 from train.loss_planning import SEARCH_CACHE, choose_by_gradient
 from train.pipeline import plan, run
 from train.plan_section import PlanSection
 from train.planning import find_ties
 from train.recipe import Recipe
+from train.run_folder import Run
 
 BLOCKS = 3
 LOSS = {"strategy": "loss", "budget": {"ratio": 0.2}, "calibration_blocks": BLOCKS}
@@ -50,7 +54,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def calibration(made: Recipe) -> torch.Tensor:
     """The blocks at equal distances, (BLOCKS, length)."""
-    count = len(pipeline.Run(made, pipeline.engines.start(made)).blocks[0])
+    count = len(Run(made, start(made)).blocks[0])
     return ids(made, count)[[0, count // 3, 2 * count // 3]]
 
 
@@ -111,11 +115,10 @@ def test_the_plan_is_the_best_of_what_was_measured(
 def test_plans_are_the_same_every_time_and_resume(
     home: Path, tmp_path: Path, search: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small = pipeline.search_plan.__globals__["EvolutionOptions"]
-    monkeypatch.setitem(
-        pipeline.search_plan.__globals__,
+    monkeypatch.setattr(
+        loss_planning,
         "EvolutionOptions",
-        lambda seed: small(population=4, generations=2, seed=seed),
+        lambda seed: EvolutionOptions(population=4, generations=2, seed=seed),
     )
     section = LOSS | {"search": search, "seed": 3 if search == "evolutionary" else 0}
     plans = []
@@ -184,7 +187,7 @@ def test_magnitude_and_gradient_remove_the_least(
     base = base_model(home)
     section = {"strategy": "magnitude", "action": "remove", "budget": {"ratio": 0.2}}
     made = recipe(home, tmp_path / "run", plan=section)
-    reader = pipeline.WeightsFolder(home / "base")
+    reader = WeightsFolder(home / "base")
     found, _ = find_ties(made.plan, reader, SharingPlan())
 
     def value(layer: int, unit: int, name: str) -> float:
@@ -206,7 +209,7 @@ def test_magnitude_and_gradient_remove_the_least(
 
     section |= {"strategy": "gradient", "calibration_blocks": BLOCKS}
     made = recipe(home, tmp_path / "run", plan=section)
-    blocks = pipeline.Run(made, pipeline.engines.start(made)).blocks[0]
+    blocks = Run(made, start(made)).blocks[0]
     found = choose_by_gradient(made, base_model(home), blocks, SharingPlan(), base.config)
     tokens = calibration(made)
     base(tokens, labels=tokens, use_cache=False).loss.backward()
@@ -236,7 +239,7 @@ def test_a_budget_in_parameters_is_met_and_not_by_more_than_a_unit(
     assert wanted <= saved / predicted.base_parameters
     assert (saved - unit) / predicted.base_parameters < wanted
     if strategy == "cosine":
-        found, _ = find_ties(asked, pipeline.WeightsFolder(home / "base"), SharingPlan())
+        found, _ = find_ties(asked, WeightsFolder(home / "base"), SharingPlan())
         assert found.savings(config).removed_parameters == saved
     if strategy == "loss":
         space = search_space(asked, config, SharingPlan())

@@ -273,7 +273,7 @@ def test_the_table_compares_the_strategies(home: Path, tmp_path: Path) -> None:
     original = spans_table
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "train.pipeline.spans_table", lambda found: tables.append(found) or original(found)
+            "train.plan_stage.spans_table", lambda found: tables.append(found) or original(found)
         )
         plan(made)
     console = Console(file=io.StringIO(), width=120)
