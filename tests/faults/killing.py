@@ -20,9 +20,9 @@ from safetensors.torch import load_file
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 STEPS = 60
+"""Of the training that is killed."""
 RECIPE = (
     "recipes/demo.yaml",
-    f"train.steps={STEPS}",
     "train.micro_batch_size=2",
     "train.warmup_steps=2",
     "train.checkpoint_every=5",
@@ -30,13 +30,45 @@ RECIPE = (
     "evaluate.blocks=2",
     "evaluate.continued=false",
 )
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way of training.
+
+    Attributes:
+        options: of the demo recipe.
+        trained: below the run folder, where the training that is killed lies.
+    """
+
+    options: tuple[str, ...]
+    trained: str = "."
+
+
+_LONG = f"train.steps={STEPS}"
+WAYS = {
+    "demo": Way((_LONG,)),
+    "decoupled": Way((_LONG, "penalty.mode=decoupled", "penalty.coefficient=12.0")),
+    "progressive": Way(
+        (
+            _LONG,
+            "penalty.mode=progressive",
+            "penalty.schedule=cosine",
+            f"penalty.ramp_steps={STEPS * 2 // 3}",
+        )
+    ),
+    "distill": Way((_LONG, "distill.top_k=7", "distill.hidden_weight=0.1")),
+    "distill cached": Way((_LONG, "distill.top_k=7", "distill.cache=true")),
+    "heal": Way(("train.steps=6", f"materialize.heal_steps={STEPS}"), "heal"),
+}
+
 LIMIT = 240.0
 """Seconds after which a start that has neither ended nor stepped is a failure."""
 
 
 @dataclass
 class Count:
-    """What happened to one backend.
+    """What happened to one way of training on one backend.
 
     Attributes:
         training, elsewhere: kills after the first new step, and before it or after the last one.
@@ -59,17 +91,17 @@ class Count:
         return self.training + self.elsewhere
 
 
-def command(config: str, folder: Path) -> list[str]:
+def command(config: str, way: Way, folder: Path) -> list[str]:
     """The demo under a launch file; `one` is a process without a launcher."""
     program = [sys.executable, "-m", "train"]
     if config != "one":
         file = f"launch/accelerate/{config}.yaml"
         cli = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
         program = [*cli, "--config_file", file, "--main_process_port", "0", "-m", "train"]
-    return [*program, *RECIPE, f"output_dir={folder}"]
+    return [*program, *RECIPE, *way.options, f"output_dir={folder}"]
 
 
-def start(config: str, folder: Path) -> subprocess.Popen[bytes]:
+def start(config: str, way: Way, folder: Path) -> subprocess.Popen[bytes]:
     """Its output is appended to `<folder>.log`."""
     environment = {
         **os.environ,
@@ -82,7 +114,7 @@ def start(config: str, folder: Path) -> subprocess.Popen[bytes]:
     }
     with folder.with_name(f"{folder.name}.log").open("ab") as log:
         return subprocess.Popen(
-            command(config, folder), cwd=REPOSITORY, env=environment, stdout=log, stderr=log,
+            command(config, way, folder), cwd=REPOSITORY, env=environment, stdout=log, stderr=log,
             start_new_session=True,
         )  # fmt: skip
 
@@ -148,8 +180,8 @@ class Metrics:
         return self.last() > self.first
 
 
-def undisturbed(config: str, folder: Path) -> None:
-    process = start(config, folder)
+def undisturbed(config: str, way: Way, folder: Path) -> None:
+    process = start(config, way, folder)
     process.wait(LIMIT)
     assert process.returncode == 0, log_of(folder)
 
@@ -158,12 +190,15 @@ def log_of(folder: Path) -> str:
     return folder.with_name(f"{folder.name}.log").read_text(errors="replace")[-6000:]
 
 
-def killed(config: str, folder: Path, chance: random.Random, count: Count, kills: int) -> None:
+def killed(
+    config: str, way: Way, folder: Path, chance: random.Random, count: Count, kills: int
+) -> None:
     """Start, kill and start again until the run ends; at most `kills` kills in all."""
     reached = 0
     startup = 8.0
+    training = folder / way.trained
     while True:
-        process, metrics, began = start(config, folder), Metrics(folder), time.monotonic()
+        process, metrics, began = start(config, way, folder), Metrics(training), time.monotonic()
         # Of twenty kills three fall at any moment of the start, seven on a checkpoint that is being
         # written, and ten at any moment of some steps and what follows the training.
         kind = chance.choices(["start", "writing", "steps"], [3, 7, 10])[0]
@@ -180,7 +215,7 @@ def killed(config: str, folder: Path, chance: random.Random, count: Count, kills
             since = began if kind == "start" else stepped
             due = since is not None and now - since >= moment
             if kind == "writing" and since is not None and now - since < 20:
-                due = half_written(folder)
+                due = half_written(training)
             if count.kills < kills and due and (ranks := ranks_of(process, config)):
                 break
             assert now - began < LIMIT, log_of(folder)
@@ -193,14 +228,16 @@ def killed(config: str, folder: Path, chance: random.Random, count: Count, kills
         count.training += in_training
         count.elsewhere += not in_training
         end(process)
-        count.writing += half_written(folder)
+        count.writing += half_written(training)
         reached = max(reached, metrics.last())
 
 
 def largest_difference(folder: Path, reference: Path) -> float:
     """Norm of the difference over the norm, of the worst tensor; 0.0 means bitwise equal."""
     worst = 0.0
-    for file in sorted((reference / "weights").glob("*.safetensors")):
+    files = sorted((reference / "weights").glob("*.safetensors"))
+    assert files
+    for file in files:
         theirs, mine = load_file(file), load_file(folder / "weights" / file.name)
         assert theirs.keys() == mine.keys()
         for name, value in theirs.items():
