@@ -88,6 +88,8 @@ def _shared_rows(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
             "mean": "the mean",
             "aligned_mean": "the mean, in the source's gauge",
             "absorb": "its source's, kept o adapted",
+            "weighted_mean": "the mean by Fisher information, in the source's gauge",
+            "least_squares": "the least-squares fit to all, in the source's gauge",
         }[manifest["merge"]]
         rows += [
             ("attention heads tied", f"{heads['tied']} of {heads['total']}"),

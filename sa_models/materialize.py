@@ -14,7 +14,7 @@ import torch
 
 from .errors import PostshareError
 from .heads import PROJECTIONS, HeadLayout, unit_view
-from .merging import GAUGED, Merge, groups, merge_group
+from .merging import GAUGED, MEASURED, Merge, groups, merge_group
 from .plan import HeadTie, SharingPlan
 from .ties import Unit
 
@@ -26,9 +26,17 @@ def merge_slices(slices: list[torch.Tensor], merge: Merge) -> torch.Tensor:
         slices: the source first, then its targets.
         merge: ``copy`` takes the source (the papers); ``mean`` the average of all, summed in
             fp32 in the order given and rounded once.
+
+    Raises:
+        PostshareError: they differ, and the merge needs calibration text.
     """
     if merge == "copy" or all(torch.equal(slices[0], other) for other in slices[1:]):
         return slices[0]  # the rounded mean of equal values need not be theirs
+    if merge in MEASURED:
+        raise PostshareError(
+            f"merge {merge} needs calibration text, and the units of a tie are not one yet; call "
+            "sa_models.text_merging.merge_on_text_ first, or set materialize.merge=aligned_mean"
+        )
     total = slices[0].to(torch.float32, copy=True)
     for other in slices[1:]:
         total += other
@@ -60,7 +68,8 @@ def materialize_(
         merge: see :func:`merge_slices`, and :mod:`sa_models.merging` for the others.
 
     Raises:
-        PostshareError: a weight that the plan needs is not there.
+        PostshareError: a weight that the plan needs is not there; or the merge needs text, and
+            :func:`~sa_models.text_merging.merge_on_text_` was not called before.
     """
     copy_ties_(parameters, layout, plan.effective().ties, merge)
     zero_units_(parameters, layout, plan.removed)

@@ -4,7 +4,8 @@ Shared slices stay one slice. ``aligned_mean`` brings every target into its sour
 (:mod:`sa_models.alignment`) and takes the mean there; a target that shares only one of q and k, or
 of v and o, keeps the other in the source's gauge, so that only the averaging changes what it
 computes. ``absorb`` copies; where v is shared and o kept, o becomes the one with which the target
-comes closest to what it did.
+comes closest to what it did. ``weighted_mean`` and ``least_squares`` bring targets there too, and
+weigh them by what they do on calibration text: :mod:`sa_models.text_merging`.
 
 Everything is computed in float64 from contiguous copies and rounded once to the dtype of the
 weights, so that materializing in memory and tensor by tensor gives the same bits.
@@ -14,21 +15,41 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
-from .alignment import absorbed, align_planes, align_values
+from .alignment import PlaneAlignment, ValueAlignment, absorbed, align_planes, align_values
 from .errors import PostshareError
 from .plan import HeadTie, SharingPlan, Unit
 
-Merge = Literal["copy", "mean", "aligned_mean", "absorb"]
+Merge = Literal["copy", "mean", "aligned_mean", "absorb", "weighted_mean", "least_squares"]
 GAUGED: tuple[Merge, ...] = ("aligned_mean", "absorb")
+MEASURED: tuple[Merge, ...] = ("weighted_mean", "least_squares")
+"""Merges that need calibration text."""
 PAIRS = ("qk", "vo")
 
 Read = Callable[[str, Unit], torch.Tensor]
 """(projection, unit) -> its slice before merging, (width, hidden_size)."""
 Slices = dict[tuple[str, Unit], torch.Tensor]
+Gauge = PlaneAlignment | ValueAlignment
+
+
+class Member(NamedTuple):
+    """A unit that is merged.
+
+    Attributes:
+        rows: its slice in the source's gauge, float64 (width, hidden_size).
+        gauge: what brought it there; None: the source itself.
+    """
+
+    unit: Unit
+    rows: torch.Tensor
+    gauge: Gauge | None
+
+
+Average = Callable[[str, list[Member]], torch.Tensor]
+"""(projection, the source and the targets that share it) -> their one slice, as `Member.rows`."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +109,7 @@ def check_merge(plan: SharingPlan, merge: Merge) -> None:
         PostshareError: see :func:`groups`; ``absorb`` where no tie shares v and keeps o; or a layer
             that lacks a projection which would be aligned.
     """
-    if merge not in GAUGED:
+    if merge not in GAUGED + MEASURED:
         return
     found = groups(plan.effective().ties)
     if merge == "absorb" and not any(
@@ -109,46 +130,81 @@ def check_merge(plan: SharingPlan, merge: Merge) -> None:
                     )
 
 
-def merge_group(group: Group, merge: Merge, head_dim: int, read: Read) -> Slices:
-    """The new slices of a group's units, in the dtype of the source's.
+def mean(projection: str, members: list[Member]) -> torch.Tensor:
+    """The plain mean, an :data:`Average`."""
+    total = members[0].rows.clone()
+    for member in members[1:]:
+        total += member.rows
+    return total / len(members)
+
+
+def read_pair(group: Group, unit: Unit, read: Read) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both projections of a unit, float64 (width, hidden_size)."""
+    # As contiguous copies: products of other strides may round differently.
+    one, two = (read(p, unit).double().contiguous() for p in group.pair)
+    return one, two
+
+
+def gauges(group: Group, head_dim: int, read: Read) -> dict[Unit, Gauge]:
+    """What brings every target of a group into the gauge of its source.
 
     Raises:
         PostshareError: a unit whose v or o is zero.
     """
-    first, second = group.pair[0], group.pair[1]
-    dtype = read(first, group.source).dtype
+    source = read_pair(group, group.source, read)
+    found: dict[Unit, Gauge] = {}
+    for target, _ in group.targets:
+        mine = read_pair(group, target, read)
+        planes = group.pair == "qk"
+        found[target] = (
+            align_planes(source, mine, head_dim) if planes else align_values(source, mine)
+        )
+    return found
 
-    def both(unit: Unit) -> tuple[torch.Tensor, torch.Tensor]:
-        # As contiguous copies: products of other strides may round differently.
-        one, two = (read(p, unit).double().contiguous() for p in group.pair)
-        return one, two
 
-    source = both(group.source)
-    totals = {p: part.clone() for p, part in zip(group.pair, source, strict=True)}
-    counts = {first: 1, second: 1}
-    sharers = {p: [t for t, shared in group.targets if p in shared] for p in group.pair}
-    new: Slices = {}
+def merge_group(
+    group: Group, merge: Merge, head_dim: int, read: Read, average: Average = mean
+) -> Slices:
+    """The new slices of a group's units, in the dtype of the source's.
+
+    Args:
+        average: of the slices that become one; ``absorb`` takes none.
+
+    Raises:
+        PostshareError: a unit whose v or o is zero.
+    """
+    dtype = read(group.pair[0], group.source).dtype
+    change = _absorbed if merge == "absorb" else _averaged
+    new = change(group, head_dim, read, average)
+    return {where: value.to(dtype) for where, value in new.items()}
+
+
+def _averaged(group: Group, head_dim: int, read: Read, average: Average) -> Slices:
+    source = read_pair(group, group.source, read)
+    members = {
+        p: [Member(group.source, rows, None)] for p, rows in zip(group.pair, source, strict=True)
+    }
+    found, new = gauges(group, head_dim, read), Slices()
     for target, shared in group.targets:
-        mine = both(target)
-        if merge == "absorb":
-            if shared == "v":
-                new["o", target] = absorbed(*mine, source[0])
-            continue
-        if group.pair == "qk":
-            planes = align_planes(source, mine, head_dim)
-            parts = {p: planes.apply(p, x) for p, x in zip(group.pair, mine, strict=True)}
-        else:
-            values = align_values(source, mine)
-            parts = {p: values.apply(p, x) for p, x in zip(group.pair, mine, strict=True)}
-        for p, part in parts.items():
+        gauge = found[target]
+        for p, rows in zip(group.pair, read_pair(group, target, read), strict=True):
+            part = gauge.apply(p, rows)
             if p in shared:
-                totals[p] += part
-                counts[p] += 1
+                members[p].append(Member(target, part, gauge))
             else:
                 new[p, target] = part
-    for p, targets in sharers.items():
-        merged = totals[p] / counts[p]
-        new.update({(p, unit): merged for unit in targets})
-        if merge != "absorb" and targets:
-            new[p, group.source] = merged
-    return {where: value.to(dtype) for where, value in new.items()}
+    for p, merged in members.items():
+        if len(merged) > 1:
+            value = average(p, merged)
+            new.update({(p, member.unit): value for member in merged})
+    return new
+
+
+def _absorbed(group: Group, head_dim: int, read: Read, average: Average) -> Slices:
+    source = read_pair(group, group.source, read)
+    new = Slices()
+    for target, shared in group.targets:
+        new.update({(p, target): x for p, x in zip(group.pair, source, strict=True) if p in shared})
+        if shared == "v":
+            new["o", target] = absorbed(*read_pair(group, target, read), source[0])
+    return new

@@ -15,9 +15,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 from sa_models import export as exporting
 from sa_models.convert import convert
 from sa_models.errors import PostshareError
-from sa_models.heads import HeadLayout
 from sa_models.manifest import update_notes
-from sa_models.materialize import materialize_
 from sa_models.modeling import SharedLlamaForCausalLM
 from sa_models.plan import SharingPlan
 from sa_models.readers import open_weights
@@ -27,6 +25,7 @@ from train.base_model import load_base, load_dense, load_model
 from train.data import Blocks
 from train.files import write_json
 from train.loop import TrainJob, TrainResult, train
+from train.materializing import merge_on_text, merged_folder, tied, tied_base, trained_folder
 from train.outcome import read_result
 from train.penalty_modes import unfinished
 from train.plan_stage import make_plan
@@ -59,6 +58,7 @@ def stages(recipe: Recipe) -> None:
     current = begin(recipe, trains=True)
     make_plan(current)
     post_train(current)
+    merge_on_text(current)
     heal(current)
     write_exports(current)
     judge(current)
@@ -80,6 +80,7 @@ def export(recipe: Recipe) -> None:
     """`postshare export`: the exports of a finished training."""
     current = begin(recipe, needs_data=False)
     require_trained(current)
+    merge_on_text(current)
     write_exports(current)
 
 
@@ -153,7 +154,7 @@ def heal(current: Run) -> None:
         return
 
     def load() -> SharedLlamaForCausalLM:
-        model = load_model(trained_folder(current), current.recipe.model.attention)
+        model = load_model(merged_folder(current), current.recipe.model.attention)
         return SharedLlamaForCausalLM.from_materialized(tied(current, model), current.plan)
 
     training, validation = current.blocks
@@ -161,7 +162,7 @@ def heal(current: Run) -> None:
         name="heal",
         load=load,
         source=lambda: compact_source(
-            trained_folder(current),
+            merged_folder(current),
             current.recipe.model,
             current.plan,
             current.leaders,
@@ -181,7 +182,7 @@ def write_exports(current: Run) -> None:
     """Export compact and dense, verified."""
     recipe = current.recipe
     healed = recipe.materialize.heal_steps > 0
-    weights = current.folder / "heal" / "weights" if healed else trained_folder(current)
+    weights = current.folder / "heal" / "weights" if healed else merged_folder(current)
 
     # The base's tokenizer files are copied as they are; another tokenizer is written anew.
     own = recipe.model.tokenizer is not None or current.base is None
@@ -221,14 +222,11 @@ def report(current: Run, blocks: Blocks) -> None:
     recipe, base, dtype = current.recipe, base_of(current), current.export_dtype
     attention = recipe.model.attention
 
-    def direct() -> PreTrainedModel:
-        return tied(current, load_dense(base, attention))
-
     models: dict[str, Callable[[], PreTrainedModel]] = {"base": lambda: load_dense(base, attention)}
     if (current.folder / "continued" / "weights").is_dir():
         weights = current.folder / "continued" / "weights"
         models["continued"] = lambda: load_dense(weights, attention, through=dtype)
-    models["direct"] = direct
+    models["direct"] = lambda: tied_base(current)
     if current.steps > 0 or recipe.materialize.heal_steps > 0:
         models["post"] = lambda: load_export(current)
     limit, size = recipe.evaluate.blocks, recipe.evaluate.batch_size
@@ -266,15 +264,6 @@ def report(current: Run, blocks: Blocks) -> None:
         current.say(f"next      load it: see {current.folder / 'export' / kind / 'README.md'}")
 
 
-def tied(current: Run, model: LlamaForCausalLM) -> LlamaForCausalLM:
-    """The model with the plan's structure, where it lacks it, and the plan materialized."""
-    model = convert(model, current.plan, current.leaders)
-    layout = HeadLayout.from_config(model.config)
-    merge = current.recipe.materialize.merge
-    materialize_(dict(model.named_parameters()), layout, current.plan, merge)
-    return model
-
-
 def load_export(current: Run) -> PreTrainedModel:
     """The model that is shipped, with fp32 parameters: the compact export, else the dense one."""
     attention = current.recipe.model.attention
@@ -287,11 +276,6 @@ def load_export(current: Run) -> PreTrainedModel:
 
 
 # --- where things are -----------------------------------------------------------------------------
-
-
-def trained_folder(current: Run) -> Path:
-    """Folder of the weights that are materialized: trained, or with no steps those of the base."""
-    return current.folder / "weights" if current.steps > 0 else base_of(current)
 
 
 def require_trained(current: Run) -> None:

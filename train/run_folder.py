@@ -86,6 +86,8 @@ class Run:
         steps, spans, plan = self.recipe.steps, self.recipe.spans, self.recipe.plan
         measured = spans.calibration_blocks if spans is not None and spans.measures else 1
         measured = max(measured, plan.calibration_blocks if plan.measures else 1)
+        merge = self.recipe.materialize
+        measured = max(measured, merge.calibration_blocks if merge.measures else 1)
         needed = None if steps is None else max(measured, steps * self.recipe.train.batch_size)
         tokenizer, vocab_size = self.tokenizer, self.config.vocab_size  # see `on_main`
         blocks = self.main_first(
@@ -205,7 +207,9 @@ def begin(recipe: Recipe, needs_data: bool = True, trains: bool = False) -> Run:
     return current
 
 
-STARTED = ("run.json", "continued", "heal", "export", SUMMARY_FILE)
+MERGED = "merged"
+"""Folder of the weights of which tied units have been made one on calibration text."""
+STARTED = ("run.json", "continued", MERGED, "heal", "export", SUMMARY_FILE)
 
 
 def check_folder(recipe: Recipe) -> None:

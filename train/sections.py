@@ -15,6 +15,7 @@ from pydantic import (
 )
 
 from sa_models.errors import PostshareError
+from sa_models.merging import MEASURED, Merge
 from train.penalty_modes import idle_option
 
 Projection = Literal["q", "k", "v", "o"]
@@ -314,9 +315,13 @@ class TrainSection(Section):
 class MaterializeSection(Section):
     """How tied units are made one."""
 
-    merge: Literal["copy", "mean", "aligned_mean", "absorb"] = "copy"
+    merge: Merge = "copy"
     """copy: the source's weights; mean: the mean of the source and all its targets; aligned_mean:
-    after writing targets in the source's gauge; absorb: copy, and a kept o adapts to the new v."""
+    after writing targets in the source's gauge; absorb: copy, and a kept o adapts to the new v;
+    weighted_mean, least_squares: as aligned_mean, weighed by Fisher information or fitted to all
+    units' outputs on calibration text (RegMean)."""
+    calibration_blocks: Positive = 32
+    """Training blocks for weighted_mean and least_squares, spread evenly."""
     heal_steps: Count = 0
     """Optimizer steps of tied fine-tuning afterwards."""
     heal_learning_rate: Rate | None = None
@@ -326,7 +331,19 @@ class MaterializeSection(Section):
     def _heal(self) -> Self:
         if self.heal_learning_rate is not None and self.heal_steps == 0:
             raise ValueError("heal_learning_rate without healing; set materialize.heal_steps")
+        # A resolved recipe states the defaults too: they change nothing.
+        default = type(self).model_fields["calibration_blocks"].get_default()
+        if self.calibration_blocks != default and not self.measures:
+            raise ValueError(
+                f"merge {self.merge} reads no text; remove calibration_blocks, or set merge to "
+                "weighted_mean or least_squares"
+            )
         return self
+
+    @property
+    def measures(self) -> bool:
+        """Whether calibration text is needed to merge."""
+        return self.merge in MEASURED
 
 
 class ExportSection(Section):

@@ -1,0 +1,118 @@
+"""The materialize stage of a run: where the weights of tied units become one.
+
+Copies and means are taken tensor by tensor, wherever weights are read. What needs calibration text
+needs the whole model: the main process does it once, into a folder that all ranks and the later
+stages read, whatever the launch.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError
+
+from sa_models.convert import convert
+from sa_models.errors import PostshareError
+from sa_models.heads import HeadLayout
+from sa_models.materialize import materialize_
+from sa_models.text_merging import merge_on_text_
+from sa_models.weights import ShardWriter
+from train.base_model import load_dense, load_model
+from train.files import rename_into_place
+from train.loss_planning import calibration_batches
+from train.run_folder import MERGED, Run, base_of
+from train.span_planning import bar
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
+
+    from train.data import Blocks
+
+
+def trained_folder(current: Run) -> Path:
+    """Folder of the weights that are materialized: trained, or with no steps those of the base."""
+    return current.folder / "weights" if current.steps > 0 else base_of(current)
+
+
+def merged_folder(current: Run) -> Path:
+    """As `trained_folder`; of a merge on text, what :func:`merge_on_text` has written."""
+    merges = current.recipe.materialize.measures
+    return current.folder / MERGED if merges else trained_folder(current)
+
+
+def merge_on_text(current: Run) -> None:
+    """Merge the trained weights on calibration text, where the recipe asks for it. A collective.
+
+    Raises:
+        PostshareError: as `merge_on_text_`; or the folder cannot be written.
+    """
+    folder = current.folder / MERGED
+    if not current.recipe.materialize.measures or folder.is_dir():
+        return
+    blocks = current.blocks[0]
+
+    def work() -> None:
+        model = load_model(trained_folder(current), current.recipe.model.attention)
+        write_model(folder, _merged(current, model, blocks), current.recipe.export.shard_bytes)
+
+    current.on_main(work)
+
+
+def tied_base(current: Run) -> LlamaForCausalLM:
+    """The base with the plan materialized, untrained; for a merge on text `blocks` must be read."""
+    model = load_dense(base_of(current), current.recipe.model.attention)
+    if current.recipe.materialize.measures:
+        model = _merged(current, model, current.blocks[0])
+    return tied(current, model)
+
+
+def tied(current: Run, model: LlamaForCausalLM) -> LlamaForCausalLM:
+    """The model with the plan's structure, where it lacks it, and the plan materialized."""
+    model = convert(model, current.plan, current.leaders)
+    layout = HeadLayout.from_config(model.config)
+    merge = current.recipe.materialize.merge
+    materialize_(dict(model.named_parameters()), layout, current.plan, merge)
+    return model
+
+
+def _merged(current: Run, model: LlamaForCausalLM, blocks: Blocks) -> LlamaForCausalLM:
+    section, device = current.recipe.materialize, current.ranks.device
+    model = convert(model, current.plan, current.leaders)
+    model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides it
+    batches = calibration_batches(blocks, section.calibration_blocks, 1, device)
+    with bar("merging") as advance:
+        merge_on_text_(model, current.plan, section.merge, batches, advance)
+    model.to("cpu")  # type: ignore[arg-type]
+    return model
+
+
+def write_model(folder: Path, model: LlamaForCausalLM, shard_bytes: int) -> None:
+    """Write an HF folder with fp32 weights, renamed into place when it is whole.
+
+    Raises:
+        PostshareError: it cannot be written; nothing half written stays.
+    """
+    beside = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        beside.mkdir(parents=True)
+        config = copy.deepcopy(model.config)
+        config.dtype = torch.float32
+        config.save_pretrained(beside)
+        writer = ShardWriter(beside, shard_bytes)
+        for name, parameter in model.named_parameters():
+            writer.add(name, parameter.detach())
+        writer.close()
+        rename_into_place(beside, folder)
+    except (OSError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise PostshareError(
+            f"the merged weights could not be written to {folder} ({reason}); free disk space and "
+            "start again"
+        ) from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
