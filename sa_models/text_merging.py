@@ -19,14 +19,15 @@ elements for every layer with a merged q, k or v (Llama-2-7B: 134 MB each).
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Protocol
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
 
 from .errors import PostshareError
 from .heads import HeadLayout, unit_view
+from .input_grams import InputGrams, run_text
 from .materialize import unit
 from .merging import Gauge, Member, Merge, Slices, check_merge, gauges, groups, merge_group
 from .plan import SharingPlan
@@ -82,7 +83,8 @@ def merge_on_text_(
             merged |= {(p, at) for at in (group.source, *sharing) if sharing}
     kind = _Fisher if merge == "weighted_mean" else _Inputs
     measured: _Measured = kind(model, layout, merged, gauge_of)
-    measure(measured, model, batches, progress)
+    with measured.recording():
+        run_text(model, batches, measured.add, progress)
     new: Slices = {}
     for group in found:
         new |= merge_group(group, merge, layout.head_dim, read, measured.average)
@@ -92,61 +94,9 @@ def merge_on_text_(
 
 
 class _Measured(Protocol):
-    def recording(self) -> ExitStack: ...
+    def recording(self) -> AbstractContextManager[Any]: ...
     def add(self, logits: torch.Tensor, targets: torch.Tensor) -> None: ...
     def average(self, projection: str, members: list[Member]) -> torch.Tensor: ...
-
-
-def measure(
-    measured: _Measured,
-    model: LlamaForCausalLM,
-    batches: Iterable[Batch],
-    progress: Progress | None = None,
-) -> None:
-    """Run the model over the text, row by row, and add up what a merge needs.
-
-    Raises:
-        PostshareError: no row of text, or padding.
-    """
-    rows = [
-        {name: tensor[i : i + 1] for name, tensor in batch.items()}
-        for batch in batches
-        for i in range(len(batch["input_ids"]))
-    ]
-    if not rows:
-        raise PostshareError(
-            "there is no calibration text to merge on; give some, or set "
-            "materialize.merge=aligned_mean"
-        )
-    with torch.enable_grad(), _evaluation(model), measured.recording():
-        for done, row in enumerate(rows, start=1):
-            if "attention_mask" in row and not row["attention_mask"].all():
-                raise PostshareError(
-                    "calibration blocks have padding; pack the text into blocks of equal length"
-                )
-            given = {n: t.to(model.device) for n, t in row.items() if n != "labels"}
-            targets = row.get("labels", row["input_ids"])[:, 1:].to(model.device)
-            measured.add(model(**given, use_cache=False).logits, targets)
-            if progress is not None:
-                progress(done, len(rows))
-
-
-@contextmanager
-def _evaluation(model: LlamaForCausalLM) -> Iterator[None]:
-    """No dropout, and nothing left of what is done to gradients meanwhile."""
-    training = model.training
-    before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    try:
-        model.eval()
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
-            parameter.grad = None
-        yield
-    finally:
-        model.train(training)
-        for parameter, required, grad in before:
-            parameter.requires_grad_(required)
-            parameter.grad = grad
 
 
 class _Fisher:
@@ -159,17 +109,26 @@ class _Fisher:
         merged: set[Where],
         gauge_of: Mapping[tuple[str, Unit], Gauge],
     ) -> None:
-        self._layout, self._gauge_of = layout, gauge_of
+        self._model, self._layout, self._gauge_of = model, layout, gauge_of
         self._merged = sorted(merged)
         named = dict(model.named_parameters())
         names = {layout.parameter_name(layer, p) for p, (layer, _) in merged}
         self._parameters = {name: named[name] for name in names}
         self.sums: Slices = {}
 
-    def recording(self) -> ExitStack:
-        for parameter in self._parameters.values():
-            parameter.requires_grad_(True)
-        return ExitStack()
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Gradients of the merged projections alone, for a while."""
+        before = [(p, p.requires_grad) for p in self._model.parameters()]
+        try:
+            self._model.requires_grad_(False)
+            for parameter in self._parameters.values():
+                parameter.requires_grad_(True)
+            with torch.enable_grad():
+                yield
+        finally:
+            for parameter, required in before:
+                parameter.requires_grad_(required)
 
     def add(self, logits: torch.Tensor, targets: torch.Tensor) -> None:
         flat = logits[:, :-1].float().flatten(0, 1)
@@ -197,8 +156,7 @@ class _Fisher:
 
 
 class _Inputs:
-    """Sums over tokens of x x', float64: of layers (hidden_size, hidden_size), and of the heads of
-    units whose o is merged (width, width)."""
+    """The inputs of all projections that are merged."""
 
     def __init__(
         self,
@@ -207,34 +165,10 @@ class _Inputs:
         merged: set[Where],
         gauge_of: Mapping[tuple[str, Unit], Gauge],
     ) -> None:
-        self._model, self._layout, self._gauge_of = model, layout, gauge_of
-        self._layers = {layer for p, (layer, _) in merged if p != "o"}
-        self._units = sorted(at for p, at in merged if p == "o")
-        self.of_layer: dict[int, torch.Tensor] = {}
-        self.of_unit: dict[Unit, torch.Tensor] = {}
-
-    def recording(self) -> ExitStack:
-        stack = ExitStack()
-        for layer in self._layers:
-            norm = self._model.get_submodule(f"model.layers.{layer}.input_layernorm")
-
-            def normed(
-                module: torch.nn.Module, given: tuple, out: torch.Tensor, layer: int = layer
-            ) -> None:
-                _add(self.of_layer, layer, out)
-
-            stack.enter_context(norm.register_forward_hook(normed))
-        for layer in {layer for layer, _ in self._units}:
-            o = self._model.get_submodule(f"model.layers.{layer}.self_attn.o_proj")
-
-            def mixed(module: torch.nn.Module, given: tuple, layer: int = layer) -> None:
-                width = self._layout.width("o")
-                for at in self._units:
-                    if at[0] == layer:
-                        _add(self.of_unit, at, given[0].narrow(-1, at[1] * width, width))
-
-            stack.enter_context(o.register_forward_pre_hook(mixed))
-        return stack
+        layers = {layer for p, (layer, _) in merged if p != "o"}
+        units = [at for p, at in merged if p == "o"]
+        self._grams = InputGrams(model, layers, units)
+        self.recording = self._grams.recording
 
     def add(self, logits: torch.Tensor, targets: torch.Tensor) -> None:
         """The hooks have seen all that is needed."""
@@ -256,16 +190,11 @@ class _Inputs:
 
     def _gram(self, projection: str, member: Member) -> torch.Tensor:
         if projection != "o":
-            return self.of_layer[member.unit[0]]
-        gram = self.of_unit[member.unit]
+            return self._grams.of_layer[member.unit[0]]
+        gram = self._grams.of_unit[member.unit]
         if member.gauge is None:
             return gram
         return member.gauge.apply("v", member.gauge.apply("v", gram).T.contiguous()).T
-
-
-def _add(sums: dict, key: object, rows: torch.Tensor) -> None:
-    x = rows.detach().flatten(0, -2).double()
-    sums[key] = sums[key] + x.T @ x if key in sums else x.T @ x
 
 
 def _pair(projection: str) -> str:

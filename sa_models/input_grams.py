@@ -1,0 +1,105 @@
+"""Sums of x x' over calibration text: what projections are given, in second moments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .errors import PostshareError
+from .heads import HeadLayout
+from .restart import Batch
+from .similarity import Progress
+from .ties import Unit
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
+
+
+def run_text(
+    model: LlamaForCausalLM,
+    batches: Iterable[Batch],
+    visit: Callable[[torch.Tensor, torch.Tensor], None],
+    progress: Progress | None = None,
+) -> None:
+    """Run a model over calibration text, row by row, without dropout.
+
+    Args:
+        batches: see :data:`~sa_models.restart.Batch`.
+        visit: called with the logits (1, length, vocabulary) of a row and its targets, int64
+            (1, length - 1), -100 where none is predicted.
+        progress: called with (done, total) rows.
+
+    Raises:
+        PostshareError: no row of text, or padding.
+    """
+    rows = [
+        {name: tensor[i : i + 1] for name, tensor in batch.items()}
+        for batch in batches
+        for i in range(len(batch["input_ids"]))
+    ]
+    if not rows:
+        raise PostshareError("there is no calibration text; give at least one block of it")
+    training = model.training
+    try:
+        model.eval()
+        for done, row in enumerate(rows, start=1):
+            if "attention_mask" in row and not row["attention_mask"].all():
+                raise PostshareError(
+                    "calibration blocks have padding; pack the text into blocks of equal length"
+                )
+            given = {n: t.to(model.device) for n, t in row.items() if n != "labels"}
+            targets = row.get("labels", row["input_ids"])[:, 1:].to(model.device)
+            visit(model(**given, use_cache=False).logits, targets)
+            if progress is not None:
+                progress(done, len(rows))
+    finally:
+        model.train(training)
+
+
+class InputGrams:
+    """Sums over tokens of x x', float64, on the model's device.
+
+    Attributes:
+        of_layer: {layer: (hidden_size, hidden_size)}, of the normed hidden states that q, k and v
+            read.
+        of_unit: {unit: (width, width)}, of what its heads give to o.
+    """
+
+    def __init__(
+        self, model: LlamaForCausalLM, layers: Iterable[int], units: Iterable[Unit] = ()
+    ) -> None:
+        self._model, self._layers, self._units = model, sorted(layers), sorted(units)
+        self._width = HeadLayout.from_config(model.config).width("o")
+        self.of_layer: dict[int, torch.Tensor] = {}
+        self.of_unit: dict[Unit, torch.Tensor] = {}
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Add up what every forward pass meanwhile shows."""
+        with ExitStack() as stack:
+            for layer in self._layers:
+                norm = self._model.get_submodule(f"model.layers.{layer}.input_layernorm")
+                stack.enter_context(norm.register_forward_hook(self._normed(layer)))
+            for layer in sorted({layer for layer, _ in self._units}):
+                o = self._model.get_submodule(f"model.layers.{layer}.self_attn.o_proj")
+                stack.enter_context(o.register_forward_pre_hook(self._mixed(layer)))
+            yield
+
+    def _normed(self, layer: int) -> Callable[..., None]:
+        return lambda module, given, out: _add(self.of_layer, layer, out)
+
+    def _mixed(self, layer: int) -> Callable[..., None]:
+        def mixed(module: torch.nn.Module, given: tuple[torch.Tensor, ...]) -> None:
+            for at in self._units:
+                if at[0] == layer:
+                    _add(self.of_unit, at, given[0].narrow(-1, at[1] * self._width, self._width))
+
+        return mixed
+
+
+def _add(sums: dict[Any, torch.Tensor], key: Any, rows: torch.Tensor) -> None:
+    x = rows.detach().flatten(0, -2).double()
+    sums[key] = sums[key] + x.T @ x if key in sums else x.T @ x
