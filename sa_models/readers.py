@@ -312,9 +312,12 @@ class _ExpandedSlice:
         return part.narrow(self._axis, start - first * self._width, stop - start)
 
 
+DROPPED = ("model_type", "auto_map", "sharing", "reuse_rows", "basis", "transformers_version")
+
+
 def dense_config(config: LlamaConfig) -> LlamaConfig:
     """The stock ``LlamaConfig`` of a compact model's config (or a copy of a dense one's)."""
     values = config.to_dict()
-    for key in ("model_type", "auto_map", "sharing", "reuse_rows", "transformers_version"):
+    for key in DROPPED:
         values.pop(key, None)
     return LlamaConfig(**{**values, "architectures": ["LlamaForCausalLM"]})

@@ -22,6 +22,7 @@ class PlanSavings:
         removed_unit_parameters: of the removed units.
         span_parameters: of the projections that followers do not have.
         pooled_parameters: of the KV heads that were pooled into others (GQA).
+        basis_parameters: no longer stored because layers share a basis (Basis Sharing).
         base_cache, stored_cache: elements of the KV cache for one token.
     """
 
@@ -39,6 +40,7 @@ class PlanSavings:
     base_parameters: int
     base_cache: int
     stored_cache: int
+    basis_parameters: int = 0
 
     @property
     def effective_ratio(self) -> float:
@@ -53,7 +55,8 @@ class PlanSavings:
     @property
     def removed_parameters(self) -> int:
         """No longer stored in the compact form, for whatever reason."""
-        return self.tied_parameters + self.removed_unit_parameters + self.absent_parameters
+        units = self.tied_parameters + self.removed_unit_parameters
+        return units + self.absent_parameters + self.basis_parameters
 
     @property
     def stored_ratio(self) -> float:

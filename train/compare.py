@@ -24,7 +24,7 @@ from train.plan_stage import make_plan
 from train.planning import check_plan
 from train.recipe import Recipe
 from train.run_folder import Run, base_of, begin
-from train.summary import SUMMARY_FILE, read_block_losses
+from train.summary import SUMMARY_FILE, read_block_losses, stored_bytes
 
 COMPARISON_FILE = "comparison.json"
 PARETO_PICTURE = "comparison.png"
@@ -154,5 +154,4 @@ def _summary(run: Planned) -> dict:
 
 
 def _size(run: Planned) -> int | None:
-    sizes = _summary(run)["bytes"]
-    return sizes["compact"] or sizes["dense"]
+    return stored_bytes(_summary(run)["bytes"])

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from sa_models.basis import parameter_range
 from sa_models.errors import PostshareError
 from sa_models.heads import PROJECTIONS, HeadLayout
 from sa_models.plan import SharingPlan
@@ -77,6 +78,22 @@ def _healed(recipe: Recipe, target: Target) -> dict[str, Any]:
     }
 
 
+def _basis(recipe: Recipe, target: Target, seed: int) -> dict[str, Any] | None:
+    """All that the plan leaves of q, k and v for the factors; the other weights stay."""
+    least, whole = parameter_range(target.layout, BASIS_LAYERS)
+    parameters = whole - target.saved_parameters
+    if not least <= parameters < whole:
+        return None
+    return {
+        **_healed(recipe, target),
+        "train": {"steps": target.steps, "epochs": None},
+        "materialize": None,
+        "plan": {"strategy": "none"},
+        "basis": {"layers": BASIS_LAYERS, "parameters": parameters},
+        "export": {"formats": ["dense"]},
+    }
+
+
 def _random_pairs(recipe: Recipe, target: Target, seed: int) -> dict[str, Any] | None:
     if not target.tied_heads() or recipe.plan.strategy == "random":
         return None
@@ -121,6 +138,8 @@ def _pooled(recipe: Recipe, target: Target, seed: int) -> dict[str, Any] | None:
     }
 
 
+BASIS_LAYERS = 2
+"""The paper's main setting."""
 RECIPE = "recipe"
 """The recipe itself, whose run also has *base*, *continued* and *direct*."""
 
@@ -142,6 +161,12 @@ CONTROLS = {
             _pruned("gradient"),
         ),
         Control("pooled", "KV heads mean-pooled (GQA), trained", _pooled, "one KV head a layer"),
+        Control(
+            "basis",
+            "q, k, v of 2 layers on one basis (Basis Sharing, attention only), trained",
+            _basis,
+            "the plan saves nothing, or more than factors of q, k and v can",
+        ),
     )
 }
 
@@ -182,7 +207,7 @@ def check(recipe: Recipe) -> None:
     Raises:
         PostshareError: it shares nothing, has no fixed number of steps, or trains none.
     """
-    if not recipe.shares:
+    if not recipe.plans:
         raise PostshareError("compare: the recipe shares nothing; set plan, spans or heads")
     if recipe.steps is None:
         raise PostshareError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple, fields
+from dataclasses import astuple, fields, replace
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.syntax import Syntax
 from rich.table import Table
 
+from sa_models.basis import parameter_range
+from sa_models.heads import HeadLayout
 from sa_models.spans import ranges
 from train import estimate
 from train.known_models import DTYPE_BYTES, LlamaShape, find_shape
@@ -64,6 +66,9 @@ def _facts(recipe: Recipe, shape: LlamaShape, origin: str, gpus: int, accumulati
     plan, train = recipe.plan, recipe.train
     structure = estimate.expected_structure(recipe, shape)
     savings = estimate.plan_savings(plan, shape, structure)
+    if recipe.basis is not None:
+        whole = parameter_range(HeadLayout.from_config(shape), recipe.basis.layers)[1]
+        savings = replace(savings, basis_parameters=whole - recipe.basis.parameters)
     element = DTYPE_BYTES.get(recipe.export.dtype, shape.dtype_bytes)
     base, stored = savings.bytes(element)
     table = Table(show_header=False, box=None, pad_edge=False)
@@ -115,6 +120,14 @@ def _plan_rows(
     if not recipe.shares:
         return [("plan", "none: nothing is shared")]
     rows = []
+    if recipe.basis is not None:
+        rows.append(
+            (
+                "basis",
+                f"q, k and v of {recipe.basis.layers} adjacent layers share one, in at most "
+                f"{count(recipe.basis.parameters)} parameters",
+            )
+        )
     if plan.strategy != "none":
         rows.append(("plan", _units(recipe, shape, structure, savings)))
     shared = {"attention": "attention weights", "kv": "keys and values"}

@@ -22,6 +22,7 @@ from sa_models.readers import open_weights
 from sa_models.weights import WeightsFolder
 from train import engine as engines
 from train.base_model import load_base, load_dense, load_model
+from train.basis import basis_savings, basis_weights, factors_folder, load_first, train_basis
 from train.data import Blocks
 from train.files import write_json
 from train.loop import TrainJob, TrainResult, train
@@ -66,7 +67,7 @@ def stages(recipe: Recipe) -> None:
 
 def plan(recipe: Recipe) -> None:
     """`postshare plan`: find, print and draw the plan."""
-    if not recipe.shares:
+    if not recipe.plans:
         raise PostshareError("plan.strategy is none: there is no plan to find; set plan.strategy")
     measures = recipe.spans is not None and recipe.spans.measures
     current = begin(recipe, needs_data=measures or recipe.plan.measures)
@@ -120,9 +121,11 @@ def post_train(current: Run) -> None:
     steps = current.steps + current.recipe.materialize.heal_steps
     if current.shares and current.recipe.evaluate.continued and steps > 0:
         train_one(current, "continued", current.folder / "continued", None, steps)
-    if current.steps == 0:
+    if current.recipe.basis is not None:
+        train_basis(current)
+    elif current.steps == 0:
         return
-    if current.shares:
+    elif current.shares:
         train_one(current, "post", current.folder, current.plan)
     else:
         train_one(current, "pretrain" if current.base is None else "post", current.folder, None)
@@ -183,6 +186,7 @@ def write_exports(current: Run) -> None:
     recipe = current.recipe
     healed = recipe.materialize.heal_steps > 0
     weights = current.folder / "heal" / "weights" if healed else merged_folder(current)
+    factored = recipe.basis is not None
 
     # The base's tokenizer files are copied as they are; another tokenizer is written anew.
     own = recipe.model.tokenizer is not None or current.base is None
@@ -191,7 +195,7 @@ def write_exports(current: Run) -> None:
     def work() -> None:
         with ExportProgress() as progress:
             exporting.export_model(
-                open_weights(weights),
+                basis_weights(current) if factored else open_weights(weights),
                 current.plan,
                 current.folder / "export",
                 formats=export_formats(current),
@@ -226,21 +230,22 @@ def report(current: Run, blocks: Blocks) -> None:
     if (current.folder / "continued" / "weights").is_dir():
         weights = current.folder / "continued" / "weights"
         models["continued"] = lambda: load_dense(weights, attention, through=dtype)
-    models["direct"] = lambda: tied_base(current)
+    factored = recipe.basis is not None
+    models["direct"] = lambda: load_first(current) if factored else tied_base(current)
     if current.steps > 0 or recipe.materialize.heal_steps > 0:
         models["post"] = lambda: load_export(current)
+    savings = basis_savings(current) if factored else current.plan.savings(current.config)
     limit, size = recipe.evaluate.blocks, recipe.evaluate.batch_size
     device = current.ranks.device
     measured = evaluate_models(models, blocks, size, limit, device, current.folder)
     summary = summarize(
         measured,
         current.plan,
-        current.plan.savings(current.config),
+        savings,
         requested_ratio(recipe.plan, current.plan, current.plan.layout(current.config)),
         {"base": weight_bytes(base)}
-        | {
-            kind: weight_bytes(current.folder / "export" / kind) for kind in export_formats(current)
-        },
+        | {kind: weight_bytes(current.folder / "export" / kind) for kind in export_formats(current)}
+        | ({"factored": savings.stored_parameters * dtype.itemsize} if factored else {}),
         trained(current),
     )
     write_json(current.folder / SUMMARY_FILE, summary)
@@ -279,7 +284,9 @@ def load_export(current: Run) -> PreTrainedModel:
 
 
 def require_trained(current: Run) -> None:
-    if not (trained_folder(current) / "config.json").is_file():
+    factored = current.recipe.basis is not None
+    folder = factors_folder(current) if factored else trained_folder(current)
+    if not (folder / "config.json").is_file():
         raise PostshareError(
             f"{current.folder} holds no finished training; start it with `postshare run`"
         )

@@ -31,7 +31,7 @@ from train.structure_sections import listed_structure
 
 def make_plan(current: Run) -> None:
     """Find the plan, unless the run folder has it; print it, draw it."""
-    if not current.shares:
+    if not current.recipe.plans:
         return
     section, base, spans = current.recipe.plan, base_of(current), current.recipe.spans
     spans_measure = spans is not None and spans.measures

@@ -17,6 +17,7 @@ from sa_models.plan import SharingPlan
 from sa_models.similarity import best_matches, random_matches
 from sa_models.spans import ranges
 from sa_models.weights import WeightsFolder
+from train.basis_section import ranks_of
 from train.budgets import search_space, unit_budget
 from train.choice_checks import MATCHED
 from train.scoring import CalibrationText, score_units
@@ -36,7 +37,8 @@ def check_plan(recipe: Recipe, weights: WeightsFolder) -> None:
     """Refuse a plan that cannot be, before any work.
 
     Raises:
-        PostshareError: what is wrong, see :func:`sa_models.selection.units_to_tie`,
+        PostshareError: what is wrong, see :func:`~train.basis_section.ranks_of`,
+            :func:`sa_models.selection.units_to_tie`,
             :func:`~train.span_planning.check_spans_section` and
             :func:`~train.structure_sections.check_structure`.
     """
@@ -44,6 +46,8 @@ def check_plan(recipe: Recipe, weights: WeightsFolder) -> None:
     if section.strategy == "file":
         check_structure(recipe, SharingPlan.load(section.path or ""), config)
         return
+    if recipe.basis is not None:
+        ranks_of(recipe, config)
     structure = listed_structure(recipe.heads, recipe.spans)
     check_structure(recipe, structure, config)
     if recipe.spans is not None:

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, ValidationError, model_validator
 
 from sa_models.errors import PostshareError
+from train.basis_section import BasisSection, check_basis
 from train.distill_section import DistillSection, check_distill
 from train.penalty_modes import disagreement
 from train.plan_section import Budget, PlanSection
@@ -33,6 +34,7 @@ from train.sections import (
 from train.structure_sections import HeadsSection, Spans, SpansSection
 
 __all__ = [
+    "BasisSection",
     "Budget",
     "DataSection",
     "DataSource",
@@ -70,6 +72,8 @@ class Recipe(Section):
     spans: Spans | None = None
     """Layers that reuse what another layer has computed: a list of spans, or how to find them."""
     heads: HeadsSection = HeadsSection()
+    basis: BasisSection | None = None
+    """Basis Sharing instead of a plan: a control of `postshare compare`, or a run of its own."""
     penalty: PenaltySection = PenaltySection()
     train: TrainSection
     distill: DistillSection | None = None
@@ -113,6 +117,7 @@ class Recipe(Section):
         if self.data.document_mask and self.model.attention == "flash_attention_2":
             self._one_row_for_flash_attention()
         check_distill(self)
+        check_basis(self)
         return self
 
     def _nothing_is_tied(self) -> None:
@@ -155,9 +160,14 @@ class Recipe(Section):
         return None if steps is None else steps + self.materialize.heal_steps
 
     @property
-    def shares(self) -> bool:
-        """Whether anything is shared at all: ties, removed units, spans or KV heads."""
+    def plans(self) -> bool:
+        """Whether there is a sharing plan: ties, removed units, spans or KV heads."""
         return self.plan.strategy != "none" or self.changes_structure
+
+    @property
+    def shares(self) -> bool:
+        """Whether anything is shared at all: by a plan, or as a basis."""
+        return self.plans or self.basis is not None
 
     @property
     def penalized(self) -> bool:

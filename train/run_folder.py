@@ -88,6 +88,8 @@ class Run:
         measured = max(measured, plan.calibration_blocks if plan.measures else 1)
         merge = self.recipe.materialize
         measured = max(measured, merge.calibration_blocks if merge.measures else 1)
+        basis = self.recipe.basis
+        measured = max(measured, 1 if basis is None else basis.calibration_blocks)
         needed = None if steps is None else max(measured, steps * self.recipe.train.batch_size)
         tokenizer, vocab_size = self.tokenizer, self.config.vocab_size  # see `on_main`
         blocks = self.main_first(
@@ -127,7 +129,7 @@ class Run:
     @property
     def plan(self) -> SharingPlan:
         """The run's plan, from its file."""
-        if not self.shares:
+        if not self.recipe.plans:
             return SharingPlan()
         plan = SharingPlan.load(self.folder / PLAN_FILE)
         plan.validate(self.config)
@@ -209,7 +211,9 @@ def begin(recipe: Recipe, needs_data: bool = True, trains: bool = False) -> Run:
 
 MERGED = "merged"
 """Folder of the weights of which tied units have been made one on calibration text."""
-STARTED = ("run.json", "continued", MERGED, "heal", "export", SUMMARY_FILE)
+BASIS = "basis"
+"""Folder of the factors of Basis Sharing before they are trained."""
+STARTED = ("run.json", "continued", MERGED, BASIS, "heal", "export", SUMMARY_FILE)
 
 
 def check_folder(recipe: Recipe) -> None:

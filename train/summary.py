@@ -88,7 +88,8 @@ def summarize(
 
     Args:
         requested: the ratio of heads that the recipe asks for.
-        disk: bytes of the weight files, by ``base``, ``compact`` and ``dense``.
+        disk: bytes of the weight files, by ``base``, ``compact`` and ``dense``; ``factored``: those
+            that the factors of Basis Sharing would take, which are in no file of the export.
     """
     return {
         "perplexity": {
@@ -114,7 +115,7 @@ def summarize(
             "base_elements_per_token": savings.base_cache,
             "stored_elements_per_token": savings.stored_cache,
         },
-        "bytes": {name: disk.get(name) for name in ("base", "compact", "dense")},
+        "bytes": {name: disk.get(name) for name in ("base", "compact", "factored", "dense")},
         "tokens": training.tokens,
         "seconds": training.seconds,
     }
@@ -130,6 +131,7 @@ def summary_table(summary: dict[str, Any]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("model", no_wrap=True)
     heads, parameters, size = summary["heads"], summary["parameters"], summary["bytes"]
+    factored = size["factored"] is not None
     structured = bool(summary["structure"]["kv_heads"] or summary["structure"]["spans"])
     what, changed = ("cache", "") if structured else _changed_heads(heads)
     columns = ["perplexity", "vs continued", what, "parameters", "bytes"]
@@ -137,7 +139,8 @@ def summary_table(summary: dict[str, Any]) -> Table:
         table.add_column(column, justify="right", no_wrap=True)
     reference = summary["perplexity"]["continued"]
     cache = summary["cache"]
-    for name, label in (STRUCTURED if structured or heads["removed"] else MODELS).items():
+    papers = not (factored or structured or heads["removed"])
+    for name, label in (MODELS if papers else STRUCTURED).items():
         value = summary["perplexity"][name]
         if value is None:
             continue
@@ -167,8 +170,13 @@ def _changed_heads(heads: dict[str, Any]) -> tuple[str, str]:
 def _bytes(size: dict[str, int | None], name: str) -> str:
     """Bytes of a model's weights; *continued* is as large as the base, and the base's is known."""
     shared = name in ("direct", "post")
-    value = (size["compact"] or size["dense"]) if shared else size["base"]
+    value = stored_bytes(size) if shared else size["base"]
     return "" if value is None else f"{value:,}"
+
+
+def stored_bytes(size: dict[str, int | None]) -> int | None:
+    """Of the smallest form of a shared model, from the bytes of a summary."""
+    return size["compact"] or size.get("factored") or size["dense"]
 
 
 def saved_sentence(summary: dict[str, Any]) -> str:
