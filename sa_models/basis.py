@@ -96,10 +96,13 @@ def basis_ranks(layout: HeadLayout, size: int, parameters: int) -> Ranks:
         key: max(1, parameters * dense // (whole * one)) for key, (one, dense) in sizes.items()
     }
     left = parameters - sum(ranks[key] * one for key, (one, _) in sizes.items())
-    for key, (one, _) in sizes.items():
-        if one <= left:
-            ranks[key] += 1
-            left -= one
+    while fitting := [
+        key for key, (one, dense) in sizes.items() if one <= left and ranks[key] * one < dense
+    ]:
+        for key in fitting:
+            if sizes[key][0] <= left:
+                ranks[key] += 1
+                left -= sizes[key][0]
     if left < 0:
         raise PostshareError(
             f"basis: {parameters:,} parameters are too few for the ranks of all groups; raise "

@@ -81,7 +81,7 @@ def test_full_rank_is_the_model(kv_heads: int, tied: bool, size: int) -> None:
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
-@pytest.mark.parametrize("share", [0.2, 0.5, 0.83])
+@pytest.mark.parametrize("share", [0.2, 0.3, 0.5, 0.613, 0.7, 0.83])
 @pytest.mark.parametrize("size", [2, 3])
 def test_ranks_take_all_that_they_may(kv_heads: int, share: float, size: int) -> None:
     model = tiny(kv_heads, layers=5)

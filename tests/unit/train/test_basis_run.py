@@ -70,8 +70,8 @@ def test_a_run_counts_its_factors(finished: Recipe) -> None:
         assert torch.equal(parameter, last.read(name).to(torch.bfloat16)), name
 
 
-def test_it_starts_from_factors_that_do_less_harm_than_unwhitened_ones(finished: Recipe) -> None:
-    """Perplexity of the untrained factors: above the base's, far below that of no q, k and v."""
+def test_the_untrained_factors_are_the_row_direct(finished: Recipe) -> None:
+    """Above the base's perplexity, and far below that of chance."""
     found = json.loads((finished.folder / "summary.json").read_text())["perplexity"]
     assert found["base"] < found["direct"] < 500
 
