@@ -30,11 +30,11 @@ def factorize_base(current: Run) -> None:
     """Write the first factors, unless the run folder has them. A collective."""
     folder, section = current.folder / BASIS, current.recipe.basis
     assert section is not None
-    if folder.is_dir():
-        return
     blocks = current.blocks[0]
 
     def work() -> None:
+        if folder.is_dir():  # asked of one process: the others may come when it is there already
+            return
         model = load_dense(base_of(current), current.recipe.model.attention)
         model.to(current.ranks.device)  # type: ignore[arg-type]  # transformers' decorator hides it
         ranks = ranks_of(current.recipe, current.config)

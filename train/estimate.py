@@ -288,7 +288,9 @@ def disk_space(recipe: Recipe, shape: LlamaShape) -> Disk:
     checkpoint = checkpoint_bytes(shape, train) if trainings else 0
     # Without checkpoint_every one is written when the run is stopped, and no other.
     kept = train.keep_checkpoints * trainings + 1 if train.checkpoint_every else 1
-    weights = 4 * savings.base_parameters * trainings
+    # Of a merge on text, and of the first factors, whole fp32 weights are written as well.
+    written = trainings + recipe.materialize.measures + (recipe.basis is not None)
+    weights = 4 * savings.base_parameters * written
     teacher = cached_bytes(recipe)
     everything = kept * checkpoint + weights + exports + teacher
     return Disk(checkpoint, weights, exports, everything, teacher)

@@ -51,11 +51,13 @@ def merge_on_text(current: Run) -> None:
         PostshareError: as `merge_on_text_`; or the folder cannot be written.
     """
     folder = current.folder / MERGED
-    if not current.recipe.materialize.measures or folder.is_dir():
+    if not current.recipe.materialize.measures:
         return
     blocks = current.blocks[0]
 
     def work() -> None:
+        if folder.is_dir():  # asked of one process: the others may come when it is there already
+            return
         model = load_model(trained_folder(current), current.recipe.model.attention)
         write_model(folder, _merged(current, model, blocks), current.recipe.export.shard_bytes)
 

@@ -62,8 +62,8 @@ WAYS = {
     "heal": Way(("train.steps=6", f"materialize.heal_steps={STEPS}"), "heal"),
 }
 
-LIMIT = 240.0
-"""Seconds after which a start that has neither ended nor stepped is a failure."""
+LIMIT = 600.0
+"""Seconds after which a start that has not ended is a failure."""
 
 
 @dataclass
