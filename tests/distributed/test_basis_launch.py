@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from tests.distributed.harness import run
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1800)]
 
 RECIPE = (
     "recipes/demo.yaml",
@@ -31,7 +31,7 @@ def test_factors_train_alike_on_every_backend(tmp_path: Path) -> None:
     found = {}
     for config in ("cpu", "ddp", "zero3"):
         folder = tmp_path / config
-        run(config, "-m", "train", *RECIPE, f"output_dir={folder}")
+        run(config, "-m", "train", *RECIPE, f"output_dir={folder}", timeout=600)
         found[config] = load_file(folder / "weights" / "model.safetensors")
     first = load_file(tmp_path / "cpu" / "basis" / "model.safetensors")
     shared = "model.layers.2.self_attn.k_proj.basis"
