@@ -26,6 +26,10 @@ Batch = Mapping[str, torch.Tensor]
 token but the first is) and ``position_ids``, which restart at every document."""
 
 
+Handed = dict[int, tuple[torch.Tensor, ...]]
+"""What leaders hand to their followers, by the leader's layer."""
+
+
 @dataclass(frozen=True)
 class Entered:
     """What all layers get of one batch, beside the hidden states."""
@@ -75,25 +79,35 @@ def run_layers(
         start: not a follower, nor a layer between a leader and its followers: see
             :meth:`Restart.first_layer`.
     """
-    shared = isinstance(model.model, SharedLlamaModel)
-    handed: dict[int, tuple[torch.Tensor, ...]] = {}
+    handed: Handed = {}
+    for at in range(start, len(model.model.layers)):
+        hidden = run_layer(model, at, hidden, entered, handed)
+        yield hidden
+
+
+def run_layer(
+    model: LlamaForCausalLM, at: int, hidden: torch.Tensor, entered: Entered, handed: Handed
+) -> torch.Tensor:
+    """The hidden states that leave one layer.
+
+    Args:
+        handed: of the leaders below it; this layer adds its own, where it leads.
+    """
+    layer = model.model.layers[at]
     same = {
         "attention_mask": entered.mask,
         "position_ids": entered.positions,
         "past_key_values": None,
         "use_cache": False,
     }
-    for at in range(start, len(model.model.layers)):
-        layer = model.model.layers[at]
-        if shared:
-            span = model.model.spans[at]
-            leader = () if span is None else handed[span.leader]
-            hidden, given = layer(hidden, leader, False, entered.rotation, **same)
-            if given:
-                handed[at] = given
-        else:
-            hidden = layer(hidden, position_embeddings=entered.rotation, **same)
-        yield hidden
+    if not isinstance(model.model, SharedLlamaModel):
+        return layer(hidden, position_embeddings=entered.rotation, **same)
+    span = model.model.spans[at]
+    leader = () if span is None else handed[span.leader]
+    leaving, given = layer(hidden, leader, False, entered.rotation, **same)
+    if given:
+        handed[at] = given
+    return leaving
 
 
 def summed_loss(model: LlamaForCausalLM, hidden: torch.Tensor, targets: torch.Tensor) -> float:

@@ -1,8 +1,8 @@
 """The materialize stage of a run: where the weights of tied units become one.
 
 Copies and means are taken tensor by tensor, wherever weights are read. What needs calibration text
-needs the whole model: the main process does it once, into a folder that all ranks and the later
-stages read, whatever the launch.
+(some merges, and reconstruction) needs the whole model: the main process does it once, into a
+folder that all ranks and the later stages read, whatever the launch.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from sa_models.convert import convert
 from sa_models.errors import PostshareError
 from sa_models.heads import HeadLayout
 from sa_models.materialize import materialize_
+from sa_models.merging import MEASURED, Merge
+from sa_models.reconstruction import reconstruct_
 from sa_models.text_merging import merge_on_text_
 from sa_models.weights import ShardWriter
 from train.base_model import load_dense, load_model
@@ -45,10 +47,10 @@ def merged_folder(current: Run) -> Path:
 
 
 def merge_on_text(current: Run) -> None:
-    """Merge the trained weights on calibration text, where the recipe asks for it. A collective.
+    """Materialize the trained weights on calibration text, if the recipe asks. A collective.
 
     Raises:
-        PostshareError: as `merge_on_text_`; or the folder cannot be written.
+        PostshareError: as `merge_on_text_` and `reconstruct_`; or the folder cannot be written.
     """
     folder = current.folder / MERGED
     if not current.recipe.materialize.measures:
@@ -72,22 +74,40 @@ def tied_base(current: Run) -> LlamaForCausalLM:
     return tied(current, model)
 
 
-def tied(current: Run, model: LlamaForCausalLM) -> LlamaForCausalLM:
-    """The model with the plan's structure, where it lacks it, and the plan materialized."""
+def remaining_merge(current: Run) -> Merge:
+    """How the weights of :func:`merged_folder` are still to be merged."""
+    section = current.recipe.materialize
+    return "copy" if section.reconstruct else section.merge
+
+
+def tied(current: Run, model: LlamaForCausalLM, merge: Merge | None = None) -> LlamaForCausalLM:
+    """The model with the plan's structure, where it lacks it, and the plan materialized.
+
+    Args:
+        merge: by default what remains, see :func:`remaining_merge`.
+    """
     model = convert(model, current.plan, current.leaders)
     layout = HeadLayout.from_config(model.config)
-    merge = current.recipe.materialize.merge
-    materialize_(dict(model.named_parameters()), layout, current.plan, merge)
+    parameters = dict(model.named_parameters())
+    materialize_(parameters, layout, current.plan, merge or remaining_merge(current))
     return model
 
 
-def _merged(current: Run, model: LlamaForCausalLM, blocks: Blocks) -> LlamaForCausalLM:
+def _merged(current: Run, trained: LlamaForCausalLM, blocks: Blocks) -> LlamaForCausalLM:
+    """The plan materialized as calibration text says; `trained` may be changed."""
     section, device = current.recipe.materialize, current.ranks.device
-    model = convert(model, current.plan, current.leaders)
+    reference = copy.deepcopy(trained).eval() if section.reconstruct else None
+    model = convert(trained, current.plan, current.leaders)
     model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides it
     batches = calibration_batches(blocks, section.calibration_blocks, 1, device)
-    with bar("merging") as advance:
-        merge_on_text_(model, current.plan, section.merge, batches, advance)
+    if section.merge in MEASURED:
+        with bar("merging") as advance:
+            merge_on_text_(model, current.plan, section.merge, batches, advance)
+    if reference is not None:
+        reference.to(device)
+        model = tied(current, model, section.merge).eval()
+        with bar("reconstructing") as advance:
+            reconstruct_(model, reference, current.plan, batches, progress=advance)
     model.to("cpu")  # type: ignore[arg-type]
     return model
 

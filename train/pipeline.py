@@ -26,7 +26,14 @@ from train.basis import basis_savings, basis_weights, factors_folder, load_first
 from train.data import Blocks
 from train.files import write_json
 from train.loop import TrainJob, TrainResult, train
-from train.materializing import merge_on_text, merged_folder, tied, tied_base, trained_folder
+from train.materializing import (
+    merge_on_text,
+    merged_folder,
+    remaining_merge,
+    tied,
+    tied_base,
+    trained_folder,
+)
 from train.outcome import read_result
 from train.penalty_modes import unfinished
 from train.plan_stage import make_plan
@@ -169,7 +176,7 @@ def heal(current: Run) -> None:
             current.recipe.model,
             current.plan,
             current.leaders,
-            current.recipe.materialize.merge,
+            remaining_merge(current),
         ),
         plan=None,
         train_blocks=training,
@@ -201,7 +208,7 @@ def write_exports(current: Run) -> None:
                 formats=export_formats(current),
                 dtype=current.export_dtype,
                 shard_bytes=recipe.export.shard_bytes,
-                merge="copy" if healed else recipe.materialize.merge,
+                merge="copy" if healed else remaining_merge(current),
                 leaders=current.leaders,
                 base_config=current.config,
                 tokenizer=tokenizer,

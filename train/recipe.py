@@ -104,10 +104,7 @@ class Recipe(Section):
         if self.plan.strategy == "none":
             if self.penalty != PenaltySection():
                 raise ValueError("penalty: plan.strategy is none, nothing to pull; remove penalty")
-            if self.materialize != MaterializeSection():
-                raise ValueError(
-                    "materialize: plan.strategy is none, nothing is tied; remove materialize"
-                )
+            self._nothing_to_materialize()
         if self.plan.action == "remove":
             self._nothing_is_tied()
         if (problem := disagreement(self)) is not None:
@@ -119,6 +116,21 @@ class Recipe(Section):
         check_distill(self)
         check_basis(self)
         return self
+
+    def _nothing_to_materialize(self) -> None:
+        if not self.changes_structure and self.materialize != MaterializeSection():
+            raise ValueError(
+                "materialize: plan.strategy is none, nothing is tied; remove materialize"
+            )
+        if self.materialize.merge != "copy":
+            raise ValueError(
+                "materialize.merge: plan.strategy is none, nothing is merged; remove it"
+            )
+        if self.materialize.reconstruct and self.train.steps != 0:
+            raise ValueError(
+                "materialize.reconstruct: spans and KV heads are there before train.steps, nothing "
+                "changes after it; set train.steps=0 and materialize.heal_steps"
+            )
 
     def _nothing_is_tied(self) -> None:
         if self.penalty != PenaltySection():

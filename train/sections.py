@@ -320,8 +320,11 @@ class MaterializeSection(Section):
     after writing targets in the source's gauge; absorb: copy, and a kept o adapts to the new v;
     weighted_mean, least_squares: as aligned_mean, weighed by Fisher information or fitted to all
     units' outputs on calibration text (RegMean)."""
+    reconstruct: bool = False
+    """Solve o of the changed layers and those above by least squares on calibration text, so that
+    the heads that are left make up for what has changed."""
     calibration_blocks: Positive = 32
-    """Training blocks for weighted_mean and least_squares, spread evenly."""
+    """Training blocks for weighted_mean, least_squares and reconstruct, spread evenly."""
     heal_steps: Count = 0
     """Optimizer steps of tied fine-tuning afterwards."""
     heal_learning_rate: Rate | None = None
@@ -335,15 +338,15 @@ class MaterializeSection(Section):
         default = type(self).model_fields["calibration_blocks"].get_default()
         if self.calibration_blocks != default and not self.measures:
             raise ValueError(
-                f"merge {self.merge} reads no text; remove calibration_blocks, or set merge to "
-                "weighted_mean or least_squares"
+                f"merge {self.merge} reads no text; remove calibration_blocks, set reconstruct, or "
+                "set merge to weighted_mean or least_squares"
             )
         return self
 
     @property
     def measures(self) -> bool:
-        """Whether calibration text is needed to merge."""
-        return self.merge in MEASURED
+        """Whether calibration text is needed."""
+        return self.merge in MEASURED or self.reconstruct
 
 
 class ExportSection(Section):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,13 @@ from safetensors.torch import load_file
 from sa_models.errors import PostshareError
 from sa_models.modeling import SharedLlamaForCausalLM
 from sa_models.plan import SharingPlan
-from sa_models.readers import MaterializedReader
+from sa_models.readers import MaterializedReader, open_weights
+from sa_models.reconstruction import reconstruct_
 from sa_models.text_merging import merge_on_text_
 from sa_models.weights import WeightsFolder
 from train import materializing
 from train.base_model import load_dense
+from train.evaluate import perplexity
 from train.loss_planning import calibration_batches
 from train.materializing import merge_on_text, merged_folder, tied
 from train.pipeline import export, run
@@ -106,6 +109,66 @@ def test_a_deleted_export_is_made_again_from_what_was_merged(tmp_path: Path) -> 
     export(made)
     after = load_file(file)
     assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+@pytest.mark.parametrize(
+    ("plan", "merge", "steps", "heal"),
+    [
+        ({"budget": {"ratio": 0.3}}, "aligned_mean", 2, 2),
+        ({"strategy": "random", "action": "remove", "budget": {"ratio": 0.3}}, "copy", 0, 2),
+    ],
+)
+def test_the_stages_read_what_was_reconstructed(
+    plan: dict, merge: str, steps: int, heal: int, tmp_path: Path
+) -> None:
+    section = {
+        "merge": merge,
+        "reconstruct": True,
+        "calibration_blocks": 5,
+        "heal_steps": heal,
+        "heal_learning_rate": 1e-9,
+    }
+    made = recipe(tmp_path / "run", merge, steps, heal, plan=plan, materialize=section)
+    run(made)
+    current = begin(made)
+    trained = load_dense(
+        made.folder / "weights" if steps else materializing.base_of(current), "sdpa"
+    )
+    expected = tied(current, copy.deepcopy(trained), merge)
+    text = calibration_batches(current.blocks[0], 5, 1, torch.device("cpu"))
+    solved = reconstruct_(expected, trained, current.plan, text)
+    assert all(at.after < at.before for at in solved)
+    merged = WeightsFolder(made.folder / "merged")
+    for name, parameter in expected.named_parameters():
+        assert torch.equal(merged.read(name), parameter), name
+    # Healing began there: two steps of 1e-9 move no weight by more than twice as much and decay.
+    healed = MaterializedReader(open_weights(made.folder / "heal" / "weights"), current.plan)
+    for name, parameter in expected.named_parameters():
+        torch.testing.assert_close(healed.read(name), parameter, rtol=1e-7, atol=4e-9)
+    losses = json.loads((made.folder / "evaluation.json").read_text())["models"]
+    if not steps:
+        assert losses["direct"]["loss"] == pytest.approx(losses["post"]["loss"], abs=1e-5)
+        untrained = tied(current, trained)
+        plain = perplexity(untrained, current.blocks[1], 8, 4, progress=False)
+        assert losses["direct"]["loss"] < plain.loss - 0.01
+
+
+def test_reconstruct_needs_something_that_changes(tmp_path: Path) -> None:
+    section = {"reconstruct": True}
+    for steps, message in ((2, "there before train.steps"), (0, None)):
+        sections = {
+            "plan": {"strategy": "none"},
+            "heads": {"kv_heads": 2},
+            "materialize": section,
+            "export": {"formats": ["dense"]},
+        }
+        if message is None:
+            assert recipe(tmp_path / "run", "copy", steps, 0, **sections).materialize.measures
+        else:
+            with pytest.raises(PostshareError, match=message):
+                recipe(tmp_path / "run", "copy", steps, 0, **sections)
+    with pytest.raises(PostshareError, match="nothing is shared|nothing is tied"):
+        recipe(tmp_path / "run", "copy", 2, 0, plan={"strategy": "none"}, materialize=section)
 
 
 def test_what_cannot_be_written_leaves_nothing(
