@@ -1,4 +1,4 @@
-"""Residuals as a standard PEFT adapter: a LoRA on the projections of a compact model that have ties.
+"""Residuals as a standard PEFT adapter: a LoRA on the tied projections of a compact model.
 
 The adapter's ``lora_alpha`` is its rank, so that what it adds is B A itself. PEFT wraps the
 projection, whose own features and whose owners stay as they are, and adds (B (A x)) to its output.
@@ -48,7 +48,7 @@ def parameter_names(where: Where) -> tuple[str, str]:
 
 
 def file_name(name: str) -> str | None:
-    """The name in an adapter's file of a wrapped model's parameter; None where it is no adapter's."""
+    """The name in an adapter's file of a wrapped model's parameter; None for one of the model."""
     if not any(f"{part}.default." in name for part in _PARTS):
         return None
     return _FILE_PREFIX + name.replace(".default.", ".")
@@ -166,8 +166,8 @@ def load_adapter(folder: str | os.PathLike[str]) -> dict[Where, Pair]:
     }
     if tensors or len(ranks) != 1 or config.get("use_rslora") or config.get("use_dora"):
         raise PostshareError(
-            f"{folder} is no residual (a LoRA of one rank, and of lora_alpha equal to it, on q, k, v "
-            "and o alone); use the adapter that postshare has written"
+            f"{folder} is no residual (a LoRA of one rank, equal to lora_alpha, on q, k, v, o "
+            "alone); use the adapter that postshare has written"
         )
     return dict(sorted(pairs.items(), key=lambda item: (item[0][0], "qkvo".index(item[0][1]))))
 

@@ -80,8 +80,8 @@ def export_model(
 ) -> ExportResult:
     """Write ``folder/compact`` and ``folder/dense`` (a plan with spans has no dense form).
 
-    With residuals the compact folder goes with ``folder/adapter``, a PEFT adapter, and the dense one
-    is what the two compute: compact expanded + B A, of the values that are stored.
+    With residuals the compact folder goes with ``folder/adapter``, a PEFT adapter, and the dense
+    one is what the two compute: compact expanded + B A, of the values that are stored.
 
     A finished folder of the same export is left as it is; what an interrupted export left is
     removed and made again.

@@ -3,14 +3,14 @@
 A projection W of which units are tied computes with W' instead. What it lost is R = W - W' (zero in
 the rows, for o the columns, of units that kept their weights); a residual of rank r adds B A to W',
 with B (out, r) and A (r, in). With the second moments C of the inputs x, the B A that minimises the
-mean of ||(R - B A) x||^2, which is ||(R - B A) C^(1/2)||_F^2, projects R on the r main directions of
-the lost outputs:
+mean of ||(R - B A) x||^2, which is ||(R - B A) C^(1/2)||_F^2, projects R on the r main directions
+of the lost outputs:
 
     B A = U U^T R,    U: eigenvectors of R C R^T with the r largest eigenvalues.
 
 This is SVD-LLM's whitened truncation (2403.07378: U S V^T C^(-1/2), with U S V^T that of
-R C^(1/2)), written without the inverse, so that a singular C needs no ridge. The error is the sum of
-the other eigenvalues. With C = I it is the truncated SVD of R.
+R C^(1/2)), written without the inverse, so that a singular C needs no ridge. The error is the sum
+of the other eigenvalues. With C = I it is the truncated SVD of R.
 
 One residual covers all tied units of a projection: R has their rows below one another. Blocks of
 rank r/n for n units are one such B A, so that they are never better at the same bytes.

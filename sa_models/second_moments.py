@@ -36,7 +36,8 @@ def input_moments(
     Raises:
         PostshareError: padding, no block of three tokens, or an input that is not finite.
     """
-    blocks, readers = calibration_blocks(batches), {}
+    blocks = calibration_blocks(batches)
+    readers: dict[tuple[int, bool], list[Where]] = {}
     for layer, p in wanted:
         readers.setdefault((layer, p == "o"), []).append((layer, p))
     sums: dict[tuple[int, bool], torch.Tensor] = {}

@@ -17,6 +17,7 @@ from sa_models.errors import PostshareError
 from train.distill_section import DistillSection, check_distill
 from train.penalty_modes import disagreement
 from train.plan_section import Budget, PlanSection
+from train.residual_section import ResidualSection, check_residual
 from train.sections import (
     DataSection,
     DataSource,
@@ -45,6 +46,7 @@ __all__ = [
     "PenaltySection",
     "PlanSection",
     "Recipe",
+    "ResidualSection",
     "SpansSection",
     "TrainSection",
     "WandbSection",
@@ -75,6 +77,8 @@ class Recipe(Section):
     distill: DistillSection | None = None
     """Learning from a frozen teacher, the unshared model, in every training of the run."""
     materialize: MaterializeSection = MaterializeSection()
+    residual: ResidualSection | None = None
+    """Low-rank corrections that tied units keep for themselves, exported as a PEFT adapter."""
     export: ExportSection = ExportSection()
     evaluate: EvaluateSection = EvaluateSection()
     wandb: WandbSection = WandbSection()
@@ -113,6 +117,7 @@ class Recipe(Section):
         if self.data.document_mask and self.model.attention == "flash_attention_2":
             self._one_row_for_flash_attention()
         check_distill(self)
+        check_residual(self)
         return self
 
     def _nothing_is_tied(self) -> None:

@@ -86,6 +86,9 @@ class Run:
         steps, spans, plan = self.recipe.steps, self.recipe.spans, self.recipe.plan
         measured = spans.calibration_blocks if spans is not None and spans.measures else 1
         measured = max(measured, plan.calibration_blocks if plan.measures else 1)
+        residual = self.recipe.residual
+        if residual is not None and residual.measures:
+            measured = max(measured, residual.calibration_blocks)
         needed = None if steps is None else max(measured, steps * self.recipe.train.batch_size)
         tokenizer, vocab_size = self.tokenizer, self.config.vocab_size  # see `on_main`
         blocks = self.main_first(
@@ -205,7 +208,7 @@ def begin(recipe: Recipe, needs_data: bool = True, trains: bool = False) -> Run:
     return current
 
 
-STARTED = ("run.json", "continued", "heal", "export", SUMMARY_FILE)
+STARTED = ("run.json", "continued", "residual", "heal", "export", SUMMARY_FILE)
 
 
 def check_folder(recipe: Recipe) -> None:
