@@ -2,8 +2,8 @@
 
 In the run folder:
 
-residual/               what healing starts from, as a PEFT adapter; and fit.json: which share of what
-                        was lost each residual leaves
+residual/               what healing starts from, as a PEFT adapter; in fit.json, which share of
+                        what was lost each residual leaves
 heal/weights/adapter/   what healing leaves
 """
 
