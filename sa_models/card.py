@@ -33,6 +33,21 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
 ```
 """,
+    "adapter": """\
+A PEFT adapter (LoRA) that gives tied units of the compact model back a part of what they lost:
+
+```python
+import sa_models
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+compact = AutoModelForCausalLM.from_pretrained("path/to/the/compact/folder")
+model = PeftModel.from_pretrained(compact, "path/to/this/folder")
+```
+
+Several adapters may be loaded on one compact model. None can be merged into it: a tied unit has no
+weights of its own there. The dense export has this one merged.
+""",
 }
 
 
@@ -45,7 +60,7 @@ def model_card(manifest: Mapping[str, Any]) -> str:
     notes, kind = manifest["notes"], manifest["format"]
     base = notes.get("base_model")
     parts = [
-        _front_matter(base),
+        _front_matter(base, "peft" if kind == "adapter" else "transformers"),
         f"# {notes.get('name', 'Shared Llama')}, {kind} export\n",
         f"{f'`{base}`' if base else 'A Llama'} with shared attention, made by `postshare`.\n",
         "## Use\n",
@@ -67,8 +82,8 @@ def model_card(manifest: Mapping[str, Any]) -> str:
     return "\n".join(parts)
 
 
-def _front_matter(base: str | None) -> str:
-    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
+def _front_matter(base: str | None, library: str) -> str:
+    lines = ["---", f"library_name: {library}", "pipeline_tag: text-generation"]
     lines += ["tags:", "- llama", "- postshare"]
     if base:
         lines.append(f"base_model: {json.dumps(base)}")

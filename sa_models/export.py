@@ -22,6 +22,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import LlamaConfig, PreTrainedTokenizerBase
 
+from .adapters import AdaptedReader, Pairs, load_adapter, rounded, save_adapter
 from .convert import Leaders, converted
 from .errors import PostshareError
 from .heads import HeadLayout
@@ -39,6 +40,7 @@ from .model_folder import copy_code, copy_companions, tokenizer_folder, write_co
 from .modeling import compact_config, select_units
 from .plan import SharingPlan
 from .readers import DenseReader, ExpandedFolder, MaterializedReader, dense_config
+from .residual import pairs_hash
 from .savings import PlanSavings
 from .verify import verify_bytes, verify_equal
 from .weights import ShardWriter, WeightsFolder
@@ -69,6 +71,7 @@ def export_model(
     formats: Sequence[Format] = FORMATS,
     merge: Merge = "copy",
     leaders: Leaders = "mean",
+    residual: Pairs | None = None,
     base_config: LlamaConfig | None = None,
     tokenizer: Path | PreTrainedTokenizerBase | None = None,
     recipe: Mapping[str, Any] | None = None,
@@ -76,6 +79,9 @@ def export_model(
     progress: Progress | None = None,
 ) -> ExportResult:
     """Write ``folder/compact`` and ``folder/dense`` (a plan with spans has no dense form).
+
+    With residuals the compact folder goes with ``folder/adapter``, a PEFT adapter, and the dense
+    one is what the two compute: compact expanded + B A, of the values that are stored.
 
     A finished folder of the same export is left as it is; what an interrupted export left is
     removed and made again.
@@ -90,6 +96,7 @@ def export_model(
         merge: whether a shared unit is its source's, or the mean of all units that share it; see
             :mod:`sa_models.merging` for the others.
         leaders: see :mod:`~sa_models.convert`; of a source that is converted.
+        residual: of the plan's tied units, see :mod:`~sa_models.residual`.
         base_config: of the model that the savings are counted from; None: the source's.
         tokenizer: a tokenizer, or the folder of one, whose generation config and licence files
             are copied as well; None exports a model without a tokenizer.
@@ -106,9 +113,11 @@ def export_model(
     _check_arguments(formats, dtype, plan)
     plan.validate(source.config)
     serves = any(span.share == "kv" for span in plan.spans)
+    weights = MaterializedReader(converted(source, plan, leaders), plan, merge, dtype)
     job = _Job(
         folder=folder,
-        weights=MaterializedReader(converted(source, plan, leaders), plan, merge, dtype),
+        weights=weights,
+        residual=None if residual is None else rounded(residual, dtype),
         plan=plan.effective(),
         savings=plan.savings(base_config or source.config),
         identity=Identity(
@@ -117,6 +126,7 @@ def export_model(
             str(dtype)[6:],
             shard_bytes,
             leaders=leaders if serves else None,
+            residual_sha256=None if residual is None else pairs_hash(residual),
         ),
         dtype=dtype,
         shard_bytes=shard_bytes,
@@ -124,7 +134,8 @@ def export_model(
         notes={**(notes or {}), "recipe": recipe},
         progress=progress or (lambda stage, done, total: None),
     )
-    todo = [name for name in formats if not job.is_finished(name)]
+    kinds = [*formats, *(["adapter"] if residual and "compact" in formats else [])]
+    todo = [name for name in kinds if not job.is_finished(name)]
     if todo:
         job.check_space(todo)
         with one_thread(), job.beside(todo) as beside:
@@ -133,8 +144,8 @@ def export_model(
                 os.rename(path, folder / name)
             flush(folder)
     return ExportResult(
-        paths={name: folder / name for name in formats},
-        bytes={name: read_manifest(folder / name)["tensors"]["bytes"] for name in formats},
+        paths={name: folder / name for name in kinds},
+        bytes={name: read_manifest(folder / name)["tensors"]["bytes"] for name in kinds},
     )
 
 
@@ -172,6 +183,7 @@ class _Job:
 
     folder: Path
     weights: MaterializedReader
+    residual: Pairs | None
     plan: SharingPlan
     savings: PlanSavings
     identity: Identity
@@ -188,19 +200,28 @@ class _Job:
         return {
             "compact": self.savings.stored_parameters * size,
             "dense": self.savings.dense_parameters * size,
+            "adapter": sum(pair.parameters for pair in (self.residual or {}).values()) * size,
         }
+
+    @cached_property
+    def dense(self) -> DenseReader:
+        """The tensors of the dense form."""
+        return self._adapted(self.weights, self.residual)
+
+    def _adapted(self, source: DenseReader, residual: Pairs | None) -> DenseReader:
+        return source if residual is None else AdaptedReader(source, residual, self.plan)
 
     def is_finished(self, name: str) -> bool:
         """Whether this very export is there. Raises PostshareError when another one is."""
         path = self.folder / name
         if not path.exists():
             return False
-        if recognize(path, self.identity, self.weights.shards()):
-            return True
+        if recognize(path, self.identity, self.weights.shards()) or name == "adapter":
+            return True  # the identity has the hash of an adapter's values
         # The source files are others, or were touched since: only the weights can tell.
         exported = ExpandedFolder(path) if name == "compact" else WeightsFolder(path)
         try:
-            verify_equal(exported, self.weights)
+            verify_equal(exported, self.dense if name == "dense" else self.weights)
         except PostshareError:
             raise PostshareError(
                 f"{path} holds an export of other weights; choose another folder or delete it"
@@ -209,7 +230,7 @@ class _Job:
 
     def check_space(self, names: Sequence[str]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        for name in FORMATS:
+        for name in self.sizes:
             shutil.rmtree(self._beside(name), ignore_errors=True)
         needed = sum(self.sizes[name] for name in names)
         free = shutil.disk_usage(self.folder).free
@@ -257,7 +278,8 @@ class _Job:
                 sums = {kind: pool.submit(seal, path) for kind, path in beside.items()}
                 self._verify(beside)
                 for kind, path in beside.items():
-                    facts = describe(kind, self.plan, self.savings, self.identity)
+                    parameters = self.sizes[kind] // self.dtype.itemsize
+                    facts = describe(kind, self.plan, self.savings, self.identity, parameters)
                     files = sums[kind].result()
                     write_manifest(path, facts, files, self.weights.shards(), self.notes)
             finally:
@@ -266,13 +288,18 @@ class _Job:
     def _write_weights(
         self, kind: str, path: Path, advance: Callable[[int], None], stop: Event
     ) -> None:
+        if kind == "adapter":
+            assert self.residual is not None
+            save_adapter(path, self.residual)
+            return
         config = self.weights.config
         own = self.plan.own_units(self.plan.layout(config))
         writer = ShardWriter(path, self.shard_bytes)
-        for name in self.weights.names():
+        weights = self.dense if kind == "dense" else self.weights
+        for name in weights.names():
             if stop.is_set():
                 return
-            tensor = self.weights.read(name)
+            tensor = weights.read(name)
             where = HeadLayout.parse_name(name)
             if kind == "compact" and where is not None:
                 layer, p = where
@@ -283,6 +310,8 @@ class _Job:
         writer.close()
 
     def _write_companions(self, kind: str, path: Path) -> None:
+        if kind == "adapter":
+            return
         config = dense_config(self.weights.config)
         config.dtype = self.dtype
         if kind == "compact":
@@ -299,12 +328,26 @@ class _Job:
         readers: dict[str, DenseReader] = {
             kind: ExpandedFolder(path) if kind == "compact" else WeightsFolder(path)
             for kind, path in beside.items()
+            if kind != "adapter"
         }
         for kind, reader in readers.items():
             verify_bytes(reader.path, reader.shards(), self.sizes[kind])
-        exported = readers.pop("compact", None) or readers.pop("dense")
-        expected = readers.get("dense", self.weights)
-        verify_equal(exported, expected, self._advance("verify", 1))
+        advance = self._advance("verify", 1 if self.residual is None else len(readers))
+        residual = self.residual
+        if "adapter" in beside:
+            files = sorted(beside["adapter"].glob("*.safetensors"))
+            verify_bytes(beside["adapter"], files, self.sizes["adapter"])
+            residual = load_adapter(beside["adapter"])
+        if residual is None:
+            exported = readers.pop("compact", None) or readers.pop("dense")
+            verify_equal(exported, readers.get("dense", self.weights), advance)
+            return
+        # Ties hold in the compact folder alone; what is added to it, in the dense one.
+        compact, dense = readers.get("compact"), readers.get("dense")
+        if compact is not None:
+            verify_equal(compact, self.weights, advance)
+        if dense is not None:
+            verify_equal(dense, self._adapted(compact or self.weights, residual), advance)
 
     def _advance(self, stage: str, passes: int) -> Callable[[int], None]:
         """A counter for ``passes`` readings of all weights, for any thread."""

@@ -37,14 +37,19 @@ class Identity:
     shard_bytes: int
     leaders: str | None = None
     """How the leaders of ``kv`` spans were initialized, where there are any."""
+    residual_sha256: str | None = None
+    """Of the residuals' values before they were rounded to ``dtype``, where there are any."""
 
 
 def describe(
-    kind: str, plan: SharingPlan, savings: PlanSavings, identity: Identity
+    kind: str, plan: SharingPlan, savings: PlanSavings, identity: Identity, parameters: int
 ) -> dict[str, Any]:
-    """The part of the manifest that the plan and the base's config decide."""
+    """The part of the manifest that the plan and the base's config decide.
+
+    Args:
+        parameters: stored in the folder.
+    """
     size = {"float32": 4}.get(identity.dtype, 2)
-    parameters = savings.dense_parameters if kind == "dense" else savings.stored_parameters
     return {
         "version": VERSION,
         "format": kind,

@@ -24,7 +24,7 @@ from train.plan_stage import make_plan
 from train.planning import check_plan
 from train.recipe import Recipe
 from train.run_folder import Run, base_of, begin
-from train.summary import SUMMARY_FILE, read_block_losses, stored_bytes
+from train.summary import SUMMARY_FILE, bytes_of, parameters_of, read_block_losses
 
 COMPARISON_FILE = "comparison.json"
 PARETO_PICTURE = "comparison.png"
@@ -88,7 +88,8 @@ def _plan_runs(
     recipe: Recipe, first: Run, folder: Path, seeds: int, asked: Sequence[str]
 ) -> list[Planned]:
     assert recipe.steps is not None
-    target = Target(first.plan, first.config, recipe.steps)
+    residual = recipe.residual.parameters(first.plan, first.config) if recipe.residual else 0
+    target = Target(first.plan, first.config, recipe.steps, residual)
     runs = []
     for name in asked:
         for seed in range(seeds):
@@ -130,18 +131,18 @@ def collect(runs: Sequence[Planned]) -> list[Entry]:
     own = by_control[RECIPE]
     losses = {run.seed: read_block_losses(run.recipe.folder) for run in own}
     summary = _summary(own[0])
-    base = summary["parameters"]["base"], summary["bytes"]["base"]
-    shared = summary["parameters"]["stored"], _size(own[0])
+    base, direct = (
+        (parameters_of(summary, name), bytes_of(summary, name)) for name in ("base", "direct")
+    )
     entries = [
         Entry("base", "untouched", (losses[0]["base"],), *base),
         Entry(REFERENCE, "trained on, nothing shared", _of(own, "continued"), *base),
-        Entry("direct", "the recipe's plan, untrained", (losses[0]["direct"],), *shared),
+        Entry("direct", "the recipe's plan, untrained", (losses[0]["direct"],), *direct),
     ]
     for name, group in by_control.items():
-        stored = _summary(group[0])["parameters"]["stored"]
-        entries.append(
-            Entry(name, CONTROLS[name].what, _of(group, "post"), stored, _size(group[0]))
-        )
+        found = _summary(group[0])
+        size = parameters_of(found, "post"), bytes_of(found, "post")
+        entries.append(Entry(name, CONTROLS[name].what, _of(group, "post"), *size))
     return entries
 
 
@@ -151,7 +152,3 @@ def _of(runs: Sequence[Planned], model: str) -> tuple[BlockLosses, ...]:
 
 def _summary(run: Planned) -> dict:
     return json.loads((run.recipe.folder / SUMMARY_FILE).read_text(encoding="utf-8"))
-
-
-def _size(run: Planned) -> int | None:
-    return stored_bytes(_summary(run)["bytes"])

@@ -24,11 +24,13 @@ class Target:
     Attributes:
         config: of the base model.
         steps: optimizer steps, healing included.
+        residual: parameters of the recipe's residuals, which its plan saves less.
     """
 
     plan: SharingPlan
     config: Any
     steps: int
+    residual: int = 0
 
     @property
     def layout(self) -> HeadLayout:
@@ -36,7 +38,13 @@ class Target:
 
     @property
     def saved_parameters(self) -> int:
-        return self.plan.savings(self.config).removed_parameters
+        saved = self.plan.savings(self.config).removed_parameters - self.residual
+        if saved <= 0:
+            raise PostshareError(
+                f"compare: residuals of {self.residual:,} parameters take all that the ties save; "
+                "lower residual.rank"
+            )
+        return saved
 
     def heads_of_equal_bytes(self) -> int:
         """Heads whose removal saves no fewer parameters than the plan: whole units, rounded up.
@@ -73,6 +81,7 @@ def _healed(recipe: Recipe, target: Target) -> dict[str, Any]:
         "train": {"steps": 0, "epochs": None},
         "materialize": {"heal_steps": target.steps, "heal_learning_rate": rate},
         "penalty": None,
+        "residual": None,
         "spans": None,
         "heads": None,
     }

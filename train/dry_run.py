@@ -71,6 +71,7 @@ def _facts(recipe: Recipe, shape: LlamaShape, origin: str, gpus: int, accumulati
         savings = replace(savings, basis_parameters=whole - recipe.basis.parameters)
     element = DTYPE_BYTES.get(recipe.export.dtype, shape.dtype_bytes)
     base, stored = savings.bytes(element)
+    residual = estimate.residual_parameters(recipe, shape, structure)
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_row("model", f"{recipe.model.path}, config from {origin}")
     table.add_row("parameters", count(savings.base_parameters))
@@ -80,20 +81,30 @@ def _facts(recipe: Recipe, shape: LlamaShape, origin: str, gpus: int, accumulati
         table.add_row(*row)
     if recipe.shares:
         bound = "at most " if plan.strategy == "released" else ""
-        removed = savings.removed_parameters
+        removed = savings.removed_parameters - residual
+        ratio = removed / savings.attention_parameters
         table.add_row(
             "saved",
-            f"{bound}{count(removed)} parameters, {savings.stored_ratio:.1%} of "
+            f"{bound}{count(removed)} parameters, {ratio:.1%} of "
             f"attention, {removed / savings.base_parameters:.1%} of the model",
         )
+        if recipe.residual is not None:
+            table.add_row(
+                "residual",
+                f"rank {recipe.residual.rank}, at most {count(residual)} parameters, which are not "
+                "saved",
+            )
         forms = []
         if plan.strategy != "none" or structure.spans:
             forms.append(f"compact {size(stored)}")
+        if residual:
+            forms.append(f"adapter at most {size(residual * element)}")
         dense = f"dense {size(savings.dense_parameters * element)}"
         forms.append(dense if structure.has_stock_form else "no dense form")
+        saved = size(base - stored - residual * element)
         table.add_row(
             "export",
-            f"{', '.join(forms)} ({size(base - stored)} saved, {element} bytes per parameter)",
+            f"{', '.join(forms)} ({saved} saved, {element} bytes per parameter)",
         )
     if savings.stored_cache != savings.base_cache:
         table.add_row(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from sa_models.heads import PROJECTIONS, HeadLayout
 from sa_models.plan import SharingPlan
+from sa_models.residual import check_rank
 from sa_models.savings import PlanSavings, llama_parameters
 from sa_models.span_search import best_spans, late_spans
 from sa_models.spans import AttentionSpan
@@ -105,6 +106,24 @@ def plan_savings(
         tied_heads=heads,
         tied_parameters=count * sum(map(layout.unit_parameters, section.share)),
     )
+
+
+def residual_parameters(recipe: Recipe, shape: LlamaShape, structure: SharingPlan) -> int:
+    """Most parameters of the residuals, before it is known which layers have tied units.
+
+    Raises:
+        PostshareError: a rank larger than the head, and as :func:`plan_savings`.
+    """
+    section, plan = recipe.residual, recipe.plan
+    if section is None:
+        return 0
+    check_rank(section.rank, HeadLayout.from_config(shape))
+    if plan.strategy == "file":
+        return section.parameters(SharingPlan.load(plan.path or ""), shape)
+    layout = structure.layout(shape)
+    tied = {*range(layout.layers)} - {*plan.skip_layers} - structure.leader_of().keys()
+    layers = min(len(tied), requested_units(plan, shape, structure))
+    return section.rank * layers * sum(sum(layout.shape(p)) for p in plan.share)
 
 
 def trainable_parameters(
@@ -280,7 +299,8 @@ def disk_space(recipe: Recipe, shape: LlamaShape) -> Disk:
     element = DTYPE_BYTES.get(recipe.export.dtype, shape.dtype_bytes)
     exports = 0
     if "compact" in recipe.export.formats or not structure.has_stock_form:
-        exports += savings.stored_parameters * element
+        adapter = residual_parameters(recipe, shape, structure)
+        exports += (savings.stored_parameters + adapter) * element
     if "dense" in recipe.export.formats and structure.has_stock_form:
         exports += savings.dense_parameters * element
     own = (train.steps != 0) + (recipe.materialize.heal_steps > 0)

@@ -69,6 +69,8 @@ class TrainJob:
         source: the same model in files, for an engine that loads it tensor by tensor (`streams`);
             None: it lies in none, and `load` makes it whole.
         plan: the ties that the penalty pulls together; None: no penalty.
+        trainable: patterns of the parameters that train, where the model has residuals; None: the
+            recipe's `train.trainable`.
         validation_blocks: for `train.evaluate_every`; None: no evaluation.
         folder: metrics.jsonl, checkpoints/ and, at the end, weights/ go here.
     """
@@ -82,6 +84,7 @@ class TrainJob:
     steps: int
     learning_rate: float
     source: Callable[[], Source | None] = lambda: None
+    trainable: tuple[str, ...] | None = None
 
     @cached_property
     def model(self) -> PreTrainedModel:
@@ -121,7 +124,7 @@ def train(job: TrainJob, recipe: Recipe) -> TrainResult:
 
 def prepare(engine: Engine, job: TrainJob, recipe: Recipe) -> None:
     """Give model and optimizer to the engine."""
-    select_trainable(job.model, recipe.train.trainable)
+    select_trainable(job.model, job.trainable or recipe.train.trainable)
     for parameter in job.model.parameters():
         # A compact model stores o transposed. Fused AdamW pairs weights and moments as they lie in
         # memory, and moments that come from a checkpoint lie as the file has them.

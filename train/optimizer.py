@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from sa_models.adapters import plain_name
 from sa_models.errors import PostshareError
 
 if TYPE_CHECKING:
@@ -19,14 +20,15 @@ if TYPE_CHECKING:
 def select_trainable(model: nn.Module, patterns: Sequence[str]) -> list[str]:
     """Freeze every parameter whose name matches none of the fnmatch `patterns`.
 
-    A tied embedding has one name, `model.embed_tokens.weight`.
+    A tied embedding has one name, `model.embed_tokens.weight`; a projection with a residual has the
+    name that it has without.
 
     Returns:
         the names that stay trainable, in the model's order.
     Raises:
         PostshareError: a pattern matches no parameter: a typo would freeze silently.
     """
-    names = [name for name, _ in model.named_parameters()]
+    names = [plain_name(name) for name, _ in model.named_parameters()]
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise PostshareError(
@@ -34,7 +36,7 @@ def select_trainable(model: nn.Module, patterns: Sequence[str]) -> list[str]:
             )
     chosen = []
     for name, parameter in model.named_parameters():
-        trainable = any(fnmatchcase(name, pattern) for pattern in patterns)
+        trainable = any(fnmatchcase(plain_name(name), pattern) for pattern in patterns)
         parameter.requires_grad_(trainable)
         if trainable:
             chosen.append(name)
@@ -55,7 +57,7 @@ def parameter_groups(
     Raises:
         PostshareError: a pattern matches no parameter (except for biases, which few Llamas have).
     """
-    names = [name for name, _ in model.named_parameters()]
+    names = [plain_name(name) for name, _ in model.named_parameters()]
     for pattern in exclude:
         if not pattern.endswith("bias") and not any(fnmatchcase(name, pattern) for name in names):
             raise PostshareError(
@@ -66,7 +68,7 @@ def parameter_groups(
     kept: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            free = any(fnmatchcase(name, pattern) for pattern in exclude)
+            free = any(fnmatchcase(plain_name(name), pattern) for pattern in exclude)
             (kept if free else decayed).append(parameter)
     groups = [
         {"params": decayed, "weight_decay": weight_decay},

@@ -1,7 +1,8 @@
 """The folder of one training: whose it is, whether it is finished, and the weights it leaves.
 
 run.json      identity and backend configuration, written at the start
-weights/      Hugging Face folder, fp32 safetensors, renamed into place at the end
+weights/      Hugging Face folder, fp32 safetensors, renamed into place at the end; residuals are a
+              PEFT adapter in adapter/
 result.json   written last: a finished training is not run again
 """
 
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
+from sa_models.adapters import file_name, plain_name, write_adapter
 from sa_models.errors import PostshareError
 from sa_models.weights import ShardWriter
 from train.checkpoint import steps_in
@@ -28,6 +30,9 @@ if TYPE_CHECKING:
     from train.engine import Engine
     from train.loop import TrainJob
     from train.recipe import Recipe
+
+ADAPTER_FOLDER = "adapter"
+"""In `weights/`, where the model has residuals."""
 
 # What may change between two segments of a run: it changes no number beyond rounding.
 FREE_TRAIN = {
@@ -75,7 +80,13 @@ def identity(job: TrainJob, recipe: Recipe) -> dict[str, Any]:
         "data": recipe.data.model_dump(mode="json", exclude={"processes"}),
         "train": recipe.train.model_dump(mode="json", exclude=FREE_TRAIN),
         "distill": recipe.distill and recipe.distill.model_dump(mode="json"),
+        **(_residual(recipe) if job.trainable is not None else {}),
     }
+
+
+def _residual(recipe: Recipe) -> dict[str, Any]:
+    """Of a training with residuals alone: that of another one is what it was before there were."""
+    return {"residual": recipe.residual and recipe.residual.model_dump(mode="json")}
 
 
 def finished(folder: Path, ours: dict[str, Any], resume: str) -> TrainResult | None:
@@ -146,6 +157,7 @@ def write_weights(folder: Path, engine: Engine, model: Any, max_shard_bytes: int
     beside = folder.with_name(folder.name + ".tmp")
     error: Exception | None = None
     writer: ShardWriter | None = None
+    residual: dict[str, torch.Tensor] = {}
     if engine.is_main:
         shutil.rmtree(beside, ignore_errors=True)
         try:
@@ -162,12 +174,18 @@ def write_weights(folder: Path, engine: Engine, model: Any, max_shard_bytes: int
     for name, tensor in engine.full_weights():
         if writer is not None and error is None:
             try:
-                writer.add(name, tensor)
+                if (at := file_name(name)) is not None:
+                    residual[at] = tensor.clone()  # small; the tensor may be a buffer's
+                else:
+                    writer.add(plain_name(name), tensor)
             except (OSError, SafetensorError) as caught:
                 error = caught
     if writer is not None and error is None:
         try:
             writer.close()
+            if residual:
+                (beside / ADAPTER_FOLDER).mkdir()
+                write_adapter(beside / ADAPTER_FOLDER, model.peft_config["default"], residual)
             rename_into_place(beside, folder)
         except (OSError, SafetensorError) as caught:
             error = caught

@@ -13,6 +13,7 @@ from pathlib import Path
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from sa_models import export as exporting
+from sa_models.adapters import insert_, load_adapter
 from sa_models.convert import convert
 from sa_models.errors import PostshareError
 from sa_models.manifest import update_notes
@@ -40,8 +41,9 @@ from train.plan_stage import make_plan
 from train.planning import requested_ratio
 from train.progress import ExportProgress
 from train.recipe import Recipe
+from train.residual import fit_residual, fitted, residual_of, trainable, with_residual
 from train.run_folder import PLAN_OUTPUTS, Run, base_of, begin, find_teacher
-from train.streaming import base_source, compact_source
+from train.streaming import Source, base_source, compact_source
 from train.summary import (
     SUMMARY_FILE,
     Training,
@@ -67,6 +69,7 @@ def stages(recipe: Recipe) -> None:
     make_plan(current)
     post_train(current)
     merge_on_text(current)
+    fit_residual(current, trained_folder(current))
     heal(current)
     write_exports(current)
     judge(current)
@@ -162,23 +165,32 @@ def heal(current: Run) -> None:
     section = current.recipe.materialize
     if section.heal_steps == 0:
         return
+    residual = None if current.recipe.residual is None else fitted(current)
 
     def load() -> SharedLlamaForCausalLM:
         model = load_model(merged_folder(current), current.recipe.model.attention)
-        return SharedLlamaForCausalLM.from_materialized(tied(current, model), current.plan)
+        compact = SharedLlamaForCausalLM.from_materialized(tied(current, model), current.plan)
+        if residual is not None:
+            insert_(compact, residual)
+        return compact
 
-    training, validation = current.blocks
-    job = TrainJob(
-        name="heal",
-        load=load,
-        source=lambda: compact_source(
+    def source() -> Source:
+        compact = compact_source(
             merged_folder(current),
             current.recipe.model,
             current.plan,
             current.leaders,
             remaining_merge(current),
-        ),
+        )
+        return compact if residual is None else with_residual(compact, residual)
+
+    training, validation = current.blocks
+    job = TrainJob(
+        name="heal",
+        load=load,
+        source=source,
         plan=None,
+        trainable=None if residual is None else trainable(current.recipe),
         train_blocks=training,
         validation_blocks=validation,
         folder=current.folder / "heal",
@@ -210,6 +222,7 @@ def write_exports(current: Run) -> None:
                 shard_bytes=recipe.export.shard_bytes,
                 merge="copy" if healed else remaining_merge(current),
                 leaders=current.leaders,
+                residual=residual_of(current),
                 base_config=current.config,
                 tokenizer=tokenizer,
                 recipe=recipe.model_dump(mode="json"),
@@ -239,7 +252,7 @@ def report(current: Run, blocks: Blocks) -> None:
         models["continued"] = lambda: load_dense(weights, attention, through=dtype)
     factored = recipe.basis is not None
     models["direct"] = lambda: load_first(current) if factored else tied_base(current)
-    if current.steps > 0 or recipe.materialize.heal_steps > 0:
+    if current.steps > 0 or recipe.materialize.heal_steps > 0 or recipe.residual is not None:
         models["post"] = lambda: load_export(current)
     savings = basis_savings(current) if factored else current.plan.savings(current.config)
     limit, size = recipe.evaluate.blocks, recipe.evaluate.batch_size
@@ -251,15 +264,16 @@ def report(current: Run, blocks: Blocks) -> None:
         savings,
         requested_ratio(recipe.plan, current.plan, current.plan.layout(current.config)),
         {"base": weight_bytes(base)}
-        | {kind: weight_bytes(current.folder / "export" / kind) for kind in export_formats(current)}
+        | {kind: weight_bytes(current.folder / "export" / kind) for kind in exported(current)}
         | ({"factored": savings.stored_parameters * dtype.itemsize} if factored else {}),
         trained(current),
+        0 if recipe.residual is None else recipe.residual.parameters(current.plan, current.config),
     )
     write_json(current.folder / SUMMARY_FILE, summary)
-    for kind in export_formats(current):
+    for kind in exported(current):
         update_notes(current.folder / "export" / kind, {"numbers": summary})
     current.say("", summary_table(summary), saved_sentence(summary), "")
-    for kind in export_formats(current):
+    for kind in exported(current):
         current.say(f"{kind:<10}{current.folder / 'export' / kind}")
     current.say(
         f"summary   {current.folder / SUMMARY_FILE}",
@@ -283,6 +297,8 @@ def load_export(current: Run) -> PreTrainedModel:
         folder = current.folder / "export" / kind
         if folder.is_dir():
             model = load.from_pretrained(folder, dtype="auto", attn_implementation=attention)
+            if kind == "compact" and current.recipe.residual is not None:
+                insert_(model, load_adapter(folder.with_name("adapter")))
             return model.float()
     raise PostshareError(f"{current.folder} has no export; run `postshare export` first")
 
@@ -304,6 +320,13 @@ def trained(current: Run) -> Training:
     results = [read_result(current.folder), read_result(current.folder / "heal")]
     done = [result for result in results if result is not None]
     return Training(sum(r.tokens for r in done), sum(r.seconds for r in done))
+
+
+def exported(current: Run) -> tuple[str, ...]:
+    """The folders of the export."""
+    formats = export_formats(current)
+    adapter = current.recipe.residual is not None and "compact" in formats
+    return (*formats, "adapter") if adapter else formats
 
 
 def export_formats(current: Run) -> tuple[exporting.Format, ...]:

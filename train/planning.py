@@ -14,6 +14,7 @@ from sa_models.convert import converted
 from sa_models.heads import HeadLayout
 from sa_models.importance import least_important, unit_norms
 from sa_models.plan import SharingPlan
+from sa_models.residual import check_rank
 from sa_models.similarity import best_matches, random_matches
 from sa_models.spans import ranges
 from sa_models.weights import WeightsFolder
@@ -40,9 +41,11 @@ def check_plan(recipe: Recipe, weights: WeightsFolder) -> None:
         PostshareError: what is wrong, see :func:`~train.basis_section.ranks_of`,
             :func:`sa_models.selection.units_to_tie`,
             :func:`~train.span_planning.check_spans_section` and
-            :func:`~train.structure_sections.check_structure`.
+            :func:`~train.structure_sections.check_structure`; or a residual larger than the head.
     """
     section, config = recipe.plan, weights.config
+    if recipe.residual is not None:
+        check_rank(recipe.residual.rank, HeadLayout.from_config(config))
     if section.strategy == "file":
         check_structure(recipe, SharingPlan.load(section.path or ""), config)
         return

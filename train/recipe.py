@@ -18,6 +18,7 @@ from train.basis_section import BasisSection, check_basis
 from train.distill_section import DistillSection, check_distill
 from train.penalty_modes import disagreement
 from train.plan_section import Budget, PlanSection
+from train.residual_section import ResidualSection, check_residual
 from train.sections import (
     DataSection,
     DataSource,
@@ -47,6 +48,7 @@ __all__ = [
     "PenaltySection",
     "PlanSection",
     "Recipe",
+    "ResidualSection",
     "SpansSection",
     "TrainSection",
     "WandbSection",
@@ -79,6 +81,8 @@ class Recipe(Section):
     distill: DistillSection | None = None
     """Learning from a frozen teacher, the unshared model, in every training of the run."""
     materialize: MaterializeSection = MaterializeSection()
+    residual: ResidualSection | None = None
+    """Low-rank corrections that tied units keep for themselves, exported as a PEFT adapter."""
     export: ExportSection = ExportSection()
     evaluate: EvaluateSection = EvaluateSection()
     wandb: WandbSection = WandbSection()
@@ -115,6 +119,7 @@ class Recipe(Section):
             self._one_row_for_flash_attention()
         check_distill(self)
         check_basis(self)
+        check_residual(self)
         return self
 
     def _nothing_to_materialize(self) -> None:

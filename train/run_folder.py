@@ -90,6 +90,9 @@ class Run:
         measured = max(measured, merge.calibration_blocks if merge.measures else 1)
         basis = self.recipe.basis
         measured = max(measured, 1 if basis is None else basis.calibration_blocks)
+        residual = self.recipe.residual
+        if residual is not None and residual.measures:
+            measured = max(measured, residual.calibration_blocks)
         needed = None if steps is None else max(measured, steps * self.recipe.train.batch_size)
         tokenizer, vocab_size = self.tokenizer, self.config.vocab_size  # see `on_main`
         blocks = self.main_first(
@@ -213,7 +216,7 @@ MERGED = "merged"
 """Folder of the weights of which tied units have been made one on calibration text."""
 BASIS = "basis"
 """Folder of the factors of Basis Sharing before they are trained."""
-STARTED = ("run.json", "continued", MERGED, BASIS, "heal", "export", SUMMARY_FILE)
+STARTED = ("run.json", "continued", MERGED, BASIS, "residual", "heal", "export", SUMMARY_FILE)
 
 
 def check_folder(recipe: Recipe) -> None:

@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from sa_models.adapters import Pairs, rank_of, wrap_
 from sa_models.configuration import SharedLlamaConfig
 from sa_models.convert import Leaders, converted
 from sa_models.errors import PostshareError
 from sa_models.heads import HeadLayout
 from sa_models.merging import Merge
 from sa_models.modeling import SharedLlamaForCausalLM, compact_config, select_units
-from sa_models.readers import MaterializedReader, compact_shapes, open_weights
+from sa_models.readers import DenseReader, MaterializedReader, compact_shapes, open_weights
 from sa_models.weights import WeightsFolder, read_model_type
 from train.base_model import base_folder
 
@@ -51,12 +52,14 @@ class Source(Mapping[str, Tensor]):
     Attributes:
         kind, config: of the model.
         folder: where its generation config may lie.
+        residual: of the model, whose values the reader has too.
     """
 
     kind: type[LlamaForCausalLM]
     config: LlamaConfig
     reader: Reader
     folder: Path
+    residual: Pairs | None = None
 
     def __getitem__(self, name: str) -> Tensor:
         return self.reader.read(name).detach().to(torch.float32).contiguous()
@@ -75,6 +78,8 @@ class Source(Mapping[str, Tensor]):
         """
         with torch.device("meta"):
             model = self.kind(self.config)
+            if self.residual is not None:
+                wrap_(model, rank_of(self.residual), self.residual)
         # The one module with buffers; they are computed, and lie in no file.
         model.model.rotary_emb = LlamaRotaryEmbedding(self.config).to(device)
         if (self.folder / "generation_config.json").is_file():
@@ -134,11 +139,20 @@ def compact_source(
     Raises:
         PostshareError: as `open_weights` and `converted`.
     """
-    # What training has written is in fp32; a base that was not trained may be in another dtype.
-    spans = read_model_type(folder) == SharedLlamaConfig.model_type
-    dense = converted(open_weights(folder) if spans else Fp32Folder(folder), plan, leaders)
+    dense = dense_weights(folder, plan, leaders)
     reader = CompactReader(MaterializedReader(dense, plan, merge), plan)
     return Source(SharedLlamaForCausalLM, _for_training(reader.config, section), reader, folder)
+
+
+def dense_weights(folder: Path, plan: SharingPlan, leaders: Leaders) -> DenseReader:
+    """The fp32 weights into which a plan's ties are written.
+
+    Raises:
+        PostshareError: as `open_weights` and `converted`.
+    """
+    # What training has written is in fp32; a base that was not trained may be in another dtype.
+    spans = read_model_type(folder) == SharedLlamaConfig.model_type
+    return converted(open_weights(folder) if spans else Fp32Folder(folder), plan, leaders)
 
 
 def _for_training(config: Any, section: ModelSection) -> Any:

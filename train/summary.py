@@ -83,14 +83,18 @@ def summarize(
     requested: float,
     disk: dict[str, int],
     training: Training,
+    residual: int = 0,
 ) -> dict[str, Any]:
     """The value of ``summary.json``; a model that the run does not have is null.
 
     Args:
         requested: the ratio of heads that the recipe asks for.
-        disk: bytes of the weight files, by ``base``, ``compact`` and ``dense``; ``factored``: those
-            that the factors of Basis Sharing would take, which are in no file of the export.
+        disk: bytes of the weight files, by ``base``, ``compact``, ``adapter`` and ``dense``;
+            ``factored``: those that the factors of Basis Sharing would take, which are in no file
+            of the export.
+        residual: parameters of the adapter, which belong to what is stored.
     """
+    stored_ratio = savings.stored_ratio - residual / savings.attention_parameters
     return {
         "perplexity": {
             name: measured[name].perplexity if name in measured else None for name in MODELS
@@ -104,8 +108,9 @@ def summarize(
         },
         "parameters": {
             "base": savings.base_parameters,
-            "stored": savings.stored_parameters,
-            "stored_ratio": savings.stored_ratio,
+            "stored": savings.stored_parameters + residual,
+            "adapter": residual,
+            "stored_ratio": stored_ratio,
         },
         "structure": {
             "kv_heads": plan.kv_heads,
@@ -115,7 +120,9 @@ def summarize(
             "base_elements_per_token": savings.base_cache,
             "stored_elements_per_token": savings.stored_cache,
         },
-        "bytes": {name: disk.get(name) for name in ("base", "compact", "factored", "dense")},
+        "bytes": {
+            name: disk.get(name) for name in ("base", "compact", "adapter", "factored", "dense")
+        },
         "tokens": training.tokens,
         "seconds": training.seconds,
     }
@@ -130,7 +137,7 @@ def summary_table(summary: dict[str, Any]) -> Table:
     """What a run is judged by, as one table."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("model", no_wrap=True)
-    heads, parameters, size = summary["heads"], summary["parameters"], summary["bytes"]
+    heads, size = summary["heads"], summary["bytes"]
     factored = size["factored"] is not None
     structured = bool(summary["structure"]["kv_heads"] or summary["structure"]["spans"])
     what, changed = ("cache", "") if structured else _changed_heads(heads)
@@ -151,8 +158,8 @@ def summary_table(summary: dict[str, Any]) -> Table:
             f"{value:.2f}",
             f"{value / reference - 1:+.1%}" if reference and name != "continued" else "",
             (f"{kept:.1%}" if shared else "100%") if structured else (changed if shared else "0"),
-            f"{parameters['stored' if shared else 'base']:,}",
-            _bytes(size, name),
+            f"{parameters_of(summary, name):,}",
+            "" if (held := bytes_of(summary, name)) is None else f"{held:,}",
         )
     return table
 
@@ -167,16 +174,25 @@ def _changed_heads(heads: dict[str, Any]) -> tuple[str, str]:
     return "tied + removed", f"{tied} + {removed}/{total}"
 
 
-def _bytes(size: dict[str, int | None], name: str) -> str:
-    """Bytes of a model's weights; *continued* is as large as the base, and the base's is known."""
-    shared = name in ("direct", "post")
-    value = stored_bytes(size) if shared else size["base"]
-    return "" if value is None else f"{value:,}"
+def parameters_of(summary: dict[str, Any], name: str) -> int:
+    """Parameters that are stored of a model; *direct* has no residuals."""
+    parameters = summary["parameters"]
+    if name not in ("direct", "post"):
+        return int(parameters["base"])
+    return int(parameters["stored"]) - (int(parameters["adapter"]) if name == "direct" else 0)
 
 
-def stored_bytes(size: dict[str, int | None]) -> int | None:
-    """Of the smallest form of a shared model, from the bytes of a summary."""
-    return size["compact"] or size.get("factored") or size["dense"]
+def bytes_of(summary: dict[str, Any], name: str) -> int | None:
+    """Bytes of a model's weights; *continued* is as large as the base, and the base's is known.
+
+    Of a shared model those of the compact folder, and of the adapter that belongs to it.
+    """
+    size = summary["bytes"]
+    if name not in ("direct", "post"):
+        return size["base"]
+    if size["compact"] is None:
+        return size.get("factored") or size["dense"]
+    return size["compact"] + (size["adapter"] or 0 if name == "post" else 0)
 
 
 def saved_sentence(summary: dict[str, Any]) -> str:
@@ -199,5 +215,7 @@ def saved_sentence(summary: dict[str, Any]) -> str:
         kept = cache["stored_elements_per_token"] / cache["base_elements_per_token"]
         line += f", {1 - kept:.1%} of the KV cache"
     if size["compact"] and size["dense"]:
-        line += f", {size['dense'] - size['compact']:,} bytes"
+        line += f", {size['dense'] - size['compact'] - (size['adapter'] or 0):,} bytes"
+    if parameters["adapter"]:
+        line += f" (residuals of {parameters['adapter']:,} parameters counted)"
     return line

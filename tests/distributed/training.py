@@ -10,15 +10,17 @@ import tempfile
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from sa_models.adapters import insert_
 from sa_models.convert import convert
 from sa_models.materialize import materialize_
 from sa_models.modeling import SharedLlamaForCausalLM
 from sa_models.plan import HeadTie, SharingPlan
+from sa_models.residual import Pair, residual_shapes
 from sa_models.spans import AttentionSpan
 from sa_models.weights import llama_shapes
 from train.engine import Engine
@@ -118,6 +120,7 @@ class Setting:
     Attributes:
         model: a key of `MODELS`.
         heal: train the compact model, in which a tied unit is one parameter, without a penalty.
+        residual: with residuals of rank 3 on tied units, trained too, or alone.
         accumulation: micro-batches per step and rank.
         trainable: a prefix of parameter names.
         distill: the recipe's section, with :func:`teacher_folder` as the teacher.
@@ -126,6 +129,7 @@ class Setting:
 
     model: str = "ties"
     heal: bool = False
+    residual: Literal["", "both", "alone"] = ""
     kind: str = "l2"
     clip_norm: float | None = 0.5
     accumulation: int = 1
@@ -194,9 +198,16 @@ def build(setting: Setting) -> tuple[LlamaForCausalLM, torch.optim.Optimizer]:
     if setting.heal:
         materialize_(dict(model.named_parameters()), plan.layout(config), plan)
         model = SharedLlamaForCausalLM.from_materialized(model, plan)
+    if setting.residual:
+        shapes = residual_shapes(plan, config)
+        insert_(
+            model,
+            {w: Pair(torch.randn(3, i) / 9, torch.randn(o, 3) / 9) for w, (o, i) in shapes.items()},
+        )
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.contiguous()
-        parameter.requires_grad_(name.startswith((setting.trainable, "lm_head")))
+        trained = ".lora_" in name or setting.residual != "alone"
+        parameter.requires_grad_(trained and name.startswith((setting.trainable, "lm_head")))
     if setting.checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     optimizer = torch.optim.AdamW(

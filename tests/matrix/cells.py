@@ -42,6 +42,10 @@ CELLS |= {
     "heal recomputed": Setting(model="owned", heal=True, checkpointing=True, accumulation=4),
     "heal removed": Setting(model="removed", heal=True, clip_norm=0.2),
     "heal spans": Setting(model="both", heal=True, clip_norm=0.2, accumulation=4),
+    # With low-rank corrections of tied units, and these alone.
+    "residual": Setting(model="owned", heal=True, residual="both", clip_norm=0.2, accumulation=4),
+    "residual alone": Setting(model="removed", heal=True, residual="alone", clip_norm=0.01),
+    "residual recomputed": Setting(model="both", heal=True, residual="both", checkpointing=True),
 }
 # A teacher beside the student, whole or sharded as the student is.
 CELLS |= {
@@ -85,9 +89,9 @@ _GRID = (
 )
 _MOVED = ("decoupled x1 clipped", "bf16 decoupled")
 SUBSET: dict[tuple[str, int], tuple[str, ...]] = {
-    ("ddp", 2): (*_GRID[0], "heal x1 clipped", "distill x4 free", "decoupled x4 free"),
+    ("ddp", 2): (*_GRID[0], "heal x1 clipped", "residual", "distill x4 free", "decoupled x4 free"),
     ("zero0", 2): (*_GRID[1], "bf16 ties x1"),
-    ("zero1", 2): (*_GRID[0], "bf16 penalty", "heal x4 free", *_MOVED),
+    ("zero1", 2): (*_GRID[0], "bf16 penalty", "heal x4 free", "residual alone", *_MOVED),
     ("zero2", 2): (*_GRID[1], "bf16 penalty", "progressive x4 clipped"),
     ("zero3", 3): (
         *_GRID[0],
@@ -95,6 +99,8 @@ SUBSET: dict[tuple[str, int], tuple[str, ...]] = {
         "frozen",
         "heal recomputed",
         "heal removed",
+        "residual",
+        "residual alone",
         "distill x1 clipped",
         "distill x4 free",
         "distill heal",
@@ -106,6 +112,7 @@ SUBSET: dict[tuple[str, int], tuple[str, ...]] = {
         *_GRID[1],
         "bf16 penalty",
         "heal x1 clipped",
+        "residual",
         "distill x1 clipped",
         "distill x4 free",
         "progressive x1 free",
@@ -117,6 +124,7 @@ RESUMED = (
     "bf16 both x4",
     "decoupled x1 clipped",
     "bf16 progressive",
+    "residual",
 )
 """Also stopped after a step, carried through the shards' state into another engine, and ended."""
 

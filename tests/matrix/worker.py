@@ -79,8 +79,9 @@ def check_resume(setting: Setting, final: dict[str, torch.Tensor]) -> None:
     train(second, setting, first=1)
     bound = 1e-6 if second.backend == "plain" and second.world > 2 else 0.0
     for name, weight in second.full_weights():
-        difference = float((weight - final[name]).norm() / final[name].norm())
-        assert difference <= bound, f"{name} differs by {difference:.1e} after resuming"
+        difference, size = float((weight - final[name]).norm()), float(final[name].norm())
+        # Not their quotient: a compact projection may be empty.
+        assert difference <= bound * size, f"{name} differs by {difference:.1e} after resuming"
     second.close()
 
 
