@@ -167,7 +167,7 @@ def test_reconstruct_needs_something_that_changes(tmp_path: Path) -> None:
         else:
             with pytest.raises(PostshareError, match=message):
                 recipe(tmp_path / "run", "copy", steps, 0, **sections)
-    with pytest.raises(PostshareError, match="nothing is shared|nothing is tied"):
+    with pytest.raises(PostshareError, match=r"nothing is shared|nothing is tied"):
         recipe(tmp_path / "run", "copy", 2, 0, plan={"strategy": "none"}, materialize=section)
 
 
