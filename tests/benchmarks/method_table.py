@@ -1,0 +1,149 @@
+"""The rows of docs/methods.md: one training each, two at a time, kept as they finish.
+
+    python tests/benchmarks/method_table.py FOLDER [--only ROW ...] [--workers 2]
+
+methods.yaml lists the rows. Every training is a run folder below FOLDER and one line of
+docs/methods.jsonl; a second start goes on with what is missing, and the rows are read again before
+every training, so that one may be added meanwhile. Every worker has one thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+HERE = Path(__file__).parent
+ROWS = HERE / "methods.yaml"
+RESULTS = HERE.parents[1] / "docs" / "methods.jsonl"
+SEEDED = "30"
+"""The size at which a row has all its seeds; elsewhere one."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training.
+
+    Attributes:
+        size: how much is shared, in percent of the heads; for spans the number of followers.
+        overrides: of the row's recipe.
+    """
+
+    row: str
+    size: str
+    seed: int
+    recipe: dict[str, Any]
+    overrides: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.row}-{self.size}-{self.seed}"
+
+
+def jobs(only: list[str] | None = None) -> list[Job]:
+    """All trainings, the most telling ones first: 30 %, then other sizes, then other seeds."""
+    config = yaml.safe_load(ROWS.read_text(encoding="utf-8"))
+    found = [
+        job
+        for name, row in config["rows"].items()
+        if only is None or name in only
+        for job in _jobs_of(name, row, config)
+    ]
+    return sorted(found, key=lambda job: (job.seed, job.size != SEEDED))
+
+
+def _jobs_of(name: str, row: dict[str, Any], config: dict[str, Any]) -> Iterator[Job]:
+    recipe = {**config["base"], **row["recipe"]}
+    recipe["train"] = config["base"]["train"] | row["recipe"].get("train", {})
+    sizes = row.get("at") or {size: [how[row["counts"]]] for size, how in config["sizes"].items()}
+    for size, overrides in sizes.items():
+        for seed in range(row.get("seeds", 1) if size == SEEDED else 1):
+            seeds = [f"seed={seed}"] + ([f"plan.seed={seed}"] if row.get("draws") else [])
+            yield Job(name, str(size), seed, recipe, (*overrides, *seeds))
+
+
+def finished() -> set[str]:
+    """Names of the trainings that docs/methods.jsonl has."""
+    if not RESULTS.is_file():
+        return set()
+    lines = RESULTS.read_text(encoding="utf-8").splitlines()
+    return {f"{r['row']}-{r['size']}-{r['seed']}" for r in map(json.loads, lines)}
+
+
+def run(job: Job, folder: Path) -> None:
+    """Train, and add the line. Raises CalledProcessError; FOLDER/<name>.log has the reason."""
+    recipe = folder / f"{job.name}.yaml"
+    recipe.write_text(yaml.safe_dump(job.recipe, sort_keys=False), encoding="utf-8")
+    command = [sys.executable, "-m", "train", "run", str(recipe)]
+    command += [f"output_dir={folder / job.name}", *job.overrides]
+    with (folder / f"{job.name}.log").open("w", encoding="utf-8") as log:
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        subprocess.run(command, env=environment, stdout=log, stderr=log, check=True)
+    summary = json.loads((folder / job.name / "summary.json").read_text(encoding="utf-8"))
+    line = {
+        "row": job.row,
+        "size": job.size,
+        "seed": job.seed,
+        "perplexity": {name: value for name, value in summary["perplexity"].items() if value},
+        "structure": summary["structure"],
+        "heads": summary["heads"],
+        "parameters": summary["parameters"],
+        "bytes": summary["bytes"],
+        "tokens": summary["tokens"],
+        "date": date.today().isoformat(),
+    }
+    with RESULTS.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--only", nargs="*", metavar="ROW")
+    parser.add_argument("--workers", type=int, default=2)
+    arguments = parser.parse_args()
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    running: dict[Future[None], Job] = {}
+    failed: set[str] = set()
+    took: list[float] = []
+    began: dict[str, float] = {}
+    with ThreadPoolExecutor(arguments.workers) as pool:
+        while True:
+            busy = {job.name for job in running.values()}
+            left = [
+                job for job in jobs(arguments.only) if job.name not in finished() | failed | busy
+            ]
+            while left and len(running) < arguments.workers:
+                job = left.pop(0)
+                began[job.name] = time.monotonic()
+                running[pool.submit(run, job, arguments.folder)] = job
+                eta = len(left) * sum(took) / len(took) / arguments.workers / 60 if took else None
+                about = "" if eta is None else f", about {eta:.0f} min"
+                print(f"{job.name} ({len(left)} to come{about})", flush=True)
+            if not running:
+                break
+            for done in wait(running, return_when=FIRST_COMPLETED).done:
+                job = running.pop(done)
+                took.append(time.monotonic() - began[job.name])
+                if isinstance(error := done.exception(), subprocess.CalledProcessError):
+                    failed.add(job.name)
+                    print(f"{job.name} failed: see {arguments.folder / job.name}.log", flush=True)
+                elif error:
+                    raise error
+    if failed:
+        sys.exit(f"error: these failed: {', '.join(sorted(failed))}")
+
+
+if __name__ == "__main__":
+    main()
