@@ -135,12 +135,16 @@ def low_rank(
     )
     b = torch.zeros(out, rank, dtype=torch.float64)
     rows = lost.any(1).nonzero().flatten()  # the others are kept: their directions are axes
+    if not len(rows):
+        return Pair(a.float(), b.float())
     part = lost[rows]
     weighted = part if moments is None else part @ moments.to(part)
     values, vectors = torch.linalg.eigh(weighted @ part.T)
     values, vectors = values.flip(0)[:rank], vectors.flip(1)[:, :rank]
-    found = int((values > NOTHING * values[:1].clamp(min=0)).sum()) if len(rows) else 0
+    found = int((values > NOTHING * values[0]).sum())
     directions = vectors[:, :found]
+    # Either sign is an eigenvector: the one whose largest component is positive.
+    directions = directions * directions.gather(0, directions.abs().argmax(0)[None]).sign()
     projected = directions.T @ part
     scale = projected.norm(dim=1).sqrt()
     a[:found] = projected / scale[:, None]

@@ -121,8 +121,15 @@ def residual_of(current: Run) -> Pairs | None:
 
 
 def fitted(current: Run) -> Pairs:
-    """The residuals that :func:`fit_residual` has left in the run folder."""
-    return load_adapter(current.folder / RESIDUAL_FOLDER)
+    """The residuals that :func:`fit_residual` has left in the run folder.
+
+    Raises:
+        PostshareError: it has left none.
+    """
+    folder = current.folder / RESIDUAL_FOLDER
+    if not folder.is_dir():
+        raise PostshareError(f"{folder} is not there; fit the residuals with `postshare run`")
+    return load_adapter(folder)
 
 
 def trainable(recipe: Recipe) -> tuple[str, ...]:

@@ -151,8 +151,9 @@ def test_healing_under_zero3_equals_one_process(rank: int, tmp_path: Path) -> No
         begun = load_adapter(folders["cpu"] / "residual")
         for where, pair in first.items():
             assert float((pair.b - begun[where].b).norm()) > 1e-4
-            for ours, theirs in zip(pair, second[where], strict=True):
-                assert float((ours - theirs).norm()) <= 1e-3 * float(ours.norm()), where
+            # Of A and B alone the directions of nearly equal sizes may differ.
+            ours, theirs = pair.product(), second[where].product()
+            assert float((ours - theirs).norm()) <= 1e-3 * float(ours.norm()), where
     one, two = (load_file(f / "heal/weights/model.safetensors") for f in folders.values())
     before = load_file(folders["cpu"] / "weights" / "model.safetensors")
     moved = 0.0

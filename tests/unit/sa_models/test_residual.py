@@ -96,6 +96,13 @@ def test_unwhitened_it_is_the_truncated_svd() -> None:
     torch.testing.assert_close(pair.a.norm(dim=1), pair.b.norm(dim=0))
 
 
+def test_the_sign_of_a_direction_is_a_convention() -> None:
+    lost, inputs = problem(9, 14, list(range(9)))
+    pair = low_rank(lost, 4, inputs.T @ inputs, seeded())
+    largest = pair.b.gather(0, pair.b.abs().argmax(0)[None])
+    assert bool((largest > 0).all())
+
+
 def test_features_that_lost_nothing_get_nothing() -> None:
     lost, inputs = problem(10, 6, [3, 4, 8])
     rows = low_rank(lost, 2, inputs.T @ inputs, seeded())

@@ -30,7 +30,7 @@ from train.loop import train
 from train.optimizer import parameter_groups, select_trainable
 from train.pipeline import run
 from train.recipe import Recipe, validate
-from train.residual import trainable
+from train.residual import residual_of, trainable
 from train.run_folder import Run, begin
 
 torch.set_num_threads(1)
@@ -280,6 +280,13 @@ def test_a_rank_larger_than_the_head_is_refused_before_anything_is_written(tmp_p
     with pytest.raises(PostshareError, match="larger than the head of 16 dimensions"):
         run(made)
     assert not made.folder.exists()
+
+
+def test_an_export_without_fitted_residuals_says_what_to_do(tmp_path: Path) -> None:
+    made = recipe(tmp_path / "run", residual={"rank": 2})
+    begin(made)
+    with pytest.raises(PostshareError, match="fit the residuals with `postshare run`"):
+        residual_of(Run(made, begin(made).ranks))
 
 
 def test_the_snippet_of_the_docs_loads_an_export(
