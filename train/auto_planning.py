@@ -5,7 +5,7 @@ what strategy loss offers. Then structures are measured (spans, fewer KV heads),
 searched in the few that promise most. Whatever has the lowest loss wins: a control too.
 
 All losses are measured on one text, and of all of them the slope of the whole change is taken off
-(:mod:`sa_models.first_order`), structures included, so that neither side is favoured.
+(:mod:`sa_models.first_order`), structures included, which are charged with it and never credited.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ class Point:
         saved: in what the budget counts, structure included.
         loss: measured, nats per token.
         slope: of the calibration text, to be taken off.
+        structured: whether spans or KV heads were tried, which are no small change.
     """
 
     origin: str
@@ -56,11 +57,17 @@ class Point:
     saved: int
     loss: float
     slope: float
+    structured: bool = False
 
     @property
     def expected(self) -> float:
-        """The loss without the slope: what candidates are compared by."""
-        return self.loss - self.slope
+        """The loss without the slope: what candidates are compared by.
+
+        The first order of a change as large as a structure may promise a loss below that of the
+        dense model, by far: it is charged where it was in the favour of the structure, and never
+        credited.
+        """
+        return self.loss - (min(self.slope, 0.0) if self.structured else self.slope)
 
 
 @dataclass(frozen=True)
@@ -231,7 +238,7 @@ class _Search:
         units = as_plan(state)
         plan = replace(units, kv_heads=place.structure.kv_heads, spans=place.structure.spans)
         saved = self._saved(plan)
-        return Point(origin, plan, saved, loss, slope)
+        return Point(origin, plan, saved, loss, slope, place.structure != self.structure)
 
     def _saved(self, plan: SharingPlan) -> int:
         """In what the budget counts."""
@@ -264,7 +271,7 @@ class _Search:
         places = [_Tried(plan, self._converted(plan)) for plan in found]
         known = self.slopes([(place, frozenset()) for place in places])
         return [
-            Point("structure", plan, self._saved(plan), loss, known[plan, frozenset()])
+            Point("structure", plan, self._saved(plan), loss, known[plan, frozenset()], True)
             for plan, loss in zip(found, losses, strict=True)
         ]
 

@@ -8,6 +8,7 @@ quality; a few of its plans are timed.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,10 @@ if TYPE_CHECKING:
 
 TIMED = 6
 """Plans of the front that are timed, at most, beside the dense model."""
+
+
+NOISY = 0.25
+"""Spread of a ratio of times, above which the bytes that are read say more than the time."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +101,11 @@ def time_front(
             timed.append(Timed(point, decode, read, context))
             advance(done, len(points) + 1)
     return timed
+
+
+def is_noisy(front: Sequence[Timed]) -> bool:
+    """Whether the machine did so much else that times cannot be compared."""
+    return statistics.median(timed.decode.spread for timed in front) > NOISY
 
 
 def spread(points: Sequence[Point], count: int) -> list[Point]:
@@ -237,6 +247,7 @@ def save_auto(
             }
             for timed in front
         ],
+        "decoding_noisy": is_noisy(front),
         "forward_passes": searched.passes,
         "forward_passes_at_most": searched.bound.forward,
         "estimates": searched.estimates,
@@ -244,7 +255,8 @@ def save_auto(
         "seconds": searched.seconds,
     }
     write_json(folder / SEARCH_FILE, value)
-    save_front(searched.points, on_front, chosen, front, config, size, folder / PARETO_PICTURE)
+    picture = folder / PARETO_PICTURE
+    save_front(searched.points, on_front, chosen, front, is_noisy(front), config, size, picture)
 
 
 def _candidate_dict(candidate: Candidate, config: LlamaConfig) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from transformers import LlamaConfig
 
     from train.auto_planning import Point
@@ -63,6 +64,7 @@ def save_front(
     front: Sequence[Point],
     chosen: Point,
     timed: Sequence[Timed],
+    noisy: bool,
     config: LlamaConfig,
     size: int,
     path: Path,
@@ -71,6 +73,7 @@ def save_front(
 
     Args:
         points: everything that was measured.
+        noisy: whether the times are worth nothing: then the bytes that a token reads are drawn.
         size: bytes of one exported parameter.
     """
     figure = Figure(figsize=(11.0, 4.6), dpi=140, layout="constrained")
@@ -103,21 +106,31 @@ def save_front(
     left.set_xlabel(f"{unit} stored")
     left.set_ylabel("perplexity on calibration text,\nuntrained, without its slope")
     left.legend(fontsize=8, frameon=False)
-    for item in timed:
-        is_chosen = item.point == chosen
-        right.errorbar(
-            1000 * item.decode.seconds,
-            math.exp(item.point.expected),
-            xerr=1000 * item.decode.seconds * item.decode.spread / item.decode.ratio,
-            marker="*" if is_chosen else "o",
-            markersize=11 if is_chosen else 4,
-            color="#d55e00" if is_chosen else "#0072b2",
-            linewidth=0.8,
-        )
-    context = timed[0].context
-    right.set_xlabel(f"ms to decode a token after {context} others, fp32 (bars: quartiles)")
+    _draw_decoding(right, timed, chosen, noisy)
     for axes in (left, right):
         axes.grid(color="0.9", linewidth=0.6)
     beside = path.with_name(path.name + ".tmp")
     FigureCanvasAgg(figure).print_png(str(beside))
     os.replace(beside, path)
+
+
+def _draw_decoding(axes: Axes, timed: Sequence[Timed], chosen: Point, noisy: bool) -> None:
+    """Quality against the time of decoding a token, or against the bytes that it reads."""
+    context = timed[0].context
+    for item in timed:
+        is_chosen = item.point == chosen
+        width = 1000 * item.decode.seconds * item.decode.spread / item.decode.ratio
+        axes.errorbar(
+            item.read / 1e6 if noisy else 1000 * item.decode.seconds,
+            math.exp(item.point.expected),
+            xerr=0 if noisy else width,
+            marker="*" if is_chosen else "o",
+            markersize=11 if is_chosen else 4,
+            color="#d55e00" if is_chosen else "#0072b2",
+            linewidth=0.8,
+        )
+    axes.set_xlabel(
+        f"MB read to decode a token after {context} others (too noisy here to time it)"
+        if noisy
+        else f"ms to decode a token after {context} others, fp32 (bars: quartiles)"
+    )
