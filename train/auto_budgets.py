@@ -132,7 +132,7 @@ def auto_passes(
     """
     spaces = unit_spaces(section, config, structure)
     passes = [greedy_passes(space.largest, options) for space in spaces.values()]
-    forward, backward = 0, 2
+    forward, backward = 0, 1
     if has_structures(section, structure):
         spans = plan_structures.candidates(config.num_hidden_layers, section.skip_layers)
         forward = 2 * len(spans) if may_have_spans(config) else 0
@@ -141,6 +141,7 @@ def auto_passes(
         left = [full_space(section, config, plan) for plan in tried]
         inside = [greedy_passes(space.largest, options) for space in left if space.needed > 0]
         inside.sort(key=lambda found: found.forward)
+        backward += 1 + STRUCTURES_SEARCHED
         passes += inside[-STRUCTURES_SEARCHED:]
     return Passes(
         forward + sum(found.forward for found in passes),

@@ -184,7 +184,9 @@ def check_front(search: dict, of: Recipe) -> None:
             better = other["bytes"] <= entry["bytes"], other["perplexity"] <= entry["perplexity"]
             same = (other["bytes"], other["perplexity"]) == (entry["bytes"], entry["perplexity"])
             assert same or not all(better)
-    assert front[0]["plan"] == "none (dense)"
+    smaller = [entry for entry in front if entry["parameters_saved"]]
+    better = [entry for entry in smaller if entry["expected_loss"] <= search["base_loss"]]
+    assert (front[0]["plan"] == "none (dense)") == (not better)
     timed = search["decoding"]
     assert timed[0]["plan"] == "none (dense)"
     assert all(entry["seconds"] > 0 for entry in timed)
