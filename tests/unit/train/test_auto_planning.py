@@ -157,8 +157,8 @@ def test_what_is_chosen_costs_no_more_than_any_control(
     check_structures(search, base, tokens)
     check_front(search, of)
     shown = capsys.readouterr().out
-    assert f"{search['chosen']} (chosen)" in shown
-    assert "ms a token" in shown
+    assert shown.count("(chosen)") == 1  # in a cell, which may be wrapped
+    assert "fp32" in shown
     assert search["forward_passes"] <= search["forward_passes_at_most"]
     assert search["estimates"] <= search["estimates_at_most"]
 
