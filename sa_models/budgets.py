@@ -68,8 +68,12 @@ class Amount:
         """A saving by the units as a budget would state it, with what is given."""
         return f"-{100 * (saved + self.given) / self.total:.2f}%"
 
-    def check(self, most: int) -> None:
-        """Raises PostshareError, with the nearest budget, when at most ``most`` can be saved."""
+    def check(self, most: int, what: str = "the units that may change") -> None:
+        """Raises PostshareError, with the nearest budget, when at most ``most`` can be saved.
+
+        Args:
+            what: saves it.
+        """
         if 1 <= self.needed <= most:
             return
         if self.counted == "units":
@@ -80,9 +84,8 @@ class Amount:
         # Rounded down: the nearest that the user can ask for.
         nearest = int(10_000 * Fraction(most + self.given, self.total)) / 100
         raise PostshareError(
-            f"plan.budget.{self.counted} asks for {self.share(self.needed)}; the units that may "
-            f"change save {self.share(most)} at most: the nearest is "
-            f"plan.budget.{self.counted}=-{nearest}%"
+            f"plan.budget.{self.counted} asks for {self.share(self.needed)}; {what} save "
+            f"{self.share(most)} at most: the nearest is plan.budget.{self.counted}=-{nearest}%"
         )
 
 
@@ -108,19 +111,37 @@ def amount_of_share(
     Raises:
         PostshareError: the structure alone saves as much.
     """
+    asked = amount_beyond(counted, share, config, structure, projections)
+    if asked.needed <= 0:
+        raise PostshareError(
+            f"plan.budget.{counted}: spans and KV heads alone save {asked.given / asked.total:.2%},"
+            f" which is the {float(share):.2%} asked for; raise it, or set plan.strategy=none and "
+            "plan.budget=null"
+        )
+    return asked
+
+
+def amount_beyond(
+    counted: Counted,
+    share: Fraction,
+    config: Any,
+    structure: SharingPlan,
+    projections: Iterable[str],
+) -> Amount:
+    """:func:`amount_of_share`, which may leave nothing to the units (``needed`` 0 or less)."""
     savings, layout = structure.savings(config), structure.layout(config)
     if counted == "cache":
         total, given = savings.base_cache, savings.base_cache - savings.stored_cache
-        tie, removal = 0, 2 * layout.head_dim
+        removal = 2 * layout.head_dim
     else:
         total, given = savings.base_parameters, savings.removed_parameters
-        tie = sum(map(layout.unit_parameters, projections))
         removal = sum(map(layout.unit_parameters, PROJECTIONS))
-    needed = ceil(share * total) - given
-    if needed <= 0:
-        raise PostshareError(
-            f"plan.budget.{counted}: spans and KV heads alone save {given / total:.2%}, which is "
-            f"the {float(share):.2%} asked for; raise it, or set plan.strategy=none and "
-            "plan.budget=null"
-        )
-    return Amount(counted, needed, tie, removal, total, given)
+    tie = tie_saves(counted, layout, projections)
+    return Amount(counted, ceil(share * total) - given, tie, removal, total, given)
+
+
+def tie_saves(counted: Counted, layout: HeadLayout, projections: Iterable[str]) -> int:
+    """What a tie of these projections saves; a tied unit keeps its part of the cache."""
+    if counted == "cache":
+        return 0
+    return 1 if counted == "units" else sum(map(layout.unit_parameters, projections))

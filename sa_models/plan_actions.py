@@ -1,7 +1,8 @@
 """What a search may do to units: tie one to a source, or remove it; and what that saves.
 
-A state is a set of actions on different units. Sources are units that are themselves not changed,
-so that a state is a valid plan without any chain to resolve.
+A state is a set of actions: each unit is removed, or tied, perhaps twice (q and k to one source, v
+and o to another). Sources are units that are themselves not changed, so that a state is a valid
+plan without any chain to resolve.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from .plan import HeadTie, SharingPlan
 from .ties import Unit
 
 KINDS = ("tie", "remove")
+Projections = tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -25,14 +27,14 @@ class Action:
 
     target: Unit
     source: Unit | None = None
-    projections: tuple[str, ...] = ()
+    projections: Projections = ()
 
     @property
     def kind(self) -> str:
         return "remove" if self.source is None else "tie"
 
     @property
-    def key(self) -> tuple[Unit, Unit, tuple[str, ...]]:
+    def key(self) -> tuple[Unit, Unit, Projections]:
         """Sorts actions, removals first."""
         return (self.target, self.source or (-1, -1), self.projections)
 
@@ -64,11 +66,16 @@ def ordered(state: Iterable[Action]) -> list[Action]:
 
 
 def as_plan(state: Iterable[Action]) -> SharingPlan:
-    """The plan of a state."""
+    """The plan of a state; two ties of a unit to one source are one tie of the plan."""
     actions = ordered(state)
+    ties: dict[tuple[Unit, Unit], set[str]] = {}
+    for a in actions:
+        if a.source is not None:
+            ties.setdefault((a.target, a.source), set()).update(a.projections)
     return SharingPlan(
         ties=tuple(
-            HeadTie(a.target, a.source, a.projections) for a in actions if a.source is not None
+            HeadTie(target, source, tuple(p for p in PROJECTIONS if p in shared))
+            for (target, source), shared in ties.items()
         ),
         removed=tuple(a.target for a in actions if a.source is None),
     )
@@ -82,23 +89,31 @@ class Space:
         targets: units that may be tied.
         removable: units that may be removed; every layer keeps at least one unit.
         sources: units that may be sources, of targets in later layers.
-        share: the projections of a tie.
-        tie_saves, removal_saves: what an action saves, in whatever the budget counts.
+        shares: the sets of projections that a tie may share, and what it saves then, in whatever
+            the budget counts.
+        removal_saves: what a removal saves; no less than the ties of a unit.
         needed: what a state has to save at least.
+        twice: whether a tied unit may be tied again, for projections that it still has.
     """
 
     layout: HeadLayout
     targets: tuple[Unit, ...]
     removable: tuple[Unit, ...]
     sources: frozenset[Unit]
-    share: tuple[str, ...]
-    tie_saves: int
+    shares: dict[Projections, int]
     removal_saves: int
     needed: int
+    twice: bool = False
     _most: dict[State, int] = field(default_factory=dict, compare=False, repr=False)
+    _left: dict[Projections, int] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def tie_saves(self) -> int:
+        """What ties of one unit save at most."""
+        return self._still_saves(())
 
     def saves(self, action: Action) -> int:
-        return self.tie_saves if action.kind == "tie" else self.removal_saves
+        return self.shares[action.projections] if action.kind == "tie" else self.removal_saves
 
     def saved(self, state: Iterable[Action]) -> int:
         return sum(map(self.saves, state))
@@ -109,7 +124,7 @@ class Space:
     @property
     def largest(self) -> int:
         """Actions of a state that meets the budget, at most."""
-        smallest = min(saved for saved in (self.tie_saves, self.removal_saves) if saved > 0)
+        smallest = min(saved for saved in (*self.shares.values(), self.removal_saves) if saved > 0)
         return math.ceil(self.needed / smallest)
 
     def most(self, state: State = frozenset()) -> int:
@@ -118,11 +133,27 @@ class Space:
             self._most[state] = self._count_most(state)
         return self._most[state]
 
+    def _still_saves(self, tied: Projections) -> int:
+        """The most that further ties of a unit save, of which some projections are tied."""
+        if tied not in self._left:
+            more = self.twice or not tied
+            self._left[tied] = max(
+                (
+                    saved + self._still_saves((*tied, *share))
+                    for share, saved in self.shares.items()
+                    if more and not set(share) & set(tied)
+                ),
+                default=0,
+            )
+        return self._left[tied]
+
     def _count_most(self, state: State) -> int:
         fixed = {a.target for a in state} | {a.source for a in state if a.source}
         removed = Counter(a.target[0] for a in state if a.source is None)
         tied, gone = set(self.targets), set(self.removable)
         total = self.saved(state)
+        for unit in {a.target for a in state if a.source}:
+            total += self._still_saves(tied_projections(state, unit))
         for layer in {unit[0] for unit in tied | gone}:
             here = [unit for unit in tied | gone if unit[0] == layer and unit not in fixed]
             room = self.layout.units - 1 - removed[layer]
@@ -136,8 +167,11 @@ class Space:
     def allows(self, state: State, action: Action) -> bool:
         """Whether a state with this action is valid, and can still meet the budget."""
         changed = {a.target for a in state}
-        read = {a.source for a in state}
-        if action.target in changed or action.target in read:
+        if action.target in {a.source for a in state}:
+            return False
+        if action.target in changed and not (
+            action.source and self.may_tie_again(state, action.target, action.projections)
+        ):
             return False
         if action.source is None:
             gone = sum(a.source is None and a.target[0] == action.target[0] for a in state)
@@ -155,6 +189,11 @@ class Space:
             return True
         return self.most(state | {action}) >= self.needed
 
+    def may_tie_again(self, state: State, unit: Unit, share: Projections) -> bool:
+        """Whether the unit is tied, and has all projections of ``share`` still."""
+        tied = tied_projections(state, unit)
+        return self.twice and bool(tied) and not set(tied) & set(share)
+
     def actions(self) -> Iterator[Action]:
         """Every action, in canonical order of targets."""
         for unit in sorted({*self.targets, *self.removable}):
@@ -163,7 +202,13 @@ class Space:
             if unit in self.targets:
                 for source in sorted(self.sources):
                     if source[0] < unit[0]:
-                        yield Action(unit, source, self.share)
+                        for share in self.shares:
+                            yield Action(unit, source, share)
+
+
+def tied_projections(state: Iterable[Action], unit: Unit) -> Projections:
+    """The projections that a unit takes from sources, in a state."""
+    return tuple(p for a in state if a.target == unit for p in a.projections)
 
 
 def make_space(
@@ -176,7 +221,7 @@ def make_space(
     unit_saves: tuple[int, int],
     needed: int,
 ) -> Space:
-    """A space of the kinds of actions that are asked for.
+    """A space with ties of one set of projections, removals, or both.
 
     Args:
         kinds: tie, remove, or both.
@@ -185,19 +230,54 @@ def make_space(
         unit_saves: what a tie and a removal save.
         needed: more than :meth:`Space.most` can never be met.
     """
-    share, kinds, left_out = tuple(p for p in PROJECTIONS if p in set(share)), {*kinds}, {*without}
+    kinds, saved = {*kinds}, unit_saves[0]
+    shared = tuple(p for p in PROJECTIONS if p in set(share))
     return Space(
         layout=layout,
-        targets=tuple(sorted(targets)) if "tie" in kinds and unit_saves[0] else (),
+        targets=tuple(sorted(targets)) if "tie" in kinds and saved else (),
         removable=tuple(sorted(removable)) if "remove" in kinds and unit_saves[1] else (),
-        sources=frozenset(
-            (layer, unit)
-            for layer in range(layout.layers)
-            if layer not in left_out
-            for unit in range(layout.units)
-        ),
-        share=share,
-        tie_saves=unit_saves[0],
+        sources=_units(layout, without),
+        shares={shared: saved},
         removal_saves=unit_saves[1],
         needed=needed,
+    )
+
+
+def make_full_space(
+    layout: HeadLayout,
+    shares: dict[Projections, int],
+    targets: Iterable[Unit],
+    removable: Iterable[Unit],
+    without: Iterable[int],
+    removal_saves: int,
+    needed: int,
+    twice: bool,
+) -> Space:
+    """A space with ties of several sets of projections, and removals.
+
+    Args:
+        shares: of them, those that save something count.
+        twice: whether what two ties of a unit save adds up.
+        targets, removable, without, needed: see :func:`make_space`.
+    """
+    saving = {share: saved for share, saved in shares.items() if saved}
+    return Space(
+        layout=layout,
+        targets=tuple(sorted(targets)) if saving else (),
+        removable=tuple(sorted(removable)) if removal_saves else (),
+        sources=_units(layout, without),
+        shares=saving,
+        removal_saves=removal_saves,
+        needed=needed,
+        twice=twice,
+    )
+
+
+def _units(layout: HeadLayout, without: Iterable[int]) -> frozenset[Unit]:
+    left_out = {*without}
+    return frozenset(
+        (layer, unit)
+        for layer in range(layout.layers)
+        if layer not in left_out
+        for unit in range(layout.units)
     )

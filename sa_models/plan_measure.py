@@ -75,12 +75,16 @@ class Cache:
     def get(self, key: str, compute: Callable[[], Any]) -> Any:
         """The value of a key, computed and written when it is not there."""
         if key not in self._values:
-            value = self._values[key] = compute()
-            if self.path is not None:
-                line = json.dumps({"of": self.identity, "key": key, "value": value})
-                with self.path.open("a", encoding="utf-8") as file:
-                    file.write(line + "\n")
+            self.put(key, compute())
         return self._values[key]
+
+    def put(self, key: str, value: Any) -> None:
+        """Keep a value that is not there yet."""
+        self._values[key] = value
+        if self.path is not None:
+            line = json.dumps({"of": self.identity, "key": key, "value": value})
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
 
 
 def state_key(state: Iterable[Action]) -> str:
@@ -126,10 +130,22 @@ class MeasuredLoss:
         """The state from which later measurements start."""
         self._base = state
 
+    def loss_of(self, other: LlamaForCausalLM, layer: int) -> float:
+        """The loss of a model that shares the weights, unchanged, below ``layer``; not cached."""
+        self.rebase(frozenset())
+        self._measure(frozenset())
+        self.restore()
+        assert self._restart is not None
+        return self._restart.loss_of(other, layer)
+
+    def at(self, state: State) -> LlamaForCausalLM:
+        """The model itself, with a state in its weights."""
+        self._apply(state)
+        return self.model
+
     def at_base(self) -> LlamaForCausalLM:
         """The model itself, with the base state in its weights."""
-        self._apply(self._base)
-        return self.model
+        return self.at(self._base)
 
     def restore(self) -> None:
         """Undo all changes of the weights."""

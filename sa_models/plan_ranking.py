@@ -19,12 +19,13 @@ from typing import Any
 import torch
 
 from .errors import PostshareError
-from .plan_actions import Action, Space, State, ordered
+from .plan_actions import Action, Projections, Space, State, ordered
 from .plan_measure import MeasuredLoss
 from .plan_search import SOURCES_PER_TARGET, Ranked, price
 from .restart import Batch
-from .sensitivity import Sensitivity, combined, estimate_sensitivity
+from .sensitivity import Rise, Sensitivity, combined, estimate_sensitivity
 from .similarity import Progress
+from .ties import Unit
 
 STABLE = 2 / 3
 """Share of the chosen units on which both halves agree, below which the choice is not stable."""
@@ -49,16 +50,65 @@ class Agreement:
         return self.common >= STABLE * self.units
 
 
+class Estimator:
+    """Estimates on the two halves of the calibration text, which several searches may share.
+
+    Args:
+        shares: the sets of projections that ties of any of the searches share.
+        without: layers that are neither changed nor sources.
+        progress: called with (done, total) blocks, at every estimate.
+
+    Attributes:
+        made: estimates so far.
+
+    Raises:
+        PostshareError: fewer than two blocks.
+    """
+
+    def __init__(
+        self,
+        measured: MeasuredLoss,
+        shares: Iterable[Projections] = (),
+        without: Iterable[int] = (),
+        progress: Progress | None = None,
+    ) -> None:
+        self.measured, self.shares = measured, tuple(shares)
+        self.without, self.progress = tuple(sorted(without)), progress
+        self.made = 0
+        self._halves = halves(measured.batches)
+        self._first: list[Sensitivity] = []
+
+    def at(self, state: State, shares: Iterable[Projections]) -> list[Sensitivity]:
+        """Of each half, with a state in the weights, for these ties; all searches begin alike."""
+        if not state and self._first:
+            return self._first
+        self.made += 1
+        self.measured.rebase(state)
+        model = self.measured.at_base()
+        wanted = tuple(shares) if state else self.shares
+        total = sum(map(len, self._halves))
+        parts: list[Sensitivity] = []
+        for half in self._halves:
+            report = self._report(total - len(half) if parts else 0, total)
+            parts.append(estimate_sensitivity(model, half, wanted, self.without, report))
+        if not state:
+            self._first = parts
+        return parts
+
+    def _report(self, before: int, total: int) -> Progress | None:
+        show = self.progress
+        return None if show is None else lambda done, _: show(before + done, total)
+
+
 class EstimatedRanking:
     """A :data:`~sa_models.plan_search.Ranking`; what it says is cached with the measurements.
 
     Args:
         without: layers that are neither changed nor sources.
-        progress: called with (done, total) blocks, at every estimate.
+        estimator: shared with other searches of this model and text.
 
     Attributes:
         agreement: of the halves, at the first estimate.
-        estimates: how many were made (and not read from the cache).
 
     Raises:
         PostshareError: fewer than two blocks.
@@ -69,20 +119,25 @@ class EstimatedRanking:
         space: Space,
         measured: MeasuredLoss,
         without: Iterable[int] = (),
-        progress: Progress | None = None,
+        estimator: Estimator | None = None,
     ) -> None:
         self.space, self.measured, self.without = space, measured, tuple(sorted(without))
-        self.progress = progress
         self.agreement: Agreement | None = None
-        self.estimates = 0
-        self._halves = halves(measured.batches)
+        self._shares = tuple(space.shares) if space.targets else ()
+        self._estimator = estimator or Estimator(measured, self._shares, without)
+
+    @property
+    def estimates(self) -> int:
+        """How many were made (and not read from the cache)."""
+        return self._estimator.made
 
     def __call__(self, state: State, count: int) -> list[Ranked]:
         space = self.space
+        shares = list(space.shares)
         about = [
             [a.to_list() for a in ordered(state)],
             count,
-            space.share,
+            shares[0] if len(shares) == 1 else shares,
             space.needed,
             [space.tie_saves, space.removal_saves],
             [space.targets, space.removable],
@@ -96,22 +151,12 @@ class EstimatedRanking:
         return [Ranked(Action.from_list(a), *numbers) for a, *numbers in value["actions"]]
 
     def _estimate(self, state: State, count: int) -> dict[str, Any]:
-        self.estimates += 1
-        self.measured.rebase(state)
-        model = self.measured.at_base()
-        shares = [self.space.share] if self.space.targets else []
-        total = sum(map(len, self._halves))
-        parts: list[Sensitivity] = []
-        for half in self._halves:
-            report = self._report(total - len(half) if parts else 0, total)
-            parts.append(estimate_sensitivity(model, half, shares, self.without, report))
+        parts = self._estimator.at(state, self._shares)
         ranked = [cheapest(self.space, state, part) for part in (*parts, combined(*parts))]
-        actions = [[r.action.to_list(), r.rise, r.slope] for r in ranked[-1][:count]]
+        # With several kinds of ties a unit has more actions: so many more are told.
+        told = ranked[-1][: count * max(1, len(self._shares))]
+        actions = [[r.action.to_list(), r.rise, r.slope] for r in told]
         return {"actions": actions, "agreement": list(agreement(self.space, *ranked[:2]))}
-
-    def _report(self, before: int, total: int) -> Progress | None:
-        show = self.progress
-        return None if show is None else lambda done, _: show(before + done, total)
 
 
 def halves(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
@@ -137,25 +182,31 @@ def cheapest(space: Space, state: State, estimated: Sensitivity) -> list[Ranked]
     """The allowed actions by what they seem to cost, a few sources for every target."""
     changed = {action.target for action in state}
     found: list[Ranked] = []
-    for unit in sorted({*space.targets, *space.removable} - changed):
+    for unit in sorted({*space.targets, *space.removable}):
         options: list[Ranked] = []
-        if unit in space.removable:
+        if unit in space.removable and unit not in changed:
             removal = estimated.removal
             options.append(_ranked(Action(unit), removal.second[unit], removal.first[unit]))
-        if unit in space.targets:
-            ties = estimated.ties[space.share]
-            rises, slopes = ties.second[unit].flatten(), ties.first[unit].flatten()
-            left = 2 * SOURCES_PER_TARGET
-            for index in rises.nan_to_num(torch.inf).argsort(stable=True).tolist():
-                source = divmod(index, space.layout.units)
-                if left == 0 or math.isnan(rises[index]):
-                    break
-                if source in space.sources and source not in changed:
-                    tie = Action(unit, source, space.share)
-                    options.append(_ranked(tie, rises[index], slopes[index]))
-                    left -= 1
+        for share in space.shares if unit in space.targets else ():
+            if unit not in changed or space.may_tie_again(state, unit, share):
+                options += _nearest(space, changed, unit, share, estimated.ties[share])
         found += [option for option in options if space.allows(state, option.action)]
     return sorted(found, key=lambda r: (price(space, r.action, r.rise), r.action.key))
+
+
+def _nearest(
+    space: Space, changed: set[Unit], unit: Unit, share: Projections, ties: Rise
+) -> list[Ranked]:
+    """The ties of one unit, for some projections, to the sources that seem to cost least."""
+    rises, slopes = ties.second[unit].flatten(), ties.first[unit].flatten()
+    found: list[Ranked] = []
+    for index in rises.nan_to_num(torch.inf).argsort(stable=True).tolist():
+        source = divmod(index, space.layout.units)
+        if len(found) == 2 * SOURCES_PER_TARGET or math.isnan(rises[index]):
+            break
+        if source in space.sources and source not in changed:
+            found.append(_ranked(Action(unit, source, share), rises[index], slopes[index]))
+    return found
 
 
 def _ranked(action: Action, rise: torch.Tensor, slope: torch.Tensor) -> Ranked:

@@ -168,6 +168,17 @@ class Restart:
         self.loss = self._run(self.first_layer(layer), keep=True)
         return self.loss
 
+    @torch.no_grad()
+    def loss_of(self, other: LlamaForCausalLM, layer: int) -> float:
+        """Nats per predicted token of another model, the same as the kept one below ``layer``."""
+        total = 0.0
+        for hidden, entered in zip(self._hidden[layer], self._entered, strict=True):
+            for leaving in run_layers(other, hidden, entered, layer):
+                hidden = leaving
+            total += summed_loss(other, hidden, entered.targets)
+        self.passes += (self.layers - layer) / self.layers
+        return total / self.tokens
+
     def _run(self, start: int, keep: bool) -> float:
         total = 0.0
         kept: list[list[torch.Tensor]] = [[] for _ in range(start + 1, self.layers + 1)]

@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from .attention import attention_weights
 from .errors import PostshareError
 from .heads import PROJECTIONS, HeadLayout, unit_view
 from .restart import Batch, Entered, enter, run_layers
@@ -40,6 +41,10 @@ from .token_losses import IGNORED
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
+
+
+CIRCUITS = (("q", "k"), ("v", "o"))
+"""Ties of them leave the values, or the maps, of the target as they are: all pairs at once."""
 
 
 @dataclass(frozen=True)
@@ -244,12 +249,22 @@ class _Sums:
         if not self.ties:
             return
         target = self._projected(layer, seen)
+        maps = self._maps(target) if CIRCUITS[1] in self.ties else None
         for other in range(layer):
             if other in self.without:
                 continue
             source = self._projected(other, seen)
             theirs = self._through_o(other, gradient)
             for share, sums in self.ties.items():
+                if share in CIRCUITS:
+                    if share == CIRCUITS[0]:
+                        after = _mixed_along(self._maps(source), own, target["v"][0])
+                    else:
+                        assert maps is not None
+                        after = _mixed_along(maps, theirs, source["v"][0]).transpose(0, 1)
+                    for unit in range(self.layout.units):
+                        _add(sums, (layer, unit, other), after[:, unit] - now[unit])
+                    continue
                 same = {"q", "k", "v"} <= set(share)
                 then = self._tied(share, 0, target, source)
                 for unit in range(self.layout.units):
@@ -279,6 +294,12 @@ class _Sums:
         found["q"], found["k"] = apply_rotary_pos_emb(found["q"], found["k"], cos, sin)
         found["mask"] = seen.entered.mask  # type: ignore[union-attr]
         return found
+
+    def _maps(self, projected: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The attention maps of a layer's weights, (units, heads of a unit, rows, keys)."""
+        q, k, mask = (projected[name] for name in ("q", "k", "mask"))
+        maps = attention_weights(q, k, mask, self.layout.head_dim**-0.5)
+        return maps[0].unflatten(0, (self.layout.units, -1))
 
     def _tied(
         self,
@@ -317,6 +338,24 @@ class _Sums:
             self.importance.abs() / self.tokens,
             self.tokens,
         )
+
+
+def _mixed_along(maps: torch.Tensor, outer: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """<outer, what maps mix of v> by token, of every pair of maps and of values.
+
+    The product of outer and v is taken first, so that a pair costs no more than to read its map.
+
+    Args:
+        maps: (M, heads, rows, keys).
+        outer: (N, rows, heads * head_dim), gradients of what is mixed.
+        v: (N, keys, head_dim).
+
+    Returns:
+        (M, N, rows).
+    """
+    heads = outer.unflatten(-1, (maps.shape[1], -1))
+    along = torch.einsum("nthd,nkd->nhtk", heads, v)
+    return torch.einsum("mhtk,nhtk->mnt", maps, along)
 
 
 def _add(sums: torch.Tensor, where: tuple[int, ...], change: torch.Tensor) -> None:

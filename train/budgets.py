@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +18,18 @@ if TYPE_CHECKING:
 SHARES: tuple[Counted, ...] = ("parameters", "bytes", "cache")
 
 
-def amount(section: PlanSection, config: Any, structure: SharingPlan) -> Amount:
+def amount(
+    section: PlanSection,
+    config: Any,
+    structure: SharingPlan,
+    of_share: Callable[..., Amount] = amount_of_share,
+) -> Amount:
     """What the budget asks of the units.
 
     Args:
         config: of the base model.
         structure: KV heads and spans.
+        of_share: for a share of parameters, bytes or cache.
 
     Raises:
         PostshareError: a number of heads that splits a KV group, or a share that the structure
@@ -33,7 +40,7 @@ def amount(section: PlanSection, config: Any, structure: SharingPlan) -> Amount:
     for counted in SHARES:
         share = getattr(budget, counted)
         if share is not None:
-            return amount_of_share(counted, parse_share(share), config, structure, section.share)
+            return of_share(counted, parse_share(share), config, structure, section.share)
     layout = structure.layout(config)
     return amount_of_units(selection.Budget(budget.ratio, budget.heads).units(layout), layout)
 

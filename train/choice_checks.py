@@ -13,7 +13,9 @@ SCORED = ("cosine", "released")
 """Strategies that compare units by `plan.score`."""
 REMOVING = ("magnitude", "gradient")
 """Strategies that choose units to remove."""
-CHOOSING = (*MATCHED, "loss", *REMOVING)
+MEASURED = ("loss", "auto")
+"""Strategies that choose changes by the loss on calibration text."""
+CHOOSING = (*MATCHED, *MEASURED, *REMOVING)
 """Strategies that need a budget."""
 
 
@@ -22,8 +24,10 @@ def check_choice(section: PlanSection) -> None:
     strategy, action = section.strategy, section.action
     if strategy in REMOVING and action != "remove":
         raise ValueError(f"strategy {strategy} chooses units to remove; set plan.action=remove")
-    if action == "any" and strategy != "loss":
+    if action == "any" and strategy not in MEASURED:
         raise ValueError("action any needs measured losses to compare; set plan.strategy=loss")
+    if strategy == "auto" and action != "tie":
+        raise ValueError("strategy auto ignores action, it ties and removes; remove plan.action")
     if action == "remove" and strategy in ("released", "file", "none"):
         raise ValueError(f"strategy {strategy} ignores action; remove plan.action")
     if action == "remove" and _is_set(section, "share"):
@@ -33,8 +37,10 @@ def check_choice(section: PlanSection) -> None:
         ignored.append("search")
     if not section.measures:
         ignored.append("calibration_blocks")
-    if strategy in ("loss", *REMOVING):
+    if strategy in (*MEASURED, *REMOVING):
         ignored.append("score")
+    if strategy == "auto":
+        ignored.append("share")
     if not section.scores:
         ignored.append("fold_norm")
     for name in ignored:
@@ -45,7 +51,8 @@ def check_choice(section: PlanSection) -> None:
             f"score {section.score} is measured on text, where the norm has its gain; remove "
             "plan.fold_norm"
         )
-    if section.budget is not None and section.budget.cache is not None and action == "tie":
+    cache = section.budget is not None and section.budget.cache is not None
+    if cache and action == "tie" and strategy != "auto":
         raise ValueError(
             "budget.cache: a tied unit still caches keys and values of its own; set "
             "plan.action=remove, or use spans or heads.kv_heads"

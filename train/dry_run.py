@@ -14,6 +14,7 @@ from sa_models.basis import parameter_range
 from sa_models.heads import HeadLayout
 from sa_models.spans import ranges
 from train import estimate
+from train.auto_budgets import auto_passes
 from train.known_models import DTYPE_BYTES, LlamaShape, find_shape
 
 if TYPE_CHECKING:
@@ -164,6 +165,12 @@ def _plan_rows(
 def _units(recipe: Recipe, shape: LlamaShape, structure: SharingPlan, savings: PlanSavings) -> str:
     """How many units are tied or removed."""
     plan = recipe.plan
+    if plan.strategy == "auto":
+        passes = auto_passes(plan, shape, structure)
+        return (
+            "ties per projection, removals, spans and KV groups: strategy auto decides, in at most "
+            f"{passes.forward:,} forward passes over {plan.calibration_blocks} blocks"
+        )
     unit = "heads" if structure.layout(shape).heads_per_unit == 1 else "KV groups"
     of = f"of {savings.units:,} units ({unit})"
     removed = f"{savings.removed_units:,} {of} removed"

@@ -17,6 +17,7 @@ from sa_models.residual import check_rank
 from sa_models.savings import PlanSavings, llama_parameters
 from sa_models.span_search import best_spans, late_spans
 from sa_models.spans import AttentionSpan
+from train.auto_budgets import PAPER, asked_of_units
 from train.budgets import amount
 from train.known_models import DTYPE_BYTES
 from train.planning import check_budget
@@ -90,6 +91,8 @@ def plan_savings(
     if section.strategy == "none":
         return savings
     layout = structure.layout(shape)
+    if section.strategy == "auto":
+        return _auto_savings(section, shape, structure)
     count = requested_units(section, shape, structure)
     heads = count * layout.heads_per_unit
     if section.action == "remove":
@@ -124,6 +127,24 @@ def residual_parameters(recipe: Recipe, shape: LlamaShape, structure: SharingPla
     tied = {*range(layout.layers)} - {*plan.skip_layers} - structure.leader_of().keys()
     layers = min(len(tied), requested_units(plan, shape, structure))
     return section.rank * layers * sum(sum(layout.shape(p)) for p in plan.share)
+
+
+def _auto_savings(section: PlanSection, shape: LlamaShape, structure: SharingPlan) -> PlanSavings:
+    """What the budget asks for, whatever will save it; of units, as many ties of the paper's q, k
+    and v."""
+    check_budget(section, shape, structure)
+    asked, savings = asked_of_units(section, shape, structure), structure.savings(shape)
+    if asked.counted == "cache":
+        return replace(savings, stored_cache=savings.stored_cache - asked.needed)
+    if asked.counted != "units":
+        return replace(savings, tied_parameters=asked.needed)
+    layout = structure.layout(shape)
+    return replace(
+        savings,
+        tied_units=asked.needed,
+        tied_heads=asked.needed * layout.heads_per_unit,
+        tied_parameters=asked.needed * sum(map(layout.unit_parameters, PAPER)),
+    )
 
 
 def trainable_parameters(

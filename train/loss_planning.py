@@ -27,6 +27,7 @@ from sa_models.plan_search import (
     EvolutionOptions,
     Found,
     Passes,
+    Step,
     evolution_passes,
     evolve,
     greedy,
@@ -153,27 +154,31 @@ def search_plan(
     )
 
 
-def unstable(searched: Searched) -> str | None:
+def unstable(agreement: Agreement, blocks: int) -> str | None:
     """One line, where there is too little calibration text for a stable choice."""
-    agreement = searched.agreement
     if agreement.is_stable:
         return None
     return (
-        f"the choice is not stable: the two halves of the {searched.blocks} calibration blocks "
+        f"the choice is not stable: the two halves of the {blocks} calibration blocks "
         f"agree on {agreement.common} of {agreement.units} units (rank correlation "
         f"{agreement.correlation:.2f}); raise plan.calibration_blocks"
     )
 
 
-def search_table(searched: Searched, layout: HeadLayout) -> Table:
-    """The chosen actions in the order they were taken, and what they cost, measured."""
-    found, saved = searched.found, 0
+def search_table(found: Found, layout: HeadLayout, start: str = "none (dense)") -> Table:
+    """The chosen actions in the order they were taken, and what they cost, measured.
+
+    Args:
+        layout: with the plan's KV heads.
+        start: what the search began with.
+    """
+    saved = 0
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("chosen on calibration text")
     for column in ("loss", "perplexity, untrained", "vs dense", "parameters saved"):
         table.add_column(column, justify="right")
     base = math.exp(found.base_loss)
-    table.add_row("none (dense)", f"{found.base_loss:.4f}", f"{base:.2f}", "", "")
+    table.add_row(start, f"{found.base_loss:.4f}", f"{base:.2f}", "", "")
     left_out = len(found.path) - SHOWN_STEPS
     for number, step in enumerate(found.path, start=1):
         saved += parameters_of(step.actions, layout)
@@ -235,23 +240,10 @@ def save_search(
         "base_loss": found.base_loss,
         "loss": found.loss,
         "path": [
-            {
-                "actions": [action_dict(action) for action in step.actions],
-                "loss": step.loss,
-                "perplexity": math.exp(step.loss),
-                "parameters_saved": count,
-            }
-            for step, count in zip(found.path, removed[1:], strict=True)
+            step_dict(step, count) for step, count in zip(found.path, removed[1:], strict=True)
         ],
-        "loss_rises": [
-            {**action_dict(action), "loss_rise": finite(found.rises[action])}
-            for action in ordered(found.state)
-        ],
-        "halves": {
-            "units": searched.agreement.units,
-            "common": searched.agreement.common,
-            "correlation": searched.agreement.correlation,
-        },
+        "loss_rises": rises_list(found),
+        "halves": halves_dict(searched.agreement),
         "states_measured": found.measured,
         "forward_passes": searched.passes,
         "forward_passes_at_most": searched.bound.forward,
@@ -261,6 +253,31 @@ def save_search(
     write_json(folder / SEARCH_FILE, value)
     losses = [found.base_loss, *(step.loss for step in found.path)]
     save_pareto(removed, losses, parameters, size, folder / PARETO_PICTURE)
+
+
+def step_dict(step: Step, parameters: int) -> dict[str, Any]:
+    return {
+        "actions": [action_dict(action) for action in step.actions],
+        "loss": step.loss,
+        "perplexity": math.exp(step.loss),
+        "parameters_saved": parameters,
+    }
+
+
+def rises_list(found: Found) -> list[dict[str, Any]]:
+    """What every chosen action costs."""
+    return [
+        {**action_dict(action), "loss_rise": finite(found.rises[action])}
+        for action in ordered(found.state)
+    ]
+
+
+def halves_dict(agreement: Agreement) -> dict[str, Any]:
+    return {
+        "units": agreement.units,
+        "common": agreement.common,
+        "correlation": agreement.correlation,
+    }
 
 
 def action_dict(action: Action) -> dict[str, Any]:

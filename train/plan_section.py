@@ -46,12 +46,13 @@ class PlanSection(Section):
     """How the sharing plan is found."""
 
     strategy: Literal[
-        "cosine", "released", "random", "loss", "magnitude", "gradient", "file", "none"
+        "cosine", "released", "random", "loss", "auto", "magnitude", "gradient", "file", "none"
     ] = "cosine"
     """cosine: best match, root-resolved; released: the published selection with its chains;
-    random: control; loss: the changes that cost least on calibration text; magnitude, gradient:
-    remove the units with the smallest weights, or the smallest |sum of weight * gradient|
-    (pruning controls); file: plan.path; none: share nothing."""
+    random: control; loss: the changes that cost least on calibration text; auto: the same across
+    ties of any projections, removals, spans and KV groups; magnitude, gradient: remove the units
+    with the smallest weights, or the smallest |sum of weight * gradient| (pruning controls); file:
+    plan.path; none: share nothing."""
     score: Literal[
         "q", "k", "v", "qk", "qkv", "softmax",
         "qk_aligned", "vo", "qkvo_aligned", "attention", "output", "output_map",
@@ -66,8 +67,8 @@ class PlanSection(Section):
     search: Literal["greedy", "evolutionary"] = "greedy"
     """How strategy loss looks for the plan."""
     calibration_blocks: Annotated[int, Field(ge=2)] = 8
-    """Training blocks on which strategies loss and gradient measure (spread evenly), and the scores
-    attention, output and output_map (the first ones, of each 512 tokens at most)."""
+    """Training blocks on which strategies loss, auto and gradient measure (spread evenly), and the
+    scores attention, output and output_map (the first ones, of each 512 tokens at most)."""
     budget: Budget | None = None
     """How much to tie or remove; needed by all strategies but file and none."""
     skip_layers: Annotated[
@@ -101,7 +102,7 @@ class PlanSection(Section):
     @property
     def searches(self) -> bool:
         """Whether units are chosen by what their change does to the loss on calibration text."""
-        return self.strategy in ("loss", "gradient")
+        return self.strategy in ("loss", "auto", "gradient")
 
     @property
     def scores(self) -> bool:

@@ -12,6 +12,15 @@ from sa_models.convert import convert
 from sa_models.merging import check_merge
 from sa_models.plan import SharingPlan
 from sa_models.weights import WeightsFolder
+from train.auto_planning import search_auto
+from train.auto_report import (
+    auto_sentence,
+    compared_table,
+    cost_table,
+    front_table,
+    save_auto,
+    time_front,
+)
 from train.base_model import load_dense
 from train.data import Blocks
 from train.loss_planning import (
@@ -86,16 +95,40 @@ def find_by_loss(current: Run, base: Path, structure: SharingPlan, blocks: Block
     model = measured_model(current, base, structure)
     if recipe.plan.strategy == "gradient":
         found = choose_by_gradient(recipe, model, blocks, structure, config)
+    elif recipe.plan.strategy == "auto":
+        found = find_by_auto(current, base, model, structure, blocks)
     else:
         found, searched = search_plan(recipe, model, blocks, structure, config, current.folder)
         layout, size = structure.layout(config), current.export_dtype.itemsize
         parameters = structure.savings(config).stored_parameters
         save_search(searched, recipe.plan, layout, parameters, size, current.folder)
-        current.say("", search_table(searched, layout), search_sentence(searched))
-        if (line := unstable(searched)) is not None:
+        current.say("", search_table(searched.found, layout), search_sentence(searched))
+        if (line := unstable(searched.agreement, searched.blocks)) is not None:
             print(f"warning: {line}", file=sys.stderr, flush=True)
     found.validate(config)
     return found
+
+
+def find_by_auto(
+    current: Run, base: Path, model: LlamaForCausalLM, structure: SharingPlan, blocks: Blocks
+) -> SharingPlan:
+    """The plan of strategy auto; shows what it was compared with, and what each choice costs."""
+    recipe, config, size = current.recipe, current.config, current.export_dtype.itemsize
+    searched = search_auto(recipe, model, blocks, structure, config, current.folder)
+    dense = model
+    if structure != SharingPlan():
+        del model
+        dense = measured_model(current, base, SharingPlan())
+    prompt = blocks[0]["input_ids"][None].to(dense.device)
+    front = time_front(searched, dense, prompt, current.leaders, config, size)
+    save_auto(searched, front, config, size, current.folder)
+    tables = (compared_table(searched, config), cost_table(searched, config))
+    current.say("", *tables, front_table(front, config, size, prompt.shape[1]))
+    current.say(auto_sentence(searched))
+    agreement = searched.chosen.agreement
+    if agreement is not None and (line := unstable(agreement, searched.blocks)) is not None:
+        print(f"warning: {line}", file=sys.stderr, flush=True)
+    return searched.chosen.plan
 
 
 def show_plan(current: Run) -> None:

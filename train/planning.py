@@ -18,6 +18,7 @@ from sa_models.residual import check_rank
 from sa_models.similarity import best_matches, random_matches
 from sa_models.spans import ranges
 from sa_models.weights import WeightsFolder
+from train.auto_budgets import check_auto
 from train.basis_section import ranks_of
 from train.budgets import search_space, unit_budget
 from train.choice_checks import MATCHED
@@ -65,6 +66,8 @@ def check_budget(section: PlanSection, config: Any, structure: SharingPlan) -> N
     skipped, layout = skipped_layers(section, structure), structure.layout(config)
     if section.strategy in MATCHED:
         selection.units_to_tie(unit_budget(section, config, structure), layout, skipped)
+    elif section.strategy == "auto":
+        check_auto(section, config, structure)
     else:
         search_space(section, config, structure)
 

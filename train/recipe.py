@@ -202,7 +202,7 @@ class Recipe(Section):
 
         Args:
             shared: projections that the plan ties, when the plan is known; plan.share otherwise
-                (with strategy file, only the plan itself knows).
+                (with strategies file and auto, only the plan itself knows).
         """
         from train.recipe_warnings import warnings
 

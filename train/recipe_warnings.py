@@ -63,7 +63,7 @@ def _unpulled(recipe: Recipe, shared: Iterable[str] | None) -> list[str]:
     """Projections that are shared and not pulled, or pulled and not shared."""
     plan, penalty = recipe.plan, recipe.penalty
     if shared is None:
-        if plan.strategy == "file":
+        if plan.strategy in ("file", "auto"):
             return []
         shared = plan.share
     # Without penalty.projections the penalty follows the plan, whatever it shares.

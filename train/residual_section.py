@@ -60,6 +60,11 @@ def check_residual(recipe: Recipe) -> None:
         return
     if plan.strategy == "none" or plan.action == "remove":
         raise ValueError("residual: nothing is tied, so nothing is lost to ties; remove residual")
+    if plan.strategy == "auto":
+        raise ValueError(
+            "residual: strategy auto compares plans by what they store, without residuals; set "
+            "plan.strategy=loss or cosine"
+        )
     if plan.budget is not None and (plan.budget.parameters or plan.budget.bytes):
         raise ValueError(
             "plan.budget: what residuals take depends on the layers that are tied, which a budget "

@@ -6,10 +6,18 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from transformers import LlamaConfig
+
+    from train.auto_planning import Point
+    from train.auto_report import Timed
 
 
 def save_pareto(
@@ -49,3 +57,80 @@ def save_pareto(
     beside = path.with_name(path.name + ".tmp")
     FigureCanvasAgg(figure).print_png(str(beside))
     os.replace(beside, path)
+
+
+def save_front(
+    points: Sequence[Point],
+    front: Sequence[Point],
+    chosen: Point,
+    timed: Sequence[Timed],
+    noisy: bool,
+    config: LlamaConfig,
+    size: int,
+    path: Path,
+) -> None:
+    """Quality against bytes, and against the time of decoding a token, as a PNG of two panels.
+
+    Args:
+        points: everything that was measured.
+        noisy: whether the times are worth nothing: then the bytes that a token reads are drawn.
+        size: bytes of one exported parameter.
+    """
+    figure = Figure(figsize=(11.0, 4.6), dpi=140, layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    whole = front[0].plan.savings(config).bytes(size)[0]
+    unit, factor = ("GB", 1e9) if whole >= 1e9 else ("MB", 1e6)
+
+    def place(point: Point) -> tuple[float, float]:
+        stored = point.plan.savings(config).bytes(size)[1]
+        return stored / factor, math.exp(point.expected)
+
+    # Far above the front nothing is to be read, and it would flatten the rest.
+    top = math.exp(max(point.expected for point in front))
+    bottom = math.exp(min(point.expected for point in front))
+    left.set_ylim(bottom - 0.05 * (top - bottom) - 1e-3, top + 0.35 * (top - bottom) + 1e-3)
+    for name, color in (("search", "#999999"), ("structure", "#56b4e9")):
+        shown = [place(p) for p in points if (p.origin == "structure") == (name == "structure")]
+        label = {"search": "measured by a search", "structure": "spans or KV groups alone"}[name]
+        if shown:
+            left.scatter(*zip(*shown, strict=True), s=9, color=color, label=label)
+    left.plot(
+        *zip(*map(place, front), strict=True),
+        color="#0072b2",
+        marker="o",
+        markersize=3.5,
+        linewidth=1.2,
+        label="front",
+    )
+    left.scatter(*place(chosen), marker="*", s=140, color="#d55e00", zorder=3, label="chosen")
+    left.set_xlabel(f"{unit} stored")
+    left.set_ylabel("perplexity on calibration text,\nuntrained, without its slope")
+    left.legend(fontsize=8, frameon=False)
+    _draw_decoding(right, timed, chosen, noisy)
+    for axes in (left, right):
+        axes.grid(color="0.9", linewidth=0.6)
+    beside = path.with_name(path.name + ".tmp")
+    FigureCanvasAgg(figure).print_png(str(beside))
+    os.replace(beside, path)
+
+
+def _draw_decoding(axes: Axes, timed: Sequence[Timed], chosen: Point, noisy: bool) -> None:
+    """Quality against the time of decoding a token, or against the bytes that it reads."""
+    context = timed[0].context
+    for item in timed:
+        is_chosen = item.point == chosen
+        width = 1000 * item.decode.seconds * item.decode.spread / item.decode.ratio
+        axes.errorbar(
+            item.read / 1e6 if noisy else 1000 * item.decode.seconds,
+            math.exp(item.point.expected),
+            xerr=0 if noisy else width,
+            marker="*" if is_chosen else "o",
+            markersize=11 if is_chosen else 4,
+            color="#d55e00" if is_chosen else "#0072b2",
+            linewidth=0.8,
+        )
+    axes.set_xlabel(
+        f"MB read to decode a token after {context} others (too noisy here to time it)"
+        if noisy
+        else f"ms to decode a token after {context} others, fp32 (bars: quartiles)"
+    )

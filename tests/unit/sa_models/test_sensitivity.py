@@ -15,11 +15,11 @@ from sa_models.heads import PROJECTIONS, HeadLayout, unit_view
 from sa_models.plan_actions import Action
 from sa_models.plan_measure import MeasuredLoss
 from sa_models.restart import Batch, Restart
-from sa_models.sensitivity import combined, estimate_sensitivity
+from sa_models.sensitivity import CIRCUITS, combined, estimate_sensitivity
 from tests.unit.sa_models.reference import LAYERS, VOCABULARY, Reference, dense
 
 LENGTH = 9
-SHARES = [("q", "k", "v", "o"), ("q", "k", "v"), ("q", "k"), ("v",), ("k", "o"), ("o",)]
+SHARES = [("q", "k", "v", "o"), ("q", "k", "v"), ("q", "k"), ("v", "o"), ("v",), ("k", "o"), ("o",)]
 
 
 def text(rows: int = 3, seed: int = 1) -> torch.Tensor:
@@ -183,7 +183,12 @@ def test_the_first_order_is_the_slope_of_the_measured_loss() -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "share"), [*(("gqa", share) for share in SHARES), ("mqa", SHARES[0]), ("odd", ("k",))]
+    ("shape", "share"),
+    [
+        *(("gqa", share) for share in SHARES),
+        *(("mqa", share) for share in (SHARES[0], *CIRCUITS)),
+        *(("odd", share) for share in (("k",), *CIRCUITS)),
+    ],
 )
 def test_ties_are_those_of_a_plain_loop(shape: str, share: tuple[str, ...]) -> None:
     """Every pair: the target's weights are overwritten, and its layer's attention is run."""

@@ -1,0 +1,295 @@
+"""What strategy auto compared: tables, plan-search.json, and the front as a picture.
+
+Quality is the perplexity on calibration text, untrained, without the slope of that text: what
+plans are compared by. The front holds every measured plan that no other beats in both bytes and
+quality; a few of its plans are timed.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich import box
+from rich.table import Table
+
+from sa_models.convert import Leaders
+from sa_models.plan import SharingPlan
+from train.auto_planning import AutoSearched, Candidate, Point
+from train.decode_time import DecodeTime, bytes_read, decode_time
+from train.files import write_json
+from train.loss_planning import (
+    PARETO_PICTURE,
+    SEARCH_FILE,
+    halves_dict,
+    parameters_of,
+    rises_list,
+    search_table,
+    step_dict,
+)
+from train.span_planning import bar
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+TIMED = 6
+"""Plans of the front that are timed, at most, beside the dense model."""
+
+
+NOISY = 0.25
+"""Spread of a ratio of times, above which the bytes that are read say more than the time."""
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A plan of the front.
+
+    Attributes:
+        decode: of one token after ``context`` others.
+        read: bytes that it reads, as exported.
+    """
+
+    point: Point
+    decode: DecodeTime
+    read: int
+    context: int
+
+
+def pareto(searched: AutoSearched, config: LlamaConfig) -> list[Point]:
+    """The measured plans that no other beats in bytes and quality, fewest parameters saved first.
+
+    The chosen plan is one of them or has an equal, except where the budget counts something else.
+    """
+    front: list[Point] = []
+    by_size = sorted(searched.points, key=lambda p: (-_removed(p, config), p.expected))
+    for point in by_size:
+        if not front or point.expected < front[-1].expected:
+            front.append(point)
+    return front[::-1]
+
+
+def time_front(
+    searched: AutoSearched,
+    dense: LlamaForCausalLM,
+    prompt: torch.Tensor,
+    leaders: Leaders,
+    config: LlamaConfig,
+    size: int,
+) -> list[Timed]:
+    """Decode with a few plans of the front, evenly spread, and with the chosen one.
+
+    Args:
+        dense: the base model, without any structure.
+        prompt: int64 (1, context).
+        size: bytes of one exported parameter.
+    """
+    chosen = searched.chosen.points[-1]
+    shared = [p for p in pareto(searched, config) if _removed(p, config)]
+    picked = spread([p for p in shared if p.plan != chosen.plan], TIMED - 1)
+    points = sorted([*picked, chosen], key=lambda p: _removed(p, config))
+    timed: list[Timed] = []
+    context = prompt.shape[1]
+    with bar("timing the front") as advance:
+        for done, point in enumerate([searched.base, *points], start=1):
+            decode = decode_time(dense, point.plan, prompt, leaders)
+            read = bytes_read(point.plan, config, context, size)
+            timed.append(Timed(point, decode, read, context))
+            advance(done, len(points) + 1)
+    return timed
+
+
+def is_noisy(front: Sequence[Timed]) -> bool:
+    """Whether the machine did so much else that times cannot be compared."""
+    return statistics.median(timed.decode.spread for timed in front) > NOISY
+
+
+def spread(points: Sequence[Point], count: int) -> list[Point]:
+    """So many of them at equal distances, the last among them."""
+    if len(points) <= count:
+        return list(points)
+    return [points[(i + 1) * len(points) // count - 1] for i in range(count)]
+
+
+def _removed(point: Point, config: Any) -> int:
+    return point.plan.savings(config).removed_parameters
+
+
+# --- tables ---------------------------------------------------------------------------------------
+
+
+def compared_table(searched: AutoSearched, config: LlamaConfig) -> Table:
+    """Every plan that meets the budget, best first."""
+    table = _table("compared on calibration text", "what it does", "parameters saved")
+    for column in ("perplexity, untrained", "without slope", "vs dense"):
+        table.add_column(column, justify="right")
+    base = searched.base
+    table.add_row("none (dense)", "", "", _ppl(base.loss), _ppl(base.expected), "")
+    for number, candidate in enumerate(searched.candidates):
+        point = candidate.points[-1]
+        table.add_row(
+            f"{candidate.name}{' (chosen)' if number == 0 else ''}",
+            in_words(point.plan),
+            f"{_removed(point, config):,}",
+            _ppl(point.loss),
+            _ppl(point.expected),
+            _versus(point, base),
+        )
+    return table
+
+
+def cost_table(searched: AutoSearched, config: LlamaConfig) -> Table:
+    """What every choice of the plan costs, in the order in which they were made."""
+    chosen = searched.chosen
+    structure = chosen.plan.structure()
+    start = "none (dense)" if structure == SharingPlan() else in_words(structure)
+    if chosen.found is not None:
+        return search_table(chosen.found, chosen.plan.layout(config), start)
+    table = _table("chosen on calibration text", "parameters saved", "vs dense")
+    point = chosen.points[-1]
+    table.add_row(start, f"{_removed(point, config):,}", _versus(point, searched.base))
+    return table
+
+
+def front_table(front: Sequence[Timed], config: LlamaConfig, size: int, context: int) -> Table:
+    """Quality against bytes, and against the time of decoding a token."""
+    table = _table("quality against bytes and time", "bytes stored", "perplexity without slope")
+    table.add_column(f"ms a token after {context}, fp32", justify="right")
+    table.add_column("vs dense", justify="right")
+    table.add_column("bytes read for it", justify="right")
+    for timed in front:
+        stored = timed.point.plan.savings(config).bytes(size)[1]
+        decode = timed.decode
+        table.add_row(
+            in_words(timed.point.plan),
+            f"{stored:,}",
+            _ppl(timed.point.expected),
+            f"{1000 * decode.seconds:.2f}",
+            f"{decode.ratio - 1:+.1%} ± {decode.spread:.1%}",
+            f"{timed.read:,}",
+        )
+    return table
+
+
+def auto_sentence(searched: AutoSearched) -> str:
+    """What the search took."""
+    return (
+        f"searched in {searched.seconds:.0f} s: {searched.passes:.0f} forward passes over "
+        f"{searched.blocks} calibration blocks (at most {searched.bound.forward:,}), "
+        f"{searched.estimates} estimates"
+    )
+
+
+def in_words(plan: SharingPlan) -> str:
+    """`3 removed, 2 tied in qk, span 2 -> [3] (kv)`."""
+    parts = [f"{len(plan.removed)} removed"] if plan.removed else []
+    for share in dict.fromkeys("".join(tie.projections) for tie in plan.ties):
+        count = sum("".join(tie.projections) == share for tie in plan.ties)
+        parts.append(f"{count} tied in {share}")
+    parts += [str(span) for span in plan.spans]
+    if plan.kv_heads is not None:
+        parts.append(f"{plan.kv_heads} KV heads")
+    return ", ".join(parts) or "none (dense)"
+
+
+def _table(first: str, *columns: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column(first)
+    for column in columns:
+        table.add_column(column, justify="left" if column == "what it does" else "right")
+    return table
+
+
+def _ppl(loss: float) -> str:
+    return f"{math.exp(loss):.2f}"
+
+
+def _versus(point: Point, base: Point) -> str:
+    return f"{math.exp(point.expected - base.expected) - 1:+.1%}"
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def save_auto(
+    searched: AutoSearched, front: Sequence[Timed], config: LlamaConfig, size: int, folder: Path
+) -> None:
+    """Write plan-search.json, and the picture of the front, into the run folder.
+
+    Args:
+        size: bytes of one exported parameter.
+    """
+    from train.search_picture import save_front
+
+    on_front, chosen = pareto(searched, config), searched.chosen.points[-1]
+    value = {
+        "search": "auto",
+        "calibration_blocks": searched.blocks,
+        "base_loss": searched.base.loss,
+        "loss": chosen.loss,
+        "expected_loss": chosen.expected,
+        "chosen": searched.chosen.name,
+        "candidates": [_candidate_dict(c, config) for c in searched.candidates],
+        "structures": [point_dict(p, config, size) for p in searched.structures],
+        "front": [point_dict(p, config, size) for p in on_front],
+        "decoding": [
+            {
+                **point_dict(timed.point, config, size),
+                "context": timed.context,
+                "seconds": timed.decode.seconds,
+                "over_dense": timed.decode.ratio,
+                "spread": timed.decode.spread,
+                "bytes_read": timed.read,
+            }
+            for timed in front
+        ],
+        "decoding_noisy": is_noisy(front),
+        "forward_passes": searched.passes,
+        "forward_passes_at_most": searched.bound.forward,
+        "estimates": searched.estimates,
+        "estimates_at_most": searched.bound.backward,
+        "seconds": searched.seconds,
+    }
+    write_json(folder / SEARCH_FILE, value)
+    picture = folder / PARETO_PICTURE
+    save_front(searched.points, on_front, chosen, front, is_noisy(front), config, size, picture)
+
+
+def _candidate_dict(candidate: Candidate, config: LlamaConfig) -> dict[str, Any]:
+    point, found = candidate.points[-1], candidate.found
+    value: dict[str, Any] = {
+        "name": candidate.name,
+        "plan": point.plan.to_dict(),
+        "saved": point.saved,
+        "loss": point.loss,
+        "expected_loss": point.expected,
+    }
+    if found is not None:
+        layout, saved = point.plan.layout(config), 0
+        value["path"] = []
+        for step in found.path:
+            saved += parameters_of(step.actions, layout)
+            value["path"].append(step_dict(step, saved))
+        value["loss_rises"] = rises_list(found)
+        value["states_measured"] = found.measured
+    if candidate.agreement is not None:
+        value["halves"] = halves_dict(candidate.agreement)
+    return value
+
+
+def point_dict(point: Point, config: LlamaConfig, size: int) -> dict[str, Any]:
+    savings = point.plan.savings(config)
+    return {
+        "plan": in_words(point.plan),
+        "origin": point.origin,
+        "parameters_saved": savings.removed_parameters,
+        "bytes": savings.bytes(size)[1],
+        "cache_elements_per_token": savings.stored_cache,
+        "loss": point.loss,
+        "expected_loss": point.expected,
+        "perplexity": math.exp(point.expected),
+    }
