@@ -40,12 +40,11 @@ from train.report.tables import pairs
 
 
 class Page(HTMLParser):
-    """Text of tables, tiles and notes, and what the page refers to."""
+    """Text of tables and notes, and what the page refers to."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
         self.tables: dict[str, list[list[str]]] = {}
-        self.tiles: dict[str, list[str]] = {}
         self.notes: list[str] = []
         self.figures: list[str] = []
         self.references: list[str] = []
@@ -55,7 +54,6 @@ class Page(HTMLParser):
         self.feed(text)
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        given = dict(attributes)
         self.references += [v or "" for k, v in attributes if k in ("src", "href", "srcset")]
         if tag == "table":
             self._rows, self._name = [], ""
@@ -71,8 +69,6 @@ class Page(HTMLParser):
             self.figures.append("")
             self._into = self.figures
         elif tag == "caption":
-            self._into = []
-        elif tag == "p" and given.get("class") == "label":
             self._into = []
 
     def handle_data(self, data: str) -> None:
@@ -316,7 +312,7 @@ def test_runs_side_by_side(tmp_path: Path) -> None:
     train = {"steps": 40, "batch_size": 8, "micro_batch_size": 2, "learning_rate": 1e-3}
     one = make_run(tmp_path / "a" / "run")
     two = make_run(tmp_path / "b" / "run", above={**ABOVE, "post": -0.02}, train=train)
-    page, text = page_of(one, two, output=tmp_path / "report.html")
+    page, _ = page_of(one, two, output=tmp_path / "report.html")
     assert page.notes == []
     rows = {row[0]: row[1:] for row in page.tables["Side by side"][1:]}
     loss = sum(n * t for n, t in zip((3.0, 3.2, 3.1, 2.9), TOKENS, strict=True)) / sum(TOKENS)
