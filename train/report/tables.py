@@ -168,7 +168,11 @@ def starts(data: RunData) -> Table | None:
         return None
     every = data.provenance["starts"]
     rows = tuple(
-        (start["at"], start["command"], f"{start['processes']} x {start['device']}")
+        (
+            start["at"][:16].replace("T", " "),
+            start["command"],
+            f"{start['processes']} x {start['device']}",
+        )
         for start in every[-MOST_STARTS:]
     )
     more = len(every) - len(rows)

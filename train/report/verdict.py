@@ -124,7 +124,7 @@ def _explanation(data: RunData, summary: dict[str, Any], shipped: str) -> str:
         return f"{text} There is no control: it was not trained (evaluate.continued)."
     return (
         f"{text} The control, continued, is the same training without penalty and sharing. "
-        "Intervals are 95 % over the held-out text; another seed may differ by more."
+        "Intervals are 95\u00a0% over the held-out text; another seed may differ by more."
     )
 
 
