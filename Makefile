@@ -5,7 +5,7 @@ BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST_ARGS ?=
 
-.PHONY: help demo test test-matrix test-cluster cluster-tools test-faults check format bench build \
+.PHONY: help demo test test-matrix test-cluster cluster-tools browser-tools test-faults check format bench build \
 	schema clean
 .DEFAULT_GOAL := help
 
@@ -55,6 +55,14 @@ cluster-tools:
 		echo "installing slurm-wlm, munge, iproute2 and util-linux"; \
 		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y \
 			--no-install-recommends slurm-wlm munge iproute2 util-linux >/dev/null || exit 2; \
+		break; }; done
+
+# Debian's Chromium, in which `make test` opens a report; without it these tests are skipped.
+browser-tools:
+	@for c in chromium chromedriver; do command -v $$c >/dev/null || { \
+		echo "installing chromium and chromium-driver"; \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y \
+			--no-install-recommends chromium chromium-driver >/dev/null || exit 2; \
 		break; }; done
 
 # Disks and networks need root (iproute2, util-linux); without it those tests say so and are skipped.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
@@ -56,7 +57,7 @@ def run(
         typer.Option(min=1, help="With --dry-run: GPUs to estimate for (default: up to 8)."),
     ] = None,
 ) -> None:
-    """Plan, post-train, materialize, export and evaluate; finished stages are skipped."""
+    """Plan, post-train, materialize, export, evaluate, report; finished stages are skipped."""
     if gpus is not None and not dry_run:
         raise typer.BadParameter("--gpus goes with --dry-run; accelerate launch sets the processes")
     loaded = _load(recipe, overrides)
@@ -88,6 +89,22 @@ def evaluate(recipe: RecipeArgument, overrides: OverridesArgument = None) -> Non
     """Perplexity of base, continued, DirectShare and PostShare on the same held-out tokens."""
     loaded = _load(recipe, overrides)
     _stage("evaluate", loaded)
+
+
+@app.command(epilog="Example: postshare report runs/demo runs/twenty --output report.html")
+def report(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN ...", help="Run folders; several are compared.")
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(help="File to write (default: RUN/report.html; of several, report.html)."),
+    ] = None,
+) -> None:
+    """Write report.html of a run, finished or not; of several, one that compares them."""
+    from train.report import write_report
+
+    typer.echo(f"report    {write_report(runs, output)}")
 
 
 @app.command(epilog="Example: postshare compare demo --seeds 3")

@@ -16,17 +16,17 @@ from sa_models.errors import PostshareError
 from sa_models.weights import WeightsFolder
 from train import comparison, pipeline
 from train import engine as engines
-from train.comparison import Entry
+from train.comparison import COMPARISON_FILE, Entry
 from train.controls import CONTROLS, RECIPE, Target, changed, check, variant
 from train.evaluate import BlockLosses
 from train.files import write_json
 from train.plan_stage import make_plan
 from train.planning import check_plan
 from train.recipe import Recipe
+from train.report import write_report
 from train.run_folder import Run, base_of, begin
 from train.summary import SUMMARY_FILE, bytes_of, parameters_of, read_block_losses
 
-COMPARISON_FILE = "comparison.json"
 PARETO_PICTURE = "comparison.png"
 REFERENCE = "continued"
 
@@ -120,7 +120,8 @@ def _conclude(first: Run, runs: Sequence[Planned], folder: Path) -> None:
     first.say("", comparison.table(entries, REFERENCE))
     if controls:
         first.say(comparison.verdict(entries, RECIPE, controls))
-    first.say("", f"{folder / COMPARISON_FILE}", f"{folder / PARETO_PICTURE}")
+    page = write_report([first.folder])  # anew: now there is something to compare with
+    first.say("", f"{folder / COMPARISON_FILE}", f"{folder / PARETO_PICTURE}", f"{page}")
 
 
 def collect(runs: Sequence[Planned]) -> list[Entry]:

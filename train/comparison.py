@@ -20,6 +20,7 @@ from rich.table import Table
 
 from train.evaluate import BlockLosses
 
+COMPARISON_FILE = "comparison.json"
 DRAWS = 2000
 LEVEL = 0.95
 

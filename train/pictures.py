@@ -5,16 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.patches import FancyArrowPatch, Rectangle
 
 from sa_models.heads import HeadLayout
 from sa_models.isotropy import Isotropy
 from sa_models.plan import SharingPlan
+from sa_models.spans import AttentionSpan
 
 
 class Span(Protocol):
@@ -56,11 +59,21 @@ def save_similarity(scores: torch.Tensor, layout: HeadLayout, score: str, path: 
 
 
 def save_ties(plan: SharingPlan, layout: HeadLayout, path: Path) -> None:
-    """Map of ties and removed units, layers upward and units to the right, as a PNG."""
-    width = min(14.0, 2.5 + 0.45 * layout.units)
-    height = min(14.0, 1.8 + 0.45 * layout.layers)
+    """Map of ties and removed units as a PNG; see :func:`draw_plan_map`."""
+    save(draw_plan_map(plan, layout), path)
+
+
+def draw_plan_map(plan: SharingPlan, layout: HeadLayout, cell: float = 0.45) -> Figure:
+    """Map of ties, removed units and spans, layers upward and units to the right.
+
+    Args:
+        cell: inches of a unit, where the map is not too large for it.
+    """
+    width = min(14.0, 2.5 + cell * layout.units + (1.2 if plan.spans else 0.0))
+    height = min(14.0, 1.8 + cell * layout.layers)
     figure = Figure(figsize=(width, height), dpi=140, layout="constrained")
     axes = figure.add_subplot()
+    axes.grid(visible=False)
     ties = plan.effective().ties
     targets, sources = {tie.target for tie in ties}, {tie.source for tie in ties}
     removed = set(plan.removed)
@@ -72,6 +85,8 @@ def save_ties(plan: SharingPlan, layout: HeadLayout, path: Path) -> None:
         ("source", "#0072b2", sorted(sources)),
         ("target", "#e69f00", sorted(targets)),
     ):
+        if not members:
+            continue
         axes.scatter(
             [unit for _, unit in members],
             [layer for layer, _ in members],
@@ -98,21 +113,52 @@ def save_ties(plan: SharingPlan, layout: HeadLayout, path: Path) -> None:
                 zorder=3,
             )
         )
-    axes.set_xlim(-0.7, layout.units - 0.3)
+    right = layout.units - 0.3
+    for span in plan.spans:
+        _draw_span(axes, span, right)
+    axes.set_xlim(-0.7, right)
     axes.set_ylim(-0.7, layout.layers - 0.3)
     axes.set_xticks(range(0, layout.units, max(1, layout.units // 16)))
     axes.set_yticks(range(0, layout.layers, max(1, layout.layers // 16)))
     axes.set_xlabel("head" if layout.heads_per_unit == 1 else "KV group")
     axes.set_ylabel("layer")
-    title = f"{len(targets)} of {len(every)} units take the weights of {len(sources)}"
-    if removed:
-        gone = f"{len(removed)} of {len(every)} units are removed"
-        title = f"{title},\n{gone}" if targets else gone
-    axes.set_title(title)
+    axes.set_title(_title(len(every), len(targets), len(sources), len(removed), plan))
     figure.legend(
         loc="outside lower center", ncols=4 if removed else 3, frameon=False, markerscale=0.6
     )
-    save(figure, path)
+    return figure
+
+
+def _draw_span(axes: Axes, span: AttentionSpan, right: float) -> None:
+    """A line beside the map from the leader (dot) to its followers (ticks), which are shaded."""
+    for follower in span.followers:
+        axes.axhspan(follower - 0.45, follower + 0.45, color="#56b4e9", alpha=0.35, zorder=1)
+    layers, x = [*span.layers], right + 0.35
+    style: Any = {"color": "#009e73", "clip_on": False, "linewidth": 1.6}
+    axes.plot([x] * len(layers), layers, marker="_", markersize=7, **style)
+    axes.plot([x], [span.leader], marker="o", markersize=7, **style)
+    what = "attention" if span.share == "attention" else "keys, values"
+    axes.annotate(
+        f" {what}\n of layer {span.leader}",
+        (x, sum(layers) / len(layers)),
+        xytext=(6, 0),
+        textcoords="offset points",
+        va="center",
+        size=9,
+        annotation_clip=False,
+    )
+
+
+def _title(units: int, targets: int, sources: int, removed: int, plan: SharingPlan) -> str:
+    lines = []
+    if targets:
+        lines.append(f"{targets} of {units} units take the weights of {sources}")
+    if removed:
+        lines.append(f"{removed} of {units} units are removed")
+    if plan.spans:
+        followers = sum(len(span.followers) for span in plan.spans)
+        lines.append(f"{followers} layer{'s' if followers > 1 else ''} reuse another's attention")
+    return ",\n".join(lines)
 
 
 def save_isotropy(isotropy: Isotropy, spans: Sequence[Span], path: Path) -> None:
@@ -120,42 +166,46 @@ def save_isotropy(isotropy: Isotropy, spans: Sequence[Span], path: Path) -> None
 
     Spans are outlined on the diagonal, from the leader to the last follower.
     """
-    layers = len(isotropy.maps)
-    numbers = layers <= 12
     figure = Figure(figsize=(11.0, 5.6), dpi=140, layout="compressed")
     every = figure.subplots(1, 2)
-    ticks = range(0, layers, max(1, layers // 16))
     for axes, values, title in zip(
         every,
         (isotropy.maps, isotropy.without_sink),
         ("all keys", "without the first token (sink)"),
         strict=True,
     ):
-        shown = values.clone().fill_diagonal_(float("nan"))
-        image = axes.imshow(shown.numpy(), cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
-        if numbers:
-            for row, column in torch.isfinite(shown).nonzero().tolist():
-                value = float(shown[row, column])
-                color = "white" if value < 0.6 else "black"
-                axes.text(
-                    column, row, f"{value:.2f}", ha="center", va="center", size=8, color=color
-                )
-        for span in spans:
-            size = 1 + max(span.followers) - span.leader
-            corner = (span.leader - 0.5, span.leader - 0.5)
-            axes.add_patch(
-                Rectangle(corner, size, size, fill=False, edgecolor="#d55e00", linewidth=2.0)
-            )
-        axes.set_xticks(ticks)
-        axes.set_yticks(ticks)
-        axes.set_xlabel("layer")
+        image = draw_isotropy(axes, values, spans)
         axes.set_title(title, size=10)
-        axes.set_facecolor("0.92")
     every[0].set_ylabel("layer")
     outlined = ", spans outlined" if spans else ""
     figure.suptitle(f"Isotropy: mean cosine of the rows of two attention maps{outlined}")
     figure.colorbar(image, ax=every, shrink=0.85)
     save(figure, path)
+
+
+def draw_isotropy(axes: Axes, values: torch.Tensor, spans: Sequence[Span]) -> AxesImage:
+    """One heat map of isotropy, (layers, layers), with spans outlined."""
+    layers = len(values)
+    ticks = range(0, layers, max(1, layers // 16))
+    shown = values.clone().fill_diagonal_(float("nan"))
+    image = axes.imshow(shown.numpy(), cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
+    axes.grid(visible=False)
+    if layers <= 12:
+        for row, column in torch.isfinite(shown).nonzero().tolist():
+            value = float(shown[row, column])
+            color = "white" if value < 0.6 else "black"
+            axes.text(column, row, f"{value:.2f}", ha="center", va="center", size=8, color=color)
+    for span in spans:
+        size = 1 + max(span.followers) - span.leader
+        corner = (span.leader - 0.5, span.leader - 0.5)
+        axes.add_patch(
+            Rectangle(corner, size, size, fill=False, edgecolor="#d55e00", linewidth=2.0)
+        )
+    axes.set_xticks(ticks)
+    axes.set_yticks(ticks)
+    axes.set_xlabel("layer")
+    axes.set_facecolor("0.92")
+    return image
 
 
 def save(figure: Figure, path: Path) -> None:

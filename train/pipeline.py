@@ -1,4 +1,4 @@
-"""The stages of a run, top to bottom: plan, post-train, materialize, export, evaluate.
+"""The stages of a run, top to bottom: plan, post-train, materialize, export, evaluate, report.
 
 Each stage reads files and writes files in the run folder, so any of them can be run alone, and a
 stage that has finished is skipped on a second start. Every rank runs this; what is not training is
@@ -41,6 +41,7 @@ from train.plan_stage import make_plan
 from train.planning import requested_ratio
 from train.progress import ExportProgress
 from train.recipe import Recipe
+from train.report import write_report
 from train.residual import fit_residual, fitted, residual_of, trainable, with_residual
 from train.run_folder import PLAN_OUTPUTS, Run, base_of, begin, find_teacher
 from train.streaming import Source, base_source, compact_source
@@ -73,6 +74,7 @@ def stages(recipe: Recipe) -> None:
     heal(current)
     write_exports(current)
     judge(current)
+    show(current)
 
 
 def plan(recipe: Recipe) -> None:
@@ -96,10 +98,11 @@ def export(recipe: Recipe) -> None:
 
 
 def evaluate(recipe: Recipe) -> None:
-    """`postshare evaluate`: perplexity of the run's models, and its summary."""
+    """`postshare evaluate`: perplexity of the run's models, its summary, its report."""
     current = begin(recipe)
     require_trained(current)
     judge(current)
+    show(current)
 
 
 def prepare(recipe: Recipe) -> None:
@@ -273,21 +276,33 @@ def report(current: Run, blocks: Blocks) -> None:
     for kind in exported(current):
         update_notes(current.folder / "export" / kind, {"numbers": summary})
     current.say("", summary_table(summary), saved_sentence(summary), "")
-    for kind in exported(current):
-        current.say(f"{kind:<10}{current.folder / 'export' / kind}")
-    current.say(
-        f"summary   {current.folder / SUMMARY_FILE}",
-    )
-    if any(current.folder.glob("plan-*.png")):
-        current.say(f"pictures  {current.folder / 'plan-*.png'}")
-    if recipe.plan.budget is not None and recipe.plan.budget.ratio is not None:
-        current.say(
-            "next      the same with another budget: plan.budget.ratio=0.1 "
-            "output_dir=<another folder>"
-        )
-    else:
-        kind = export_formats(current)[0]
-        current.say(f"next      load it: see {current.folder / 'export' / kind / 'README.md'}")
+
+
+def show(current: Run) -> None:
+    """Write report.html; say where everything is."""
+
+    def work() -> None:
+        page = write_report([current.folder])
+        if current.shares:
+            for kind in exported(current):
+                current.say(f"{kind:<10}{current.folder / 'export' / kind}")
+            current.say(f"summary   {current.folder / SUMMARY_FILE}")
+        if any(current.folder.glob("plan-*.png")):
+            current.say(f"pictures  {current.folder / 'plan-*.png'}")
+        current.say(f"report    {page}")
+        if current.shares:
+            current.say(f"next      {next_step(current)}")
+
+    current.on_main(work)
+
+
+def next_step(current: Run) -> str:
+    """What to do with a finished run."""
+    budget = current.recipe.plan.budget
+    if budget is not None and budget.ratio is not None:
+        return "the same with another budget: plan.budget.ratio=0.1 output_dir=<another folder>"
+    kind = export_formats(current)[0]
+    return f"load it: see {current.folder / 'export' / kind / 'README.md'}"
 
 
 def load_export(current: Run) -> PreTrainedModel:

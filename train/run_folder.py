@@ -28,6 +28,7 @@ from train.launched import launched_fsdp
 from train.loss_planning import SEARCH_OUTPUTS
 from train.outcome import FREE_TRAIN
 from train.planning import SIMILARITY_PICTURE, TIES_PICTURE, check_plan
+from train.provenance import record_start
 from train.recipe import Recipe, load_recipe
 from train.scoring import CHANCE_FILE
 from train.shared_folder import require_shared
@@ -232,13 +233,14 @@ def check_folder(recipe: Recipe) -> None:
 
 
 def claim(current: Run) -> None:
-    """Write the resolved recipe. A plan of another recipe, never trained with, is dropped."""
+    """Write recipe and start. A plan of another recipe, never trained with, is dropped."""
     folder, file = current.folder, current.folder / RECIPE_FILE
     if file.is_file() and run_identity(load_recipe(file)) != run_identity(current.recipe):
         for stale in PLAN_OUTPUTS:
             (folder / stale).unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     current.recipe.save(file)
+    record_start(folder, current.config, current.ranks.world, current.ranks.device)
 
 
 def run_identity(recipe: Recipe) -> dict[str, Any]:

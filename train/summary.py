@@ -136,32 +136,50 @@ def weight_bytes(folder: Path) -> int:
 def summary_table(summary: dict[str, Any]) -> Table:
     """What a run is judged by, as one table."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("model", no_wrap=True)
-    heads, size = summary["heads"], summary["bytes"]
-    factored = size["factored"] is not None
-    structured = bool(summary["structure"]["kv_heads"] or summary["structure"]["spans"])
-    what, changed = ("cache", "") if structured else _changed_heads(heads)
-    columns = ["perplexity", "vs continued", what, "parameters", "bytes"]
+    columns, rows = summary_cells(summary)
     for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
+        left = column == "model"
+        table.add_column(column, justify="left" if left else "right", no_wrap=True)
+    for row in rows.values():
+        table.add_row(*row)
+    return table
+
+
+def summary_cells(summary: dict[str, Any]) -> tuple[list[str], dict[str, list[str]]]:
+    """Headings, and the cells of each model that the run has, for the terminal and the report."""
+    heads = summary["heads"]
+    structured = is_structured(summary)
+    what, changed = ("cache", "") if structured else _changed_heads(heads)
     reference = summary["perplexity"]["continued"]
     cache = summary["cache"]
-    papers = not (factored or structured or heads["removed"])
-    for name, label in (MODELS if papers else STRUCTURED).items():
+    rows = {}
+    for name, label in model_names(summary).items():
         value = summary["perplexity"][name]
         if value is None:
             continue
         shared = name in ("direct", "post")
         kept = cache["stored_elements_per_token"] / cache["base_elements_per_token"]
-        table.add_row(
+        rows[name] = [
             label,
             f"{value:.2f}",
             f"{value / reference - 1:+.1%}" if reference and name != "continued" else "",
             (f"{kept:.1%}" if shared else "100%") if structured else (changed if shared else "0"),
             f"{parameters_of(summary, name):,}",
             "" if (held := bytes_of(summary, name)) is None else f"{held:,}",
-        )
-    return table
+        ]
+    return ["model", "perplexity", "vs continued", what, "parameters", "bytes"], rows
+
+
+def is_structured(summary: dict[str, Any]) -> bool:
+    """Whether the plan has spans or fewer KV heads."""
+    return bool(summary["structure"]["kv_heads"] or summary["structure"]["spans"])
+
+
+def model_names(summary: dict[str, Any]) -> dict[str, str]:
+    """What each model of a run is called."""
+    factored = summary["bytes"]["factored"] is not None
+    papers = not (factored or is_structured(summary) or summary["heads"]["removed"])
+    return MODELS if papers else STRUCTURED
 
 
 def _changed_heads(heads: dict[str, Any]) -> tuple[str, str]:

@@ -214,7 +214,8 @@ def test_the_wheel_carries_all_that_a_user_needs(tmp_path: Path) -> None:
 
     for kind in ("recipes", "launch"):
         assert files(site / "train" / "_shipped" / kind) == files(REPOSITORY / kind)
-    assert files(site / "train" / "demo") == files(REPOSITORY / "train" / "demo")
+    for folder in ("demo", "report"):
+        assert files(site / "train" / folder) == files(REPOSITORY / "train" / folder)
     assert (site / "train" / "_shipped" / "docs" / "recipe.schema.json").is_file()
     assert "postshare = train.cli:main" in next(site.glob("*/entry_points.txt")).read_text()
     # Outside a checkout; the unpacked wheel comes before the editable installation.

@@ -85,6 +85,8 @@ def test_compares_and_goes_on_where_it_stood(
         assert row["name"] in out
         assert len(row["perplexities"]) == (1 if name in ("base", "direct") else 2)
     assert (folder / "comparison.png").is_file()
+    page = (folder / "recipe" / "seed-0" / "report.html").read_text()
+    assert "Against its controls" in page, "written anew, with what it is compared with"
     # Numbers are those of the runs' own evaluations, and runs differ in their data order.
     for seed in range(2):
         run = folder / "recipe" / f"seed-{seed}"

@@ -75,6 +75,10 @@ def check_run(made: Recipe) -> dict[str, Any]:
     folder = made.folder
     for name in ("recipe.yaml", "plan.json", "metrics.jsonl", "evaluation.json", "summary.json"):
         assert (folder / name).is_file(), name
+    page = (folder / "report.html").read_text()
+    assert 'class="verdict"' in page
+    (*_, start) = json.loads((folder / "provenance.json").read_text())["starts"]
+    assert start["versions"]["torch"] in page
     assert not list(folder.rglob("*.tmp*"))
     summary = json.loads((folder / "summary.json").read_text())
     manifest = json.loads((folder / "export/compact/manifest.json").read_text())

@@ -1,0 +1,75 @@
+"""What `postshare compare` has found about a run's recipe, where its folder is beside the run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sa_models.errors import PostshareError
+from train.comparison import COMPARISON_FILE, Entry, Interval, interval
+from train.controls import RECIPE
+from train.recipe import Recipe, load_recipe
+from train.report.data import Reader
+from train.run_folder import RECIPE_FILE, run_identity
+from train.summary import read_block_losses
+
+RANDOM = "random-pairs"
+
+
+@dataclass(frozen=True)
+class Rivals:
+    """comparison.json of the run's own recipe.
+
+    Attributes:
+        rows: as :func:`train.comparison.as_json` writes them.
+        against_random: how far the recipe's loss lies above that of random pairs (nats per token),
+            and its 95 % interval; None where random pairs are no part of the comparison.
+    """
+
+    folder: Path
+    rows: list[dict[str, Any]]
+    against_random: tuple[float, Interval] | None
+
+
+def find_rivals(folder: Path, recipe: Recipe | None) -> tuple[Rivals | None, list[str]]:
+    """The comparison that holds this run, or that lies beside it; and notes of what is wrong."""
+    folder = folder.resolve()
+    inside = folder.parent.parent if folder.parent.name == RECIPE else None
+    for place in filter(None, (inside, folder.with_name(f"{folder.name}-compare"))):
+        if not (place / COMPARISON_FILE).is_file():
+            continue
+        reader = Reader(place)
+        rows = reader.json_list(COMPARISON_FILE, ("name", "loss", "perplexity", "bytes"))
+        if rows is None:
+            return None, reader.notes
+        if not _same(recipe, place / RECIPE / "seed-0"):
+            return None, [f"the comparison in {place.name} is of another recipe; it is left out"]
+        return Rivals(place, rows, _against_random(place, rows)), []
+    return None, []
+
+
+def _same(recipe: Recipe | None, first: Path) -> bool:
+    """Whether the first run of a comparison is of this recipe, whatever its seed."""
+    if recipe is None:
+        return False
+    try:
+        theirs = run_identity(load_recipe(first / RECIPE_FILE))
+    except PostshareError:
+        return False
+    return {**theirs, "seed": 0} == {**run_identity(recipe), "seed": 0}
+
+
+def _against_random(folder: Path, rows: list[dict[str, Any]]) -> tuple[float, Interval] | None:
+    if not {RECIPE, RANDOM} <= {row["name"] for row in rows}:
+        return None
+    own, random = (_entry(folder / name) for name in (RECIPE, RANDOM))
+    if own is None or random is None or len(own.losses) != len(random.losses):
+        return None
+    return own.loss - random.loss, interval(own, random)
+
+
+def _entry(folder: Path) -> Entry | None:
+    seeds = sorted(folder.glob("seed-*"), key=lambda seed: int(seed.name.removeprefix("seed-")))
+    losses = tuple(found["post"] for seed in seeds if "post" in (found := read_block_losses(seed)))
+    return Entry(folder.name, "", losses, 0, None) if losses else None

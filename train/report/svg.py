@@ -1,0 +1,106 @@
+"""Figures as SVG images that follow the page: dark where the reader's system is dark.
+
+Each is an image of its own (a data URI), with its colours as CSS variables: nothing of one picture
+can reach into another or into the page.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+
+INK, GRID, MUTED = "#1f2328", "#d8dee4", "#6e7781"
+BLUE, ORANGE, GREEN, VERMILLION = "#0072b2", "#e69f00", "#009e73", "#d55e00"
+PURPLE, SKY = "#cc79a7", "#56b4e9"
+SERIES = (BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY)
+"""Okabe and Ito's palette, which the colour-blind tell apart."""
+
+# Colour in the figure: the same on a dark page. The last two are those of train.pictures.
+DARK = {
+    INK: "#e6edf3",
+    GRID: "#30363d",
+    MUTED: "#9aa4ae",
+    BLUE: "#58aee6",
+    ORANGE: "#f0b53c",
+    GREEN: "#2cc295",
+    VERMILLION: "#ff8a4c",
+    PURPLE: "#e3a3c6",
+    SKY: "#7cc7f2",
+    "#d9d9d9": "#3d444d",
+    "#444444": "#adbac7",
+}
+
+STYLE: Any = {
+    "svg.fonttype": "none",  # text stays text: small, sharp, searchable
+    "svg.hashsalt": "postshare",  # the same run gives the same bytes
+    "font.size": 10.5,
+    "axes.titlesize": 11.0,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.facecolor": "none",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "figure.facecolor": "none",
+    "grid.color": GRID,
+    "grid.linewidth": 0.7,
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image of the report.
+
+    Attributes:
+        uri: data URI.
+        alt: what it shows, for those who do not see it.
+        note: a sentence below it.
+        own_background: it keeps its white background on a dark page.
+        wide: it takes the whole width.
+    """
+
+    title: str
+    uri: str
+    alt: str
+    note: str = ""
+    own_background: bool = False
+    wide: bool = False
+
+
+def render(draw: Callable[..., Figure], *arguments: Any) -> str:
+    """The data URI of the figure that ``draw(*arguments)`` makes, in the style of the report."""
+    with matplotlib.rc_context(STYLE):
+        buffer = io.StringIO()
+        FigureCanvasSVG(draw(*arguments)).print_svg(buffer, metadata={"Date": None})
+    return data_uri(themed(buffer.getvalue()).encode(), "image/svg+xml")
+
+
+def themed(svg: str) -> str:
+    """The SVG with its colours as variables, which are others on a dark page."""
+    light, dark = [], []
+    for color, other in DARK.items():
+        name = f"--c{color[1:]}"
+        svg = svg.replace(color, f"var({name})")
+        light.append(f"{name}:{color}")
+        dark.append(f"{name}:{other}")
+    rules = (
+        f":root{{{';'.join(light)}}}@media (prefers-color-scheme:dark){{:root{{{';'.join(dark)}}}}}"
+    )
+    return svg.replace("<defs>", f"<style>{rules}</style><defs>", 1)
+
+
+def data_uri(content: bytes, kind: str) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
