@@ -15,15 +15,13 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 from sa_models import export as exporting
 from sa_models.convert import convert
 from sa_models.errors import PostshareError
-from sa_models.heads import HeadLayout
 from sa_models.manifest import update_notes
-from sa_models.materialize import materialize_
 from sa_models.modeling import SharedLlamaForCausalLM
 from sa_models.plan import SharingPlan
 from sa_models.readers import open_weights
 from sa_models.weights import WeightsFolder
 from train import engine as engines
-from train.base_model import load_base, load_dense, load_model
+from train.base_model import load_base, load_dense, load_model, tie_model
 from train.data import Blocks
 from train.files import write_json
 from train.loop import TrainJob, TrainResult, train
@@ -154,7 +152,9 @@ def heal(current: Run) -> None:
 
     def load() -> SharedLlamaForCausalLM:
         model = load_model(trained_folder(current), current.recipe.model.attention)
-        return SharedLlamaForCausalLM.from_materialized(tied(current, model), current.plan)
+        return SharedLlamaForCausalLM.from_materialized(
+            tie_model(model, current.plan, current.recipe), current.plan
+        )
 
     training, validation = current.blocks
     job = TrainJob(
@@ -222,7 +222,7 @@ def report(current: Run, blocks: Blocks) -> None:
     attention = recipe.model.attention
 
     def direct() -> PreTrainedModel:
-        return tied(current, load_dense(base, attention))
+        return tie_model(load_dense(base, attention), current.plan, recipe)
 
     models: dict[str, Callable[[], PreTrainedModel]] = {"base": lambda: load_dense(base, attention)}
     if (current.folder / "continued" / "weights").is_dir():
@@ -264,15 +264,6 @@ def report(current: Run, blocks: Blocks) -> None:
     else:
         kind = export_formats(current)[0]
         current.say(f"next      load it: see {current.folder / 'export' / kind / 'README.md'}")
-
-
-def tied(current: Run, model: LlamaForCausalLM) -> LlamaForCausalLM:
-    """The model with the plan's structure, where it lacks it, and the plan materialized."""
-    model = convert(model, current.plan, current.leaders)
-    layout = HeadLayout.from_config(model.config)
-    merge = current.recipe.materialize.merge
-    materialize_(dict(model.named_parameters()), layout, current.plan, merge)
-    return model
 
 
 def load_export(current: Run) -> PreTrainedModel:
