@@ -72,16 +72,18 @@ class LocalTask:
 
 
 def find_local(
-    data: Path | None, task: str, group: str | None = None, subset: str | None = None
+    data: Path | None, task: str, asked: str | None = None, subset: str | None = None
 ) -> LocalTask | None:
-    """Where the data of a task lies: in a folder of its own, else in that of its group."""
-    if data is None:
+    """Where the data of a task lies; None where `data` has no folder for it.
+
+    Args:
+        asked: what was asked for: the task (None), or a group that it belongs to.
+        subset: the task's part of the group's hub dataset, where it has one.
+    """
+    folder = None if data is None else data / (asked or task)
+    if folder is None or not folder.is_dir():
         return None
-    if (data / task).is_dir():
-        return LocalTask(data / task)
-    if group is not None and subset is not None and (data / group).is_dir():
-        return LocalTask(data / group, subset)
-    return None
+    return LocalTask(folder, None if asked in (None, task) else subset or task)
 
 
 def data_hash(data: Path | None, name: str) -> dict[str, str]:

@@ -8,6 +8,7 @@ measured last, of all models in turn, and never cached.
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -62,6 +63,10 @@ def compare_models(arguments: Sequence[str], options: Options) -> None:
         PostshareError: an argument, a task or an option is wrong, or data is missing; nothing has
             been computed then.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise PostshareError(
+            "evaluate compares models in one process; start it with `postshare evaluate`"
+        )
     logging.disable_progress_bar()  # transformers' own bars would tear ours
     Comparison(find_models(arguments), arguments, options).run()
 
@@ -113,11 +118,18 @@ class Comparison:
     @cached_property
     def speed(self) -> SpeedSettings:
         settings = SpeedSettings()
+        if self.context <= settings.new_tokens:
+            raise PostshareError(
+                f"speed decodes {settings.new_tokens} tokens after a prompt, and a model has only "
+                f"{self.context} positions; remove speed from --tasks"
+            )
         return SpeedSettings(prompt=min(settings.prompt, self.context - settings.new_tokens))
 
     def run(self) -> None:
         check_options(self.options)
         _ = self.device, self.context
+        if SPEED in self.options.tasks:
+            _ = self.speed
         cache = ResultCache(self.options.cache or default_folder())
         results: dict[tuple[str, str], list[Score]] = {}
         keys = {(m.name, t): k for m in self.models for t, k in self._keys(m).items()}
@@ -320,7 +332,7 @@ def perplexities(
     return [
         Score.of_items(
             PERPLEXITY,
-            f"{level}s",
+            f"{level}-level",
             "perplexity",
             losses.nats,
             weights,

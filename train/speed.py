@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from train.judged_models import Judged
 from train.task_scores import Score
@@ -122,6 +122,10 @@ def resident_bytes(
 def _growth(
     model: Judged, settings: SpeedSettings, dtype: torch.dtype, device: torch.device
 ) -> int:
+    # What libraries load when a model runs first is no model's memory.
+    sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1}
+    small = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, **sizes)).to(device)  # type: ignore[arg-type]
+    run_round(small, settings)
     before = _memory(device)
     loaded = model.load(dtype, device)
     run_round(loaded, settings)
