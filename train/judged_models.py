@@ -57,7 +57,7 @@ class Judged:
                 load_dense(self.folder, "sdpa"), self._plan(), recipe
             )
         else:
-            kind = LlamaForCausalLM
+            kind: type[LlamaForCausalLM] = LlamaForCausalLM
             if read_model_type(self.folder) == SharedLlamaConfig.model_type:
                 kind = SharedLlamaForCausalLM
             stored = dtype if self.through is None else getattr(torch, self.through)

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
@@ -97,8 +98,9 @@ def run_round(model: PreTrainedModel, settings: SpeedSettings) -> Round:
 
 def cache_size(cache: DynamicCache) -> int:
     """Bytes of the keys and values that a cache holds."""
-    tensors = [t for layer in cache.layers for t in (layer.keys, layer.values) if t is not None]
-    return sum(tensor.nbytes for tensor in tensors)
+    layers: list[Any] = cache.layers
+    held = [t for layer in layers for t in (layer.keys, layer.values) if t is not None]
+    return sum(tensor.nbytes for tensor in held)
 
 
 def synchronize(device: torch.device) -> None:
