@@ -51,7 +51,7 @@ def save_json(path: Path, scores: Mapping[str, Sequence[Score]], facts: Mapping[
     """Write models, their scores, and what all were measured with.
 
     Args:
-        facts: device, dtype, versions, how much came from the cache.
+        facts: device, dtype, torch, how many results were cached and computed.
     """
     reference = next(iter(scores.values()))
     models = [
@@ -116,5 +116,6 @@ def _notes(scores: Mapping[str, Sequence[Score]], facts: Mapping[str, Any]) -> l
             notes.append(
                 f"{task}: lm-eval {stated['lm_eval']}, {count:,} questions, {shots} examples"
             )
-    notes.append(f"in {facts['dtype']} on {facts['device']}; {facts['cached']} from the cache")
+    kept = f"; {facts['cached']} results from the cache" if facts["cached"] else ""
+    notes.append(f"in {facts['dtype']} on {facts['device']}{kept}")
     return notes

@@ -235,7 +235,8 @@ class Comparison:
             "device": device_name(self.device),
             "dtype": str(self.dtype)[6:],
             "torch": torch.__version__,
-            "cached": f"{cached} of {asked} results",
+            "cached": cached,
+            "computed": asked - cached,
         }
         console = Console(highlight=False)
         shown, notes = table(scores, facts)

@@ -12,12 +12,14 @@ import os
 import platform
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.utils import logging
 
 from train.judged_models import Judged
 from train.task_scores import Score
@@ -117,13 +119,14 @@ def resident_bytes(
     On the CPU of its resident set (as far as /proc tells it), else of what the device has allotted.
     """
     context = multiprocessing.get_context("spawn")  # nothing of this process may be counted
-    with context.Pool(1) as pool:
-        return pool.apply(_growth, (model, settings, dtype, device))
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(_growth, model, settings, dtype, device).result()
 
 
 def _growth(
     model: Judged, settings: SpeedSettings, dtype: torch.dtype, device: torch.device
 ) -> int:
+    logging.disable_progress_bar()
     # What libraries load when a model runs first is no model's memory.
     sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1}
     small = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, **sizes)).to(device)  # type: ignore[arg-type]

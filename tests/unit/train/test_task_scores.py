@@ -133,7 +133,7 @@ def test_the_table_fits_a_terminal() -> None:
 
     scores = {"x/base": [answers([1, 0, 1, 1], examples=[0], lm_eval="0")] * 2, "x/post": []}
     scores["x/post"] = [answers([1, 1, 1, 1], examples=[0], lm_eval="0")] * 2
-    shown, notes = table(scores, {"dtype": "float32", "device": "here", "cached": "0 of 2"})
+    shown, notes = table(scores, {"dtype": "float32", "device": "here", "cached": 0})
     console = Console(width=80, highlight=False)
     with console.capture() as captured:
         console.print(shown)
