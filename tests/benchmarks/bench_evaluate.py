@@ -14,13 +14,13 @@ SHAPES = {
     "hidden512_vocab4096": {"vocab_size": 4096, "hidden_size": 512, "intermediate_size": 1376},
     "hidden512_vocab32000": {"vocab_size": 32000, "hidden_size": 512, "intermediate_size": 1376},
 }
-CONTEXT, WINDOWS, BATCH = 512, 8, 4
+CONTEXT, WINDOWS, BATCH = 256, 4, 2
 
 
 @torch.inference_mode()
 def measure_shape(shape: dict[str, int]) -> dict[str, float]:
     torch.manual_seed(0)
-    config = LlamaConfig(num_hidden_layers=8, num_attention_heads=8, **shape)
+    config = LlamaConfig(num_hidden_layers=4, num_attention_heads=8, **shape)
     model = LlamaForCausalLM(config).eval()
     ids = torch.randint(shape["vocab_size"], (WINDOWS * CONTEXT + 1,))
     text, batches = ids.tolist(), ids[:-1].view(-1, BATCH, CONTEXT)
@@ -30,7 +30,7 @@ def measure_shape(shape: dict[str, int]) -> dict[str, float]:
             model(batch, use_cache=False)
 
     seconds = interleaved(
-        5,
+        7,
         bare=bare,
         disjoint=lambda: window_losses(model, [text], CONTEXT, CONTEXT, BATCH),
         # Twice the windows, but for the first; logits of their second halves alone.
