@@ -5,8 +5,8 @@ BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST_ARGS ?=
 
-.PHONY: help demo test test-matrix test-cluster cluster-tools browser-tools test-faults check format bench build \
-	schema clean
+.PHONY: help demo test test-matrix test-cluster cluster-tools browser-tools test-faults test-harness \
+	check format bench build schema clean
 .DEFAULT_GOAL := help
 
 help:
@@ -15,6 +15,7 @@ help:
 	@echo "make test-matrix   every backend on 1, 2 and 4 processes against one; prints a table"
 	@echo "make test-cluster  train on a real Slurm and on two hosts, all on this machine (needs root)"
 	@echo "make test-faults   kill a training 100 times, fill its disk, cut its network (KILLS=100)"
+	@echo "make test-harness  install lm-eval (40 packages, 0.3 GB) and test its tasks on our models"
 	@echo "make check   ruff, ruff format, mypy"
 	@echo "make bench   speed and memory; writes .bench/bench.json"
 	@echo "make build   write the wheel to dist/"
@@ -72,6 +73,13 @@ test-faults: $(STAMP)
 	$(BIN)/python -m pytest tests/faults tests/distributed/test_hang.py \
 		tests/distributed/test_elastic.py tests/cluster/test_network_faults.py -m '' \
 		--kills $(KILLS) -rs -p no:cacheprovider $(PYTEST_ARGS)
+
+# Not among the tools of `make test`: lm-eval brings scipy and scikit-learn.
+test-harness: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--constraint constraints.txt --editable '.[dev,eval]'
+	$(BIN)/python -m pytest tests/unit/train/test_harness.py tests/unit/train/test_strided.py \
+		-rs $(PYTEST_ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

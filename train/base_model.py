@@ -9,8 +9,13 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
 from sa_models.configuration import SharedLlamaConfig
+from sa_models.convert import Leaders, convert
 from sa_models.errors import PostshareError
+from sa_models.heads import HeadLayout
+from sa_models.materialize import materialize_
+from sa_models.merging import Merge
 from sa_models.modeling import SharedLlamaForCausalLM
+from sa_models.plan import SharingPlan
 from sa_models.readers import CompactFolder
 from sa_models.weights import WeightsFolder, read_model_type
 from train.demo import DEMO_BASE, demo_base_path
@@ -126,3 +131,14 @@ def load_model(folder: Path, attention: str) -> LlamaForCausalLM:
         folder, dtype=torch.float32, attn_implementation=attention
     )
     return model.float()
+
+
+def tie_model(
+    model: LlamaForCausalLM, plan: SharingPlan, recipe: Recipe, merge: Merge
+) -> LlamaForCausalLM:
+    """The model with the plan's structure, where it lacks it, and the plan materialized."""
+    leaders: Leaders = "mean" if recipe.spans is None else recipe.spans.leaders
+    model = convert(model, plan, leaders)
+    layout = HeadLayout.from_config(model.config)
+    materialize_(dict(model.named_parameters()), layout, plan, merge)
+    return model

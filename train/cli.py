@@ -84,11 +84,73 @@ def export(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
     _stage("export", loaded)
 
 
-@app.command(epilog="Example: postshare evaluate demo evaluate.blocks=64")
-def evaluate(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
-    """Perplexity of base, continued, DirectShare and PostShare on the same held-out tokens."""
-    loaded = _load(recipe, overrides)
-    _stage("evaluate", loaded)
+@app.command(
+    epilog="Example: postshare evaluate runs/demo --tasks perplexity,speed   (or: postshare "
+    "evaluate demo evaluate.blocks=64)"
+)
+def evaluate(
+    arguments: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL...",
+            help="Run folders, model folders or hub names; or a RECIPE and KEY=VALUE overrides.",
+        ),
+    ],
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            help="perplexity (default), speed, and lm-eval's, separated by commas: "
+            "perplexity,mmlu,rte,sst2,hellaswag,gsm8k."
+        ),
+    ] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(help="Text of perplexity: .txt, .jsonl (default: what the run held out)."),
+    ] = None,
+    context: Annotated[
+        int | None, typer.Option(min=64, help="Tokens of a window (default: 2048, if it fits).")
+    ] = None,
+    stride: Annotated[
+        int | None, typer.Option(min=1, help="Tokens a window moves (default: the context).")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of local task data, FOLDER/TASK/SPLIT.jsonl.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Only the first questions of each lm-eval task.")
+    ] = None,
+    fewshot: Annotated[
+        int | None, typer.Option(min=0, help="Examples before a question (default: the task's).")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Windows or requests in a forward (default: 8).")
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="float32 (default on the CPU), bfloat16 (default elsewhere), float16."),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Such as cpu or cuda:1 (default: a GPU if there is one).")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Also write the results, as JSON.")] = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="Results by content (default: ~/.cache/postshare).")
+    ] = None,
+) -> None:
+    """Compare models side by side; with a RECIPE: evaluate the models of its own run."""
+    given = {
+        "--tasks": tasks, "--text": text, "--context": context, "--stride": stride, "--data": data,
+        "--limit": limit, "--fewshot": fewshot, "--batch-size": batch_size, "--dtype": dtype,
+        "--device": device, "--output": output, "--cache": cache,
+    }  # fmt: skip
+    from train.evaluate_command import is_stage
+
+    if is_stage(arguments, given):
+        _stage("evaluate", _load(arguments[0], arguments[1:]))
+        return
+    from train.model_compare import compare_models, read_options
+
+    compare_models(arguments, read_options(given))
 
 
 @app.command(epilog="Example: postshare report runs/demo runs/twenty --output report.html")

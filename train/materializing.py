@@ -17,13 +17,11 @@ from safetensors import SafetensorError
 
 from sa_models.convert import convert
 from sa_models.errors import PostshareError
-from sa_models.heads import HeadLayout
-from sa_models.materialize import materialize_
 from sa_models.merging import MEASURED, Merge
 from sa_models.reconstruction import reconstruct_
 from sa_models.text_merging import merge_on_text_
 from sa_models.weights import ShardWriter
-from train.base_model import load_dense, load_model
+from train.base_model import load_dense, load_model, tie_model
 from train.files import rename_into_place
 from train.loss_planning import calibration_batches
 from train.run_folder import MERGED, Run, base_of
@@ -33,6 +31,7 @@ if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
     from train.data import Blocks
+    from train.recipe import Recipe
 
 
 def trained_folder(current: Run) -> Path:
@@ -74,9 +73,9 @@ def tied_base(current: Run) -> LlamaForCausalLM:
     return tied(current, model)
 
 
-def remaining_merge(current: Run) -> Merge:
+def remaining_merge(recipe: Recipe) -> Merge:
     """How the weights of :func:`merged_folder` are still to be merged."""
-    section = current.recipe.materialize
+    section = recipe.materialize
     return "copy" if section.reconstruct else section.merge
 
 
@@ -86,11 +85,7 @@ def tied(current: Run, model: LlamaForCausalLM, merge: Merge | None = None) -> L
     Args:
         merge: by default what remains, see :func:`remaining_merge`.
     """
-    model = convert(model, current.plan, current.leaders)
-    layout = HeadLayout.from_config(model.config)
-    parameters = dict(model.named_parameters())
-    materialize_(parameters, layout, current.plan, merge or remaining_merge(current))
-    return model
+    return tie_model(model, current.plan, current.recipe, merge or remaining_merge(current.recipe))
 
 
 def _merged(current: Run, trained: LlamaForCausalLM, blocks: Blocks) -> LlamaForCausalLM:

@@ -183,7 +183,7 @@ def heal(current: Run) -> None:
             current.recipe.model,
             current.plan,
             current.leaders,
-            remaining_merge(current),
+            remaining_merge(current.recipe),
         )
         return compact if residual is None else with_residual(compact, residual)
 
@@ -223,7 +223,7 @@ def write_exports(current: Run) -> None:
                 formats=export_formats(current),
                 dtype=current.export_dtype,
                 shard_bytes=recipe.export.shard_bytes,
-                merge="copy" if healed else remaining_merge(current),
+                merge="copy" if healed else remaining_merge(recipe),
                 leaders=current.leaders,
                 residual=residual_of(current),
                 base_config=current.config,
