@@ -188,8 +188,8 @@ def _changed_heads(heads: dict[str, Any]) -> tuple[str, str]:
     if not removed:
         return "heads tied", f"{tied}/{total}"
     if not tied:
-        return "heads removed", f"{removed}/{total}"
-    return "tied + removed", f"{tied} + {removed}/{total}"
+        return "removed", f"{removed}/{total}"
+    return "changed", f"{tied} + {removed}/{total}"  # no longer word fits 80 columns
 
 
 def parameters_of(summary: dict[str, Any], name: str) -> int:

@@ -36,7 +36,14 @@ def rows(folder: Path, config: str, processes: int, *overrides: str) -> list[dic
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
     command += ["--config_file", str(REPOSITORY / "launch" / "accelerate" / f"{config}.yaml")]
     command += ["--main_process_port", "0", "--num_processes", str(processes)]
-    command += ["-m", "train", "recipes/demo.yaml", *OVERRIDES, f"output_dir={folder}", *overrides]
+    command += [
+        "-m",
+        "train",
+        "recipes/demo_postshare.yaml",
+        *OVERRIDES,
+        f"output_dir={folder}",
+        *overrides,
+    ]
     cores = ",".join(str(core) for core in sorted(os.sched_getaffinity(0))[:processes])
     subprocess.run(
         ["taskset", "-c", cores, *command],

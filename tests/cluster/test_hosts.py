@@ -18,7 +18,7 @@ from train.tracking import read_rows
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RECIPE = (
-    "recipes/demo.yaml",
+    "recipes/demo_postshare.yaml",
     "train.micro_batch_size=2",
     "train.warmup_steps=1",
     "train.checkpoint_every=0",

@@ -26,7 +26,7 @@ PORT = 29541
 HANG = 15
 RENDEZVOUS = 20
 RECIPE = (
-    "recipes/demo.yaml",
+    "recipes/demo_postshare.yaml",
     "train.micro_batch_size=2",
     "train.warmup_steps=1",
     "train.checkpoint_every=5",

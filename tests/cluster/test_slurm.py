@@ -15,7 +15,7 @@ from train.tracking import TIMING_KEYS, read_rows
 
 STEPS = 400  # long enough for a warning, which Slurm looks for every 30 seconds
 RECIPE = (
-    "recipes/demo.yaml",
+    "recipes/demo_postshare.yaml",
     f"train.steps={STEPS}",
     "train.micro_batch_size=2",
     "train.warmup_steps=1",

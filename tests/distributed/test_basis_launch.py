@@ -12,7 +12,7 @@ from tests.distributed.harness import run
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1800)]
 
 RECIPE = (
-    "recipes/demo.yaml",
+    "recipes/demo_postshare.yaml",
     "plan={strategy: none}",
     "basis.parameters=200000",
     "basis.calibration_blocks=2",

@@ -48,7 +48,7 @@ def start(
     folder: Path,
     *overrides: str,
     processes: int | None = None,
-    recipe: str = "recipes/demo.yaml",
+    recipe: str = "recipes/demo_postshare.yaml",
 ) -> str:
     return run(
         config,
@@ -67,6 +67,29 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("single") / "run"
     start("cpu", folder)
     return folder
+
+
+SHORT_AUTO = (
+    "plan.calibration_blocks=2",
+    "materialize={reconstruct: true, calibration_blocks: 4, heal_steps: 3}",
+    "train.steps=0",
+)
+"""Of recipes/demo.yaml: most of the search is on 64 tokens a block."""
+
+
+def test_the_demo_itself_on_two_processes(tmp_path: Path) -> None:
+    """Searched, reconstructed, healed and distilled: as on one process, and better than untouched
+    by the reconstruction alone."""
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for config, folder in zip(("cpu", "zero3"), folders, strict=True):
+        start(config, folder, *SHORT_AUTO, recipe="recipes/demo.yaml")
+    assert_same_curve(folders[1] / "heal", folders[0] / "heal", penalized=False)
+    one, two = (json.loads((f / "summary.json").read_text()) for f in folders)
+    assert one["heads"] == two["heads"]
+    assert one["parameters"]["base"] - one["parameters"]["stored"] >= 0.083 * 1_869_952
+    for model in ("base", "continued", "direct", "post"):
+        assert two["perplexity"][model] == pytest.approx(one["perplexity"][model], rel=1e-4)
+    assert (folders[1] / "report.html").is_file()
 
 
 @pytest.mark.parametrize(
@@ -177,7 +200,7 @@ def test_healing_under_zero3_equals_one_process(rank: int, tmp_path: Path) -> No
 
 def test_healing_under_fsdp2_is_refused(tmp_path: Path) -> None:
     result = launch(
-        "fsdp2", "-m", "train", "recipes/demo.yaml", *SHORT, "materialize.heal_steps=2",
+        "fsdp2", "-m", "train", "recipes/demo_postshare.yaml", *SHORT, "materialize.heal_steps=2",
         f"output_dir={tmp_path / 'run'}",
     )  # fmt: skip
     assert result.failed
@@ -188,7 +211,7 @@ def test_healing_under_fsdp2_is_refused(tmp_path: Path) -> None:
 def test_an_error_of_the_main_process_ends_all_ranks_at_once(tmp_path: Path) -> None:
     """A tokenizer that is not there is found on the main process, while the others wait."""
     result = launch(
-        "ddp", "-m", "train", "recipes/demo.yaml", *SHORT, f"model.tokenizer={tmp_path}",
+        "ddp", "-m", "train", "recipes/demo_postshare.yaml", *SHORT, f"model.tokenizer={tmp_path}",
         f"output_dir={tmp_path / 'run'}", timeout=120,
     )  # fmt: skip
     assert result.failed

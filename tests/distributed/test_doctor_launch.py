@@ -14,12 +14,12 @@ WORKER = Path(__file__).with_name("doctor_worker.py")
 
 
 def doctor(config: str, folder: Path, *overrides: str) -> Launch:
-    arguments = ("doctor", "recipes/demo.yaml", f"output_dir={folder}", *overrides)
+    arguments = ("doctor", "recipes/demo_postshare.yaml", f"output_dir={folder}", *overrides)
     return launch(config, "-m", "train", *arguments, timeout=500)
 
 
 def with_fault(fault: str, folder: Path, patience: float = 60) -> Launch:
-    arguments = ("recipes/demo.yaml", "--patience", patience, f"output_dir={folder}")
+    arguments = ("recipes/demo_postshare.yaml", "--patience", patience, f"output_dir={folder}")
     return launch("ddp", WORKER, fault, *map(str, arguments), timeout=120)
 
 

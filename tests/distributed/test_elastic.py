@@ -22,7 +22,7 @@ from train.tracking import read_rows
 pytestmark = pytest.mark.distributed
 
 RECIPE = (
-    "recipes/demo.yaml",
+    "recipes/demo_postshare.yaml",
     "train.steps=24",
     "train.micro_batch_size=2",
     "train.warmup_steps=1",

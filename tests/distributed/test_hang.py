@@ -23,7 +23,7 @@ pytestmark = pytest.mark.distributed
 WORKER = Path(__file__).parent / "fault_worker.py"
 HANG = 10.0
 RECIPE = (
-    "recipes/demo.yaml",
+    "recipes/demo_postshare.yaml",
     "train.steps=500",
     "train.micro_batch_size=2",
     "train.warmup_steps=1",

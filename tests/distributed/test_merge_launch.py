@@ -12,7 +12,7 @@ from tests.distributed.harness import run
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1800)]
 
 RECIPE = (
-    "recipes/demo.yaml",
+    "recipes/demo_postshare.yaml",
     "materialize={merge: least_squares, calibration_blocks: 3, heal_steps: 2}",
     "train.steps=1",
     "train.batch_size=4",

@@ -19,7 +19,7 @@ from train.tracking import read_rows
 pytestmark = pytest.mark.distributed
 
 RECIPE = (
-    "recipes/demo.yaml",
+    "recipes/demo_postshare.yaml",
     "train.steps=200",
     "train.micro_batch_size=2",
     "train.warmup_steps=1",

@@ -22,7 +22,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 STEPS = 60
 """Of the training that is killed."""
 RECIPE = (
-    "recipes/demo.yaml",
+    "recipes/demo_postshare.yaml",
     "train.micro_batch_size=2",
     "train.warmup_steps=2",
     "train.checkpoint_every=5",

@@ -82,21 +82,21 @@ class Batch:
 
 
 def test_each_node_launches_its_share(tmp_path: Path) -> None:
-    batch = Batch(tmp_path, "train.sbatch", "recipes/demo.yaml", "data.train=a b")
+    batch = Batch(tmp_path, "train.sbatch", "recipes/demo_postshare.yaml", "data.train=a b")
     assert batch.end() == 0, batch.errors
     assert batch.note("accelerate").split("\n") == [
         "launch", "--machine_rank", "1",
         "--config_file", "launch/accelerate/zero3.yaml",
         "--num_machines", "2", "--num_processes", "8",
         "--main_process_ip", "a7", "--main_process_port", str(15000 + 40017 % 16000),
-        "-m", "train", "recipes/demo.yaml", "data.train=a b",
+        "-m", "train", "recipes/demo_postshare.yaml", "data.train=a b",
     ]  # fmt: skip
     assert batch.note("scontrol") == "", "not queued again"
 
 
 def test_the_environment_chooses_launch_file_and_processes(tmp_path: Path) -> None:
     batch = Batch(
-        tmp_path, "train.sbatch", "recipes/demo.yaml",
+        tmp_path, "train.sbatch", "recipes/demo_postshare.yaml",
         LAUNCH_FILE="launch/accelerate/ddp.yaml", PROCESSES_PER_NODE="3",
     )  # fmt: skip
     assert batch.end() == 0, batch.errors
@@ -106,7 +106,7 @@ def test_the_environment_chooses_launch_file_and_processes(tmp_path: Path) -> No
 
 
 def test_warned_and_stopped_it_is_queued_again(tmp_path: Path) -> None:
-    batch = Batch(tmp_path, "train.sbatch", "recipes/demo.yaml", WAIT="1", STATUS="1")
+    batch = Batch(tmp_path, "train.sbatch", "recipes/demo_postshare.yaml", WAIT="1", STATUS="1")
     batch.warn()
     assert batch.end() == 1
     assert batch.note("scancel") == "--signal=USR1 40017"
@@ -118,7 +118,7 @@ def test_warned_and_stopped_it_is_queued_again(tmp_path: Path) -> None:
 def test_otherwise_it_is_not(tmp_path: Path, status: str) -> None:
     """It failed without a warning, or it was done in spite of one."""
     wait = {"WAIT": "1"} if status == "0" else {}
-    batch = Batch(tmp_path, "train.sbatch", "recipes/demo.yaml", STATUS=status, **wait)
+    batch = Batch(tmp_path, "train.sbatch", "recipes/demo_postshare.yaml", STATUS=status, **wait)
     if wait:
         batch.warn()
     assert batch.end() == int(status)
@@ -131,7 +131,12 @@ def test_preempted_it_is_queued_again_and_cancelled_it_is_not(tmp_path: Path) ->
         folder = tmp_path / state
         folder.mkdir()
         batch = Batch(
-            folder, "train.sbatch", "recipes/demo.yaml", STATUS="1", PREEMPTED=since, STATE=state
+            folder,
+            "train.sbatch",
+            "recipes/demo_postshare.yaml",
+            STATUS="1",
+            PREEMPTED=since,
+            STATE=state,
         )
         assert batch.end() == 1
         assert batch.note("scontrol") == asked
@@ -145,10 +150,12 @@ def test_without_a_recipe_it_says_how_it_is_used(tmp_path: Path, file: Path) -> 
 
 
 def test_in_a_container(tmp_path: Path) -> None:
-    batch = Batch(tmp_path, "container.sbatch", "recipes/demo.yaml", IMAGE="/images/p.sif")
+    batch = Batch(
+        tmp_path, "container.sbatch", "recipes/demo_postshare.yaml", IMAGE="/images/p.sif"
+    )
     assert batch.end() == 0, batch.errors
     assert batch.note("image") == "/images/p.sif"
-    assert "recipes/demo.yaml" in batch.note("accelerate")
+    assert "recipes/demo_postshare.yaml" in batch.note("accelerate")
 
 
 def test_the_sweep_covers_all_pairs_and_sets_keys_that_exist(tmp_path: Path) -> None:
@@ -157,12 +164,14 @@ def test_the_sweep_covers_all_pairs_and_sets_keys_that_exist(tmp_path: Path) -> 
         folder = tmp_path / str(task)
         folder.mkdir()
         batch = Batch(
-            folder, "sweep.sbatch", "recipes/demo.yaml", "train.steps=3",
+            folder, "sweep.sbatch", "recipes/demo_postshare.yaml", "train.steps=3",
             SLURM_ARRAY_TASK_ID=str(task), SLURM_ARRAY_JOB_ID="7",
         )  # fmt: skip
         assert batch.end() == 0, batch.errors
         called = batch.note("accelerate").split("\n")
-        recipe = load_recipe("demo", called[called.index("recipes/demo.yaml") + 1 :])
+        recipe = load_recipe(
+            "demo_postshare", called[called.index("recipes/demo_postshare.yaml") + 1 :]
+        )
         assert recipe.plan.budget is not None
         seen.add((recipe.plan.budget.ratio, recipe.penalty.coefficient, recipe.output_dir))
     assert len({pair[:2] for pair in seen}) == len({pair[2] for pair in seen}) == 9

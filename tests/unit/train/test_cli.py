@@ -57,7 +57,7 @@ def exit_code(*arguments: str) -> int:
 def test_a_command_calls_its_stage_with_the_resolved_recipe(
     pipeline: FakePipeline, name: str
 ) -> None:
-    assert exit_code(name, "demo", "train.steps=7", "plan.budget.ratio=0.2") == 0
+    assert exit_code(name, "demo_postshare", "train.steps=7", "plan.budget.ratio=0.2") == 0
     ((called, recipe),) = pipeline.calls
     assert called == name
     assert recipe.train.steps == 7
@@ -97,7 +97,7 @@ def test_every_rank_fails_and_one_speaks(
 ) -> None:
     install(monkeypatch, FakePipeline(PostshareError("cause; cure")))
     monkeypatch.setenv("RANK", "1")
-    assert exit_code("run", "demo", "penalty.projections=[q, k]") == 2
+    assert exit_code("run", "demo_postshare", "penalty.projections=[q, k]") == 2
     assert capsys.readouterr().err == ""
 
 
@@ -121,7 +121,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_warnings_come_before_the_run(
     pipeline: FakePipeline, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert exit_code("run", "demo", "penalty.projections=[q, k]") == 0
+    assert exit_code("run", "demo_postshare", "penalty.projections=[q, k]") == 0
     assert capsys.readouterr().err.startswith("warning: v will be shared without having been")
 
 
