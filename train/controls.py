@@ -77,9 +77,11 @@ class Control:
 def _healed(recipe: Recipe, target: Target) -> dict[str, Any]:
     """All steps after the change, none before it: no penalty leads to a removed unit."""
     rate = recipe.train.learning_rate
+    kept = recipe.materialize.model_dump(include={"reconstruct", "calibration_blocks"})
+    healing = {"heal_steps": target.steps, "heal_learning_rate": rate}
     return {
         "train": {"steps": 0, "epochs": None},
-        "materialize": {"heal_steps": target.steps, "heal_learning_rate": rate},
+        "materialize": (kept if recipe.materialize.reconstruct else {}) | healing,
         "penalty": None,
         "residual": None,
         "spans": None,

@@ -85,10 +85,10 @@ def save_front(
         stored = point.plan.savings(config).bytes(size)[1]
         return stored / factor, math.exp(point.expected)
 
-    # Far above the front nothing is to be read, and it would flatten the rest.
-    top = math.exp(max(point.expected for point in front))
+    # Far above the chosen plan nothing is to be read, and it would flatten the rest.
     bottom = math.exp(min(point.expected for point in front))
-    left.set_ylim(bottom - 0.05 * (top - bottom) - 1e-3, top + 0.35 * (top - bottom) + 1e-3)
+    span = math.exp(chosen.expected) - bottom + 0.01 * bottom
+    left.set_ylim(bottom - 0.2 * span, bottom + 3 * span)
     for name, color in (("search", "#999999"), ("structure", "#56b4e9")):
         shown = [place(p) for p in points if (p.origin == "structure") == (name == "structure")]
         label = {"search": "measured by a search", "structure": "spans or KV groups alone"}[name]

@@ -193,7 +193,7 @@ def read_run(folder: Path) -> RunData:
         pairs=_pairs(reader),
         chance=reader.json(CHANCE_FILE, ("line", "pairs")),
         spans=reader.json(SPANS_FILE, ("candidates", "isotropy")),
-        search=reader.json(SEARCH_FILE, ("path", "loss_rises", "base_loss")),
+        search=_search(reader),
         provenance=provenance,
         notes=tuple(reader.notes),
     )
@@ -221,6 +221,19 @@ def _recipe(reader: Reader) -> Recipe | None:
     except PostshareError as error:
         reader.notes.append(f"the recipe is shown as it is, this version cannot read it ({error})")
         return None
+
+
+def _search(reader: Reader) -> Json | None:
+    """What the search found: of strategy auto, the candidate that was chosen."""
+    keys = ("loss_rises", "base_loss")
+    value = reader.json(SEARCH_FILE)
+    if not isinstance(value, dict) or value.get("search") != "auto":
+        return reader.json(SEARCH_FILE, keys)
+    whole = reader.json(SEARCH_FILE, ("base_loss", "chosen", "candidates")) or {}
+    chosen = [c for c in whole.get("candidates", []) if c.get("name") == whole["chosen"]]
+    # A structure alone has no units whose change was measured.
+    rises = chosen[0].get("loss_rises") if chosen else None
+    return None if rises is None else {"base_loss": whole["base_loss"], "loss_rises": rises}
 
 
 def _summary(reader: Reader) -> Json | None:

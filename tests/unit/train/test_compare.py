@@ -50,6 +50,16 @@ def target(tmp_path: Path) -> Target:
     return Target(plan, config, 2)
 
 
+def test_pruning_is_reconstructed_where_the_recipe_is(tmp_path: Path, target: Target) -> None:
+    section = {"reconstruct": True, "calibration_blocks": 7, "heal_steps": 2, "merge": "mean"}
+    own = recipe(tmp_path / "run", materialize=section)
+    for name in ("pruned-random", "pruned-magnitude", "pruned-gradient"):
+        made = variant(CONTROLS[name], own, target, 0, str(tmp_path / name))
+        assert made is not None
+        kept = made.materialize
+        assert (kept.reconstruct, kept.calibration_blocks, kept.merge) == (True, 7, "copy")
+
+
 @pytest.mark.parametrize("name", CONTROLS)
 @pytest.mark.parametrize("heal", [0, 3])
 def test_every_control_takes_the_same_steps_and_no_more_bytes(

@@ -197,6 +197,14 @@ def test_spans_isotropy_and_search_are_drawn(tmp_path: Path) -> None:
     assert "What each change costs alone" in page.figures
     assert "less KV cache" in text
     assert page.tables["Evaluation"][0][4] == "cache"
+    # Strategy auto keeps several searches: drawn is the one whose plan was chosen.
+    candidates = [{"name": "a"}, {"name": "b", "loss_rises": rises}]
+    auto = {"search": "auto", "base_loss": 3.0, "candidates": candidates}
+    for chosen, drawn in (("b", True), ("a", False)):
+        write(folder / "plan-search.json", auto | {"chosen": chosen})
+        page, text = page_of(folder)
+        assert ("What each change costs alone" in page.figures) == drawn
+        assert "plan-search.json" not in text
 
 
 # --- damage ---------------------------------------------------------------------------------------
