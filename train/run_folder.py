@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -167,11 +169,23 @@ class Run:
     def say(self, *renderables: Any) -> None:
         if self.ranks.is_main:
             for renderable in renderables:
-                self.console.print(renderable)
+                if isinstance(renderable, Table):
+                    print_whole(self.console, renderable)
+                else:
+                    self.console.print(renderable)
 
     @cached_property
     def console(self) -> Console:
         return Console(highlight=False)
+
+
+def print_whole(console: Console, table: Table) -> None:
+    """Print a table; where no cell may be wrapped, no number is cut either: the terminal wraps."""
+    width = console.width
+    if all(column.no_wrap for column in table.columns):
+        unbounded = console.options.update(max_width=10_000)
+        width = max(width, Measurement.get(console, unbounded, table).maximum)
+    Console(file=console.file, width=width, highlight=False).print(table)  # print() never widens
 
 
 def base_of(current: Run) -> Path:

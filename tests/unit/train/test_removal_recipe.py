@@ -28,7 +28,7 @@ from train.pictures import save_ties
 from train.pipeline import run
 from train.planning import find_ties, requested_ratio
 from train.recipe import PlanSection, Recipe, validate
-from train.run_folder import Run
+from train.run_folder import Run, print_whole
 from train.summary import saved_sentence, summary_table
 from train.tracking import read_rows
 
@@ -226,6 +226,10 @@ def test_the_demo_base_is_pruned_and_healed(tmp_path: Path, text: Path) -> None:
     assert " removed " in table
     assert "19/64" in table
     assert "PostShare" not in table
+    narrow = io.StringIO()
+    print_whole(Console(file=narrow, width=60), summary_table(summary))
+    assert f"{summary['parameters']['stored']:,} " in narrow.getvalue()
+    assert f"{summary['bytes']['compact']:,} " in narrow.getvalue()
     said = saved_sentence(summary)
     assert said.startswith(
         "saved     29.7% of the heads removed: 29.7% of the attention parameters"
