@@ -225,7 +225,9 @@ def test_the_measurements_are_kept_and_not_made_again(
     section = {"strategy": "loss", "layers": 2, "max_followers": 1, "calibration_blocks": 1}
     made = recipe(home, tmp_path / "run", spans=section, train={"steps": 1})
     plan(made)
-    before = {f: f.read_bytes() for f in made.folder.iterdir()}
+    starts = made.folder / "provenance.json"  # the one file that every start adds to
+    assert starts.is_file()
+    before = {f: f.read_bytes() for f in made.folder.iterdir() if f != starts}
     names = {"recipe.yaml", "plan.json", "spans.json", "plan-isotropy.png"}
     assert {f.name for f in before} == names
     assert (made.folder / "plan-isotropy.png").read_bytes().startswith(b"\x89PNG")
@@ -248,7 +250,8 @@ def test_another_recipe_measures_again_until_something_was_trained(
         assert sum(len(s.followers) for s in found_spans(tmp_path / "run")) == layers
     listed = [{"leader": 0, "followers": [1]}]
     plan(recipe(home, tmp_path / "run", spans=listed))
-    assert sorted(f.name for f in (tmp_path / "run").iterdir()) == ["plan.json", "recipe.yaml"]
+    left = sorted(f.name for f in (tmp_path / "run").iterdir())
+    assert left == ["plan.json", "provenance.json", "recipe.yaml"]
 
 
 @pytest.mark.parametrize("asked", [2, 1000])
