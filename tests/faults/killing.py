@@ -133,8 +133,11 @@ def ranks_of(process: subprocess.Popen[bytes], config: str) -> list[int]:
         return []
 
 
-def end(process: subprocess.Popen[bytes], seconds: float = 60.0) -> None:
-    """Wait for it; what does not end is killed with all that it started."""
+def end(process: subprocess.Popen[bytes], seconds: float = 120.0) -> None:
+    """Wait for it; what does not end is killed with all that it started.
+
+    torch's agent gives the ranks that are left 30 s, of a machine that may be busy with other tests.
+    """
     try:
         process.wait(seconds)
     except subprocess.TimeoutExpired:

@@ -225,7 +225,7 @@ def test_a_killed_training_resumes_exactly(tmp_path: Path, monkeypatch: pytest.M
     assert tiny.curve(whole.folder) == tiny.curve(killed.folder)
 
 
-def test_patterns_name_parameters_as_if_there_were_no_residual() -> None:
+def test_patterns_name_parameters_as_if_there_were_no_residual(tmp_path: Path) -> None:
     model = adapted()
     chosen = select_trainable(model, ("*.q_proj.weight",))
     assert [plain_name(name) for name in chosen] == [
@@ -236,7 +236,7 @@ def test_patterns_name_parameters_as_if_there_were_no_residual() -> None:
     assert len(kept["params"]) == 2
     assert len(decayed["params"]) == len(list(model.parameters())) - 2
     made = recipe(
-        Path("unused/run"),
+        tmp_path / "run",
         residual={"rank": 2, "train": "residual"},
         materialize={"heal_steps": 1},
     )
