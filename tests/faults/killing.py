@@ -136,7 +136,7 @@ def ranks_of(process: subprocess.Popen[bytes], config: str) -> list[int]:
 def end(process: subprocess.Popen[bytes], seconds: float = 120.0) -> None:
     """Wait for it; what does not end is killed with all that it started.
 
-    torch's agent gives the ranks that are left 30 s, of a machine that may be busy with other tests.
+    torch's agent alone gives the ranks that are left 30 s, on a machine that may be busy.
     """
     try:
         process.wait(seconds)
