@@ -22,7 +22,7 @@ from torch import nn
 
 from .errors import PostshareError
 from .modeling import SharedLlamaModel
-from .restart import Batch, Entered, enter, run_layers
+from .restart import Batch, Entered, enter, rows_of, run_layers
 from .similarity import Progress
 from .token_losses import IGNORED
 
@@ -70,11 +70,7 @@ def slopes(
     Raises:
         PostshareError: no token to predict, or padding.
     """
-    rows = [
-        {name: tensor[i : i + 1] for name, tensor in batch.items()}
-        for batch in batches
-        for i in range(len(batch["input_ids"]))
-    ]
+    rows = rows_of(batches)
     sums, tokens = [0.0] * len(changes), 0
     for done, row in enumerate(rows, start=1):
         seen, entered = _record(original(), row)

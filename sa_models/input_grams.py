@@ -10,7 +10,7 @@ import torch
 
 from .errors import PostshareError
 from .heads import HeadLayout
-from .restart import Batch
+from .restart import Batch, rows_of
 from .similarity import Progress
 from .ties import Unit
 
@@ -35,11 +35,7 @@ def run_text(
     Raises:
         PostshareError: no row of text, or padding.
     """
-    rows = [
-        {name: tensor[i : i + 1] for name, tensor in batch.items()}
-        for batch in batches
-        for i in range(len(batch["input_ids"]))
-    ]
+    rows = rows_of(batches)
     if not rows:
         raise PostshareError("there is no calibration text; give at least one block of it")
     training = model.training

@@ -22,7 +22,7 @@ from .errors import PostshareError
 from .plan_actions import Action, Projections, Space, State, ordered
 from .plan_measure import MeasuredLoss
 from .plan_search import SOURCES_PER_TARGET, Ranked, price
-from .restart import Batch
+from .restart import Batch, rows_of
 from .sensitivity import Rise, Sensitivity, combined, estimate_sensitivity
 from .similarity import Progress
 from .ties import Unit
@@ -165,11 +165,7 @@ def halves(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
     Raises:
         PostshareError: fewer than two rows.
     """
-    rows: list[Batch] = [
-        {name: tensor[i : i + 1] for name, tensor in batch.items()}
-        for batch in batches
-        for i in range(len(batch["input_ids"]))
-    ]
+    rows = rows_of(batches)
     if len(rows) < 2:
         raise PostshareError(
             "the calibration text is a single block, which cannot tell whether the choice is "

@@ -26,6 +26,15 @@ Batch = Mapping[str, torch.Tensor]
 token but the first is) and ``position_ids``, which restart at every document."""
 
 
+def rows_of(batches: Iterable[Batch]) -> list[Batch]:
+    """The same text, every row a batch of its own."""
+    return [
+        {name: tensor[i : i + 1] for name, tensor in batch.items()}
+        for batch in batches
+        for i in range(len(batch["input_ids"]))
+    ]
+
+
 Handed = dict[int, tuple[torch.Tensor, ...]]
 """What leaders hand to their followers, by the leader's layer."""
 

@@ -35,7 +35,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from .attention import attention_weights
 from .errors import PostshareError
 from .heads import PROJECTIONS, HeadLayout, unit_view
-from .restart import Batch, Entered, enter, run_layers
+from .restart import Batch, Entered, enter, rows_of, run_layers
 from .similarity import Progress
 from .token_losses import IGNORED
 
@@ -103,11 +103,7 @@ def estimate_sensitivity(
     Raises:
         PostshareError: no token to predict, or padding.
     """
-    rows = [
-        {name: tensor[i : i + 1] for name, tensor in batch.items()}
-        for batch in batches
-        for i in range(len(batch["input_ids"]))
-    ]
+    rows = rows_of(batches)
     with _evaluation(model):
         sums = _Sums(model, [tuple(share) for share in shares], frozenset(without))
         for done, row in enumerate(rows, start=1):

@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
 from sa_models.configuration import SharedLlamaConfig
-from sa_models.convert import Leaders, convert
+from sa_models.convert import convert
 from sa_models.errors import PostshareError
 from sa_models.heads import HeadLayout
 from sa_models.materialize import materialize_
@@ -137,8 +137,7 @@ def tie_model(
     model: LlamaForCausalLM, plan: SharingPlan, recipe: Recipe, merge: Merge
 ) -> LlamaForCausalLM:
     """The model with the plan's structure, where it lacks it, and the plan materialized."""
-    leaders: Leaders = "mean" if recipe.spans is None else recipe.spans.leaders
-    model = convert(model, plan, leaders)
+    model = convert(model, plan, recipe.leaders)
     layout = HeadLayout.from_config(model.config)
     materialize_(dict(model.named_parameters()), layout, plan, merge)
     return model

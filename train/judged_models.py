@@ -149,9 +149,15 @@ def _single(argument: str, folder: Path) -> Judged:
 def _run_models(run: Path, prefix: str) -> list[Judged]:
     recipe = load_recipe(run / RECIPE_FILE)
     base = None if recipe.model.config is not None else base_folder(recipe.model)
-    # A compact folder with an adapter beside it is not the model without it.
-    kinds = ("dense", "compact") if (run / "export" / "adapter").is_dir() else ("compact", "dense")
+    # A compact folder with an adapter beside it is not the model: the dense one has it merged.
+    adapted = (run / "export" / "adapter").is_dir()
+    kinds = ("dense",) if adapted else ("compact", "dense")
     export = next((f for k in kinds if (f := run / "export" / k).is_dir()), None)
+    if export is None and adapted:
+        raise PostshareError(
+            f"{run}: evaluate reads residuals from the dense export alone, and there is none; "
+            "export it with export.formats=[compact, dense]"
+        )
     found = [] if base is None else [Judged("base", base, base)]
     if export is None:
         there = _there(run, base)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -33,6 +33,9 @@ from train.sections import (
     WandbSection,
 )
 from train.structure_sections import HeadsSection, Spans, SpansSection
+
+if TYPE_CHECKING:
+    from sa_models.convert import Leaders
 
 __all__ = [
     "BasisSection",
@@ -161,6 +164,11 @@ class Recipe(Section):
     def folder(self) -> Path:
         """The run folder."""
         return Path(self.output_dir or f"runs/{self.name}")
+
+    @property
+    def leaders(self) -> Leaders:
+        """How the leader of a kv span begins."""
+        return "mean" if self.spans is None else self.spans.leaders
 
     @property
     def changes_structure(self) -> bool:

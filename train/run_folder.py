@@ -119,8 +119,7 @@ class Run:
     @property
     def leaders(self) -> Leaders:
         """How the leader of a kv span begins."""
-        spans = self.recipe.spans
-        return "mean" if spans is None else spans.leaders
+        return self.recipe.leaders
 
     @property
     def export_dtype(self) -> torch.dtype:

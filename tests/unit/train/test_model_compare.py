@@ -283,6 +283,16 @@ def test_bad_arguments_are_one_line(
     assert said in captured.err
 
 
+def test_residuals_are_never_left_out(run: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(run, tmp_path / "run")
+    (copy / "export" / "adapter").mkdir()
+    post = {model.name: model.folder for model in find_models([str(copy)])}["post"]
+    assert post == copy / "export" / "dense"  # it has them merged, the compact folder has not
+    shutil.rmtree(post)
+    with pytest.raises(PostshareError, match=r"residuals .* export.formats=\[compact, dense\]"):
+        find_models([str(copy)])
+
+
 def test_a_name_that_is_both_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
