@@ -209,7 +209,7 @@ def bytes_of(summary: dict[str, Any], name: str) -> int | None:
     if name not in ("direct", "post"):
         return size["base"]
     if size["compact"] is None:
-        return size.get("factored") or size["dense"]
+        return size["factored"] or size["dense"]
     return size["compact"] + (size["adapter"] or 0 if name == "post" else 0)
 
 

@@ -38,10 +38,10 @@ CONFIGS = ("export/compact", "export/dense", "weights", "continued/weights")
 SUMMARY_KEYS = {
     "perplexity": {"base", "continued", "direct", "post"},
     "heads": {"requested_ratio", "effective_ratio", "total", "tied", "removed"},
-    "parameters": {"base", "stored", "stored_ratio"},
+    "parameters": {"base", "stored", "adapter", "stored_ratio"},
     "structure": {"kv_heads", "spans"},
     "cache": {"base_elements_per_token", "stored_elements_per_token"},
-    "bytes": {"base", "compact", "dense"},
+    "bytes": {"base", "compact", "adapter", "factored", "dense"},
 }
 
 

@@ -263,10 +263,14 @@ def test_what_is_damaged_is_said_and_left_out(
     assert "<b>" not in text, "what a file says is text, never markup"
 
 
-def test_a_summary_of_an_earlier_version(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("section", "key"),
+    [("heads", "removed"), ("parameters", "adapter"), ("bytes", "adapter"), ("bytes", "factored")],
+)
+def test_a_summary_of_an_earlier_version(section: str, key: str, tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run")
     summary = json.loads((folder / "summary.json").read_text())
-    del summary["heads"]["removed"]
+    del summary[section][key]
     write(folder / "summary.json", summary)
     page, _ = page_of(folder)
     assert page.notes == [
