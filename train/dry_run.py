@@ -38,7 +38,7 @@ def print_dry_run(recipe: Recipe, gpus: int | None = None, console: Console | No
     gpus = gpus or estimate.most_gpus(recipe.train)
     accumulation = recipe.train.accumulation(gpus)
     facts = _facts(recipe, shape, origin, gpus, accumulation)
-    memory = _memory(recipe, shape, gpus) if recipe.train.steps != 0 else None
+    memory = _memory(recipe, shape, gpus) if recipe.steps != 0 else None
     console.print(Syntax(recipe.to_yaml(), "yaml", background_color="default"))
     console.print(facts)
     if memory is not None:
@@ -77,7 +77,7 @@ def _facts(recipe: Recipe, shape: LlamaShape, origin: str, gpus: int, accumulati
     table.add_row("model", f"{recipe.model.path}, config from {origin}")
     table.add_row("parameters", count(savings.base_parameters))
     trained = estimate.trainable_parameters(shape, train.trainable, structure)
-    table.add_row("trained", count(trained if train.steps != 0 else 0))
+    table.add_row("trained", count(trained if recipe.steps != 0 else 0))
     for row in _plan_rows(recipe, shape, structure, savings):
         table.add_row(*row)
     if recipe.shares:
@@ -114,7 +114,7 @@ def _facts(recipe: Recipe, shape: LlamaShape, origin: str, gpus: int, accumulati
             f"{size(savings.base_cache * element)} ({-savings.cache_ratio:.1%})",
         )
     table.add_row("training", _training(recipe))
-    if train.steps != 0:
+    if recipe.steps != 0:
         table.add_row(
             "batch",
             f"{train.batch_size} sequences = {gpus} GPU(s) x {train.micro_batch_size} x "
@@ -190,7 +190,9 @@ def _training(recipe: Recipe) -> str:
         return "none (train.steps is 0)"
     if length.tokens is None:
         return f"{recipe.train.epochs:g} epoch(s), {per_step}; the data tells how many steps"
-    return f"{length.steps:,} steps, {per_step}, {count(length.tokens)} tokens"
+    heal = recipe.materialize.heal_steps
+    steps = f"{length.steps:,} steps" + (f" ({heal:,} of healing)" if heal else "")
+    return f"{steps}, {per_step}, {count(length.tokens)} tokens"
 
 
 def _memory(recipe: Recipe, shape: LlamaShape, gpus: int) -> Table:

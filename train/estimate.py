@@ -387,8 +387,8 @@ class Length:
 
 
 def length(recipe: Recipe) -> Length:
-    """Tokens per optimizer step, and steps."""
-    return Length(recipe.train.batch_size * recipe.data.sequence_length, recipe.train.steps)
+    """Tokens per optimizer step, and steps, healing included."""
+    return Length(recipe.train.batch_size * recipe.data.sequence_length, recipe.steps)
 
 
 def most_gpus(train: TrainSection, limit: int = 8) -> int:

@@ -21,7 +21,7 @@ from train import estimate, known_models
 from train.dry_run import count, print_dry_run, size
 from train.estimate import Memory, memory_per_gpu
 from train.known_models import KNOWN, LlamaShape, find_shape
-from train.recipe import PlanSection, Recipe, TrainSection, validate
+from train.recipe import PlanSection, Recipe, TrainSection, load_recipe, validate
 
 PUBLISHED = {
     "meta-llama/Llama-2-7b-hf": 6_738_415_616,
@@ -415,6 +415,15 @@ def test_a_dry_run_without_training_estimates_no_memory() -> None:
     text = out.file.getvalue()  # type: ignore[attr-defined]
     assert "none (train.steps is 0)" in text
     assert "ZeRO" not in text
+
+
+def test_a_dry_run_counts_healing() -> None:
+    out = Console(file=io.StringIO(), width=160)
+    print_dry_run(load_recipe("demo"), console=out)
+    text = out.file.getvalue()  # type: ignore[attr-defined]
+    assert "200 steps (200 of healing), 2,048 tokens per step, 409,600 (410 K) tokens" in text
+    assert "1,869,952 (1.87 M)" in text.split("trained", 1)[1].splitlines()[0]
+    assert "ZeRO" in text
 
 
 def test_sizes_read_well() -> None:
