@@ -18,6 +18,7 @@ from train.basis_section import BasisSection, check_basis
 from train.distill_section import DistillSection, check_distill
 from train.penalty_modes import disagreement
 from train.plan_section import Budget, PlanSection
+from train.recovery import Recovery, written_out
 from train.residual_section import ResidualSection, check_residual
 from train.sections import (
     DataSection,
@@ -80,6 +81,9 @@ class Recipe(Section):
     basis: BasisSection | None = None
     """Basis Sharing instead of a plan: a control of `postshare compare`, or a run of its own."""
     penalty: PenaltySection = PenaltySection()
+    recovery: Recovery | None = None
+    """How quality comes back, in short: default (reconstruct, heal, distill), paper (penalty), or a
+    list of steps. The resolved recipe has the sections it stands for instead."""
     train: TrainSection
     distill: DistillSection | None = None
     """Learning from a frozen teacher, the unshared model, in every training of the run."""
@@ -89,6 +93,11 @@ class Recipe(Section):
     export: ExportSection = ExportSection()
     evaluate: EvaluateSection = EvaluateSection()
     wandb: WandbSection = WandbSection()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _recovery_written_out(cls, data: Any) -> Any:
+        return written_out(data) if isinstance(data, dict) else data
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
