@@ -3,8 +3,9 @@
     python tests/benchmarks/method_table.py FOLDER [--only ROW ...] [--workers 2]
 
 methods.yaml lists the rows. Every training is a run folder below FOLDER and one line of
-docs/methods.jsonl; a second start goes on with what is missing, and the rows are read again before
-every training, so that one may be added meanwhile. Every worker has one thread.
+docs/methods.jsonl, from which the tables of docs/methods.md are made (method_tables.py). A second
+start goes on with what is missing, and the rows are read again before every training, so that one
+may be added meanwhile. Every worker has one thread.
 """
 
 from __future__ import annotations
@@ -22,11 +23,10 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import method_tables
 import yaml
+from method_tables import RESULTS, ROWS
 
-HERE = Path(__file__).parent
-ROWS = HERE / "methods.yaml"
-RESULTS = HERE.parents[1] / "docs" / "methods.jsonl"
 SEEDED = "30"
 """The size at which a row has all its seeds; elsewhere one."""
 
@@ -69,16 +69,15 @@ def _jobs_of(name: str, row: dict[str, Any], config: dict[str, Any]) -> Iterator
     sizes = row.get("at") or {size: [how[row["counts"]]] for size, how in config["sizes"].items()}
     for size, overrides in sizes.items():
         for seed in range(row.get("seeds", 1) if size == SEEDED else 1):
-            seeds = [f"seed={seed}"] + ([f"plan.seed={seed}"] if row.get("draws") else [])
-            yield Job(name, str(size), seed, recipe, (*overrides, *seeds))
+            more = [f"seed={seed}"] + ([f"plan.seed={seed}"] if row.get("draws") else [])
+            if size != SEEDED:  # that of 30 % is the same training
+                more.append("evaluate.continued=false")
+            yield Job(name, str(size), seed, recipe, (*overrides, *more))
 
 
 def finished() -> set[str]:
     """Names of the trainings that docs/methods.jsonl has."""
-    if not RESULTS.is_file():
-        return set()
-    lines = RESULTS.read_text(encoding="utf-8").splitlines()
-    return {f"{r['row']}-{r['size']}-{r['seed']}" for r in map(json.loads, lines)}
+    return {f"{line['row']}-{line['size']}-{line['seed']}" for line in method_tables.read()}
 
 
 def run(job: Job, folder: Path) -> None:
@@ -105,6 +104,7 @@ def run(job: Job, folder: Path) -> None:
     }
     with RESULTS.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
+    method_tables.write()
 
 
 def main() -> None:

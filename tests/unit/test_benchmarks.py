@@ -16,3 +16,34 @@ def test_a_benchmark_can_be_imported(name: str, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.syspath_prepend(str(FOLDER))
     sys.modules.pop(name, None)
     assert callable(importlib.import_module(name).measure)
+
+
+def test_the_tables_of_methods_are_those_of_their_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    made = importlib.import_module("method_tables")
+    rows = {
+        "ours": {"what": "ours", "recipe": {"distill": {}}},
+        "plain": {"what": "plain", "recipe": {}},
+    }
+
+    def line(row: str, seed: int, post: float, **more: float) -> dict:
+        sizes = {"base": 1000, "compact": 900, "adapter": 50 if row == "ours" else None}
+        return {
+            "row": row, "size": "30", "seed": seed, "bytes": sizes,
+            "perplexity": {"base": 60.0, "post": post, **more},
+        }  # fmt: skip
+
+    table = made.tables(
+        [
+            line("ours", 0, 51.0, continued=50.0, direct=70.0),
+            line("ours", 1, 52.5, continued=50.0, direct=72.0),
+            line("plain", 0, 55.0),
+        ],
+        rows,
+    )
+    assert "| *continued*, distilled | 2 | | 50.00 (50.00 to 50.00) | | 1,000 |" in table
+    ours = "| ours | 2 | 71.00 (70.00 to 72.00) | 51.75 (51.00 to 52.50) | "
+    assert ours + "3.50 % (2.00 % to 5.00 %) | 950 |" in table
+    assert "| plain | 1 | | 55.00 | | 900 |" in table  # no *continued* of its own objective
+    page = made.PAGE.read_text(encoding="utf-8")
+    assert made.filled(page, made.read()) == page, "run tests/benchmarks/method_tables.py"

@@ -1,0 +1,125 @@
+"""docs/methods.md from docs/methods.jsonl: a table for each size, between two marks.
+
+    python tests/benchmarks/method_tables.py
+
+method_table.py does it after every training. A row with several seeds shows their mean, and the
+lowest and highest below it; it is compared with *continued* of the same seed and objective.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+HERE = Path(__file__).parent
+ROWS = HERE / "methods.yaml"
+DOCS = HERE.parents[1] / "docs"
+RESULTS, PAGE = DOCS / "methods.jsonl", DOCS / "methods.md"
+BEGIN, END = "<!-- tables: made by method_tables.py -->", "<!-- /tables -->"
+
+Line = dict[str, Any]
+Rows = dict[str, dict[str, Any]]
+
+
+def read() -> list[Line]:
+    """The trainings that have finished."""
+    if not RESULTS.is_file():
+        return []
+    return [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
+
+
+def tables(lines: list[Line], rows: Rows, heads: int = 64) -> str:
+    """A table for each size that has a line, spans last, in the order of the rows."""
+    spans = [name for name, row in rows.items() if "spans" in row["recipe"]]
+    of_heads = [line for line in lines if line["row"] not in spans]
+    of_spans = [line for line in lines if line["row"] in spans]
+    parts = [
+        f"**{size} %: {int(size) * heads // 100} of {heads} heads**\n\n"
+        + _table([line for line in of_heads if line["size"] == size], lines, rows)
+        for size in _sizes(of_heads)
+    ]
+    parts += [
+        f"**{size} of 8 layers follow{'s' if size == '1' else ''}**\n\n"
+        + _table([line for line in of_spans if line["size"] == size], lines, rows)
+        for size in _sizes(of_spans)
+    ]
+    return "\n\n".join(parts)
+
+
+def _sizes(lines: Iterable[Line]) -> list[str]:
+    return sorted({line["size"] for line in lines}, key=int)
+
+
+def _table(lines: list[Line], every: list[Line], rows: Rows) -> str:
+    controls = {
+        distilled: {
+            line["seed"]: line["perplexity"]["continued"]
+            for line in every
+            if "continued" in line["perplexity"]
+            and ("distill" in rows[line["row"]]["recipe"]) == distilled
+        }
+        for distilled in (False, True)
+    }
+    base = every[0]["bytes"]["base"]
+    out = ["| row | seeds | untrained | trained | above its *continued* | bytes |"]
+    out.append("| --- | --- | --- | --- | --- | --- |")
+    for distilled, of_seed in controls.items():
+        if of_seed:
+            name = "*continued*, distilled" if distilled else "*continued*"
+            out.append(f"| {name} | {len(of_seed)} | | {_spread(of_seed.values())} | | {base:,} |")
+    for name, row in rows.items():
+        found = [line for line in lines if line["row"] == name]
+        if not found:
+            continue
+        control = controls["distill" in row["recipe"]]
+        above = [
+            100 * (line["perplexity"]["post"] / control[line["seed"]] - 1)
+            for line in found
+            if line["seed"] in control
+        ]
+        cells = (
+            row["what"],
+            len(found),
+            _spread(
+                line["perplexity"]["direct"] for line in found if "direct" in line["perplexity"]
+            ),
+            _spread(line["perplexity"]["post"] for line in found),
+            _spread(above, lambda value: f"{value:.2f} %"),
+            f"{max(_stored(line['bytes']) for line in found):,}",
+        )
+        out.append(f"| {' | '.join(map(str, cells))} |".replace("|  |", "| |"))
+    return "\n".join(out)
+
+
+def _stored(bytes_: dict[str, int | None]) -> int:
+    """The compact export and, where there is one, the adapter beside it."""
+    return (bytes_["compact"] or 0) + (bytes_.get("adapter") or 0)
+
+
+def _spread(values: Iterable[float], show: Callable[[float], str] = "{:.2f}".format) -> str:
+    found = list(values)
+    if not found:
+        return ""
+    mean = show(statistics.fmean(found))
+    return mean if len(found) == 1 else f"{mean} ({show(min(found))} to {show(max(found))})"
+
+
+def filled(page: str, lines: list[Line]) -> str:
+    """The text of a page with the tables between its marks."""
+    rows = yaml.safe_load(ROWS.read_text(encoding="utf-8"))["rows"]
+    before, rest = page.split(BEGIN)
+    return f"{before}{BEGIN}\n\n{tables(lines, rows)}\n\n{END}{rest.split(END)[1]}"
+
+
+def write() -> None:
+    """Bring docs/methods.md up to date."""
+    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), read()), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write()
