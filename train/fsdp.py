@@ -1,5 +1,8 @@
 """FSDP2: torch's own `fully_shard`, on each decoder layer and on the root, on any device.
 
+A compact model that is healed reads weights of one layer in another, which a layer of its own would
+have given back by then: those layers belong to the root, which is gathered once for a step.
+
 Accelerate starts the process group alone: it offers FSDP on accelerators only, steps by itself, and
 one code path serves both. Parameters, gradients and optimizer state are fp32 DTensors, each rank
 holding its rows; layers are gathered for their forward and backward, in bf16 if the recipe asks for
@@ -90,7 +93,7 @@ class FsdpEngine(Engine):
                 "backend": self.backend,
                 "processes": accelerator.num_processes,
                 "device": accelerator.device.type,
-                "sharded": "each decoder layer, and the rest",
+                "sharded": "each decoder layer that shares no weights, and the rest",
                 "parameters": "fp32",
                 "compute": train.precision,
                 "reduce": "fp32",
@@ -106,7 +109,6 @@ class FsdpEngine(Engine):
 
     def build(self, source: Source) -> LlamaForCausalLM:
         model = source.skeleton(self.device)
-        _refuse_shared_weights(model)
         load_sharded(model, source, self.device, self._shard_module)
         self._built = model
         return model
@@ -122,22 +124,30 @@ class FsdpEngine(Engine):
                 module.set_force_sum_reduction_for_comms(True)
         self.model, self.optimizer = model, optimizer
         self._parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
-        self._trainable = {n: p for n, p in self._parameters.items() if p.requires_grad}
+        # A layer whose units are all tied has weights without elements: no rows, nothing to train.
+        held = {name: p for name, p in self._parameters.items() if p.numel()}
+        self._trainable = {name: p for name, p in held.items() if p.requires_grad}
+        for group in optimizer.param_groups:
+            group["params"] = [p for p in group["params"] if p.numel()]
         for name, parameter in self._parameters.items():
-            if not isinstance(parameter, DTensor):
+            if name not in held:
+                parameter.data = parameter.to(torch.bfloat16 if self._bf16 else torch.float32)
+            elif not isinstance(parameter, DTensor):
                 raise PostshareError(
                     f"{name} was not sharded by FSDP2; use the torch version of constraints.txt"
                 )
 
     def _shard_whole(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Shard a model that every rank has whole."""
-        _refuse_shared_weights(model)
         if self.differs(model.parameters()):
             raise PostshareError(
                 "the ranks have loaded different weights, and each would train its part of its "
                 "own; let every rank load the same files"
             )
         places = _places(model, optimizer)
+        for parameter in model.parameters():
+            if not parameter.numel():
+                parameter.data = parameter.to(self.device)
         for _, module in _sharded_modules(model):  # each is moved to the device as it is sharded
             self._shard_module(module)
         # `fully_shard` has put new parameters in the place of those that the optimizer was given.
@@ -149,7 +159,13 @@ class FsdpEngine(Engine):
         policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16 if self._bf16 else None, reduce_dtype=torch.float32
         )
-        fully_shard(module, mesh=device_mesh(self.device, self.world), mp_policy=policy)
+        empty = {parameter for parameter in module.parameters() if not parameter.numel()}
+        fully_shard(
+            module,
+            mesh=device_mesh(self.device, self.world),
+            mp_policy=policy,
+            ignored_params=empty,  # which it cannot reduce
+        )
 
     @contextlib.contextmanager
     def micro_step(self, boundary: bool) -> Iterator[None]:
@@ -187,7 +203,9 @@ class FsdpEngine(Engine):
     def full_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name, parameter in self._parameters.items():
             whole: Any = parameter.detach()
-            yield name, whole.full_tensor().to("cpu", torch.float32)
+            if isinstance(whole, DTensor):
+                whole = whole.full_tensor()
+            yield name, whole.to("cpu", torch.float32)
 
     def restored(self) -> None:
         for module in self.model.modules():
@@ -256,21 +274,33 @@ def load_sharded(
         shard(module)
 
 
-def _refuse_shared_weights(model: nn.Module) -> None:
-    if any(isinstance(module, SharedLinear) and module.tied for module in model.modules()):
-        raise PostshareError(
-            "a compact model reads the weights of one layer in another, which FSDP2 has given "
-            "back by then; launch with launch/accelerate/zero3.yaml, or set "
-            "materialize.heal_steps=0"
-        )
-
-
 def _sharded_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(prefix of its parameters' names, module) of each decoder layer, and of the root last."""
+    """(prefix of its parameters' names, module) of each decoder layer, and of the root last.
+
+    Layers that read one another's weights are left to the root.
+    """
+    together = _reading_each_other(model)
     for name, module in model.named_modules():
-        if isinstance(module, GradientCheckpointingLayer):
+        if isinstance(module, GradientCheckpointingLayer) and module not in together:
             yield f"{name}.", module
     yield "", model
+
+
+def _reading_each_other(model: nn.Module) -> set[nn.Module]:
+    """The decoder layers with a projection that another layer owns a part of, and those owners."""
+    layer_of = {
+        projection: layer
+        for layer in model.modules()
+        if isinstance(layer, GradientCheckpointingLayer)
+        for projection in layer.modules()
+        if isinstance(projection, SharedLinear)
+    }
+    found: set[nn.Module] = set()
+    for projection, layer in layer_of.items():
+        owners = {layer_of[owner] for _, owner, _, _ in projection.tied}
+        if owners - {layer}:
+            found |= owners | {layer}
+    return found
 
 
 def _places(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[list[str]]:

@@ -26,7 +26,6 @@ from train import engine as engines
 from train.base_model import base_folder, fresh_config
 from train.data import Blocks, prepare_data
 from train.identity import refuse_other_run
-from train.launched import launched_fsdp
 from train.loss_planning import SEARCH_OUTPUTS
 from train.outcome import FREE_TRAIN
 from train.planning import SIMILARITY_PICTURE, TIES_PICTURE, check_plan
@@ -212,7 +211,6 @@ def begin(recipe: Recipe, needs_data: bool = True, trains: bool = False) -> Run:
     """
     logging.disable_progress_bar()  # transformers' own bars would tear ours
     current = Run(recipe, engines.start(recipe))
-    check_heal(current)
     current.on_main(lambda: check_wandb(recipe.wandb))
     if current.base is not None:
         current.on_main(lambda: check_plan(recipe, WeightsFolder(base_of(current))))
@@ -279,13 +277,3 @@ def find_teacher(current: Run) -> Path:
     folder = current.main_first(lambda: teacher_folder(recipe))
     current.on_main(lambda: check_teacher(recipe, folder, config, tokenizer, current.ranks))
     return folder
-
-
-def check_heal(current: Run) -> None:
-    """Refuse to heal under FSDP2, which gives a parameter back when its own layer is done."""
-    if current.recipe.materialize.heal_steps and launched_fsdp():
-        raise PostshareError(
-            "materialize.heal_steps: in a compact model layers read one another's weights, which "
-            "FSDP2 has given back by then; launch with launch/accelerate/zero3.yaml, or set "
-            "materialize.heal_steps=0"
-        )

@@ -162,11 +162,13 @@ def test_spans_on_two_processes_give_the_single_process_losses(
     }
 
 
-@pytest.mark.parametrize("rank", [0, 4])
-def test_healing_under_zero3_equals_one_process(rank: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("sharded", "rank"), [("fsdp2", 0), ("zero3", 4)])
+def test_healing_of_a_sharded_model_equals_one_process(
+    sharded: str, rank: int, tmp_path: Path
+) -> None:
     """With and without residuals of a rank, which ZeRO-3 too reads from files."""
     more = [f"residual.rank={rank}"] if rank else []
-    folders = {"cpu": tmp_path / "cpu", "zero3": tmp_path / "zero3"}
+    folders = {"cpu": tmp_path / "cpu", sharded: tmp_path / sharded}
     for config, folder in folders.items():
         start(config, folder, "materialize.heal_steps=2", "evaluate.continued=false", *more)
     if rank:
@@ -188,24 +190,14 @@ def test_healing_under_zero3_equals_one_process(rank: int, tmp_path: Path) -> No
     if rank:
         return
     # The exported dense model holds every tie exactly.
-    dense = load_file(folders["zero3"] / "export" / "dense" / "model.safetensors")
-    plan = json.loads((folders["zero3"] / "plan.json").read_text())
+    dense = load_file(folders[sharded] / "export" / "dense" / "model.safetensors")
+    plan = json.loads((folders[sharded] / "plan.json").read_text())
     for tie in plan["ties"]:
         (layer, unit), (at, source) = tie["target"], tie["source"]
         for p in tie["projections"]:
             mine = dense[f"model.layers.{layer}.self_attn.{p}_proj.weight"].unflatten(0, (8, -1))
             theirs = dense[f"model.layers.{at}.self_attn.{p}_proj.weight"].unflatten(0, (8, -1))
             assert torch.equal(mine[unit], theirs[source])
-
-
-def test_healing_under_fsdp2_is_refused(tmp_path: Path) -> None:
-    result = launch(
-        "fsdp2", "-m", "train", "recipes/demo_postshare.yaml", *SHORT, "materialize.heal_steps=2",
-        f"output_dir={tmp_path / 'run'}",
-    )  # fmt: skip
-    assert result.failed
-    assert "materialize.heal_steps" in result.output, result.report()
-    assert not (tmp_path / "run" / "weights").exists(), "refused before any training"
 
 
 def test_an_error_of_the_main_process_ends_all_ranks_at_once(tmp_path: Path) -> None:

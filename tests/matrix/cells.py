@@ -112,9 +112,10 @@ SUBSET: dict[tuple[str, int], tuple[str, ...]] = {
         *_GRID[1],
         "bf16 penalty",
         "heal x1 clipped",
-        "residual",
+        "heal removed",
+        "residual alone",
         "distill x1 clipped",
-        "distill x4 free",
+        "distill heal",
         "progressive x1 free",
     ),
 }
@@ -127,10 +128,6 @@ RESUMED = (
     "residual",
 )
 """Also stopped after a step, carried through the shards' state into another engine, and ended."""
-
-
-def heals(name: str) -> bool:
-    return CELLS[name].heal
 
 
 def exact(name: str) -> bool:

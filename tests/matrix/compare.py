@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from tests.distributed.harness import run
 from tests.distributed.training import build, teacher_folder
-from tests.matrix.cells import CELLS, exact, heals
+from tests.matrix.cells import CELLS, exact
 
 WORKER = Path(__file__).with_name("worker.py")
 FP32 = {"lm": 1e-4, "penalty": 1e-4, "norm": 1e-4, "weights": 1e-4, "moved": 1e-2}
@@ -27,7 +27,7 @@ class Outcome:
     """One launch against one process.
 
     Attributes:
-        passed, refused: names of cells.
+        passed: names of cells.
         failed: what was wrong, by cell.
         worst: the largest relative difference of each quantity over the fp32 cells; `weights` is
             over the norm of a tensor, `moved` over how far training has moved it.
@@ -35,7 +35,6 @@ class Outcome:
     """
 
     passed: list[str] = field(default_factory=list)
-    refused: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
     worst: dict[str, float] = field(default_factory=dict)
     bf16: dict[str, float] = field(default_factory=dict)
@@ -53,19 +52,12 @@ def launch_cells(
     return run(config, WORKER, folder, *cells, processes=processes, timeout=timeout)
 
 
-def compare(folder: Path, reference: Path, config: str) -> Outcome:
+def compare(folder: Path, reference: Path) -> Outcome:
     """Judge the cells in `folder` by those of one process in `reference`."""
     outcome = Outcome()
     rows = json.loads((folder / "rows.json").read_text())
     expected = json.loads((reference / "rows.json").read_text())
     for name in rows:
-        if isinstance(rows[name], str):
-            # FSDP2 alone may refuse, and healing alone.
-            if config == "fsdp2" and heals(name) and "heal_steps" in rows[name]:
-                outcome.refused.append(name)
-            else:
-                outcome.failed[name] = rows[name]
-            continue
         found = differences(name, folder, reference, rows[name], expected[name])
         bounds, worst = (FP32, outcome.worst) if exact(name) else (BF16, outcome.bf16)
         for quantity, value in found.items():
