@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from functools import partial
 from pathlib import Path
 
 from docutils import nodes
+from docutils.utils.math import MathError
 from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.application import Sphinx
+from sphinx.errors import ExtensionError
 from sphinx.writers.html5 import HTML5Translator
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
@@ -19,8 +23,6 @@ copyright = "the postshare authors, Apache-2.0"
 extensions = ["myst_parser", "sphinx_copybutton"]
 source_suffix = {".md": "markdown"}
 exclude_patterns = ["_build"]
-# Pages of a later version: a pattern of the table of contents may match nothing yet.
-suppress_warnings = ["toc.empty_glob"]
 nitpicky = True
 
 myst_enable_extensions = ["dollarmath"]
@@ -43,22 +45,35 @@ copybutton_prompt_is_regexp = True
 
 def _generate(app: Sphinx, docname: str, source: list[str]) -> None:
     source[0] = reference.fill(source[0])
+    if docname == "index":
+        # Sphinx warns of a pattern in the table of contents that no page has.
+        source[0] = re.sub(r"^[a-z-]+\*\n", partial(_kept, app.srcdir), source[0], flags=re.M)
+
+
+def _kept(folder: Path, pattern: re.Match[str]) -> str:
+    return pattern[0] if any(folder.glob(f"{pattern[0].strip()}.md")) else ""
 
 
 def _outdated(app: Sphinx, *_: object) -> list[str]:
     # Their text is older than what they are generated from.
-    return [page.stem for page in Path(app.srcdir).glob("*.md") if reference.generated(page)]
+    return [page.stem for page in app.srcdir.glob("*.md") if reference.generated(page)]
+
+
+def _mathml(node: nodes.Element, block: bool) -> str:
+    """Markup that browsers draw themselves: formulas need no script and no network."""
+    try:
+        return tex2mathml(node.astext(), as_block=block)
+    except MathError as error:
+        raise ExtensionError(f"{node.source}:{node.line}: {error} Write it otherwise.") from error
 
 
 def _inline_math(translator: HTML5Translator, node: nodes.math) -> None:
-    # Markup that browsers draw themselves: formulas need no script and no network.
-    translator.body.append(tex2mathml(node.astext(), as_block=False))
+    translator.body.append(_mathml(node, block=False))
     raise nodes.SkipNode
 
 
 def _block_math(translator: HTML5Translator, node: nodes.math_block) -> None:
-    formula = tex2mathml(node.astext(), as_block=True)
-    translator.body.append(f'<div class="formula">{formula}</div>\n')
+    translator.body.append(f'<div class="formula">{_mathml(node, block=True)}</div>\n')
     raise nodes.SkipNode
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from train.recipe import Recipe
-from train.recipe_errors import allowed, branches
+from train.recipe_errors import allowed_values, branches
 from train.recipe_source import description, shipped_recipes
 
 Schema = dict[str, Any]
@@ -69,16 +69,15 @@ def _mappings(schema: Schema, node: Schema, listed: bool = False) -> Iterator[tu
 def _key(
     schema: Schema, path: str, node: Schema, required: bool, inside: list[tuple[Schema, bool]]
 ) -> str:
-    lines = [f":type: {_escaped(allowed(schema, node))}"]
-    if inside:
-        child = inside[0][0]
-        lines = [f":type: [{child['title']}](#{_target(child)})"]
+    lines = [f":type: {_escaped(allowed_values(schema, node))}"]
     if required:
         lines.append(":default: none, it must be set")
     elif not isinstance(node.get("default"), dict):
         lines.append(f":default: `{_yaml(node.get('default'))}`")
-    text = node.get("description") or inside[0][0]["description"]
-    return "\n".join(["```{confval} " + path, *lines, "", _escaped(text), "```"])
+    text = _escaped(node.get("description") or inside[0][0]["description"])
+    if inside:
+        text += f" Its keys: [below](#{_target(inside[0][0])})."
+    return "\n".join(["```{confval} " + path, *lines, "", text, "```"])
 
 
 def _target(mapping: Schema) -> str:

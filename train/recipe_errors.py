@@ -39,11 +39,11 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
     if first["type"] == "extra_forbidden":
         return f"unknown key {path}; {_nearest(schema, first['loc'])}"
     if first["type"] == "missing":
-        return f"{path} is missing; set it to {allowed(schema, _find(schema, first['loc']))}"
+        return f"{path} is missing; set it to {allowed_values(schema, _find(schema, first['loc']))}"
     if first["type"] == "value_error":
         reason = str(first["ctx"]["error"])
         return f"{path}: {reason}" if path else reason
-    allowed = allowed(schema, _find(schema, first["loc"]))
+    allowed = allowed_values(schema, _find(schema, first["loc"]))
     return f"{path} is {_short(first['input'])}; allowed: {allowed}"
 
 
@@ -86,7 +86,7 @@ def _child(node: Schema, part: int | str) -> Schema | None:
     return fixed[part] if part < len(fixed) else node.get("items")
 
 
-def allowed(schema: Schema, node: Schema | None) -> str:
+def allowed_values(schema: Schema, node: Schema | None) -> str:
     """What a value may be, in words."""
     if node is None:
         return "nothing else"
@@ -105,7 +105,7 @@ def _words(schema: Schema, node: Schema) -> str:
         return f"a list of {len(node['prefixItems'])} values"
     if "items" in node:
         least = "one or more of: " if node.get("minItems") else ""
-        return f"a list of {least}{allowed(schema, node['items'])}"
+        return f"a list of {least}{allowed_values(schema, node['items'])}"
     if node.get("minLength"):
         words = "non-empty text"
     bounds = [f"{sign} {node[key]}" for key, sign in _BOUNDS if key in node]
