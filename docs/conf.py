@@ -16,7 +16,7 @@ from sphinx.writers.html5 import HTML5Translator
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
-import reference
+import reference  # noqa: E402  (beside this file)
 
 project = "postshare"
 copyright = "the postshare authors, Apache-2.0"

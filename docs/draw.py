@@ -84,7 +84,9 @@ def units() -> None:
         for at in range(keys):
             width = 56 * per + 8 * (per - 1) + 6
             picture.box(left + 52 + at * (width + 2), 44, width, 204, "frame")
-    picture.text(20, 274, "A dashed frame is one unit: what a tie moves, and a budget counts.", "small")
+    picture.text(
+        20, 274, "A dashed frame is one unit: what a tie moves, and a budget counts.", "small"
+    )
     picture.save("units.svg")
 
 
@@ -108,7 +110,14 @@ def ties() -> None:
     picture.arrow("M252 250 C310 220 330 140 306 88")  # root (0, 2) -> target (4, 3)
     picture.arrow("M365 200 L365 138")  # source (1, 4) -> target (3, 4)
     legend = (
-        ("a", ("one slice for three units: the", "source (0, 2), and its targets", "(2, 2) and (4, 3)")),
+        (
+            "a",
+            (
+                "one slice for three units: the",
+                "source (0, 2), and its targets",
+                "(2, 2) and (4, 3)",
+            ),
+        ),
         ("b", ("source (1, 4), target (3, 4)",)),
         ("gone", ("(3, 0) is removed: it computes", "and caches nothing")),
         ("box", ("keeps its own weights",)),

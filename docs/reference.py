@@ -47,7 +47,8 @@ def _mapping(schema: Schema, node: Schema, prefix: str, seen: set[str]) -> Itera
     for name, value in node["properties"].items():
         found = list(_mappings(schema, value))
         yield _key(schema, prefix + name, value, name in node.get("required", ()), found)
-        inside += [(prefix + name, *one) for one in found]
+        # One mapping abbreviates a list of one, and is kept as such a list.
+        inside += [(prefix + name, child, (child, True) in found) for child, _ in found]
     for path, child, listed in inside:
         if child["title"] in seen:
             continue

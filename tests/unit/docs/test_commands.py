@@ -71,7 +71,10 @@ def test_commands_can_be_typed(page: Path, monkeypatch: pytest.MonkeyPatch) -> N
         ("postshare evaluate", "Missing parameter"),
         ("postshare run demo plan.buget.bytes=-4%", "did you mean plan.budget?"),
         ("accelerate launch -m train demo train.steps=some", "a whole number"),
-        ("sbatch --nodes=4 launch/slurm/train.sbatch recipes/none.yaml", "no recipe 'recipes/none.yaml'"),
+        (
+            "sbatch --nodes=4 launch/slurm/train.sbatch recipes/none.yaml",
+            "no recipe 'recipes/none.yaml'",
+        ),
     ],
 )
 def test_a_command_that_cannot_be_typed_is_found(line: str, said: str) -> None:

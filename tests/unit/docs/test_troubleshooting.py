@@ -43,9 +43,7 @@ def test_quoted_messages_are_in_the_source() -> None:
     packages = (REPOSITORY / "train", REPOSITORY / "sa_models")
     sources = [file for package in packages for file in package.rglob("*.py")]
     written = [text for file in sources for text in messages(file)]
-    quoted = [
-        " ".join(block.code.split()) for block in blocks(DOCS / "troubleshooting.md", "text")
-    ]
+    quoted = [" ".join(block.code.split()) for block in blocks(DOCS / "troubleshooting.md", "text")]
     assert len(quoted) >= 25
     assert len(set(quoted)) == len(quoted)
     assert [one for one in quoted if not any(one in text for text in written)] == []
