@@ -61,10 +61,13 @@ def _outdated(app: Sphinx, *_: object) -> list[str]:
 
 def _mathml(node: nodes.Element, block: bool) -> str:
     """Markup that browsers draw themselves: formulas need no script and no network."""
+    text = node.astext()
     try:
-        return tex2mathml(node.astext(), as_block=block)
+        if re.search(r"\\t?frac[^{]", text):
+            raise MathError(r"Write \frac with braces: without, what follows is misread.")
+        return tex2mathml(text, as_block=block)
     except MathError as error:
-        raise ExtensionError(f"{node.source}:{node.line}: {error} Write it otherwise.") from error
+        raise ExtensionError(f"{node.source}:{node.line}: {error}") from error
 
 
 def _inline_math(translator: HTML5Translator, node: nodes.math) -> None:
