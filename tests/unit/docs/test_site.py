@@ -12,20 +12,25 @@ from types import ModuleType
 from typing import get_args
 
 import pytest
-from pages import DOCS, PAGES, REPOSITORY
+from pages import DOCS, PAGES, REPOSITORY, blocks
 from pydantic import BaseModel
 
 from train.cli import app
 from train.recipe import Recipe
 
 
-@pytest.fixture(scope="module")
-def reference() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("reference", DOCS / "reference.py")
-    assert spec is not None and spec.loader is not None  # noqa: PT018
+def module_of_docs(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def reference() -> ModuleType:
+    return module_of_docs("reference")
 
 
 def sections(annotation: object) -> Iterator[tuple[type[BaseModel], bool]]:
@@ -77,6 +82,25 @@ def test_a_marker_without_a_generator_is_an_error(reference: ModuleType) -> None
         reference.fill("a\n<!-- generated: nothing -->\nb")
     for page in PAGES:
         assert set(reference.MARKER.findall(page.read_text())) <= set(reference.GENERATED)
+
+
+def test_pictures_are_those_that_the_script_draws(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = module_of_docs("draw")
+    monkeypatch.setattr(draw, "FOLDER", tmp_path)
+    for picture in (draw.units, draw.ties, draw.spans, draw.stages):
+        picture()
+    drawn = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert drawn == {path.name: path.read_bytes() for path in (DOCS / "pictures").iterdir()}
+
+
+def test_the_tutorial_shows_the_table_of_the_readme() -> None:
+    tables = [
+        [block.code for block in blocks(page, "") if "vs continued" in block.code]
+        for page in (REPOSITORY / "README.md", DOCS / "tutorial.md")
+    ]
+    assert tables[1][0].strip() in tables[0][0]
 
 
 @pytest.mark.slow
