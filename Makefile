@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 PYTEST_ARGS ?=
 
 .PHONY: help demo test test-matrix test-cluster cluster-tools browser-tools test-faults test-harness \
-	check format bench build schema clean
+	check format bench build schema docs clean
 .DEFAULT_GOAL := help
 
 help:
@@ -18,6 +18,7 @@ help:
 	@echo "make test-harness  install lm-eval (40 packages, 0.3 GB) and test its tasks on our models"
 	@echo "make check   ruff, ruff format, mypy"
 	@echo "make bench   speed and memory; writes .bench/bench.json"
+	@echo "make docs    build the documentation site; opens as .docs/index.html"
 	@echo "make build   write the wheel to dist/"
 
 # The first Python that is new enough, or the one given as PYTHON=...
@@ -103,5 +104,12 @@ docs/recipe.schema.json: train/recipe.py train/*section*.py train/schema.py | $(
 	$(BIN)/python -m train.schema > $@.tmp
 	mv $@.tmp $@
 
+# Warnings, such as a link that leads nowhere, are errors.
+docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--constraint constraints.txt --editable '.[dev,docs]'
+	$(BIN)/python -m sphinx -W --keep-going --quiet docs .docs
+	@echo "the site is in .docs/index.html"
+
 clean:
-	rm -rf $(VENV) dist .bench .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) dist .docs .bench .mypy_cache .ruff_cache .pytest_cache

@@ -7,7 +7,7 @@ the cache of the losses as if they had never stopped.
 **Slopes.** On a little text a loss has a slope in every direction, of which a trained model has
 none over all text: it is what these few tokens happen to say. A search that follows it chooses what
 fits them. So the slope of every action, known from the estimate, is taken off what is measured;
-what is left is the curvature, which lasts (docs/search.md has the numbers).
+what is left is the curvature, which lasts (docs/planning.md has the numbers).
 
 *Greedy.* In every round the cheapest-looking actions are measured, and the best of them are taken.
 What has been measured in an earlier round replaces the estimate; estimates are made anew every few

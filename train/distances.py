@@ -237,7 +237,7 @@ _TERMS: dict[str, Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]] = {
     "symmetric_kl": lambda p, q, d: (q * d, -p * d),
     "js": lambda p, q, d: (p * _js_term(d), q * _js_term(d)),
 }
-SOFTMAX = tuple(_TERMS)
+SOFTMAX = _TERMS.keys()
 _WEIGHTS = {"kl": 1.0, "symmetric_kl": 0.5, "js": 0.25}  # of the sums, in the value
 _SUMS = {"l2": 0, "mse": 0, "cosine": 3, "kl": 1, "symmetric_kl": 2, "js": 2}
 

@@ -39,11 +39,11 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
     if first["type"] == "extra_forbidden":
         return f"unknown key {path}; {_nearest(schema, first['loc'])}"
     if first["type"] == "missing":
-        return f"{path} is missing; set it to {_allowed(schema, _find(schema, first['loc']))}"
+        return f"{path} is missing; set it to {allowed_values(schema, _find(schema, first['loc']))}"
     if first["type"] == "value_error":
         reason = str(first["ctx"]["error"])
         return f"{path}: {reason}" if path else reason
-    allowed = _allowed(schema, _find(schema, first["loc"]))
+    allowed = allowed_values(schema, _find(schema, first["loc"]))
     return f"{path} is {_short(first['input'])}; allowed: {allowed}"
 
 
@@ -57,13 +57,13 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _branches(schema: Schema, node: Schema) -> Iterator[Schema]:
+def branches(schema: Schema, node: Schema) -> Iterator[Schema]:
     """`node` with its reference followed, or the alternatives that it stands for."""
     if "$ref" in node:
-        yield from _branches(schema, schema["$defs"][node["$ref"].rsplit("/", 1)[1]])
+        yield from branches(schema, schema["$defs"][node["$ref"].rsplit("/", 1)[1]])
     elif "anyOf" in node:
         for branch in node["anyOf"]:
-            yield from _branches(schema, branch)
+            yield from branches(schema, branch)
     else:
         yield node
 
@@ -72,7 +72,7 @@ def _find(schema: Schema, loc: tuple[int | str, ...]) -> Schema | None:
     """The schema of the value at `loc`, or None where there is none."""
     node = schema
     for part in loc:
-        child = next((c for b in _branches(schema, node) if (c := _child(b, part))), None)
+        child = next((c for b in branches(schema, node) if (c := _child(b, part))), None)
         if child is None:
             return None
         node = child
@@ -86,11 +86,11 @@ def _child(node: Schema, part: int | str) -> Schema | None:
     return fixed[part] if part < len(fixed) else node.get("items")
 
 
-def _allowed(schema: Schema, node: Schema | None) -> str:
+def allowed_values(schema: Schema, node: Schema | None) -> str:
     """What a value may be, in words."""
     if node is None:
         return "nothing else"
-    return " or ".join(dict.fromkeys(_words(schema, b) for b in _branches(schema, node)))
+    return " or ".join(dict.fromkeys(_words(schema, b) for b in branches(schema, node)))
 
 
 def _words(schema: Schema, node: Schema) -> str:
@@ -105,7 +105,7 @@ def _words(schema: Schema, node: Schema) -> str:
         return f"a list of {len(node['prefixItems'])} values"
     if "items" in node:
         least = "one or more of: " if node.get("minItems") else ""
-        return f"a list of {least}{_allowed(schema, node['items'])}"
+        return f"a list of {least}{allowed_values(schema, node['items'])}"
     if node.get("minLength"):
         words = "non-empty text"
     bounds = [f"{sign} {node[key]}" for key, sign in _BOUNDS if key in node]
@@ -114,7 +114,7 @@ def _words(schema: Schema, node: Schema) -> str:
 
 def _paths(schema: Schema, node: Schema, prefix: str = "") -> Iterator[str]:
     """The full path of every key that a recipe may hold."""
-    for branch in _branches(schema, node):
+    for branch in branches(schema, node):
         for key, child in branch.get("properties", {}).items():
             yield prefix + key
             yield from _paths(schema, child, f"{prefix}{key}.")
@@ -124,7 +124,7 @@ def _nearest(schema: Schema, loc: tuple[int | str, ...]) -> str:
     """The valid key that was most likely meant: a sibling, or a key of another section."""
     *parents, wrong = map(str, loc)
     parent = _find(schema, loc[:-1]) or schema
-    siblings = [key for b in _branches(schema, parent) for key in b.get("properties", {})]
+    siblings = [key for b in branches(schema, parent) for key in b.get("properties", {})]
     prefix = "".join(f"{part}." for part in parents)
     if close := difflib.get_close_matches(wrong, siblings, n=1, cutoff=0.6):
         return f"did you mean {prefix}{close[0]}?"

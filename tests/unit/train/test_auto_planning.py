@@ -294,7 +294,7 @@ def test_a_budget_that_cannot_be_met_names_the_nearest(home: Path, tmp_path: Pat
 
 
 def test_a_7b_is_bounded() -> None:
-    """Actions of a state, shortlists and rounds, written out; see docs/search.md."""
+    """Actions of a state, shortlists and rounds, written out; see docs/planning.md."""
     section = PlanSection.model_validate({"strategy": "auto", "budget": {"bytes": "-10%"}})
     bound = auto_passes(section, LlamaShape(), SharingPlan())  # type: ignore[arg-type]
     needed, row = 673_841_562, 128 * 4096

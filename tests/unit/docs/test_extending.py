@@ -1,0 +1,86 @@
+"""The code of docs/extending.md, run in the modules that it says it goes into."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from pages import DOCS, blocks
+
+from sa_models import similarity
+from sa_models.heads import HeadLayout
+from sa_models.similarity import InMemory
+from tests.unit.train.pulled import LAYOUTS, Weights, star_plan
+from train import distances, optimizer
+from train.regularizer import Penalty
+
+PENALTY, SCORE, SCHEDULER = (block.code for block in blocks(DOCS / "extending.md", "python"))
+
+
+def unit_slice(
+    weights: Weights, layout: HeadLayout, unit: tuple[int, int], projection: str
+) -> torch.Tensor:
+    """By indices alone, without unit_view."""
+    layer, index = unit
+    weight = weights.parameters[layout.parameter_name(layer, projection)]
+    rows = layout.head_dim * (layout.heads // layout.kv_heads if projection in "qo" else 1)
+    at = slice(index * rows, (index + 1) * rows)
+    return weight[:, at] if projection == "o" else weight[at]
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_the_penalty_is_the_divergence_and_its_gradient(
+    monkeypatch: pytest.MonkeyPatch, sharded: bool
+) -> None:
+    assert PENALTY.startswith("# train/distances.py\n")
+    tables = ("DISTANCES", "_TERMS", "_SUMS", "_WEIGHTS", "_GRADIENTS")
+    for table in tables:  # and it is gone from them again afterwards
+        monkeypatch.setitem(getattr(distances, table), "reverse_kl", None)
+    exec(PENALTY, dict(vars(distances)))
+    layout = LAYOUTS["gqa"]
+    plan = star_plan(layout, ("q", "v", "o"))
+    expected, pulled = Weights(layout), Weights(layout)
+    total = torch.zeros(())
+    for tie in plan.ties:
+        for projection in tie.projections:
+            x, y = (
+                unit_slice(expected, layout, unit, projection).flatten().log_softmax(0)
+                for unit in (tie.target, tie.source)
+            )
+            total = total + F.kl_div(y, x, reduction="sum", log_target=True)  # KL(P || Q)
+    value = total / len({(tie.target, tie.source) for tie in plan.ties})
+    (0.7 * value).backward()
+    pulled.sharded = sharded
+    result = Penalty(plan, layout, "reverse_kl").apply(pulled, 0.7)  # type: ignore[arg-type]
+    assert result.value == pytest.approx(value.item(), rel=1e-5)
+    assert value.item() > 0.1
+    for name, gradient in expected.gradients().items():
+        torch.testing.assert_close(pulled.gradients()[name], gradient, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("shape", sorted(LAYOUTS))
+def test_the_score_is_the_cosine_of_every_two_units(shape: str) -> None:
+    assert SCORE.startswith("# sa_models/similarity.py\n")
+    module = dict(vars(similarity))
+    exec(SCORE, module)
+    layout = LAYOUTS[shape]
+    weights = Weights(layout)
+    scores = module["output_columns"](InMemory(weights.parameters), layout)
+    units = [(layer, unit) for layer in range(layout.layers) for unit in range(layout.units)]
+    for row, one in enumerate(units):
+        for column, other in enumerate(units):
+            a, b = (unit_slice(weights, layout, u, "o").reshape(-1) for u in (one, other))
+            assert scores[row, column].item() == pytest.approx(
+                F.cosine_similarity(a, b, dim=0).item(), abs=1e-5
+            )
+
+
+def test_the_scheduler_goes_on_where_the_warm_up_ends() -> None:
+    assert SCHEDULER.startswith("# train/optimizer.py\n")
+    module = dict(vars(optimizer))
+    exec(SCHEDULER, module)
+    factors = [module["inverse_sqrt"](step, 4) for step in (3, 4, 15, 63)]
+    assert factors == pytest.approx([1.0, math.sqrt(4 / 5), 0.5, 0.25])
+    assert [module["inverse_sqrt"](step, 0) for step in (0, 3)] == [1.0, 0.5]

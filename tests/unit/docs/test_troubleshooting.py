@@ -1,0 +1,51 @@
+"""Every message that docs/troubleshooting.md quotes is one that the code can write."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+from pages import DOCS, REPOSITORY, blocks
+
+GAP = "…"
+
+
+def literal(node: ast.AST, constants: dict[str, str]) -> str | None:
+    """The text of a string as the page would quote it: with a gap for what changes in it."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value
+    if isinstance(node, ast.JoinedStr):
+        text = "".join(
+            part.value
+            if isinstance(part, ast.Constant)
+            else constants.get(ast.unparse(part.value), GAP)
+            for part in node.values
+        )
+        return re.sub(f"{GAP}+", GAP, text)
+    return None
+
+
+def messages(file: Path) -> list[str]:
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    constants = {
+        node.targets[0].id: node.value.value
+        for node in tree.body
+        if isinstance(node, ast.Assign)
+        and isinstance(node.targets[0], ast.Name)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+    }
+    return [text for node in ast.walk(tree) if (text := literal(node, constants)) is not None]
+
+
+def test_quoted_messages_are_in_the_source() -> None:
+    packages = (REPOSITORY / "train", REPOSITORY / "sa_models")
+    sources = [file for package in packages for file in package.rglob("*.py")]
+    written = [text for file in sources for text in messages(file)]
+    quoted = [" ".join(block.code.split()) for block in blocks(DOCS / "troubleshooting.md", "text")]
+    assert len(quoted) >= 25
+    assert len(set(quoted)) == len(quoted)
+    assert [one for one in quoted if not any(one in text for text in written)] == []
+    # What is left of a quotation without its gaps says something.
+    assert all(len(one.replace(GAP, "")) > 12 for one in quoted)

@@ -1,0 +1,74 @@
+"""The commands of docs/tutorial.md, typed one after the other in an empty folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pages import DOCS, REPOSITORY, blocks, lines
+
+PAGE = DOCS / "tutorial.md"
+
+
+def hurried() -> str:
+    """The overrides that the tutorial itself gives to whom is in a hurry."""
+    found = re.search(r"\*\*In a hurry\?\*\* Add `([^`]+)`", PAGE.read_text(encoding="utf-8"))
+    assert found is not None
+    return found[1]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_the_tutorial(tmp_path: Path) -> None:
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    # Typed as a reader does, who has installed the package.
+    script = f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m train "$@"\n'
+    (commands / "postshare").write_text(script)
+    (commands / "postshare").chmod(0o755)
+    environment = {
+        **os.environ,
+        "PATH": f"{commands}:{os.environ['PATH']}",
+        "PYTHONPATH": str(REPOSITORY),
+    }
+    printed = []
+    for block in blocks(PAGE, "bash", "python"):
+        bash = block.language == "bash"
+        for line in lines(block) if bash else [block.code]:
+            if line.startswith("source "):
+                continue
+            if line == "make demo":  # what it types, after it has installed everything
+                line = "postshare run demo output_dir=runs/demo"
+            if line.startswith("postshare run demo"):
+                line += f" {hurried()}"
+            done = subprocess.run(
+                ["bash" if bash else sys.executable, "-c", line],
+                cwd=tmp_path,
+                env=environment,
+                capture_output=True,
+                text=True,
+            )
+            assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+            printed.append(done.stdout)
+    runs = tmp_path / "runs"
+    demo, four = (json.loads((runs / n / "summary.json").read_text()) for n in ("demo", "four"))
+    saved = [1 - one["bytes"]["compact"] / one["bytes"]["base"] for one in (demo, four)]
+    assert 0.08 < saved[0] < 0.09
+    assert 0.04 <= saved[1] < 0.05
+    assert "</html>" in (tmp_path / "both.html").read_text()
+    ties = json.loads((runs / "pairs" / "plan.json").read_text())["ties"]
+    assert len(ties) == 12  # floor(0.2 x 64)
+    assert sorted(path.suffix for path in (runs / "pairs").glob("plan-*.png")) == [".png", ".png"]
+    assert "Llama-3.2-1B" in printed["postshare run llama3.2-1b-postshare-30 --dry-run"]
+    words, parameters, apart = printed[
+        "import sa_models  # registers the compact class"
+    ].splitlines()[-3:]
+    assert "def __init__(self" in words
+    assert int(parameters.split()[0]) == demo["parameters"]["stored"]
+    assert float(apart.split()[0]) < 1e-4
