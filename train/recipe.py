@@ -16,6 +16,7 @@ from pydantic import Field, ValidationError, model_validator
 from sa_models.errors import PostshareError
 from train.basis_section import BasisSection, check_basis
 from train.distill_section import DistillSection, check_distill
+from train.lora_section import LoraSection, check_lora
 from train.penalty_modes import disagreement
 from train.plan_section import Budget, PlanSection
 from train.residual_section import ResidualSection, check_residual
@@ -46,6 +47,7 @@ __all__ = [
     "EvaluateSection",
     "ExportSection",
     "HeadsSection",
+    "LoraSection",
     "MaterializeSection",
     "ModelSection",
     "PenaltySection",
@@ -81,6 +83,8 @@ class Recipe(Section):
     """Basis Sharing instead of a plan: a control of `postshare compare`, or a run of its own."""
     penalty: PenaltySection = PenaltySection()
     train: TrainSection
+    lora: LoraSection | None = None
+    """Adapters that train instead of the weights, for one small GPU; merged when training ends."""
     distill: DistillSection | None = None
     """Learning from a frozen teacher, the unshared model, in every training of the run."""
     materialize: MaterializeSection = MaterializeSection()
@@ -123,6 +127,7 @@ class Recipe(Section):
         check_distill(self)
         check_basis(self)
         check_residual(self)
+        check_lora(self)
         return self
 
     def _nothing_to_materialize(self) -> None:
