@@ -5,9 +5,10 @@ The references compute with explicit weights W + s B A, and know neither PEFT no
 
 from __future__ import annotations
 
-import json
 import re
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -23,26 +24,31 @@ from sa_models.heads import HeadLayout
 from sa_models.plan import HeadTie, SharingPlan
 from tests.unit.train import tiny
 from train import estimate
+from train.base_model import base_folder
+from train.data import PositionSampler
 from train.distances import DISTANCES
 from train.engine import start
-from train.known_models import find_shape
+from train.known_models import LlamaShape
 from train.launched import check_launch
-from train.lora import TRAINABLE, adapt, check_gpu, distances
+from train.loop import TrainJob, prepare, seed_step, train
+from train.lora import TRAINABLE, adapt, distances, merged
 from train.lora_penalty import LoraPenalty
-from train.loop import TrainJob, prepare, train
-from train.optimizer import learning_rate_factor
+from train.optimizer import learning_rate_factor, select_trainable
 from train.pipeline import run
 from train.recipe import Recipe, validate
 from train.run_folder import Run
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).parents[3]
-DOCS = ROOT / "docs" / "lora.md"
 ALL = ("q", "k", "v", "o")
 GROUPS = {"num_attention_heads": 4, "num_key_value_heads": 2}
 # A source with two targets, one of them in its own layer; a unit tied for some projections only.
 PLAN = SharingPlan(
-    (HeadTie((1, 0), (0, 1), ALL), HeadTie((1, 1), (0, 1), ("q", "o")), HeadTie((0, 0), (0, 1), ALL))
+    (
+        HeadTie((1, 0), (0, 1), ALL),
+        HeadTie((1, 1), (0, 1), ("q", "o")),
+        HeadTie((0, 0), (0, 1), ALL),
+    )
 )
 
 
@@ -131,7 +137,7 @@ def test_the_gradient_is_autograds_through_effective_weights(
     penalty = LoraPenalty(model, PLAN, layout, kind, chunk_elements=1500)  # more than one chunk
     found = penalty.apply(engine, 0.7)
     expected = penalty_of(effective_weights(weights, factors, 5 / 3), layout, PLAN, kind)
-    assert found.value == pytest.approx(float(expected), rel=1e-5)
+    assert found.value == pytest.approx(float(expected.detach()), rel=1e-5)
     (0.7 * expected).backward()
     moved = 0
     for name, shard in engine.shards().items():
@@ -167,8 +173,6 @@ def reference(made: Recipe, alpha: float, rank: int, steps: int) -> dict[str, to
         weight_decay=section.weight_decay,
     )  # fmt: skip
     blocks, layout = tiny.blocks(), HeadLayout.from_config(model.config)
-    from train.data import PositionSampler
-
     sampler = PositionSampler(
         len(blocks), batch_size=section.batch_size, micro_batch_size=section.batch_size,
         seed=made.seed, rank=0, world=1, position=0, steps=steps,
@@ -192,19 +196,252 @@ def test_the_weights_that_are_left_are_those_of_explicit_low_rank_training(tmp_p
     made = recipe(tmp_path / "run", lora, eps=1e-5)
     result = train(job(made, adapted(made, seed=None)), made)
     found = load_file(result.weights / "model.safetensors")
-    start_weights = dict(tiny.model().named_parameters())
-    with torch.no_grad():
-        expected = reference_without_grad(made)
-    assert found.keys() == start_weights.keys()
+    began, expected = dict(tiny.model().named_parameters()), reference(made, 12.0, 4, 6)
+    assert found.keys() == began.keys()
     for name, value in found.items():
         adapts = re.search(r"\.(q|k|v|down)_proj\.", name) is not None
-        assert torch.equal(value, start_weights[name]) != adapts, name
-        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=2e-6)
+        assert torch.equal(value, began[name]) != adapts, name
+        torch.testing.assert_close(value, expected[name].detach(), rtol=1e-4, atol=2e-6)
     rows = tiny.curve(made.folder)
     assert rows[-1]["pair_distance_mean"] < 0.95 * rows[0]["pair_distance_mean"]
 
 
-def reference_without_grad(made: Recipe) -> dict[str, torch.Tensor]:
-    with torch.enable_grad():
-        found = reference(made, 12.0, 4, 6)
-    return {name: value.detach() for name, value in found.items()}
+class KilledError(Exception):
+    pass
+
+
+def test_a_killed_training_resumes_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lora = {"rank": 2, "dropout": 0.3}
+    whole, killed = (recipe(tmp_path / n, lora, checkpoint_every=2) for n in ("whole", "killed"))
+    train(job(whole, adapted(whole, seed=None)), whole)
+
+    def kill(seed: int, step: int, rank: int) -> None:
+        if step == 5:
+            raise KilledError
+        seed_step(seed, step, rank)  # dropout draws from it
+
+    with monkeypatch.context() as patch:
+        patch.setattr("train.loop.seed_step", kill)
+        with pytest.raises(KilledError):
+            train(job(killed, adapted(killed, seed=None)), killed)
+    torch.rand(3)  # the adapters' beginnings must not depend on what was drawn before
+    other = adapted(killed, seed=1)  # B anywhere: all that counts is in the checkpoint
+    train(job(killed, other), killed)
+    ours, theirs = (load_file(tmp_path / n / "weights/model.safetensors") for n in
+                    ("whole", "killed"))  # fmt: skip
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert tiny.curve(whole.folder) == tiny.curve(killed.folder)
+    (part,) = (whole.folder / "checkpoints/step-000004").glob("part-*.safetensors")
+    with safe_open(part, framework="pt") as file:
+        names = {name for name in file.keys() if name.endswith(".weight")}  # noqa: SIM118
+    factors = {n for n, p in other.named_parameters() if p.requires_grad}
+    assert names == factors
+    assert len(factors) == 2 * 4 * 2
+
+
+def test_another_adapter_is_another_run(tmp_path: Path) -> None:
+    made = recipe(tmp_path, {"rank": 2}, steps=2)
+    train(job(made, adapted(made, seed=None)), made)
+    other = recipe(tmp_path, {"rank": 2, "alpha": 5.0}, steps=2)
+    with pytest.raises(PostshareError, match=r"lora\.alpha"):
+        train(job(other, adapted(other, seed=None)), other)
+
+
+def test_frozen_weights_in_bf16_are_rounded_once(tmp_path: Path) -> None:
+    made = recipe(tmp_path / "run", {"rank": 2, "base": "bf16"}, steps=2, precision="bf16")
+    model = adapted(made, seed=None)
+    assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    result = train(job(made, model), made)
+    found, began = load_file(result.weights / "model.safetensors"), tiny.model()
+    weights = {n: p.detach().bfloat16().float() for n, p in began.named_parameters()}
+    expected = effective_weights(weights, split(model)[1], 2.0)
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name].detach(), rtol=1e-6, atol=1e-7)
+    moved = [n for n, w in weights.items() if not torch.equal(found[n], w)]
+    assert sorted({n.split(".")[4] for n in moved}) == ["k_proj", "o_proj", "q_proj", "v_proj"]
+
+
+# --- a run ----------------------------------------------------------------------------------------
+
+
+def test_a_run_shares_the_merged_weights_and_says_how_far_apart_they_were(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text.txt"
+    modules = sorted((ROOT / "sa_models").glob("*.py"))[:6]
+    text.write_text("".join(module.read_text() for module in modules))
+    made = validate(
+        {
+            "name": "small",
+            "output_dir": str(tmp_path / "run"),
+            "model": {"path": "demo-base"},
+            "data": {"train": str(text), "validation": str(text), "sequence_length": 64},
+            "plan": {"strategy": "random", "budget": {"ratio": 0.3}},
+            "heads": {"kv_heads": 4},
+            "lora": {"rank": 16, "targets": ["q", "k", "v", "up"]},
+            "train": {"steps": 3, "batch_size": 4, "micro_batch_size": 4, "learning_rate": 1e-2},
+            "distill": {"attention_weight": 0.1},
+            "export": {"dtype": "float32"},
+            "evaluate": {"blocks": 2},
+        }
+    )
+    run(made)
+    current = Run(made, start(made))
+    trained, continued = (load_file(made.folder / f / "weights/model.safetensors") for f in
+                          (".", "continued"))  # fmt: skip
+    dense = load_file(made.folder / "export/dense/model.safetensors")
+    tie = current.plan.ties[0]
+    layout = current.plan.layout(current.config)
+    for p in ("q", "k", "v", "o"):
+        to, of = (unit_of(dense, layout, p, at) for at in (tie.target, tie.source))
+        source = unit_of(trained, layout, p, tie.source)
+        assert torch.equal(of, source)
+        assert torch.equal(to, of) == (p in tie.projections)
+    apart = []
+    for tie in current.plan.ties:
+        for p in tie.projections:
+            to, of = (unit_of(trained, layout, p, at) for at in (tie.target, tie.source))
+            apart.append(float((to - of).norm() / of.norm()))
+    assert distances(current, made.folder / "weights") == pytest.approx(apart, rel=1e-5)
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"merged: tied units are {sum(apart) / len(apart):.1%} of their norm apart" in said
+    # The control trains the same adapters, on the model with all its KV heads.
+    assert continued["model.layers.0.self_attn.k_proj.weight"].shape == (128, 128)
+    base = load_file(base_folder(made.model) / "model.safetensors")
+    for name, value in base.items():
+        adapts = re.search(r"\.(q|k|v|up)_proj\.", name) is not None
+        assert torch.equal(continued[name], value.float()) != adapts, name
+
+
+# --- what it needs --------------------------------------------------------------------------------
+
+
+def test_the_estimate_counts_what_trains(tmp_path: Path) -> None:
+    made = recipe(tmp_path / "run", {"rank": 3, "targets": ["q", "k", "v", "down"]}, steps=2,
+                  checkpoint_every=1)  # fmt: skip
+    model = adapted(made, seed=None, **GROUPS)
+    shape = LlamaShape.from_dict(model.config.to_dict(), "this test")
+    trained = sum(p.numel() for n, p in model.named_parameters() if ".lora_" in n)
+    section = made.lora
+    assert estimate.trainable_parameters(shape, ("*",), lora=section) == trained
+    train(job(made, model, None), made)
+    (part,) = made.folder.glob("checkpoints/*/part-*.safetensors")
+    expected = estimate.checkpoint_bytes(shape, made.train, section)
+    assert expected < part.stat().st_size < expected + 12_000  # the names are the rest
+    held = {
+        base: estimate.memory_per_gpu(
+            shape, made.train.model_copy(update={"precision": precision}), stage=0, gpus=1,
+            sequence_length=16, checkpointing=False,
+            lora=section.model_copy(update={"base": base}),
+        )
+        for base, precision in (("fp32", "fp32"), ("bf16", "bf16"), ("nf4", "bf16"))
+    }  # fmt: skip
+    sizes = {name: p.numel() for name, p in tiny.model(**GROUPS).named_parameters()}
+    whole, small = sum(sizes.values()), sum(n for name, n in sizes.items() if "_proj" in name)
+    assert held["fp32"].weights == 4 * (whole + trained)
+    assert held["bf16"].weights == 2 * whole + 6 * trained
+    nf4 = 2 * (whole - small) + small * (4 + 8 / 64) / 8 + 6 * trained
+    assert held["nf4"].weights == round(nf4)
+    assert held["fp32"].optimizer == 8 * trained
+    assert held["fp32"].gradients == 4 * trained
+
+
+# --- in 4 bits ------------------------------------------------------------------------------------
+
+
+class Stored(torch.nn.Parameter):
+    """A stand-in for bitsandbytes' parameter: int8 halves of the weight, and how to read them."""
+
+    quant_state: float
+
+
+def test_with_a_stand_in_for_four_bits_the_penalty_reads_what_they_stand_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = ModuleType("bitsandbytes.functional")
+    library.dequantize_4bit = lambda data, state: (data.float() * state).bfloat16()  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "bitsandbytes", ModuleType("bitsandbytes"))
+    monkeypatch.setitem(sys.modules, "bitsandbytes.functional", library)
+    made = recipe(tmp_path, {"rank": 2, "base": "nf4"}, precision="bf16")
+    monkeypatch.setattr("train.four_bits.quantize_", lambda model: None)
+    model = adapted(made)
+    names = [n for n, _ in model.named_parameters() if ".base_layer." in n]
+    held = {}
+    for name in names:
+        module = model.get_submodule(name.removesuffix(".weight"))
+        scale = float(module.weight.abs().max()) / 100
+        data = (module.weight.float() / scale).round().to(torch.int8)
+        held[name] = (data.float() * scale).bfloat16().float()
+        module.weight = Stored(data, requires_grad=False)
+        module.weight.quant_state = scale
+    layout = HeadLayout.from_config(model.config)
+    weights, factors = split(model)
+    weights |= {n.replace(".base_layer", ""): value for n, value in held.items()}
+    engine = start(made)
+    select_trainable(model, TRAINABLE)
+    engine.prepare(model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad]))
+    found = LoraPenalty(model, tiny.PLAN, layout).apply(engine, 1.0)
+    expected = penalty_of(effective_weights(weights, factors, 2.0), layout, tiny.PLAN, "l2")
+    assert found.value == pytest.approx(float(expected.detach()), rel=1e-5)
+    expected.backward()
+    for name, shard in engine.shards().items():
+        gradient = torch.zeros(shard.shape) if factors[name].grad is None else factors[name].grad
+        torch.testing.assert_close(
+            shard.read_gradient().view(shard.shape), gradient, rtol=1e-4, atol=1e-7
+        )
+    left = dict(merged(engine.full_weights(), made.lora))
+    for name, value in effective_weights(weights, factors, 2.0).items():
+        torch.testing.assert_close(left[name], value.detach(), rtol=1e-6, atol=1e-7)
+    engine.close()
+
+
+def test_four_bits_are_refused_without_a_gpu_before_anything_is_loaded(tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    made = recipe(tmp_path / "run", {"rank": 2, "base": "nf4"}, precision="bf16")
+    with pytest.raises(PostshareError, match=r"nf4 needs a CUDA GPU; set lora\.base=bf16"):
+        run(made)  # its model is no folder: that would be the error of loading it
+    assert not made.folder.exists()
+
+
+# --- recipes --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train": {"steps": 0}}, "train.steps is 0, nothing trains; remove lora"),
+        ({"materialize": {"heal_steps": 2}}, "an adapter changes one layer; set materialize"),
+        ({"train": {"trainable": ["*.mlp.*"]}}, "with lora none train; set lora.targets"),
+        ({"lora": {"base": "bf16"}}, "lora.base bf16 .* set train.precision=bf16"),
+        ({"penalty": {"mode": "decoupled"}}, "no adapter of a rank can follow"),
+        ({"lora": {"targets": ["q", "v"]}}, "the penalty pulls k, which lora.targets leaves"),
+        ({"lora": {"rank": 0}}, "lora.rank"),
+        ({"lora": {"targets": ["q", "x"]}}, "lora.targets"),
+    ],
+)
+def test_what_a_recipe_may_not_say(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    value = recipe(tmp_path, {"rank": 2}).model_dump(mode="json", exclude_defaults=True)
+    for section, fields in changes.items():
+        value[section] = {**value.get(section, {}), **fields}
+    with pytest.raises(PostshareError, match=message):
+        validate(value)
+
+
+def test_a_rank_that_no_matrix_has(tmp_path: Path) -> None:
+    with pytest.raises(PostshareError, match=r"lora\.rank is 40.*set lora\.rank to 32 or less"):
+        adapted(recipe(tmp_path, {"rank": 40}))
+
+
+@pytest.mark.parametrize("launch", ["ZeRO-2", "FSDP2"])
+def test_launches_that_split_adapters_are_refused(
+    launch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = recipe(tmp_path, {"rank": 2})
+    check_launch(made, None)
+    if launch == "FSDP2":
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+        monkeypatch.setenv("FSDP_VERSION", "2")
+    with pytest.raises(PostshareError, match=rf"asks for {launch}; launch with .*ddp\.yaml"):
+        check_launch(made, 2 if launch == "ZeRO-2" else None)
