@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sa_models.errors import PostshareError
 from sa_models.heads import HeadLayout, unit_view
@@ -69,10 +69,11 @@ def adapt(model: LlamaForCausalLM, recipe: Recipe) -> LlamaForCausalLM:
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
         inject_adapter_in_model(config, model)
-    if section.base != "fp32":
-        for name, parameter in model.named_parameters():
-            if ".lora_" not in name and parameter.is_floating_point():
-                parameter.data = parameter.data.to(torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            parameter.data = parameter.data.float()  # PEFT makes those of 4-bit layers in bf16
+        elif section.base != "fp32":
+            parameter.data = parameter.data.to(torch.bfloat16)  # nf4's too, until they are moved
     return model
 
 
@@ -88,7 +89,7 @@ def check_gpu(recipe: Recipe) -> None:
 # --- what the model computes with -----------------------------------------------------------------
 
 
-def frozen_weight(module: nn.Module) -> Tensor:
+def frozen_weight(module: Any) -> Tensor:
     """The weight below a module's adapter, fp32 (out, in), as the model computes with it."""
     weight: Any = module.base_layer.weight
     return numbers(weight).float()
