@@ -186,6 +186,31 @@ def compare(
     compare(loaded, seeds, None if controls is None else controls.split(","))
 
 
+@app.command(epilog="Example: postshare pack runs/mine/export/adapter small --bytes 25%")
+def pack(
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="Of an export.")],
+    output: Annotated[Path, typer.Argument(metavar="FOLDER", help="Not there yet.")],
+    size: Annotated[
+        str, typer.Option("--bytes", help="Most bytes of the file, or 25% of the adapter's.")
+    ],
+) -> None:
+    """Store a residual's adapter in mixed precision, bits by singular value."""
+    from train.pack_command import pack_folder
+
+    typer.echo(pack_folder(adapter, output, size))
+
+
+@app.command(epilog="Example: postshare unpack small adapter")
+def unpack(
+    packed: Annotated[Path, typer.Argument(metavar="PACKED", help="What pack has written.")],
+    output: Annotated[Path, typer.Argument(metavar="FOLDER", help="Not there yet.")],
+) -> None:
+    """Write a packed adapter as PEFT reads it."""
+    from train.pack_command import unpack_folder
+
+    typer.echo(unpack_folder(packed, output))
+
+
 @app.command(epilog="Example: postshare prepare llama3.2-1b-postshare-30")
 def prepare(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
     """Download and cache model and data, once per node; then HF_HUB_OFFLINE=1 works."""

@@ -20,6 +20,7 @@ from train.known_models import DTYPE_BYTES, LlamaShape, find_shape
 if TYPE_CHECKING:
     from sa_models.plan import SharingPlan
     from sa_models.savings import PlanSavings
+    from train.lora_section import LoraSection
     from train.recipe import Recipe
 
 
@@ -76,8 +77,10 @@ def _facts(recipe: Recipe, shape: LlamaShape, origin: str, gpus: int, accumulati
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_row("model", f"{recipe.model.path}, config from {origin}")
     table.add_row("parameters", count(savings.base_parameters))
-    trained = estimate.trainable_parameters(shape, train.trainable, structure)
+    trained = estimate.trainable_parameters(shape, train.trainable, structure, recipe.lora)
     table.add_row("trained", count(trained if recipe.steps != 0 else 0))
+    if recipe.lora is not None:
+        table.add_row("lora", _lora(recipe.lora))
     for row in _plan_rows(recipe, shape, structure, savings):
         table.add_row(*row)
     if recipe.shares:
@@ -195,6 +198,13 @@ def _training(recipe: Recipe) -> str:
     return f"{steps}, {per_step}, {count(length.tokens)} tokens"
 
 
+def _lora(section: LoraSection) -> str:
+    return (
+        f"adapters of rank {section.rank} on {', '.join(section.targets)}, times "
+        f"{section.scaling:g}; the weights are frozen, in {section.base}"
+    )
+
+
 def _memory(recipe: Recipe, shape: LlamaShape, gpus: int) -> Table:
     now = recipe.train.gradient_checkpointing
     words = {True: "on", False: "off"}
@@ -202,7 +212,8 @@ def _memory(recipe: Recipe, shape: LlamaShape, gpus: int) -> Table:
     if recipe.distill is None:
         names.remove("teacher")  # the last one
     rows = []
-    for stage in estimate.ZERO_STAGES:
+    stages = estimate.ZERO_STAGES if recipe.lora is None else (0,)
+    for stage in stages:
         chosen, other = (
             estimate.memory_per_gpu(
                 shape,
@@ -213,6 +224,7 @@ def _memory(recipe: Recipe, shape: LlamaShape, gpus: int) -> Table:
                 checkpointing=checkpointing,
                 eager=recipe.model.attention == "eager",
                 distill=recipe.distill,
+                lora=recipe.lora,
             )
             for checkpointing in (now, not now)
         )
@@ -230,7 +242,7 @@ def _memory(recipe: Recipe, shape: LlamaShape, gpus: int) -> Table:
     table.add_column("ZeRO")
     for name in (*names, "total", f"total {words[not now]}"):
         table.add_column(name, justify="right")
-    for stage, row in zip(estimate.ZERO_STAGES, rows, strict=True):
+    for stage, row in zip(stages, rows, strict=True):
         table.add_row(str(stage), *(f"{number / factor:,.1f}" for number in row))
     return table
 

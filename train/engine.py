@@ -273,7 +273,8 @@ class Engine(ABC):
             return False
         checksum = torch.zeros((), dtype=torch.int64, device=self.device)
         for index, parameter in enumerate(parameters):
-            values = parameter.detach().contiguous()  # a compact o is stored transposed
+            # A compact o is stored transposed; weights in 4 bits are a column of bytes.
+            values = parameter.detach().contiguous().view(-1)
             # Integer sums wrap and do not depend on their order: equal bits, equal checksum.
             part = (index + 1) * values.view(torch.int16).sum(dtype=torch.int64)
             part += (index + 7) * values.view(torch.uint8).sum(dtype=torch.int64)
@@ -292,10 +293,14 @@ class Engine(ABC):
         return result.item() if number else result
 
 
-def require_fp32(model: nn.Module) -> None:
-    """Refuse parameters in another dtype: bf16 training computes in bf16, and updates fp32."""
+def require_fp32(model: nn.Module, frozen: bool = True) -> None:
+    """Refuse parameters in another dtype: bf16 training computes in bf16, and updates fp32.
+
+    Args:
+        frozen: whether that goes for those too that are not updated.
+    """
     for name, parameter in model.named_parameters():
-        if parameter.dtype != torch.float32:
+        if parameter.dtype != torch.float32 and (frozen or parameter.requires_grad):
             raise PostshareError(
                 f"{name} is {parameter.dtype}; load the model with dtype=torch.float32 "
                 "(train.precision=bf16 computes in bf16 and still updates fp32 weights)"

@@ -26,6 +26,7 @@ from train.structure_sections import check_structure, listed_structure
 if TYPE_CHECKING:
     from train.distill_section import DistillSection
     from train.known_models import LlamaShape
+    from train.lora_section import LoraSection
     from train.recipe import PlanSection, Recipe, TrainSection
 
 ZERO_STAGES = (0, 1, 2, 3)
@@ -148,23 +149,33 @@ def _auto_savings(section: PlanSection, shape: LlamaShape, structure: SharingPla
 
 
 def trainable_parameters(
-    shape: LlamaShape, patterns: tuple[str, ...], structure: SharingPlan | None = None
+    shape: LlamaShape,
+    patterns: tuple[str, ...],
+    structure: SharingPlan | None = None,
+    lora: LoraSection | None = None,
 ) -> int:
-    """Parameters of the model with this structure whose name matches one of the fnmatch `patterns`.
+    """Parameters of the model with this structure whose name matches one of the fnmatch `patterns`;
+    with LoRA those of the adapters.
 
     Without ties: those are made after training.
     """
     structure = structure or SharingPlan()
+    if lora is not None:
+        return lora.parameters(_shapes(shape, structure))
     if "*" in patterns:
         return structure.savings(shape).stored_parameters
+    return sum(
+        math.prod(size)
+        for name, size in _shapes(shape, structure).items()
+        if any(fnmatchcase(name, pattern) for pattern in patterns)
+    )
+
+
+def _shapes(shape: LlamaShape, structure: SharingPlan) -> dict[str, tuple[int, ...]]:
     from sa_models.readers import expanded_shapes
 
     pooled = replace(shape, num_key_value_heads=structure.layout(shape).kv_heads)
-    return sum(
-        math.prod(size)
-        for name, size in expanded_shapes(pooled, structure).items()
-        if any(fnmatchcase(name, pattern) for pattern in patterns)
-    )
+    return expanded_shapes(pooled, structure)
 
 
 @dataclass(frozen=True)
@@ -219,6 +230,7 @@ def memory_per_gpu(
     checkpointing: bool,
     eager: bool = False,
     distill: DistillSection | None = None,
+    lora: LoraSection | None = None,
 ) -> Memory:
     """Memory of one GPU of `gpus` under a ZeRO stage (0: plain data parallel).
 
@@ -227,10 +239,11 @@ def memory_per_gpu(
     updates an fp32 master copy (in fp32 training too): ZeRO-1 divides master copy and moments by
     the number of GPUs, ZeRO-2 the gradients too, ZeRO-3 the weights too. What ZeRO-3 gathers at a
     time is counted as the larger of one layer and one embedding. It is that of the base's own
-    structure, which *continued* trains; spans and fewer KV heads need less.
+    structure, which *continued* trains; spans and fewer KV heads need less. With LoRA the weights
+    are as `lora.base` says, and the rest is that of the adapters; there is no ZeRO then.
     """
     total = llama_parameters(shape)
-    trained = trainable_parameters(shape, train.trainable)
+    trained = trainable_parameters(shape, train.trainable, lora=lora)
     size = 2 if train.precision == "bf16" else 4
     moments = 2 if train.optimizer == "adamw_8bit" else 8
 
@@ -239,6 +252,8 @@ def memory_per_gpu(
 
     plain = 6 if size == 2 else 4
     weights = plain * total if stage == 0 else share(size * total, 3)
+    if lora is not None:
+        weights = lora.model_bytes(_shapes(shape, SharingPlan()), size) + plain * trained
     if stage == 3 and gpus > 1:
         embeddings = shape.vocab_size * shape.hidden_size
         matrices = 1 if shape.tie_word_embeddings else 2
@@ -283,10 +298,12 @@ def teacher_memory(
     return held + tokens * max(2, size) * (shape.vocab_size + features)
 
 
-def checkpoint_bytes(shape: LlamaShape, train: TrainSection) -> int:
+def checkpoint_bytes(
+    shape: LlamaShape, train: TrainSection, lora: LoraSection | None = None
+) -> int:
     """Bytes of one checkpoint, the same on every backend: fp32 weights and moments of what is
     trained. Spans and fewer KV heads need less."""
-    trained = trainable_parameters(shape, train.trainable)
+    trained = trainable_parameters(shape, train.trainable, lora=lora)
     return (6 if train.optimizer == "adamw_8bit" else 12) * trained
 
 
@@ -326,7 +343,7 @@ def disk_space(recipe: Recipe, shape: LlamaShape) -> Disk:
         exports += savings.dense_parameters * element
     own = (train.steps != 0) + (recipe.materialize.heal_steps > 0)
     trainings = own + (own > 0 and recipe.evaluate.continued and recipe.shares)
-    checkpoint = checkpoint_bytes(shape, train) if trainings else 0
+    checkpoint = checkpoint_bytes(shape, train, recipe.lora) if trainings else 0
     # Without checkpoint_every one is written when the run is stopped, and no other.
     kept = train.keep_checkpoints * trainings + 1 if train.checkpoint_every else 1
     # Of a merge on text, and of the first factors, whole fp32 weights are written as well.
@@ -354,7 +371,13 @@ class Traffic:
     weights: int
 
 
-def step_traffic(shape: LlamaShape, train: TrainSection, stage: int, world: int) -> Traffic:
+def step_traffic(
+    shape: LlamaShape,
+    train: TrainSection,
+    stage: int,
+    world: int,
+    lora: LoraSection | None = None,
+) -> Traffic:
     """What gradients and weights cost on the wire; gradients travel in fp32.
 
     A ring all-reduce sends 2 (n - 1) / n of the size, a reduce-scatter or an all-gather half of
@@ -362,7 +385,7 @@ def step_traffic(shape: LlamaShape, train: TrainSection, stage: int, world: int)
     gather the updated weights, ZeRO-3 gathers them for every forward and every backward.
     """
     total = llama_parameters(shape)
-    trained = trainable_parameters(shape, train.trainable)
+    trained = trainable_parameters(shape, train.trainable, lora=lora)
     size = 2 if train.precision == "bf16" else 4
     half = (world - 1) / world
     passes = train.accumulation(world)

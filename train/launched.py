@@ -61,6 +61,12 @@ def check_launch(recipe: Recipe, stage: int | None) -> None:
         )
     if launched_fsdp():
         check_fsdp()
+    if recipe.lora is not None and (launched_fsdp() or stage is not None):
+        raise PostshareError(
+            "lora trains adapters that every process holds whole, and the launch asks for "
+            + ("FSDP2" if launched_fsdp() else f"ZeRO-{stage}")
+            + "; launch with launch/accelerate/ddp.yaml, or remove lora"
+        )
     if stage is None:
         return
     if stage not in (0, 1, 2, 3):

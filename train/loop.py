@@ -39,6 +39,7 @@ from train.engine import Engine, start
 from train.evaluate import perplexity
 from train.health import Health
 from train.interrupt import StopSignal, TrainingStopped
+from train.lora_penalty import LoraPenalty
 from train.objective import Lessons, Objective
 from train.optimizer import build_optimizer, learning_rate_factor, select_trainable
 from train.outcome import TrainResult, begin, finish, finished, identity
@@ -69,8 +70,8 @@ class TrainJob:
         source: the same model in files, for an engine that loads it tensor by tensor (`streams`);
             None: it lies in none, and `load` makes it whole.
         plan: the ties that the penalty pulls together; None: no penalty.
-        trainable: patterns of the parameters that train, where the model has residuals; None: the
-            recipe's `train.trainable`.
+        trainable: patterns of the parameters that train, where the model has residuals or adapters;
+            None: the recipe's `train.trainable`.
         validation_blocks: for `train.evaluate_every`; None: no evaluation.
         folder: metrics.jsonl, checkpoints/ and, at the end, weights/ go here.
     """
@@ -146,7 +147,7 @@ def _train(
         layout = HeadLayout.from_config(job.model.config)
         lm_weight, penalty_weight = recipe.penalty.weights
         if recipe.penalty.mode == "coupled":
-            penalty = Penalty(job.plan, layout, recipe.penalty.kind, recipe.penalty.projections)
+            penalty = penalty_of(job, recipe, layout)
         else:
             pull = Pull(job.plan, layout, recipe.penalty)
     objective = Objective(engine, job.model, recipe, lm_weight, lessons)
@@ -283,10 +284,17 @@ def _train(
         checkpoints.wait()
         watch.note("writing the weights", limited=False)
         result = TrainResult(at.step, at.tokens, at.seconds, job.folder / "weights")
-        return finish(job.folder, engine, job.model, recipe.export.shard_bytes, result)
+        return finish(job.folder, engine, job.model, recipe, result)
 
 
 # --- the parts of a step --------------------------------------------------------------------------
+
+
+def penalty_of(job: TrainJob, recipe: Recipe, layout: HeadLayout) -> Penalty:
+    """On the weights that train, or on what adapters make of those that do not."""
+    assert job.plan is not None
+    options = (job.plan, layout, recipe.penalty.kind, recipe.penalty.projections)
+    return Penalty(*options) if recipe.lora is None else LoraPenalty(job.model, *options)
 
 
 def read_ahead(blocks: Blocks, samples: PositionSampler, depth: int) -> Generator[Batch]:

@@ -24,6 +24,7 @@ from sa_models.weights import ShardWriter
 from train.checkpoint import steps_in
 from train.files import rename_into_place, write_json
 from train.identity import refuse_other_run
+from train.lora import merged
 from train.shared_folder import require_shared
 
 if TYPE_CHECKING:
@@ -80,12 +81,15 @@ def identity(job: TrainJob, recipe: Recipe) -> dict[str, Any]:
         "data": recipe.data.model_dump(mode="json", exclude={"processes"}),
         "train": recipe.train.model_dump(mode="json", exclude=FREE_TRAIN),
         "distill": recipe.distill and recipe.distill.model_dump(mode="json"),
-        **(_residual(recipe) if job.trainable is not None else {}),
+        **(_adapters(recipe) if job.trainable is not None else {}),
     }
 
 
-def _residual(recipe: Recipe) -> dict[str, Any]:
-    """Of a training with residuals alone: that of another one is what it was before there were."""
+def _adapters(recipe: Recipe) -> dict[str, Any]:
+    """Of a training with residuals or LoRA: that of another one is what it was before there were
+    any. No training has both."""
+    if recipe.lora is not None:
+        return {"lora": recipe.lora.model_dump(mode="json")}
     return {"residual": recipe.residual and recipe.residual.model_dump(mode="json")}
 
 
@@ -136,14 +140,14 @@ def begin(folder: Path, ours: dict[str, Any], engine: Engine) -> None:
 
 
 def finish(
-    folder: Path, engine: Engine, model: Any, max_shard_bytes: int, result: TrainResult
+    folder: Path, engine: Engine, model: Any, recipe: Recipe, result: TrainResult
 ) -> TrainResult:
     """Write the weights, then the result. A collective.
 
     Raises:
         PostshareError: the weights could not be written; nothing half written stays.
     """
-    write_weights(result.weights, engine, model, max_shard_bytes)
+    write_weights(result.weights, engine, model, recipe)
     if engine.is_main:
         counts = asdict(result)
         del counts["weights"]
@@ -152,8 +156,11 @@ def finish(
     return result
 
 
-def write_weights(folder: Path, engine: Engine, model: Any, max_shard_bytes: int) -> None:
-    """Write an HF folder from the fp32 master weights, parameter by parameter."""
+def write_weights(folder: Path, engine: Engine, model: Any, recipe: Recipe) -> None:
+    """Write an HF folder from the fp32 master weights, parameter by parameter; LoRA is merged."""
+    weights = engine.full_weights()
+    if recipe.lora is not None:
+        weights = merged(weights, recipe.lora)
     beside = folder.with_name(folder.name + ".tmp")
     error: Exception | None = None
     writer: ShardWriter | None = None
@@ -167,11 +174,11 @@ def write_weights(folder: Path, engine: Engine, model: Any, max_shard_bytes: int
             config.save_pretrained(beside)
             if model.generation_config is not None:
                 model.generation_config.save_pretrained(beside)
-            writer = ShardWriter(beside, max_shard_bytes)
+            writer = ShardWriter(beside, recipe.export.shard_bytes)
         except OSError as caught:
             error = caught
     # Every rank runs this to its end, whatever happens to the main one's disk: it is a collective.
-    for name, tensor in engine.full_weights():
+    for name, tensor in weights:
         if writer is not None and error is None:
             try:
                 if (at := file_name(name)) is not None:

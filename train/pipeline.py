@@ -27,6 +27,8 @@ from train.basis import basis_savings, basis_weights, factors_folder, load_first
 from train.data import Blocks
 from train.files import write_json
 from train.loop import TrainJob, TrainResult, train
+from train.lora import TRAINABLE as ADAPTERS
+from train.lora import adapt, report_merged
 from train.materializing import (
     merge_on_text,
     merged_folder,
@@ -140,6 +142,7 @@ def post_train(current: Run) -> None:
         return
     elif current.shares:
         train_one(current, "post", current.folder, current.plan)
+        report_merged(current, base_of(current), current.folder / "weights")
     else:
         train_one(current, "pretrain" if current.base is None else "post", current.folder, None)
 
@@ -151,7 +154,11 @@ def train_one(
     training, validation = current.blocks
     job = TrainJob(
         name=name,
-        load=lambda: convert(load_base(current.recipe), plan or SharingPlan(), current.leaders),
+        load=lambda: adapt(
+            convert(load_base(current.recipe), plan or SharingPlan(), current.leaders),
+            current.recipe,
+        ),
+        trainable=None if current.recipe.lora is None else ADAPTERS,
         source=lambda: base_source(current.recipe.model, plan or SharingPlan(), current.leaders),
         plan=plan,
         train_blocks=training,

@@ -13,6 +13,7 @@ from torch import nn
 
 from sa_models.errors import PostshareError
 from train.engine import Engine, Shard, chosen, require_fp32
+from train.four_bits import numbers
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -76,10 +77,11 @@ class PlainEngine(Engine):
             },
         )
         self._autocast = train.precision == "bf16"
+        self._lora = recipe.lora is not None  # whose frozen weights are what lora.base says
         self._clip_norm = float("inf") if train.clip_norm is None else train.clip_norm
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        require_fp32(model)
+        require_fp32(model, frozen=not self._lora)
         if self._autocast:
             autocast_forward(model, self.device)
         self.model = self.accelerator.prepare_model(model)
@@ -117,7 +119,7 @@ class PlainEngine(Engine):
 
     def full_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name, parameter in self.accelerator.unwrap_model(self.model).named_parameters():
-            yield name, parameter.detach().to("cpu", torch.float32)
+            yield name, numbers(parameter).to("cpu", torch.float32)
 
     def restored(self) -> None:
         """Nothing to do: the parameters are the masters."""

@@ -16,6 +16,7 @@ from pydantic import Field, ValidationError, model_validator
 from sa_models.errors import PostshareError
 from train.basis_section import BasisSection, check_basis
 from train.distill_section import DistillSection, check_distill
+from train.lora_section import LoraSection, check_lora
 from train.penalty_modes import disagreement
 from train.plan_section import Budget, PlanSection
 from train.recovery import Recovery, written_out
@@ -47,6 +48,7 @@ __all__ = [
     "EvaluateSection",
     "ExportSection",
     "HeadsSection",
+    "LoraSection",
     "MaterializeSection",
     "ModelSection",
     "PenaltySection",
@@ -85,6 +87,8 @@ class Recipe(Section):
     """How quality comes back, in short: default (reconstruct, heal, distill), paper (penalty), or a
     list of steps. The resolved recipe has the sections it stands for instead."""
     train: TrainSection
+    lora: LoraSection | None = None
+    """Adapters that train instead of the weights, for one small GPU; merged when training ends."""
     distill: DistillSection | None = None
     """Learning from a frozen teacher, the unshared model, in every training of the run."""
     materialize: MaterializeSection = MaterializeSection()
@@ -132,6 +136,7 @@ class Recipe(Section):
         check_distill(self)
         check_basis(self)
         check_residual(self)
+        check_lora(self)
         return self
 
     def _nothing_to_materialize(self) -> None:

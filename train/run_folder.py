@@ -26,6 +26,7 @@ from train import engine as engines
 from train.base_model import base_folder, fresh_config
 from train.data import Blocks, prepare_data
 from train.identity import refuse_other_run
+from train.lora import check_gpu
 from train.loss_planning import SEARCH_OUTPUTS
 from train.outcome import FREE_TRAIN
 from train.planning import SIMILARITY_PICTURE, TIES_PICTURE, check_plan
@@ -211,6 +212,8 @@ def begin(recipe: Recipe, needs_data: bool = True, trains: bool = False) -> Run:
     """
     logging.disable_progress_bar()  # transformers' own bars would tear ours
     current = Run(recipe, engines.start(recipe))
+    if trains:
+        check_gpu(recipe)
     current.on_main(lambda: check_wandb(recipe.wandb))
     if current.base is not None:
         current.on_main(lambda: check_plan(recipe, WeightsFolder(base_of(current))))

@@ -24,6 +24,8 @@ from sa_models.residual import Pair, residual_shapes
 from sa_models.spans import AttentionSpan
 from sa_models.weights import llama_shapes
 from train.engine import Engine
+from train.lora import adapt
+from train.lora_penalty import LoraPenalty
 from train.objective import Lessons, Objective
 from train.pulling import Pull
 from train.recipe import PenaltySection, Recipe, validate
@@ -123,6 +125,7 @@ class Setting:
         residual: with residuals of rank 3 on tied units, trained too, or alone.
         accumulation: micro-batches per step and rank.
         trainable: a prefix of parameter names.
+        lora: ranks of adapters that train alone; 0: none.
         distill: the recipe's section, with :func:`teacher_folder` as the teacher.
         pull: the penalty's section, where it moves the weights after the step.
     """
@@ -130,6 +133,7 @@ class Setting:
     model: str = "ties"
     heal: bool = False
     residual: Literal["", "both", "alone"] = ""
+    lora: int = 0
     kind: str = "l2"
     clip_norm: float | None = 0.5
     accumulation: int = 1
@@ -164,8 +168,12 @@ class Setting:
                     "precision": self.precision,
                 },
                 **({"distill": self._distill()} if self.distill else {}),
+                **({"lora": self._lora()} if self.lora else {}),
             }
         )
+
+    def _lora(self) -> dict[str, Any]:
+        return {"rank": self.lora, "base": "bf16" if self.precision == "bf16" else "fp32"}
 
     def _distill(self) -> dict[str, Any]:
         return {**dict(self.distill), "teacher": str(teacher_folder(self.model))}
@@ -204,9 +212,13 @@ def build(setting: Setting) -> tuple[LlamaForCausalLM, torch.optim.Optimizer]:
             model,
             {w: Pair(torch.randn(3, i) / 9, torch.randn(o, 3) / 9) for w, (o, i) in shapes.items()},
         )
+    if setting.lora:
+        adapt(model, setting.recipe())
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.contiguous()
-        trained = ".lora_" in name or setting.residual != "alone"
+        if setting.lora and ".lora_B." in name:
+            parameter.data.uniform_(-0.1, 0.1)
+        trained = ".lora_" in name or (setting.residual != "alone" and not setting.lora)
         parameter.requires_grad_(trained and name.startswith((setting.trainable, "lm_head")))
     if setting.checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
@@ -227,7 +239,9 @@ def train(engine: Engine, setting: Setting, first: int = 0, last: int | None = N
     if setting.pull is not None:
         pull = Pull(setting.plan, layout, setting.pull)
     elif setting.plan.ties and not setting.heal:
-        penalty = Penalty(setting.plan, layout, setting.kind)
+        options = (setting.plan, layout, setting.kind)
+        inner = engine.accelerator.unwrap_model(engine.model)
+        penalty = LoraPenalty(inner, *options) if setting.lora else Penalty(*options)
     recipe = setting.recipe()
     lessons = Lessons(recipe, engine, None, 0) if recipe.distill else None  # type: ignore[arg-type]
     model = engine.accelerator.unwrap_model(engine.model)

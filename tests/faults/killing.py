@@ -60,6 +60,19 @@ WAYS = {
     "distill": Way((_LONG, "distill.top_k=7", "distill.hidden_weight=0.1")),
     "distill cached": Way((_LONG, "distill.top_k=7", "distill.cache=true")),
     "heal": Way(("train.steps=6", f"materialize.heal_steps={STEPS}"), "heal"),
+    "residual": Way(
+        ("train.steps=6", f"materialize.heal_steps={STEPS}", "residual.rank=4"), "heal"
+    ),
+    "residual alone": Way(
+        (
+            "train.steps=0",
+            f"materialize.heal_steps={STEPS}",
+            "residual.rank=4",
+            "residual.train=residual",
+        ),
+        "heal",
+    ),
+    "lora": Way((_LONG, "lora.rank=4")),
 }
 
 LIMIT = 600.0
@@ -236,12 +249,16 @@ def killed(
 
 
 def largest_difference(folder: Path, reference: Path) -> float:
-    """Norm of the difference over the norm, of the worst tensor; 0.0 means bitwise equal."""
+    """Norm of the difference over the norm, of the worst tensor; 0.0 means bitwise equal.
+
+    With residuals theirs too, which lie in a folder of their own.
+    """
     worst = 0.0
-    files = sorted((reference / "weights").glob("*.safetensors"))
+    files = sorted((reference / "weights").rglob("*.safetensors"))
     assert files
     for file in files:
-        theirs, mine = load_file(file), load_file(folder / "weights" / file.name)
+        theirs = load_file(file)
+        mine = load_file(folder / file.relative_to(reference))
         assert theirs.keys() == mine.keys()
         for name, value in theirs.items():
             if not mine[name].equal(value):

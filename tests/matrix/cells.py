@@ -47,6 +47,11 @@ CELLS |= {
     "residual alone": Setting(model="removed", heal=True, residual="alone", clip_norm=0.01),
     "residual recomputed": Setting(model="both", heal=True, residual="both", checkpointing=True),
 }
+# Adapters that train alone, pulled through the weights that they make; on one process and DDP.
+CELLS |= {
+    "lora": Setting(lora=3, accumulation=4, clip_norm=0.2),
+    "bf16 lora": Setting(model="both", lora=3, precision="bf16", clip_norm=None),
+}
 # A teacher beside the student, whole or sharded as the student is.
 CELLS |= {
     "distill x1 clipped": Setting(distill=(("weight", 0.8), ("temperature", 2.0))),
@@ -89,7 +94,15 @@ _GRID = (
 )
 _MOVED = ("decoupled x1 clipped", "bf16 decoupled")
 SUBSET: dict[tuple[str, int], tuple[str, ...]] = {
-    ("ddp", 2): (*_GRID[0], "heal x1 clipped", "residual", "distill x4 free", "decoupled x4 free"),
+    ("ddp", 2): (
+        *_GRID[0],
+        "heal x1 clipped",
+        "residual",
+        "lora",
+        "bf16 lora",
+        "distill x4 free",
+        "decoupled x4 free",
+    ),
     ("zero0", 2): (*_GRID[1], "bf16 ties x1"),
     ("zero1", 2): (*_GRID[0], "bf16 penalty", "heal x4 free", "residual alone", *_MOVED),
     ("zero2", 2): (*_GRID[1], "bf16 penalty", "progressive x4 clipped"),
@@ -126,6 +139,7 @@ RESUMED = (
     "decoupled x1 clipped",
     "bf16 progressive",
     "residual",
+    "lora",
 )
 """Also stopped after a step, carried through the shards' state into another engine, and ended."""
 

@@ -22,7 +22,7 @@ def pytest_terminal_summary(config: pytest.Config) -> None:
     if not found:
         return
     table = Table(title="Against one process: largest relative difference (bf16 cells in brackets)")
-    for heading in ("backend", "processes", "cells"):
+    for heading in ("backend", "processes", "cells", "refused"):
         table.add_column(heading)
     for quantity in FP32:
         table.add_column(f"{quantity}\n<= {FP32[quantity]:g} ({BF16[quantity]:g})")
@@ -32,6 +32,7 @@ def pytest_terminal_summary(config: pytest.Config) -> None:
             backend,
             str(processes),
             f"{len(outcome.passed)} of {total}",
+            str(len(outcome.refused) or ""),
             *(f"{outcome.worst.get(q, 0):.1e} ({outcome.bf16.get(q, 0):.1e})" for q in FP32),
         )
     Console(width=150).print(table)

@@ -111,6 +111,7 @@ def memory_needed(
         checkpointing=section.gradient_checkpointing,
         eager=recipe.model.attention == "eager",
         distill=recipe.distill,
+        lora=recipe.lora,
     )
     return memory.total - (memory.optimizer if offload.optimizer else 0)
 
@@ -120,25 +121,26 @@ def what_fits(s: Situation, limit: int) -> str:
     assert s.recipe is not None
     assert s.shape is not None
     stage = s.sharding
+    spreads = s.world > 1 and s.recipe.lora is None  # adapters are whole on every GPU
     small: dict[str, Any] = {"gradient_checkpointing": True}
     steps: list[tuple[str, int, dict[str, Any]]] = [
         ("set train.gradient_checkpointing=true", stage, small),
         *(
             (f"launch/accelerate/zero{z}.yaml and train.gradient_checkpointing=true", z, small)
             for z in (1, 2, 3)
-            if z > stage and s.world > 1
+            if z > stage and spreads
         ),
         (
             "train.micro_batch_size=1, train.gradient_checkpointing=true"
-            + (" and launch/accelerate/zero3.yaml" if s.world > 1 else ""),
-            3 if s.world > 1 else stage,
+            + (" and launch/accelerate/zero3.yaml" if spreads else ""),
+            3 if spreads else stage,
             {**small, "micro_batch_size": 1},
         ),
     ]
     for cure, z, changes in steps:
         if memory_needed(s.recipe, s.shape, z, s.world, **changes) <= limit:
             return cure if cure.startswith("set") else f"set or use {cure}"
-    for gpus in (2**n for n in range(1, 11)):
+    for gpus in (2**n for n in range(1, 11) if s.recipe.lora is None):
         if (
             gpus > s.world
             and memory_needed(s.recipe, s.shape, 3, gpus, **small, micro_batch_size=1) <= limit

@@ -28,12 +28,14 @@ def resolve(name: str, overrides: Sequence[str]) -> tuple[Recipe | None, list[Fi
 
 def check_start(recipe: Recipe, world: int) -> Iterator[Finding]:
     """What a run of the recipe refuses before it starts: launch settings, batch, folder, wandb."""
+    from train.lora import check_gpu
     from train.run_folder import check_folder
     from train.tracking import check_wandb
 
     refusals: tuple[tuple[str, Callable[[], object]], ...] = (
         ("launch", lambda: engine.check_launch(recipe, engine.launched_stage())),
         ("launch", lambda: recipe.train.accumulation(world)),
+        ("lora", lambda: check_gpu(recipe)),
         ("run folder", lambda: limited(lambda: check_folder(recipe), LIMIT)),
         ("wandb", lambda: check_wandb(recipe.wandb)),
     )

@@ -156,7 +156,9 @@ def check_bandwidth(s: Situation) -> Iterator[Finding]:
     said = f"all-reduce of {listed}: {size(best)}/s over each link"
     if s.recipe is not None and s.shape is not None and s.recipe.train.steps != 0:
         try:
-            traffic = estimate.step_traffic(s.shape, s.recipe.train, s.sharding, s.world)
+            traffic = estimate.step_traffic(
+                s.shape, s.recipe.train, s.sharding, s.world, s.recipe.lora
+            )
         except PostshareError:  # the batch does not divide: `launch` says so
             pass
         else:
