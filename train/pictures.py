@@ -230,3 +230,39 @@ def draw_isotropy(axes: Axes, values: torch.Tensor, spans: Sequence[Span]) -> Ax
     axes.set_xlabel("layer")
     axes.set_facecolor("0.92")
     return image
+
+
+@rc_context(FILE_STYLE)
+def save_sensitivity(
+    units: torch.Tensor, layers: Sequence[float], layout: HeadLayout, path: Path
+) -> None:
+    """Rise of the loss without each unit, (layers, units), and each layer, as PNG and SVG.
+
+    Args:
+        units: nan where a unit has not been measured.
+    """
+    figure = Figure(figsize=(WIDTH, 4.9), layout="constrained")
+    axes, bars = figure.subplots(1, 2, sharey=True, width_ratios=(2.4, 1))
+    finite = units[units.isfinite()]
+    limit = float(finite.abs().max()) if finite.numel() else 1.0
+    image = axes.imshow(
+        units.numpy(),
+        origin="lower",
+        aspect="auto",
+        cmap=DIVERGING,
+        vmin=-limit,
+        vmax=limit,
+        interpolation="nearest",
+    )
+    axes.set_facecolor(PALE)
+    axes.set_xticks(range(0, layout.units, max(1, layout.units // 8)))
+    axes.set_yticks(range(0, layout.layers, max(1, layout.layers // 16)))
+    axes.set_xlabel("head" if layout.heads_per_unit == 1 else "KV group")
+    axes.set_ylabel("layer")
+    axes.set_title("one head (estimated)")
+    bars.barh(range(layout.layers), layers, color=BLUE)
+    bars.axvline(0, color=DARK_GREY, linewidth=0.8)
+    bars.set_title("the layer (measured)")
+    figure.suptitle("Rise of the loss, nats per token, without")
+    figure.colorbar(image, ax=axes, location="bottom", shrink=0.9)
+    save(figure, path)
