@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
+from train.completion import complete_override, complete_recipe
 from train.exit_codes import ExitCode
 from train.interrupt import Interrupted, TrainingStopped, exit_code, watching
 
@@ -19,17 +20,25 @@ app = typer.Typer(
     name="postshare",
     help="Post-train a Llama so that its attention heads can be shared; ship the smaller model.",
     epilog="First: postshare run demo   (the whole pipeline on a small model, minutes on a CPU)",
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
 
 RecipeArgument = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="A .yaml file, or a shipped recipe's name.")
+    str,
+    typer.Argument(
+        metavar="RECIPE",
+        help="A .yaml file, or a shipped recipe's name.",
+        autocompletion=complete_recipe,
+    ),
 ]
 OverridesArgument = Annotated[
     list[str] | None,
-    typer.Argument(metavar="KEY=VALUE", help="Overrides, such as train.steps=100."),
+    typer.Argument(
+        metavar="KEY=VALUE",
+        help="Overrides, such as train.steps=100.",
+        autocompletion=complete_override,
+    ),
 ]
 
 
