@@ -107,7 +107,7 @@ def score_section(score: str) -> PlanSection:
     known = PlanSection.model_fields["score"].annotation.__args__  # type: ignore[union-attr]
     if score not in known:
         raise PostshareError(f"--score {score}: unknown; use one of {', '.join(known)}")
-    return PlanSection(score=score, budget=Budget(ratio=0.5))
+    return PlanSection(score=score, budget=Budget(ratio=0.5))  # type: ignore[arg-type]
 
 
 def layer_rises(

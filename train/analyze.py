@@ -130,8 +130,8 @@ def _folder_name(argument: str) -> str:
 
 def table(found: Analysis) -> Table:
     """One row a layer."""
-    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    columns = ["layer", "isotropy", "no sink", "most like", "best pair"]
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
+    columns = ["layer", "isotropy", "no sink", "most like", "best"]
     if found.chances is not None:
         columns.append("chance")
     if found.layers is not None:
@@ -184,7 +184,7 @@ def notes(found: Analysis, facts: dict[str, Any]) -> list[str]:
         f"{facts['block_tokens']} tokens",
         "isotropy  cosine of the attention maps with the layer below, and with the most like "
         "earlier layer",
-        f"best pair each head's highest {facts['score']} with one of an earlier layer, mean",
+        f"best      each head's highest {facts['score']} with one of an earlier layer, mean",
     ]
     if found.chances is not None:
         lines.append(f"chance    {found.chances.line.removeprefix('chance: ')}")
