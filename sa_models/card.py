@@ -85,7 +85,8 @@ def model_card(manifest: Mapping[str, Any]) -> str:
 def _front_matter(base: str | None, library: str) -> str:
     lines = ["---", f"library_name: {library}", "pipeline_tag: text-generation"]
     lines += ["tags:", "- llama", "- postshare"]
-    if base:
+    # The hub refuses a card whose base_model is no name of its own.
+    if base and base.count("/") == 1 and not base.startswith(("/", ".", "~")):
         lines.append(f"base_model: {json.dumps(base)}")
     return "\n".join([*lines, "---\n"])
 

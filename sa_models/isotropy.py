@@ -27,6 +27,7 @@ import torch
 
 from .errors import PostshareError
 from .heads import HeadLayout
+from .plan import Unit
 from .similarity import TIE_TOLERANCE, Progress
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ def measure_isotropy(
     model: PreTrainedModel,
     batches: Iterable[Mapping[str, torch.Tensor]],
     progress: Progress | None = None,
+    removed: Iterable[Unit] = (),
 ) -> Isotropy:
     """The isotropy of every two layers of a model on calibration text.
 
@@ -63,14 +65,19 @@ def measure_isotropy(
         batches: blocks without padding, ``{"input_ids": int64 (batch, length)}``; with document
             masks also ``"position_ids"``, which restart at every document. Other keys are ignored.
         progress: called with (done, total) after every block.
+        removed: (layer, unit) of heads that are there as zeros: their maps count for no pair.
 
     Raises:
         PostshareError: no block of three tokens, padding, or a map that is not finite.
     """
     maps, without_sink = _RowCosines(), _RowCosines()
+    group = HeadLayout.from_config(model.config).heads_per_unit
+    left_out = [(layer, slice(unit * group, (unit + 1) * group)) for layer, unit in removed]
 
     def visit(attentions: Maps, keys: torch.Tensor) -> None:
         for chunk, visible in _row_chunks(attentions, keys):
+            for layer, heads_of_unit in left_out:
+                chunk[layer, heads_of_unit] = 0.0  # as any row without weight: not counted
             # (layers, heads, rows, keys) -> (layers, heads * rows, keys)
             heads = chunk.shape[1]
             maps.add(chunk.flatten(1, 2), (visible > 1).repeat(heads))

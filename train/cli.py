@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
+from train.completion import complete_override, complete_recipe
 from train.exit_codes import ExitCode
 from train.interrupt import Interrupted, TrainingStopped, exit_code, watching
 
@@ -19,17 +20,25 @@ app = typer.Typer(
     name="postshare",
     help="Post-train a Llama so that its attention heads can be shared; ship the smaller model.",
     epilog="First: postshare run demo   (the whole pipeline on a small model, minutes on a CPU)",
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
 
 RecipeArgument = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="A .yaml file, or a shipped recipe's name.")
+    str,
+    typer.Argument(
+        metavar="RECIPE",
+        help="A .yaml file, or a shipped recipe's name.",
+        autocompletion=complete_recipe,
+    ),
 ]
 OverridesArgument = Annotated[
     list[str] | None,
-    typer.Argument(metavar="KEY=VALUE", help="Overrides, such as train.steps=100."),
+    typer.Argument(
+        metavar="KEY=VALUE",
+        help="Overrides, such as train.steps=100.",
+        autocompletion=complete_override,
+    ),
 ]
 
 
@@ -167,6 +176,67 @@ def report(
     from train.report import write_report
 
     typer.echo(f"report    {write_report(runs, output)}")
+
+
+@app.command(epilog="Example: postshare analyze demo-base --text stdlib --sensitivity")
+def analyze(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="A hub name, a dense or compact model folder, or a run folder."
+        ),
+    ],
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            help="Text to measure on: .txt, .jsonl; stdlib: the demo's "
+            "(default: what a run held out)."
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder to write (default: analysis/MODEL).")
+    ] = None,
+    blocks: Annotated[
+        int | None,
+        typer.Option(min=1, help="Blocks of text, the first ones (default: 16, or what there is)."),
+    ] = None,
+    context: Annotated[
+        int | None, typer.Option(min=3, help="Tokens of a block (default: 512, if they fit).")
+    ] = None,
+    score: Annotated[
+        str, typer.Option(help="Similarity of two heads, as plan.score (docs/scores.md).")
+    ] = "qk",
+    sensitivity: Annotated[
+        bool, typer.Option("--sensitivity", help="Also the loss without each head and layer.")
+    ] = False,
+    device: Annotated[
+        str | None, typer.Option(help="Such as cpu or cuda:1 (default: a GPU if there is one).")
+    ] = None,
+) -> None:
+    """Isotropy and similarity of any Llama, without training: a table, JSON, pictures."""
+    from train.analyze import Options
+    from train.analyze import analyze as run_analysis
+
+    options = Options(text, output, blocks, context, score, sensitivity, device)
+    run_analysis(model, options)
+
+
+@app.command(epilog="Example: postshare push runs/demo/export/compact me/small-llama --dry-run")
+def push(
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="An export (or a run: its compact export).")
+    ],
+    repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="Such as me/small-llama.")],
+    private: Annotated[bool, typer.Option("--private", help="Make a private repository.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Verify and list what would be uploaded; needs no network."),
+    ] = False,
+) -> None:
+    """Upload an export and its model card to the hub, once every hash is that of its manifest."""
+    from train.push import push as upload
+
+    upload(folder, repo_id, private, dry_run)
 
 
 @app.command(epilog="Example: postshare compare demo --seeds 3")

@@ -7,11 +7,12 @@ a difference is judged by its own spread and not by that of each side (a paired 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,9 @@ from rich import box
 from rich.table import Table
 
 from train.evaluate import BlockLosses
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 COMPARISON_FILE = "comparison.json"
 DRAWS = 2000
@@ -155,30 +159,42 @@ def as_json(entries: Sequence[Entry], reference: str) -> list[dict[str, Any]]:
 
 
 def save_picture(entries: Sequence[Entry], reference: str, path: Path) -> None:
-    """Quality against bytes and the Pareto front, as a PNG.
+    """Quality against bytes and the Pareto front, as PNG and SVG.
 
     Bars are 95 % intervals of the difference from the entry named `reference`.
     """
+    from matplotlib import rc_context
+
+    from train.figures import FILE_STYLE, save
+
+    with rc_context(FILE_STYLE):
+        save(_draw(entries, reference), path)
+
+
+def _draw(entries: Sequence[Entry], reference: str) -> Figure:
     from matplotlib.figure import Figure
 
-    from train.pictures import save
+    from train.figures import DARK_GREY, MUTED, SERIES, SMALL, WIDTH
 
     against = next(entry for entry in entries if entry.name == reference)
     sized = [entry for entry in entries if entry.bytes is not None]
     points = np.array([[(entry.bytes or 0) / 1e6, entry.perplexity] for entry in sized])
-    figure = Figure(figsize=(7.6, 5.2), dpi=140, layout="constrained")
+    figure = Figure(figsize=(WIDTH, 4.6), layout="constrained")
     axes = figure.add_subplot()
     front = points[pareto(points)]
-    axes.step(front[:, 0], front[:, 1], where="post", color="0.6", linewidth=1.2, label="Pareto")
-    for entry, (size, value) in zip(sized, points, strict=True):
+    axes.step(front[:, 0], front[:, 1], where="post", color=MUTED, linewidth=1.2, label="Pareto")
+    colors = itertools.cycle(SERIES)
+    for entry, (size, value), color in zip(sized, points, colors, strict=False):
         if entry is not against:
             low, high = (math.exp(against.loss + bound) for bound in interval(entry, against))
-            axes.plot([size, size], [low, high], color="0.55", linewidth=1.4, zorder=2)
-        axes.plot(size, value, marker="o", markersize=7, zorder=3)
-        axes.annotate(entry.name, (size, value), xytext=(7, 4), textcoords="offset points", size=9)
+            axes.plot([size, size], [low, high], color=DARK_GREY, linewidth=1.4, zorder=2)
+        axes.plot(size, value, color=color, marker="o", markersize=7, zorder=3)
+        axes.annotate(
+            entry.name, (size, value), xytext=(7, 4), textcoords="offset points", size=SMALL
+        )
     axes.margins(x=0.16, y=0.12)
     axes.set_xlabel("megabytes of weights")
     axes.set_ylabel("perplexity on held-out text")
-    axes.set_title(f"Quality against bytes at equal tokens (bars: 95 % against {reference})")
-    axes.legend(frameon=False)
-    save(figure, path)
+    axes.set_title(f"Quality against bytes at equal tokens\n(bars: 95 % against {reference})")
+    axes.legend()
+    return figure

@@ -53,8 +53,13 @@ def save_json(path: Path, scores: Mapping[str, Sequence[Score]], facts: Mapping[
     Args:
         facts: device, dtype, torch, how many results were cached and computed.
     """
+    write_json(path, {"version": 1, **facts, "models": as_models(scores)})
+
+
+def as_models(scores: Mapping[str, Sequence[Score]]) -> list[dict[str, Any]]:
+    """For each model its name and scores, with their change from the first model's."""
     reference = next(iter(scores.values()))
-    models = [
+    return [
         {
             "name": name,
             "scores": [
@@ -64,7 +69,6 @@ def save_json(path: Path, scores: Mapping[str, Sequence[Score]], facts: Mapping[
         }
         for at, (name, own) in enumerate(scores.items())
     ]
-    write_json(path, {"version": 1, **facts, "models": models})
 
 
 def _title(score: Score) -> str:

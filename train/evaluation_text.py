@@ -11,7 +11,7 @@ from sa_models.errors import PostshareError
 from train.recipe import Recipe, load_recipe
 from train.run_folder import RECIPE_FILE
 from train.sections import DataSource
-from train.sources import BUILDERS, load_documents
+from train.sources import BUILDERS, STDLIB, load_documents
 from train.tokens import Encoder
 
 
@@ -39,6 +39,8 @@ class EvaluationText:
 def find_text(file: Path | None, arguments: Sequence[str]) -> EvaluationText:
     """The text of a file; without one, the held-out text of the one run among the arguments.
 
+    The file `stdlib` is the demo's validation text.
+
     Raises:
         PostshareError: there is no file and not one run, or the text cannot be read.
     """
@@ -56,6 +58,10 @@ def find_text(file: Path | None, arguments: Sequence[str]) -> EvaluationText:
 
 
 def _file_text(file: Path) -> EvaluationText:
+    if str(file) == STDLIB:
+        source = DataSource(path=STDLIB, split="validation")
+        name = "Python's standard library, validation modules"
+        return EvaluationText(name, tuple(load_documents(source)["text"]))
     if not file.is_file():
         raise PostshareError(f"--text {file}: no such file; correct the path")
     if file.suffix == ".txt":

@@ -149,15 +149,7 @@ def _single(argument: str, folder: Path) -> Judged:
 def _run_models(run: Path, prefix: str) -> list[Judged]:
     recipe = load_recipe(run / RECIPE_FILE)
     base = None if recipe.model.config is not None else base_folder(recipe.model)
-    # A compact folder with an adapter beside it is not the model: the dense one has it merged.
-    adapted = (run / "export" / "adapter").is_dir()
-    kinds = ("dense",) if adapted else ("compact", "dense")
-    export = next((f for k in kinds if (f := run / "export" / k).is_dir()), None)
-    if export is None and adapted:
-        raise PostshareError(
-            f"{run}: evaluate reads residuals from the dense export alone, and there is none; "
-            "export it with export.formats=[compact, dense]"
-        )
+    export = export_of(run)
     found = [] if base is None else [Judged("base", base, base)]
     if export is None:
         there = _there(run, base)
@@ -175,6 +167,24 @@ def _run_models(run: Path, prefix: str) -> list[Judged]:
     if _trains(recipe) or base is None:
         found.append(Judged("post", export, export))
     return [Judged(prefix + m.name, m.folder, m.tokenizer, m.run, m.through) for m in found]
+
+
+def export_of(run: Path) -> Path | None:
+    """The export that is a run's model; None where there is none yet.
+
+    Raises:
+        PostshareError: only a compact folder with an adapter, which alone is not the model.
+    """
+    # With an adapter beside it the compact folder is not the model: the dense one has it merged.
+    adapted = (run / "export" / "adapter").is_dir()
+    kinds = ("dense",) if adapted else ("compact", "dense")
+    export = next((f for k in kinds if (f := run / "export" / k).is_dir()), None)
+    if export is None and adapted:
+        raise PostshareError(
+            f"{run}: residuals are read from the dense export alone, and there is none; "
+            "export it with export.formats=[compact, dense]"
+        )
+    return export
 
 
 def _untrained(recipe: Recipe, run: Path, base: Path) -> Path | None:

@@ -49,7 +49,6 @@ if TYPE_CHECKING:
 SEARCH_FILE = "plan-search.json"
 SEARCH_CACHE = "plan-search-cache.jsonl"
 PARETO_PICTURE = "plan-pareto.png"
-SEARCH_OUTPUTS = (SEARCH_FILE, PARETO_PICTURE)
 SHOWN_STEPS = 40
 
 

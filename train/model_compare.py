@@ -30,6 +30,8 @@ from train.judged_models import KINDS, Judged, find_models
 from train.local_tasks import data_hash
 from train.progress import EvaluationProgress
 from train.result_cache import ResultCache, default_folder
+from train.run_folder import RECIPE_FILE
+from train.run_scores import add_scores
 from train.speed import TASK as SPEED
 from train.speed import SpeedSettings, device_name, measure_speed
 from train.task_scores import Score, item_hash
@@ -246,6 +248,22 @@ class Comparison:
         if self.options.output is not None:
             save_json(self.options.output, scores, facts)
             console.print(f"{self.options.output}")
+        self._keep(scores, facts, console)
+
+    def _keep(
+        self, scores: dict[str, list[Score]], facts: Mapping[str, Any], console: Console
+    ) -> None:
+        """Where one run is all that was asked for: its report shows the numbers from then on."""
+        run = Path(self.arguments[0]).expanduser()
+        if len(self.arguments) > 1 or not (run / RECIPE_FILE).is_file():
+            return
+        try:
+            file = add_scores(run, scores, {k: facts[k] for k in ("device", "dtype", "torch")})
+        except OSError as error:
+            console.print(f"not kept for the report of {run}: {error.strerror}", soft_wrap=True)
+            return
+        if file is not None:
+            console.print(f"{file}: `postshare report {run}` shows it", soft_wrap=True)
 
 
 def read_options(given: Mapping[str, Any]) -> Options:

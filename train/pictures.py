@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.patches import FancyArrowPatch, Rectangle
@@ -18,6 +17,21 @@ from sa_models.heads import HeadLayout
 from sa_models.isotropy import Isotropy
 from sa_models.plan import SharingPlan
 from sa_models.spans import AttentionSpan
+from train.figures import (
+    BLUE,
+    DARK_GREY,
+    DIVERGING,
+    FILE_STYLE,
+    GREEN,
+    ORANGE,
+    PALE,
+    SEQUENTIAL,
+    SKY,
+    SMALL,
+    VERMILLION,
+    WIDTH,
+    save,
+)
 
 
 class Span(Protocol):
@@ -30,16 +44,18 @@ class Span(Protocol):
     def followers(self) -> tuple[int, ...]: ...
 
 
+@rc_context(FILE_STYLE)
 def save_similarity(scores: torch.Tensor, layout: HeadLayout, score: str, path: Path) -> None:
-    """Heat map of the scores between all units, (units, units), as a PNG."""
-    figure = Figure(figsize=(6.4, 5.6), dpi=140, layout="constrained")
+    """Heat map of the scores between all units, (units, units), as PNG and SVG."""
+    figure = Figure(figsize=(WIDTH, 4.9), layout="constrained")
     axes = figure.add_subplot()
     shown = scores.clone().fill_diagonal_(float("nan"))
     finite = shown[~shown.isnan()]
     limit = float(finite.abs().max()) if finite.numel() else 1.0
     image = axes.imshow(
-        shown.numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest"
+        shown.numpy(), cmap=DIVERGING, vmin=-limit, vmax=limit, interpolation="nearest"
     )
+    axes.set_facecolor(PALE)
     edges = [layer * layout.units - 0.5 for layer in range(1, layout.layers)]
     if layout.layers <= 40:
         for edge in edges:
@@ -53,25 +69,25 @@ def save_similarity(scores: torch.Tensor, layout: HeadLayout, score: str, path: 
     axes.set_xlabel("layer of the source")
     axes.set_ylabel("layer of the target")
     kind = "heads" if layout.heads_per_unit == 1 else "KV groups"
-    axes.set_title(f"Similarity of {kind}: cosine of {score}")
+    axes.set_title(f"Similarity of {kind}: {score}")
     figure.colorbar(image, ax=axes, shrink=0.85)
     save(figure, path)
 
 
+@rc_context(FILE_STYLE)
 def save_ties(plan: SharingPlan, layout: HeadLayout, path: Path) -> None:
-    """Map of ties and removed units as a PNG; see :func:`draw_plan_map`."""
+    """Map of ties and removed units as PNG and SVG; see :func:`draw_plan_map`."""
     save(draw_plan_map(plan, layout), path)
 
 
-def draw_plan_map(plan: SharingPlan, layout: HeadLayout, cell: float = 0.45) -> Figure:
+def draw_plan_map(plan: SharingPlan, layout: HeadLayout, cell: float = 0.4) -> Figure:
     """Map of ties, removed units and spans, layers upward and units to the right.
 
     Args:
-        cell: inches of a unit, where the map is not too large for it.
+        cell: inches of a layer, where the map is not too high for it.
     """
-    width = min(14.0, 2.5 + cell * layout.units + (1.2 if plan.spans else 0.0))
-    height = min(14.0, 1.8 + cell * layout.layers)
-    figure = Figure(figsize=(width, height), dpi=140, layout="constrained")
+    height = min(9.0, 1.8 + cell * layout.layers)
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
     axes = figure.add_subplot()
     axes.grid(visible=False)
     ties = plan.effective().ties
@@ -81,9 +97,9 @@ def draw_plan_map(plan: SharingPlan, layout: HeadLayout, cell: float = 0.45) -> 
     size = 3000 / (layout.units + layout.layers) ** 1.35
     every = [(layer, unit) for layer in range(layout.layers) for unit in range(layout.units)]
     for label, color, members in (
-        ("own weights", "#d9d9d9", [u for u in every if u not in changed]),
-        ("source", "#0072b2", sorted(sources)),
-        ("target", "#e69f00", sorted(targets)),
+        ("own weights", PALE, [u for u in every if u not in changed]),
+        ("source", BLUE, sorted(sources)),
+        ("target", ORANGE, sorted(targets)),
     ):
         if not members:
             continue
@@ -98,7 +114,7 @@ def draw_plan_map(plan: SharingPlan, layout: HeadLayout, cell: float = 0.45) -> 
         )
     if removed:
         units, layers = [unit for _, unit in removed], [layer for layer, _ in removed]
-        axes.scatter(units, layers, s=size, c="#d55e00", label="removed", marker="x", zorder=2)
+        axes.scatter(units, layers, s=size, c=VERMILLION, label="removed", marker="x", zorder=2)
     for tie in ties:
         axes.add_patch(
             FancyArrowPatch(
@@ -107,7 +123,7 @@ def draw_plan_map(plan: SharingPlan, layout: HeadLayout, cell: float = 0.45) -> 
                 arrowstyle="-|>",
                 mutation_scale=8,
                 connectionstyle="arc3,rad=0.12",
-                color="#444444",
+                color=DARK_GREY,
                 linewidth=0.7,
                 alpha=0.75,
                 zorder=3,
@@ -123,18 +139,18 @@ def draw_plan_map(plan: SharingPlan, layout: HeadLayout, cell: float = 0.45) -> 
     axes.set_xlabel("head" if layout.heads_per_unit == 1 else "KV group")
     axes.set_ylabel("layer")
     axes.set_title(_title(len(every), len(targets), len(sources), len(removed), plan))
-    figure.legend(
-        loc="outside lower center", ncols=4 if removed else 3, frameon=False, markerscale=0.6
-    )
+    legend = figure.legend(loc="outside lower center", ncols=4 if removed else 3, frameon=False)
+    for handle in legend.legend_handles:
+        handle.set_sizes([45.0])  # type: ignore[union-attr]  # in a large map units are dots
     return figure
 
 
 def _draw_span(axes: Axes, span: AttentionSpan, right: float) -> None:
     """A line beside the map from the leader (dot) to its followers (ticks), which are shaded."""
     for follower in span.followers:
-        axes.axhspan(follower - 0.45, follower + 0.45, color="#56b4e9", alpha=0.35, zorder=1)
+        axes.axhspan(follower - 0.45, follower + 0.45, color=SKY, alpha=0.35, zorder=1)
     layers, x = [*span.layers], right + 0.35
-    style: Any = {"color": "#009e73", "clip_on": False, "linewidth": 1.6}
+    style: Any = {"color": GREEN, "clip_on": False, "linewidth": 1.6}
     axes.plot([x] * len(layers), layers, marker="_", markersize=7, **style)
     axes.plot([x], [span.leader], marker="o", markersize=7, **style)
     what = "attention" if span.share == "attention" else "keys, values"
@@ -144,7 +160,7 @@ def _draw_span(axes: Axes, span: AttentionSpan, right: float) -> None:
         xytext=(6, 0),
         textcoords="offset points",
         va="center",
-        size=9,
+        size=SMALL,
         annotation_clip=False,
     )
 
@@ -157,17 +173,22 @@ def _title(units: int, targets: int, sources: int, removed: int, plan: SharingPl
         lines.append(f"{removed} of {units} units are removed")
     if plan.spans:
         followers = sum(len(span.followers) for span in plan.spans)
-        lines.append(f"{followers} layer{'s' if followers > 1 else ''} reuse another's attention")
+        lines.append(
+            "1 layer reuses another's attention"
+            if followers == 1
+            else f"{followers} layers reuse another's attention"
+        )
     return ",\n".join(lines)
 
 
+@rc_context(FILE_STYLE)
 def save_isotropy(isotropy: Isotropy, spans: Sequence[Span], path: Path) -> None:
-    """Heat maps of the isotropy of all layers, with and without the sink, as a PNG.
+    """Heat maps of the isotropy of all layers, with and without the sink, as PNG and SVG.
 
     Spans are outlined on the diagonal, from the leader to the last follower.
     """
-    figure = Figure(figsize=(11.0, 5.6), dpi=140, layout="compressed")
-    every = figure.subplots(1, 2)
+    figure = Figure(figsize=(WIDTH, 8.6), layout="constrained")
+    every = figure.subplots(2, 1, sharex=True)
     for axes, values, title in zip(
         every,
         (isotropy.maps, isotropy.without_sink),
@@ -175,11 +196,12 @@ def save_isotropy(isotropy: Isotropy, spans: Sequence[Span], path: Path) -> None
         strict=True,
     ):
         image = draw_isotropy(axes, values, spans)
-        axes.set_title(title, size=10)
-    every[0].set_ylabel("layer")
-    outlined = ", spans outlined" if spans else ""
-    figure.suptitle(f"Isotropy: mean cosine of the rows of two attention maps{outlined}")
-    figure.colorbar(image, ax=every, shrink=0.85)
+        axes.set_title(title)
+        axes.set_ylabel("layer")
+    every[0].set_xlabel("")
+    outlined = ",\nspans outlined" if spans else ""
+    figure.suptitle(f"Isotropy: cosine of two layers' attention maps{outlined}")
+    figure.colorbar(image, ax=every, shrink=0.6)
     save(figure, path)
 
 
@@ -188,18 +210,20 @@ def draw_isotropy(axes: Axes, values: torch.Tensor, spans: Sequence[Span]) -> Ax
     layers = len(values)
     ticks = range(0, layers, max(1, layers // 16))
     shown = values.clone().fill_diagonal_(float("nan"))
-    image = axes.imshow(shown.numpy(), cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
+    image = axes.imshow(shown.numpy(), cmap=SEQUENTIAL, vmin=0, vmax=1, interpolation="nearest")
     axes.grid(visible=False)
-    if layers <= 12:
+    if layers <= 8:
         for row, column in torch.isfinite(shown).nonzero().tolist():
             value = float(shown[row, column])
             color = "white" if value < 0.6 else "black"
-            axes.text(column, row, f"{value:.2f}", ha="center", va="center", size=8, color=color)
+            axes.text(
+                column, row, f"{value:.2f}", ha="center", va="center", size=SMALL, color=color
+            )
     for span in spans:
         size = 1 + max(span.followers) - span.leader
         corner = (span.leader - 0.5, span.leader - 0.5)
         axes.add_patch(
-            Rectangle(corner, size, size, fill=False, edgecolor="#d55e00", linewidth=2.0)
+            Rectangle(corner, size, size, fill=False, edgecolor=VERMILLION, linewidth=2.0)
         )
     axes.set_xticks(ticks)
     axes.set_yticks(ticks)
@@ -208,8 +232,37 @@ def draw_isotropy(axes: Axes, values: torch.Tensor, spans: Sequence[Span]) -> Ax
     return image
 
 
-def save(figure: Figure, path: Path) -> None:
-    """Write a PNG, whole or not at all."""
-    beside = path.with_name(path.name + ".tmp")
-    FigureCanvasAgg(figure).print_png(str(beside))
-    os.replace(beside, path)
+@rc_context(FILE_STYLE)
+def save_sensitivity(
+    units: torch.Tensor, layers: Sequence[float], layout: HeadLayout, path: Path
+) -> None:
+    """Rise of the loss without each unit, (layers, units), and each layer, as PNG and SVG.
+
+    Args:
+        units: nan where a unit has not been measured.
+    """
+    figure = Figure(figsize=(WIDTH, 4.9), layout="constrained")
+    axes, bars = figure.subplots(1, 2, sharey=True, width_ratios=(2.4, 1))
+    finite = units[units.isfinite()]
+    limit = float(finite.abs().max()) if finite.numel() else 1.0
+    image = axes.imshow(
+        units.numpy(),
+        origin="lower",
+        aspect="auto",
+        cmap=DIVERGING,
+        vmin=-limit,
+        vmax=limit,
+        interpolation="nearest",
+    )
+    axes.set_facecolor(PALE)
+    axes.set_xticks(range(0, layout.units, max(1, layout.units // 8)))
+    axes.set_yticks(range(0, layout.layers, max(1, layout.layers // 16)))
+    axes.set_xlabel("head" if layout.heads_per_unit == 1 else "KV group")
+    axes.set_ylabel("layer")
+    axes.set_title("one head\n(estimated)")
+    bars.barh(range(layout.layers), layers, color=BLUE)
+    bars.axvline(0, color=DARK_GREY, linewidth=0.8)
+    bars.set_title("the layer\n(measured)")
+    figure.suptitle("Rise of the loss, nats per token, without")
+    figure.colorbar(image, ax=axes, location="bottom", shrink=0.9)
+    save(figure, path)

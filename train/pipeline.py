@@ -295,7 +295,7 @@ def show(current: Run) -> None:
                 current.say(f"{kind:<10}{current.folder / 'export' / kind}")
             current.say(f"summary   {current.folder / SUMMARY_FILE}")
         if any(current.folder.glob("plan-*.png")):
-            current.say(f"pictures  {current.folder / 'plan-*.png'}")
+            current.say(f"pictures  {current.folder / 'plan-*.png'}, and .svg")
         current.say(f"report    {page}")
         if current.shares:
             current.say(f"next      {next_step(current)}")

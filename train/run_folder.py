@@ -27,7 +27,7 @@ from train.base_model import base_folder, fresh_config
 from train.data import Blocks, prepare_data
 from train.identity import refuse_other_run
 from train.lora import check_gpu
-from train.loss_planning import SEARCH_OUTPUTS
+from train.loss_planning import PARETO_PICTURE, SEARCH_FILE
 from train.outcome import FREE_TRAIN
 from train.planning import SIMILARITY_PICTURE, TIES_PICTURE, check_plan
 from train.provenance import record_start
@@ -45,8 +45,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 RECIPE_FILE = "recipe.yaml"
 PLAN_FILE = "plan.json"
-_PICTURES = (SIMILARITY_PICTURE, TIES_PICTURE, ISOTROPY_PICTURE)
-PLAN_OUTPUTS = (PLAN_FILE, SPANS_FILE, CHANCE_FILE, *SEARCH_OUTPUTS, *_PICTURES)
+_PNG = (SIMILARITY_PICTURE, TIES_PICTURE, ISOTROPY_PICTURE, PARETO_PICTURE)
+_PICTURES = (*_PNG, *(name.replace(".png", ".svg") for name in _PNG))
+PLAN_OUTPUTS = (PLAN_FILE, SPANS_FILE, CHANCE_FILE, SEARCH_FILE, *_PICTURES)
 """What the plan stage may leave in a run folder, but for what a search has measured."""
 
 

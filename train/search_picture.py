@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib import rc_context
 from matplotlib.figure import Figure
+
+from train.figures import BLUE, FILE_STYLE, GRID, MUTED, SKY, SMALL, VERMILLION, WIDTH, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,10 +21,11 @@ if TYPE_CHECKING:
     from train.auto_report import Timed
 
 
+@rc_context(FILE_STYLE)
 def save_pareto(
     removed: Sequence[int], losses: Sequence[float], parameters: int, size: int, path: Path
 ) -> None:
-    """Perplexity on calibration text against parameters removed, along the path, as a PNG.
+    """Perplexity on calibration text against parameters removed, along the path, as PNG and SVG.
 
     Args:
         removed: parameters that are no longer stored, 0 first.
@@ -31,13 +33,13 @@ def save_pareto(
         parameters: of the dense model.
         size: bytes of one parameter.
     """
-    figure = Figure(figsize=(6.4, 4.4), dpi=140, layout="constrained")
+    figure = Figure(figsize=(WIDTH, 4.2), layout="constrained")
     axes = figure.add_subplot()
     shares = [100 * count / parameters for count in removed]
     perplexities = [math.exp(loss) for loss in losses]
-    axes.plot(shares, perplexities, color="#0072b2", marker="o", markersize=3.5, linewidth=1.2)
-    axes.axhline(perplexities[0], color="#999999", linewidth=0.8, linestyle="--", zorder=0)
-    axes.annotate("dense", (shares[-1], perplexities[0]), ha="right", va="bottom", size=8)
+    axes.plot(shares, perplexities, color=BLUE, marker="o", markersize=3.5, linewidth=1.2)
+    axes.axhline(perplexities[0], color=MUTED, linewidth=0.8, linestyle="--", zorder=0)
+    axes.annotate("dense", (shares[-1], perplexities[0]), ha="right", va="bottom", size=SMALL)
     axes.set_xlabel("parameters no longer stored, % of the model")
     axes.set_ylabel("perplexity on calibration text, untrained")
     whole = parameters * size
@@ -50,15 +52,12 @@ def save_pareto(
         ),
     )
     above.set_xlabel(f"{unit} stored")
-    axes.grid(color="0.9", linewidth=0.6)
-    axes.set_title(
-        f"{perplexities[0]:.2f} to {perplexities[-1]:.2f} at {shares[-1]:.1f} %", size=10
-    )
-    beside = path.with_name(path.name + ".tmp")
-    FigureCanvasAgg(figure).print_png(str(beside))
-    os.replace(beside, path)
+    axes.grid(color=GRID, linewidth=0.6)
+    axes.set_title(f"{perplexities[0]:.2f} to {perplexities[-1]:.2f} at {shares[-1]:.1f} %")
+    save(figure, path)
 
 
+@rc_context(FILE_STYLE)
 def save_front(
     points: Sequence[Point],
     front: Sequence[Point],
@@ -69,15 +68,15 @@ def save_front(
     size: int,
     path: Path,
 ) -> None:
-    """Quality against bytes, and against the time of decoding a token, as a PNG of two panels.
+    """Quality against bytes, and against the time of decoding a token, as PNG and SVG.
 
     Args:
         points: everything that was measured.
         noisy: whether the times are worth nothing: then the bytes that a token reads are drawn.
         size: bytes of one exported parameter.
     """
-    figure = Figure(figsize=(11.0, 4.6), dpi=140, layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
+    figure = Figure(figsize=(WIDTH, 7.4), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharey=True)
     whole = front[0].plan.savings(config).bytes(size)[0]
     unit, factor = ("GB", 1e9) if whole >= 1e9 else ("MB", 1e6)
 
@@ -88,30 +87,28 @@ def save_front(
     # Far above the chosen plan nothing is to be read, and it would flatten the rest.
     bottom = math.exp(min(point.expected for point in front))
     span = math.exp(chosen.expected) - bottom + 0.01 * bottom
-    left.set_ylim(bottom - 0.2 * span, bottom + 3 * span)
-    for name, color in (("search", "#999999"), ("structure", "#56b4e9")):
+    upper.set_ylim(bottom - 0.2 * span, bottom + 3 * span)
+    for name, color in (("search", MUTED), ("structure", SKY)):
         shown = [place(p) for p in points if (p.origin == "structure") == (name == "structure")]
         label = {"search": "measured by a search", "structure": "spans or KV groups alone"}[name]
         if shown:
-            left.scatter(*zip(*shown, strict=True), s=9, color=color, label=label)
-    left.plot(
+            upper.scatter(*zip(*shown, strict=True), s=9, color=color, label=label)
+    upper.plot(
         *zip(*map(place, front), strict=True),
-        color="#0072b2",
+        color=BLUE,
         marker="o",
         markersize=3.5,
         linewidth=1.2,
         label="front",
     )
-    left.scatter(*place(chosen), marker="*", s=140, color="#d55e00", zorder=3, label="chosen")
-    left.set_xlabel(f"{unit} stored")
-    left.set_ylabel("perplexity on calibration text,\nuntrained, without its slope")
-    left.legend(fontsize=8, frameon=False)
-    _draw_decoding(right, timed, chosen, noisy)
-    for axes in (left, right):
-        axes.grid(color="0.9", linewidth=0.6)
-    beside = path.with_name(path.name + ".tmp")
-    FigureCanvasAgg(figure).print_png(str(beside))
-    os.replace(beside, path)
+    upper.scatter(*place(chosen), marker="*", s=140, color=VERMILLION, zorder=3, label="chosen")
+    upper.set_xlabel(f"{unit} stored")
+    upper.legend()
+    _draw_decoding(lower, timed, chosen, noisy)
+    for axes in (upper, lower):
+        axes.set_ylabel("perplexity on calibration text,\nuntrained, without its slope")
+        axes.grid(color=GRID, linewidth=0.6)
+    save(figure, path)
 
 
 def _draw_decoding(axes: Axes, timed: Sequence[Timed], chosen: Point, noisy: bool) -> None:
@@ -126,11 +123,11 @@ def _draw_decoding(axes: Axes, timed: Sequence[Timed], chosen: Point, noisy: boo
             xerr=0 if noisy else width,
             marker="*" if is_chosen else "o",
             markersize=11 if is_chosen else 4,
-            color="#d55e00" if is_chosen else "#0072b2",
+            color=VERMILLION if is_chosen else BLUE,
             linewidth=0.8,
         )
     axes.set_xlabel(
-        f"MB read to decode a token after {context} others (too noisy here to time it)"
+        f"MB read to decode a token after {context} others\n(too noisy here to time it)"
         if noisy
         else f"ms to decode a token after {context} others, fp32 (bars: quartiles)"
     )

@@ -67,7 +67,7 @@ def run_page(data: RunData) -> str:
         (
             "Quality",
             _rival_picture(rivals),
-            (tables.evaluation(data), tables.against_controls(rivals)),
+            (tables.evaluation(data), tables.against_controls(rivals), tables.tasks(data)),
         ),
         ("Plan", plots.plan_pictures(data), (tables.pairs(data),)),
         ("Training", plots.training_pictures(data, names), (tables.systems(data),)),

@@ -25,6 +25,7 @@ from train.loss_planning import SEARCH_FILE
 from train.provenance import PROVENANCE_FILE
 from train.recipe import Recipe, load_recipe
 from train.run_folder import PLAN_FILE, RECIPE_FILE
+from train.run_scores import SCORES_FILE, VERSION, export_hash
 from train.scoring import CHANCE_FILE
 from train.span_planning import SPANS_FILE
 from train.summary import BLOCKS_FILE, SUMMARY_FILE
@@ -84,6 +85,7 @@ class RunData:
         recipe: None where it is of a version that this one cannot read.
         layout: of the model with the plan's KV heads.
         blocks: evaluation-blocks.json, by model.
+        scores: task-scores.json, by task.
         notes: what is missing or damaged, one line each.
     """
 
@@ -100,6 +102,7 @@ class RunData:
     chance: Json | None
     spans: Json | None
     search: Json | None
+    scores: Json | None
     provenance: Json | None
     notes: tuple[str, ...]
 
@@ -194,6 +197,7 @@ def read_run(folder: Path) -> RunData:
         chance=reader.json(CHANCE_FILE, ("line", "pairs")),
         spans=reader.json(SPANS_FILE, ("candidates", "isotropy")),
         search=_search(reader),
+        scores=_scores(reader),
         provenance=provenance,
         notes=tuple(reader.notes),
     )
@@ -234,6 +238,20 @@ def _search(reader: Reader) -> Json | None:
     # A structure alone has no units whose change was measured.
     rises = chosen[0].get("loss_rises") if chosen else None
     return None if rises is None else {"base_loss": whole["base_loss"], "loss_rises": rises}
+
+
+def _scores(reader: Reader) -> Json | None:
+    """What `postshare evaluate RUN` has measured on the weights that are exported now."""
+    value = reader.json(SCORES_FILE, ("version", "export", "tasks"))
+    if value is None:
+        return None
+    if value["version"] != VERSION or value["export"] != export_hash(reader.folder):
+        reader.notes.append(
+            f"{SCORES_FILE} is of another export, and is left out; `postshare evaluate "
+            f"{reader.folder}` measures this one"
+        )
+        return None
+    return value["tasks"]
 
 
 def _summary(reader: Reader) -> Json | None:

@@ -14,23 +14,13 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from sa_models.heads import HeadLayout
+from train.figures import BLUE, DIVERGING, GREEN, INK, MUTED, ORANGE, PALE, SKY, VERMILLION
 from train.loss_planning import PARETO_PICTURE
 from train.pictures import draw_isotropy, draw_plan_map
 from train.planning import SIMILARITY_PICTURE
 from train.report.curves import shorten, trend
 from train.report.data import Pairs, RunData, Training
-from train.report.svg import (
-    BLUE,
-    GREEN,
-    INK,
-    MUTED,
-    ORANGE,
-    SKY,
-    VERMILLION,
-    Picture,
-    data_uri,
-    render,
-)
+from train.report.svg import Picture, data_uri, render
 
 COLORS = {"continued": MUTED, "post": BLUE, "heal": ORANGE}
 SIZE = (5.4, 3.3)
@@ -295,9 +285,9 @@ def _unit_costs(search: dict[str, Any], layout: HeadLayout) -> Figure:
     finite = values[np.isfinite(values)]
     limit = float(np.abs(finite).max()) if finite.size else 1.0
     image = axes.imshow(
-        values, origin="lower", cmap="PuOr_r", vmin=-limit, vmax=limit, interpolation="nearest"
+        values, origin="lower", cmap=DIVERGING, vmin=-limit, vmax=limit, interpolation="nearest"
     )
-    axes.set_facecolor("#d9d9d9")
+    axes.set_facecolor(PALE)
     axes.grid(visible=False)
     axes.set_xticks(range(0, layout.units, max(1, layout.units // 16)))
     axes.set_yticks(range(0, layout.layers, max(1, layout.layers // 16)))

@@ -12,9 +12,10 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from train.comparison import pareto
+from train.figures import GRID, MUTED, SERIES
 from train.report.data import RunData
 from train.report.plots import SIZE, draw_curve, draw_trend
-from train.report.svg import GRID, MUTED, SERIES, Picture, render
+from train.report.svg import Picture, render
 from train.report.tables import Table
 from train.report.verdict import difference, spread
 from train.summary import bytes_of

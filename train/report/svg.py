@@ -16,13 +16,22 @@ import matplotlib
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-INK, GRID, MUTED = "#1f2328", "#d8dee4", "#6e7781"
-BLUE, ORANGE, GREEN, VERMILLION = "#0072b2", "#e69f00", "#009e73", "#d55e00"
-PURPLE, SKY = "#cc79a7", "#56b4e9"
-SERIES = (BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY)
-"""Okabe and Ito's palette, which the colour-blind tell apart."""
+from train.figures import (
+    BLUE,
+    DARK_GREY,
+    GREEN,
+    GRID,
+    INK,
+    MUTED,
+    ORANGE,
+    PALE,
+    PURPLE,
+    SKY,
+    TEXT_STYLE,
+    VERMILLION,
+)
 
-# Colour in the figure: the same on a dark page. The last two are those of train.pictures.
+# Colour in the figure: the same on a dark page.
 DARK = {
     INK: "#e6edf3",
     GRID: "#30363d",
@@ -33,13 +42,12 @@ DARK = {
     VERMILLION: "#ff8a4c",
     PURPLE: "#e3a3c6",
     SKY: "#7cc7f2",
-    "#d9d9d9": "#3d444d",
-    "#444444": "#adbac7",
+    PALE: "#3d444d",
+    DARK_GREY: "#adbac7",
 }
 
 STYLE: Any = {
-    "svg.fonttype": "none",  # text stays text: small, sharp, searchable
-    "svg.hashsalt": "postshare",  # the same run gives the same bytes
+    **TEXT_STYLE,
     "font.size": 10.5,
     "axes.titlesize": 11.0,
     "axes.edgecolor": INK,

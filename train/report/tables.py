@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from train.model_compare import PERPLEXITY
 from train.report.data import RunData, Training
 from train.report.rivals import Rivals
 from train.report.verdict import difference, megabytes, spread
+from train.speed import TASK as SPEED
 from train.summary import summary_cells
 from train.tracking import clock
 
@@ -75,6 +77,46 @@ def against_controls(rivals: Rivals | None) -> Table | None:
         tuple(rows),
         f"Equal tokens, {seeds} seed{'s' if seeds > 1 else ''}, from postshare compare.",
     )
+
+
+def tasks(data: RunData) -> Table | None:
+    """task-scores.json: every task that was asked of the run's models."""
+    if not data.scores:
+        return None
+    entries = {task: entry for task, entry in data.scores.items() if task != "model"}
+    names = list(dict.fromkeys(m["name"] for entry in entries.values() for m in entry["models"]))
+    rows = []
+    for task, entry in entries.items():
+        models = {model["name"]: model["scores"] for model in entry["models"]}
+        for at, last in enumerate(entry["models"][-1]["scores"]):
+            cells = (_score(models[n][at]["value"]) if n in models else "" for n in names)
+            changed = _change(last, relative=task in (PERPLEXITY, SPEED))
+            rows.append((f"{task}: {last['metric']}", *cells, *changed))
+    if not rows:
+        return None
+    note = (
+        "From postshare evaluate. Differences are relative for perplexity and speed, absolute for "
+        "accuracies; of speed the spread is the quartiles of the rounds."
+    )
+    columns = ("task", *names, "last vs first", "95 %")
+    return Table("Tasks and speed", columns, tuple(rows), note)
+
+
+def _score(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def _change(score: dict[str, Any], relative: bool) -> tuple[str, str]:
+    change = score.get("change")
+    if change is None:
+        return "", ""
+
+    def text(value: float) -> str:
+        return f"{value:+.1%}" if relative else f"{value:+.4f}"
+
+    bounds = change["interval"]
+    spread = "" if bounds is None else f"{text(bounds[0])} to {text(bounds[1])}"
+    return text(change["value"]), spread
 
 
 def systems(data: RunData) -> Table | None:

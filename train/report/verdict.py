@@ -9,6 +9,7 @@ from typing import Any
 from train.comparison import Entry, Interval, interval
 from train.report.data import RunData
 from train.report.rivals import RANDOM, Rivals
+from train.speed import TASK as SPEED
 from train.summary import bytes_of, model_names
 from train.tracking import clock
 
@@ -54,6 +55,7 @@ def judge(data: RunData, rivals: Rivals | None) -> Verdict | None:
                 _weights(summary),
                 _heads(summary),
                 _cache(summary),
+                _speed(data),
                 _time(data, summary),
             )
             if tile is not None
@@ -199,6 +201,37 @@ def _cache(summary: dict[str, Any]) -> Tile:
     base, stored = cache["base_elements_per_token"], cache["stored_elements_per_token"]
     detail = f"{stored:,} numbers a token, {'as' if stored == base else f'of {base:,}'} in the base"
     return Tile("KV cache", f"{stored / base:.1%}", detail)
+
+
+def _speed(data: RunData) -> Tile:
+    """Answering, base against export, where `postshare evaluate RUN --tasks speed` was called."""
+    entry = (data.scores or {}).get(SPEED)
+    if entry is None:
+        cure = f"postshare evaluate {data.folder} --tasks speed"
+        return Tile("speed of answers", "not measured", cure)
+    shipped = {score["metric"]: score for score in entry["models"][-1]["scores"]}
+    reference = entry["models"][0]["name"]
+    parts = [
+        f"{name} {_of_speed(name, shipped[name]['value'])}{_compared(shipped[name])}"
+        for name in ("prefill tokens/s", "first token, ms", "cache bytes/token", "resident bytes")
+    ]
+    decode = shipped["decode tokens/s"]
+    stated = decode["stated"]
+    return Tile(
+        "decode tokens/s",
+        f"{decode['value']:,.0f}{_compared(decode)}",
+        f"{'; '.join(parts)}; in brackets against {reference}; {stated['device']}, "
+        f"{stated['dtype']}, prompt of {stated['prompt']}",
+    )
+
+
+def _of_speed(metric: str, value: float) -> str:
+    return megabytes(int(value)) if metric == "resident bytes" else f"{value:,.4g}"
+
+
+def _compared(score: dict[str, Any]) -> str:
+    change = score.get("change")
+    return "" if change is None else f" ({change['value']:+.1%})"
 
 
 def _time(data: RunData, summary: dict[str, Any]) -> Tile | None:

@@ -280,10 +280,10 @@ def test_the_picture_has_both_maps_and_outlines_the_spans(layers: int, tmp_path:
     orange = torch.tensor([0xD5, 0x5E, 0x00]) / 255
 
     def edges(picture) -> list[int]:
-        """Pixels of the outline's color, in the left and the right half."""
+        """Pixels of the outline's color, in the upper and the lower half."""
         near = (torch.from_numpy(picture[..., :3]) - orange).abs().amax(-1) < 0.02
-        middle = near.shape[1] // 2
-        return [int(near[:, :middle].sum()), int(near[:, middle:].sum())]
+        middle = near.shape[0] // 2
+        return [int(near[:middle].sum()), int(near[middle:].sum())]
 
     assert edges(plain) == [0, 0]
     assert min(edges(outlined)) > 500
