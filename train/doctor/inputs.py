@@ -29,7 +29,7 @@ def resolve(name: str, overrides: Sequence[str]) -> tuple[Recipe | None, list[Fi
 def check_start(recipe: Recipe, world: int) -> Iterator[Finding]:
     """What a run of the recipe refuses before it starts: launch settings, batch, folder, wandb."""
     from train.run_folder import check_folder
-    from train.tracking import check_wandb
+    from train.wandb_run import check_wandb
 
     refusals: tuple[tuple[str, Callable[[], object]], ...] = (
         ("launch", lambda: engine.check_launch(recipe, engine.launched_stage())),
