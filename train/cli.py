@@ -220,7 +220,9 @@ def dashboard(
     entity: Annotated[
         str | None, typer.Option(help="User or team of wandb (not needed with --json).")
     ] = None,
-    project: Annotated[str, typer.Option(help="Project; its first run makes it.")] = "postshare",
+    project: Annotated[
+        str | None, typer.Option(help="Project (default: postshare); its first run makes it.")
+    ] = None,
     json: Annotated[
         Path | None,
         typer.Option("--json", metavar="FILE", help="Write the panels as JSON; no network."),

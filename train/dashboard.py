@@ -9,20 +9,26 @@ from sa_models.errors import PostshareError
 from train.files import write_json
 from train.metrics import SECTIONS, X_AXIS, Panel
 from train.wandb_run import has_account
+from train.wandb_section import WandbSection
 
 TITLE = "postshare"
+PROJECT = str(WandbSection.model_fields["project"].default)
 COLUMNS = ("run:displayName", "run:group", "run:jobType", "summary:perplexity/post")
 """Of the list of runs."""
 
 
-def dashboard(entity: str | None, project: str, file: Path | None) -> str:
+def dashboard(entity: str | None, project: str | None, file: Path | None) -> str:
     """Save the workspace, or with `file` write its panels as JSON; the line to print.
 
     Raises:
         PostshareError: there is no entity or no account, wandb refuses, or the file cannot be
-            written.
+            written; entity or project beside a file.
     """
     if file is not None:
+        if entity or project:
+            raise PostshareError(
+                "--json writes the same panels for every project; drop --entity and --project"
+            )
         try:
             write_json(file, spec())
         except OSError as error:
@@ -36,7 +42,7 @@ def dashboard(entity: str | None, project: str, file: Path | None) -> str:
         raise PostshareError(
             "no wandb account is set up; run `wandb login`, or write the panels with --json FILE"
         )
-    return f"dashboard {save(entity, project)}"
+    return f"dashboard {save(entity, project or PROJECT)}"
 
 
 def spec() -> dict[str, Any]:

@@ -121,7 +121,7 @@ class WandbRun:
 
     `WANDB_*` variables win over the recipe (project, group, tags, name, folder). Offline runs
     cannot be resumed in place: a resumed training writes a new offline segment with the same id,
-    and `wandb sync` joins them.
+    and `wandb sync` appends one to the other.
 
     Args:
         job: post, continued, heal, basis, pretrain or evaluate.
@@ -169,8 +169,10 @@ class WandbRun:
         options = {key: v for key, v in asked.items() if f"WANDB_{key.upper()}" not in os.environ}
         if "run_group" in options:
             options["group"] = options.pop("run_group")
+        if in_sweep():  # it decides, and warns of what it is told
+            options.pop("project", None)
         run = wandb.init(
-            id=self.run_id,
+            id=None if in_sweep() else self.run_id,
             job_type=JOB_TYPES.get(self.job, self.job),
             config=self.recipe.model_dump() if self.main else None,
             **options,
@@ -185,7 +187,8 @@ class WandbRun:
     def _writing(self) -> dict[str, Any]:
         """How this process writes: alone, or (`shared`) with one of each other node."""
         if self.node is None:
-            return {"mode": self.mode, **({"resume": "allow"} if self.mode == "online" else {})}
+            # Offline it is for `wandb sync`: without it a segment replaces the rows of the others.
+            return {"mode": self.mode, "resume": "allow"}
         label = {"x_label": f"node-{self.node}", "x_primary": self.main}
         if not self.main:
             label |= {"x_update_finish_state": False, "console": "off"}
@@ -202,7 +205,7 @@ class WandbRun:
         if distances is not None:
             values["pair_distances"] = wandb.Histogram(distances[~distances.isnan()].tolist())
         # wandb's own step is ours: what a resumed training repeats, an online run has already and
-        # drops. With several writers the server counts.
+        # drops. With several writers the server counts, and takes none.
         self._run.log(values, **({"step": row["step"]} if self.node is None else {}))
 
     def act(self, call: Callable[[Any], None], seconds: float) -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from tests.distributed.harness import run
 from tests.distributed.wandb_file import history, records, values
+from tests.distributed.wandb_server import serving
 from tests.distributed.wandb_worker import GROUP
 from tests.unit.train import tiny
 from train.metrics import SECTIONS, keys
@@ -57,6 +61,29 @@ def test_segments_join_into_the_rows_of_the_file(segments: list[Path]) -> None:
         assert {key: joined[row["step"]][key] for key in row} == row
     # What the second says again is what the first has said.
     assert history(second)[0]["lm_loss"] == history(first)[2]["lm_loss"]
+
+
+def test_sync_appends_the_segments(segments: list[Path]) -> None:
+    """`wandb sync` itself, as docs/tracking.md has it; the server is ours."""
+    first, second, _ = segments
+    with serving() as server:
+        sync = [Path(sys.executable).with_name("wandb"), "sync", first.parent, second.parent]
+        done = subprocess.run(
+            [*map(str, sync)], capture_output=True, text=True, timeout=300,
+            env={
+                **os.environ, "WANDB_API_KEY": "0" * 40,
+                "WANDB_BASE_URL": f"http://127.0.0.1:{server.server_port}",
+            },
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        ((name, lines),) = server.rows.items()
+    rows = [json.loads(line) for line in lines]
+    assert first.name == f"run-{name}.wandb"
+    assert [row["step"] for row in rows] == [1, 2, 3, 3, 4, 5]
+    assert [row["_step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert [row["lm_loss"] for row in rows] == [
+        row["lm_loss"] for file in (first, second) for row in history(file)
+    ]
 
 
 def test_the_run_and_its_exports_say_where_they_come_from(segments: list[Path]) -> None:

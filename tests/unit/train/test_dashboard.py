@@ -55,8 +55,10 @@ def test_refusals_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         dashboard.dashboard(None, "p", None)
     with pytest.raises(PostshareError, match="no wandb account"):
         dashboard.dashboard("me", "p", None)
+    with pytest.raises(PostshareError, match="drop --entity"):
+        dashboard.dashboard("me", None, tmp_path / "panels.json")
     with pytest.raises(PostshareError, match="cannot be written"):
-        dashboard.dashboard(None, "p", tmp_path / "nowhere" / "panels.json")
+        dashboard.dashboard(None, None, tmp_path / "nowhere" / "panels.json")
 
     def refuse(self: Any) -> None:
         raise ValueError("permission\ndenied")

@@ -143,7 +143,7 @@ def test_what_wandb_is_told(tmp_path: Path, fake: FakeRun, monkeypatch: pytest.M
     assert fake.metrics == [("tokens", None), ("*", "tokens")]
     assert fake.logged[0]["lm_loss"] == 2.0
     assert fake.steps == [1]
-    assert (options["job_type"], "resume" in options) == ("post-train", False)
+    assert (options["job_type"], options["resume"]) == ("post-train", "allow")
     assert sum(fake.logged[0]["pair_distances"].histogram) == 2
     assert fake.exit_code == 0
 
