@@ -38,7 +38,7 @@ def recipe(folder: Path) -> Recipe:
 
 
 def stop_before(step: int) -> Any:
-    """A `seed_step` with which a training fails when so many steps are done."""
+    """The loop's `seed_step`, and one with which a training fails when so many steps are done."""
     seed = loop.seed_step
 
     def stopping(base: int, done: int, rank: int) -> None:
@@ -72,6 +72,7 @@ def evaluate(asked: Recipe) -> None:
 
 def main() -> None:
     folder = Path(sys.argv[1])
+    os.environ["GROUP_WORLD_SIZE"] = "2"  # as on two nodes, which agree on the run
     asked = recipe(folder)
     original, loop.seed_step = stop_before(3)
     try:

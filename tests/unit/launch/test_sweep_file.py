@@ -45,7 +45,7 @@ def test_an_agent_starts_the_recipe_with_the_values(tmp_path: Path) -> None:
     )  # fmt: skip
     stage, recipe, *overrides = done.stdout.splitlines()
     assert stage == "run"
-    loaded = load_recipe(REPOSITORY / recipe, overrides)
+    loaded = load_recipe(recipe, overrides)
     assert loaded.plan.budget is not None
     assert (loaded.plan.budget.ratio, loaded.penalty.coefficient) == (0.3, 0.9)
     assert loaded.folder == Path("runs/sweep/abcd1234")
@@ -54,10 +54,9 @@ def test_an_agent_starts_the_recipe_with_the_values(tmp_path: Path) -> None:
 
 def test_every_parameter_is_a_key_of_the_recipe_and_each_value_is_allowed() -> None:
     config = sweep()
-    recipe = str(REPOSITORY / "recipes" / "demo_postshare.yaml")
     for name, choice in config["parameters"].items():
         for value in choice["values"]:
-            loaded: Any = load_recipe(recipe, [f"{name}={value}"])
+            loaded: Any = load_recipe("demo_postshare", [f"{name}={value}"])
             for key in name.split("."):
                 loaded = getattr(loaded, key)
             assert loaded == value
