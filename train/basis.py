@@ -61,6 +61,7 @@ def train_basis(current: Run) -> None:
         folder=current.folder,
         steps=current.steps,
         learning_rate=current.recipe.train.learning_rate,
+        group=current.group,
     )
     train(job, current.recipe)
 

@@ -308,6 +308,27 @@ def doctor(
         sys.exit(ExitCode.BAD_INPUT)
 
 
+@app.command(
+    epilog="Example: postshare dashboard --entity me --project postshare   (or: --json panels.json)"
+)
+def dashboard(
+    entity: Annotated[
+        str | None, typer.Option(help="User or team of wandb (not needed with --json).")
+    ] = None,
+    project: Annotated[
+        str | None, typer.Option(help="Project (default: postshare); its first run makes it.")
+    ] = None,
+    json: Annotated[
+        Path | None,
+        typer.Option("--json", metavar="FILE", help="Write the panels as JSON; no network."),
+    ] = None,
+) -> None:
+    """Make the wandb workspace of a project: loss, penalty, pairs, systems, evaluation."""
+    from train.dashboard import dashboard
+
+    typer.echo(dashboard(entity, project, json))
+
+
 @app.command(epilog="Example: postshare recipes")
 def recipes() -> None:
     """List the shipped recipes."""

@@ -26,6 +26,26 @@ def launched_fsdp() -> bool:
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where a process stands among the nodes of a launch."""
+
+    node: int = 0
+    nodes: int = 1
+    first: bool = True
+    """Whether it is the first process of its node."""
+
+
+def launched_place() -> Place:
+    """As torchrun says it, and `accelerate launch`, which starts through it."""
+    variable = os.environ.get
+    return Place(
+        int(variable("GROUP_RANK", "0")),
+        int(variable("GROUP_WORLD_SIZE", "1")),
+        variable("LOCAL_RANK", "0") == "0",
+    )
+
+
+@dataclass(frozen=True)
 class Offload:
     """What ZeRO-3 keeps in the host's memory."""
 

@@ -45,7 +45,8 @@ from train.optimizer import build_optimizer, learning_rate_factor, select_traina
 from train.outcome import TrainResult, begin, finish, finished, identity
 from train.pulling import Pull
 from train.regularizer import Penalty, PenaltyResult, penalty_coefficient
-from train.tracking import Row, Tracker, check_wandb, memory_bytes
+from train.tracking import Row, Tracker, memory_bytes
+from train.wandb_run import check_wandb
 from train.watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ class TrainJob:
             None: the recipe's `train.trainable`.
         validation_blocks: for `train.evaluate_every`; None: no evaluation.
         folder: metrics.jsonl, checkpoints/ and, at the end, weights/ go here.
+        group: of its wandb run; None: the recipe's name.
     """
 
     name: str
@@ -86,6 +88,7 @@ class TrainJob:
     learning_rate: float
     source: Callable[[], Source | None] = lambda: None
     trainable: tuple[str, ...] | None = None
+    group: str | None = None
 
     @cached_property
     def model(self) -> PreTrainedModel:
@@ -175,7 +178,7 @@ def _train(
         steps=job.steps - at.step,
     )
     tracker = Tracker(
-        job.name, recipe, job.folder, job.steps, at.step, at.wandb_run_id, engine.is_main
+        job.name, recipe, job.folder, job.steps, at.step, at.wandb_run_id, engine.is_main, job.group
     )
     batches = read_ahead(job.train_blocks, samples, 2 * samples.accumulation)
     watch = Watchdog(engine.rank, engine.world, section.hang_timeout)

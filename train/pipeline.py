@@ -7,6 +7,7 @@ done by the main process, while the others wait for its outcome.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -56,6 +57,7 @@ from train.summary import (
     summary_table,
     weight_bytes,
 )
+from train.wandb_outcome import log_outcome
 
 # --- the commands ---------------------------------------------------------------------------------
 
@@ -76,6 +78,7 @@ def stages(recipe: Recipe) -> None:
     heal(current)
     write_exports(current)
     judge(current)
+    tell_wandb(current)
     show(current)
 
 
@@ -104,6 +107,7 @@ def evaluate(recipe: Recipe) -> None:
     current = begin(recipe)
     require_trained(current)
     judge(current)
+    tell_wandb(current)
     show(current)
 
 
@@ -166,6 +170,7 @@ def train_one(
         folder=folder,
         steps=current.steps if steps is None else steps,
         learning_rate=section.learning_rate,
+        group=current.group,
     )
     return train(job, current.recipe)
 
@@ -206,6 +211,7 @@ def heal(current: Run) -> None:
         folder=current.folder / "heal",
         steps=section.heal_steps,
         learning_rate=section.heal_learning_rate or current.recipe.train.learning_rate,
+        group=current.group,
     )
     train(job, current.recipe)
 
@@ -283,6 +289,18 @@ def report(current: Run, blocks: Blocks) -> None:
     for kind in exported(current):
         update_notes(current.folder / "export" / kind, {"numbers": summary})
     current.say("", summary_table(summary), saved_sentence(summary), "")
+
+
+def tell_wandb(current: Run) -> None:
+    """The evaluation, and where the recipe asks for it the exports, as a wandb run."""
+    file = current.folder / SUMMARY_FILE
+
+    def work() -> None:
+        summary = json.loads(file.read_text(encoding="utf-8")) if current.shares else None
+        folders = {kind: current.folder / "export" / kind for kind in exported(current)}
+        log_outcome(current.recipe, current.group, current.plan, summary, folders)
+
+    current.on_main(work)
 
 
 def show(current: Run) -> None:

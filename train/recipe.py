@@ -32,9 +32,9 @@ from train.sections import (
     PenaltySection,
     Section,
     TrainSection,
-    WandbSection,
 )
 from train.structure_sections import HeadsSection, Spans, SpansSection
+from train.wandb_section import WandbSection
 
 if TYPE_CHECKING:
     from sa_models.convert import Leaders

@@ -37,7 +37,7 @@ from train.shared_folder import require_shared
 from train.span_planning import ISOTROPY_PICTURE, SPANS_FILE
 from train.summary import SUMMARY_FILE
 from train.tokens import load_tokenizer
-from train.tracking import check_wandb
+from train.wandb_run import check_wandb, plan_group
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig
@@ -140,6 +140,11 @@ class Run:
         plan = SharingPlan.load(self.folder / PLAN_FILE)
         plan.validate(self.config)
         return plan
+
+    @property
+    def group(self) -> str:
+        """What wandb groups the runs of this recipe with this plan by."""
+        return plan_group(self.recipe.name, self.plan, self.config)
 
     def main_first(self, work: Callable[[], T]) -> T:
         """Run ``work`` on the main process, then (from its caches) on the others."""

@@ -378,16 +378,3 @@ class EvaluateSection(Section):
     """Blocks per forward."""
     continued: bool = True
     """Also train the control: the same training without penalty and sharing."""
-
-
-class WandbSection(Section):
-    """Dashboards; metrics.jsonl is written in any case."""
-
-    mode: Literal["online", "offline", "disabled"] = "disabled"
-    """online needs an account; offline writes files for `wandb sync`."""
-    project: Name = "postshare"
-    """Project."""
-    group: Name | None = None
-    """Group of runs."""
-    tags: Annotated[tuple[Name, ...], _Sequence] = ()
-    """Tags."""

@@ -1,39 +1,34 @@
 """What a training says about itself: `metrics.jsonl`, wandb, and one progress line.
 
 Only the main process tracks. The file is the record; wandb and the line are views of the same row.
+On other nodes one process may send system metrics to the same wandb run.
 """
 
 from __future__ import annotations
 
 import json
-import netrc
 import os
 import resource
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
-from urllib.parse import urlparse
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from sa_models.errors import PostshareError
-from train.interrupt import TrainingStopped
+from train.launched import launched_place
+from train.wandb_run import WandbRun, agree_on_run, check_wandb
 
 if TYPE_CHECKING:
-    from train.recipe import Recipe, WandbSection
+    from train.recipe import Recipe
 
 Row = dict[str, Any]
 
-CALL_SECONDS = 120.0
-"""How long wandb may take to start (its own limit is 90 s) or to take a row."""
-CLOSING_SECONDS = 60.0
-"""How long it may take to send what is left, when the training has ended."""
 PAIR_ROWS = 50
 """Rows of `pairs.jsonl` in a training."""
 
@@ -53,7 +48,9 @@ TIMING_KEYS = (
 
 
 class Tracker:
-    """Writes one row a step. Use it as a context manager; `close` ends the wandb run.
+    """Writes one row a step. Use it as a context manager, which ends the wandb run.
+
+    Made by all ranks together: the nodes of a launch agree on the wandb run.
 
     Args:
         folder: run folder; rows go to `folder/metrics.jsonl`.
@@ -62,6 +59,7 @@ class Tracker:
             holds every step once.
         wandb_run_id: id of an earlier segment, from the checkpoint.
         main: whether this is the main process; elsewhere every method does nothing.
+        group: of the wandb run (default: the recipe's name).
 
     Raises:
         PostshareError: wandb is online and no account is set up.
@@ -76,17 +74,23 @@ class Tracker:
         resumed_step: int = 0,
         wandb_run_id: str | None = None,
         main: bool = True,
+        group: str | None = None,
     ) -> None:
         check_wandb(recipe.wandb)
         self.path = folder / "metrics.jsonl"
         self.main = main
+        place = launched_place()
+        run_id, shared = agree_on_run(job, recipe, wandb_run_id, place)
+        self._reports = main or (shared and place.first)
+        if self._reports:
+            node = place.node if shared else None
+            self._wandb = WandbRun(job, recipe, folder, group or recipe.name, run_id, node, main)
         if main:
             self._pairs_path = folder / "pairs.jsonl"
             self._pairs_every = max(1, steps // PAIR_ROWS)
             truncate_rows(self.path, resumed_step)
             if self._pairs_path.is_file():
                 truncate_rows(self._pairs_path, resumed_step)
-            self._wandb = WandbRun(job, recipe, folder, wandb_run_id)
             self._line = ProgressLine(job, steps, resumed_step)
 
     @property
@@ -133,6 +137,7 @@ class Tracker:
             self._line.close()
             if isinstance(exception[1], Exception):
                 self._wandb.alert(exception[1])
+        if self._reports:
             self._wandb.close(failed=exception[0] is not None)
 
 
@@ -195,136 +200,6 @@ def memory_bytes() -> int:
         return torch.cuda.max_memory_allocated()
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-# --- wandb ----------------------------------------------------------------------------------------
-
-
-def wandb_mode(section: WandbSection) -> str:
-    """`recipe.wandb.mode`, unless the environment asks for less or more (`WANDB_MODE`).
-
-    A recipe that disables wandb is not overruled by a variable that happens to be set.
-    """
-    if section.mode == "disabled" or os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1"):
-        return "disabled"
-    return os.environ.get("WANDB_MODE") or section.mode
-
-
-def check_wandb(section: WandbSection) -> None:
-    """Raises PostshareError when runs should go online and nobody is logged in."""
-    if wandb_mode(section) != "online" or os.environ.get("WANDB_API_KEY"):
-        return
-    if os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
-    file = Path(os.environ.get("NETRC", Path.home() / ".netrc"))
-    try:
-        known = netrc.netrc(file).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        known = False
-    if not known:
-        raise PostshareError(
-            "wandb.mode is online and no account is set up; run `wandb login`, "
-            "or train with wandb.mode=offline (or disabled)"
-        )
-
-
-class WandbRun:
-    """A wandb run that can fail without the training noticing: one warning, then silence.
-
-    `WANDB_*` variables win over the recipe (project, group, tags, name, folder). Offline runs
-    cannot be resumed in place: a resumed training writes a new offline segment with the same id,
-    and `wandb sync` joins them.
-    """
-
-    def __init__(self, job: str, recipe: Recipe, folder: Path, run_id: str | None) -> None:
-        self.run_id = run_id
-        self._name = f"{recipe.name}-{job}"
-        self._run: Any = None
-        self._off = False
-        mode = wandb_mode(recipe.wandb)
-        if mode != "disabled":
-            self._guard(lambda: self._start(job, recipe, folder, mode))
-
-    def _start(self, job: str, recipe: Recipe, folder: Path, mode: str) -> None:
-        import wandb
-
-        self.run_id = self.run_id or os.environ.get("WANDB_RUN_ID") or os.urandom(4).hex()
-        section = recipe.wandb
-        asked: Mapping[str, Any] = {
-            "project": section.project,
-            "run_group": section.group or recipe.name,
-            "tags": section.tags,
-            "name": f"{recipe.name}-{job}",
-            "dir": str(folder),
-        }
-        # An argument beats the environment in wandb: pass only what the environment leaves open.
-        options = {key: v for key, v in asked.items() if f"WANDB_{key.upper()}" not in os.environ}
-        if "run_group" in options:
-            options["group"] = options.pop("run_group")
-        if mode == "online":
-            options["resume"] = "allow"
-        run = wandb.init(
-            id=self.run_id,
-            mode=cast(Any, mode),
-            job_type=job,
-            config=recipe.model_dump(),
-            **options,
-        )
-        run.define_metric("tokens")
-        run.define_metric("*", step_metric="tokens")
-        if not self._off:  # it answered in time
-            self._run = run
-
-    def log(self, row: Row, distances: torch.Tensor | None) -> None:
-        if self._run is not None:
-            self._guard(lambda: self._log(row, distances))
-
-    def _log(self, row: Row, distances: torch.Tensor | None) -> None:
-        import wandb
-
-        values: Row = dict(row)
-        if distances is not None:
-            values["pair_distances"] = wandb.Histogram(distances[~distances.isnan()].tolist())
-        self._run.log(values)
-
-    def alert(self, error: Exception) -> None:
-        """Tell the run's owner (mail or Slack, as the account says) why the training ends."""
-        stopped = isinstance(error, TrainingStopped)
-        title = f"{self._name}: {'stopped' if stopped else 'failed'}"
-        text, level = str(error)[:1000], "WARN" if stopped else "ERROR"
-        if self._run is not None:
-            self._guard(lambda: self._run.alert(title=title, text=text, level=level))
-
-    def close(self, failed: bool) -> None:
-        if self._run is not None:
-            self._guard(lambda: self._run.finish(exit_code=int(failed)), CLOSING_SECONDS)
-
-    def _guard(self, call: Callable[[], None], seconds: float | None = None) -> None:
-        # Whatever wandb raises (network, disk, its service process), and if it never comes back,
-        # training goes on.
-        failed: list[Exception] = []
-
-        def guarded() -> None:
-            try:
-                call()
-            except Exception as error:
-                failed.append(error)
-
-        thread = threading.Thread(target=guarded, name="wandb", daemon=True)
-        thread.start()
-        seconds = CALL_SECONDS if seconds is None else seconds
-        thread.join(seconds)
-        if not failed and not thread.is_alive():
-            return
-        folder = getattr(self._run, "dir", None)
-        self._run, self._off = None, True
-        reason = " ".join(str(failed[0]).split())[:200] if failed else f"silent for {seconds:.0f} s"
-        later = f"; later: wandb sync {Path(folder).parent}" if folder else ""
-        print(
-            f"warning: wandb failed and is off from here on ({reason}){later}",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
 
 
 # --- the progress line ----------------------------------------------------------------------------

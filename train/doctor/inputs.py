@@ -30,7 +30,7 @@ def check_start(recipe: Recipe, world: int) -> Iterator[Finding]:
     """What a run of the recipe refuses before it starts: launch settings, batch, folder, wandb."""
     from train.lora import check_gpu
     from train.run_folder import check_folder
-    from train.tracking import check_wandb
+    from train.wandb_run import check_wandb
 
     refusals: tuple[tuple[str, Callable[[], object]], ...] = (
         ("launch", lambda: engine.check_launch(recipe, engine.launched_stage())),
