@@ -58,7 +58,7 @@ class Tracker:
         resumed_step: rows beyond this step are dropped from an existing file, so that the curve
             holds every step once.
         wandb_run_id: id of an earlier segment, from the checkpoint.
-        main: whether this is the main process; elsewhere every method does nothing.
+        main: whether this is the main process; elsewhere nothing is recorded.
         group: of the wandb run (default: the recipe's name).
 
     Raises:
@@ -82,15 +82,16 @@ class Tracker:
         place = launched_place()
         run_id, shared = agree_on_run(job, recipe, wandb_run_id, place)
         self._reports = main or (shared and place.first)
-        if self._reports:
-            node = place.node if shared else None
-            self._wandb = WandbRun(job, recipe, folder, group or recipe.name, run_id, node, main)
         if main:
             self._pairs_path = folder / "pairs.jsonl"
             self._pairs_every = max(1, steps // PAIR_ROWS)
             truncate_rows(self.path, resumed_step)
             if self._pairs_path.is_file():
                 truncate_rows(self._pairs_path, resumed_step)
+        if self._reports:
+            node = place.node if shared else None
+            self._wandb = WandbRun(job, recipe, folder, group or recipe.name, run_id, node, main)
+        if main:
             self._line = ProgressLine(job, steps, resumed_step)
 
     @property

@@ -53,7 +53,7 @@ def log_outcome(
     told = [values, mode, origin, {k: _manifest(f) for k, f in uploads.items()}]
     digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
     file = recipe.folder / OUTCOME_FILE
-    earlier = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    earlier = _read(file)
     if earlier.get("told") == digest:
         return
     run = WandbRun(EVALUATE, recipe, recipe.folder, group, earlier.get("run_id"))
@@ -124,6 +124,14 @@ def _reference(kind: str, path: str, hub: str, metadata: dict[str, Any]) -> Any:
         address = local.resolve().as_uri() if local.exists() else hub
         made.add_reference(address, name=kind, checksum=False)
     return made
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """What was told; where that cannot be read, it is told again, in another wandb run."""
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
 
 
 def _manifest(folder: Path) -> str:

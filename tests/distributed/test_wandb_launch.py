@@ -70,6 +70,7 @@ def test_sync_appends_the_segments(segments: list[Path]) -> None:
         sync = [Path(sys.executable).with_name("wandb"), "sync", first.parent, second.parent]
         done = subprocess.run(
             [*map(str, sync)], capture_output=True, text=True, timeout=300,
+            cwd=first.parent,  # where it leaves its own log
             env={
                 **os.environ, "WANDB_API_KEY": "0" * 40,
                 "WANDB_BASE_URL": f"http://127.0.0.1:{server.server_port}",

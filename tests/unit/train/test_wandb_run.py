@@ -346,6 +346,9 @@ def test_nothing_is_uploaded_unless_asked(
     first = fake.options["id"]  # type: ignore[attr-defined]
     log_outcome(asked, "tiny/g", tiny.PLAN, {"perplexity": {"post": 2.0}}, {"compact": export})
     assert (fake.summary, fake.options["id"]) == ({"perplexity/post": 2.0}, first)  # type: ignore[attr-defined]
+    (tmp_path / "wandb.json").write_text("{")
+    log_outcome(asked, "tiny/g", tiny.PLAN, summary, {"compact": export})
+    assert fake.options["id"] != first  # type: ignore[attr-defined]
 
 
 def test_an_upload_to_nowhere_is_refused(tmp_path: Path) -> None:
