@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from train.figures import BLUE, FILE_STYLE, GRID, MUTED, SKY, SMALL, VERMILLION, WIDTH, save
 
@@ -51,6 +52,7 @@ def save_pareto(
             lambda stored: 100 * (1 - np.asarray(stored) * factor / whole),
         ),
     )
+    above.xaxis.set_major_locator(MaxNLocator(4))
     above.set_xlabel(f"{unit} stored")
     axes.grid(color=GRID, linewidth=0.6)
     axes.set_title(f"{perplexities[0]:.2f} to {perplexities[-1]:.2f} at {shares[-1]:.1f} %")

@@ -210,23 +210,28 @@ def _speed(data: RunData) -> Tile:
         cure = f"postshare evaluate {data.folder} --tasks speed"
         return Tile("speed of answers", "not measured", cure)
     shipped = {score["metric"]: score for score in entry["models"][-1]["scores"]}
-    reference = entry["models"][0]["name"]
-    parts = [
-        f"{name} {_of_speed(name, shipped[name]['value'])}{_compared(shipped[name])}"
-        for name in ("prefill tokens/s", "first token, ms", "cache bytes/token", "resident bytes")
+    parts = (
+        ("prefill", "prefill tokens/s", "/s"),
+        ("first token", "first token, ms", " ms"),
+        ("cache", "cache bytes/token", " bytes a token"),
+        ("resident", "resident bytes", ""),
+    )
+    said = [
+        f"{name} {_of_speed(metric, shipped[metric]['value'])}{unit}{_compared(shipped[metric])}"
+        for name, metric, unit in parts
     ]
-    decode = shipped["decode tokens/s"]
-    stated = decode["stated"]
+    decode = "decode tokens/s"
     return Tile(
-        "decode tokens/s",
-        f"{decode['value']:,.0f}{_compared(decode)}",
-        f"{'; '.join(parts)}; in brackets against {reference}; {stated['device']}, "
-        f"{stated['dtype']}, prompt of {stated['prompt']}",
+        f"{decode} (against {entry['models'][0]['name']})",
+        f"{_of_speed(decode, shipped[decode]['value'])}{_compared(shipped[decode])}",
+        ", ".join(said),
     )
 
 
 def _of_speed(metric: str, value: float) -> str:
-    return megabytes(int(value)) if metric == "resident bytes" else f"{value:,.4g}"
+    if metric == "resident bytes":
+        return megabytes(int(value))
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def _compared(score: dict[str, Any]) -> str:
