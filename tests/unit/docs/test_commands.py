@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import typer.main
-from pages import DOCS, PAGES, REPOSITORY, Command, commands, mentioned
+from pages import DOCS, PAGES, REPOSITORY, Command, blocks, commands, mentioned
 from typer.exceptions import TyperException
 
 from sa_models.errors import PostshareError
+from train import strict_yaml
 from train.cli import app
-from train.recipe import load_recipe
+from train.recipe import load_recipe, validate
 
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 # What a reader puts a recipe or overrides of his own for.
@@ -79,6 +80,13 @@ def test_commands_can_be_typed(page: Path, monkeypatch: pytest.MonkeyPatch) -> N
 )
 def test_a_command_that_cannot_be_typed_is_found(line: str, said: str) -> None:
     assert said in str(problem(Command(DOCS / "index.md", tuple(line.split())), whole=True))
+
+
+def test_whole_recipes_in_the_pages_are_valid() -> None:
+    found = [block for page in PAGES for block in blocks(page, "yaml") if "name: " in block.code]
+    assert {"README.md", "recipe.md"} <= {block.page.name for block in found}
+    for block in found:
+        validate(strict_yaml.parse(block.code, block.page.name))
 
 
 FILES = re.compile(r"(?<![\w/.-])((?:train|sa_models|recipes|launch|tests|docs)/[\w./-]+\.\w+)")
