@@ -22,7 +22,7 @@ from sa_models.heads import HeadLayout, unit_view
 from sa_models.plan import SharingPlan
 from train.distances import cosines
 from train.lora import effective
-from train.regularizer import CHUNK_ELEMENTS, Penalty, PenaltyResult, add_rows, PairChunk, squared_norms
+from train.regularizer import CHUNK_ELEMENTS, Chunk, Penalty, PenaltyResult, add_rows, squared_norms
 
 if TYPE_CHECKING:
     from train.engine import Engine
@@ -83,7 +83,7 @@ class LoraPenalty(Penalty):
                 self._hand_down(engine, chunk, to_target, to_source)
         return PenaltyResult(float(total) / max(self.pairs, 1), distance.cpu(), cosine.cpu())
 
-    def _pairs_of(self, chunk: PairChunk, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    def _pairs_of(self, chunk: Chunk, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Targets and sources, fp32 [pairs, elements], and their squared norms, float64."""
         width, pairs = self.layout.width(chunk.projection), len(chunk.ties)
         x = torch.empty(pairs, width, self.layout.hidden_size, device=device)
@@ -97,7 +97,7 @@ class LoraPenalty(Penalty):
 
     @torch.no_grad()
     def _hand_down(
-        self, engine: Engine, chunk: PairChunk, to_target: Tensor, to_source: Tensor
+        self, engine: Engine, chunk: Chunk, to_target: Tensor, to_source: Tensor
     ) -> None:
         """Add the gradients of targets and sources to those of A and B."""
         size = (self.layout.width(chunk.projection), self.layout.hidden_size)

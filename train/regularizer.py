@@ -85,7 +85,7 @@ class _Span:
 
 
 @dataclass(frozen=True)
-class PairChunk:
+class Chunk:
     """Some pairs of one projection, ordered by the layer of their targets."""
 
     projection: str
@@ -148,7 +148,7 @@ class Penalty:
         """Names of the parameters that are pulled, sorted."""
         return sorted({span.name for chunk in self._chunks for span in chunk.spans})
 
-    def _chunk(self, projection: str, rows: list[int]) -> PairChunk:
+    def _chunk(self, projection: str, rows: list[int]) -> Chunk:
         targets = [self.ties[row].target for row in rows]
         sources = [self.ties[row].source for row in rows]
         spans = []
@@ -164,7 +164,7 @@ class Penalty:
                     torch.tensor([sources[i][1] for i in of], dtype=torch.int64),
                 )
             )
-        return PairChunk(projection, torch.tensor(rows), tuple(spans))
+        return Chunk(projection, torch.tensor(rows), tuple(spans))
 
     def apply(self, engine: Engine, weight: float | None) -> PenaltyResult:
         """Evaluate the penalty and add `weight` times its gradient to the engine's gradient.
@@ -295,7 +295,7 @@ class Penalty:
         return float(total)
 
     def _gather(
-        self, engine: Engine, shards: dict[str, Shard], chunk: PairChunk
+        self, engine: Engine, shards: dict[str, Shard], chunk: Chunk
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """The chunk's targets x and sources y, fp32 [pairs, elements], complete on every rank.
 
@@ -352,7 +352,7 @@ class Penalty:
         return values.detach(), to_target, to_source
 
     def _scatter(
-        self, shards: dict[str, Shard], chunk: PairChunk, to_target: Tensor, to_source: Tensor | None
+        self, shards: dict[str, Shard], chunk: Chunk, to_target: Tensor, to_source: Tensor | None
     ) -> None:
         """Add the gradients of targets and sources (None: minus the targets') to this rank's."""
         sign = -1 if to_source is None else 1
