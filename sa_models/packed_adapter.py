@@ -148,7 +148,9 @@ def quantized(pair: Pair, widths: list[int]) -> list[tuple[list[np.ndarray], tup
 
     v is taken anew for the u that is stored, and for what the directions before have missed.
     """
-    stored_a, stored_b, found = [], [], []
+    stored_a: list[torch.Tensor] = []
+    stored_b: list[torch.Tensor] = []
+    found = []
     for index, width in enumerate(widths):
         u, code_u, scale_u = _quantize(pair.b[:, index], width)
         v = (u @ pair.b) @ pair.a

@@ -39,12 +39,12 @@ from train.engine import Engine, start
 from train.evaluate import perplexity
 from train.health import Health
 from train.interrupt import StopSignal, TrainingStopped
-from train.lora_penalty import LoraPenalty
+from train.lora_penalty import penalty_of
 from train.objective import Lessons, Objective
 from train.optimizer import build_optimizer, learning_rate_factor, select_trainable
 from train.outcome import TrainResult, begin, finish, finished, identity
 from train.pulling import Pull
-from train.regularizer import Penalty, PenaltyResult, penalty_coefficient
+from train.regularizer import PenaltyResult, penalty_coefficient
 from train.tracking import Row, Tracker, memory_bytes
 from train.wandb_run import check_wandb
 from train.watchdog import Watchdog
@@ -150,7 +150,7 @@ def _train(
         layout = HeadLayout.from_config(job.model.config)
         lm_weight, penalty_weight = recipe.penalty.weights
         if recipe.penalty.mode == "coupled":
-            penalty = penalty_of(job, recipe, layout)
+            penalty = penalty_of(job.model, job.plan, layout, recipe)
         else:
             pull = Pull(job.plan, layout, recipe.penalty)
     objective = Objective(engine, job.model, recipe, lm_weight, lessons)
@@ -291,13 +291,6 @@ def _train(
 
 
 # --- the parts of a step --------------------------------------------------------------------------
-
-
-def penalty_of(job: TrainJob, recipe: Recipe, layout: HeadLayout) -> Penalty:
-    """On the weights that train, or on what adapters make of those that do not."""
-    assert job.plan is not None
-    options = (job.plan, layout, recipe.penalty.kind, recipe.penalty.projections)
-    return Penalty(*options) if recipe.lora is None else LoraPenalty(job.model, *options)
 
 
 def read_ahead(blocks: Blocks, samples: PositionSampler, depth: int) -> Generator[Batch]:

@@ -22,10 +22,17 @@ from sa_models.heads import HeadLayout, unit_view
 from sa_models.plan import SharingPlan
 from train.distances import cosines
 from train.lora import effective
-from train.regularizer import CHUNK_ELEMENTS, Penalty, PenaltyResult, _add_rows, _Chunk, _squares
+from train.regularizer import CHUNK_ELEMENTS, Chunk, Penalty, PenaltyResult, add_rows, squared_norms
 
 if TYPE_CHECKING:
     from train.engine import Engine
+    from train.recipe import Recipe
+
+
+def penalty_of(model: nn.Module, plan: SharingPlan, layout: HeadLayout, recipe: Recipe) -> Penalty:
+    """On the weights that train, or with LoRA on what adapters make of those that do not."""
+    options = (plan, layout, recipe.penalty.kind, recipe.penalty.projections)
+    return Penalty(*options) if recipe.lora is None else LoraPenalty(model, *options)
 
 
 class LoraPenalty(Penalty):
@@ -76,7 +83,7 @@ class LoraPenalty(Penalty):
                 self._hand_down(engine, chunk, to_target, to_source)
         return PenaltyResult(float(total) / max(self.pairs, 1), distance.cpu(), cosine.cpu())
 
-    def _pairs_of(self, chunk: _Chunk, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    def _pairs_of(self, chunk: Chunk, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Targets and sources, fp32 [pairs, elements], and their squared norms, float64."""
         width, pairs = self.layout.width(chunk.projection), len(chunk.ties)
         x = torch.empty(pairs, width, self.layout.hidden_size, device=device)
@@ -85,12 +92,12 @@ class LoraPenalty(Penalty):
             view = unit_view(effective(self._modules[span.name]), self.layout, chunk.projection)
             x[span.target_rows] = view.index_select(0, span.target_units.to(device))
             y[span.source_rows.to(device)] = view.index_select(0, span.source_units.to(device))
-        squares = torch.stack([_squares(x), _squares(y)])
+        squares = torch.stack([squared_norms(x), squared_norms(y)])
         return x.flatten(1), y.flatten(1), squares
 
     @torch.no_grad()
     def _hand_down(
-        self, engine: Engine, chunk: _Chunk, to_target: Tensor, to_source: Tensor
+        self, engine: Engine, chunk: Chunk, to_target: Tensor, to_source: Tensor
     ) -> None:
         """Add the gradients of targets and sources to those of A and B."""
         size = (self.layout.width(chunk.projection), self.layout.hidden_size)
@@ -101,8 +108,8 @@ class LoraPenalty(Penalty):
             whole = torch.zeros(len(b), a.shape[1], device=a.device)
             view = unit_view(whole, self.layout, chunk.projection)
             rows = to_source.index_select(0, span.source_rows.to(a.device))
-            _add_rows(view, span.target_units, to_target[span.target_rows], 1)
-            _add_rows(view, span.source_units, rows, 1)
+            add_rows(view, span.target_units, to_target[span.target_rows], 1)
+            add_rows(view, span.source_units, rows, 1)
             whole *= module.scaling["default"]
             stem = span.name.removesuffix("weight")
             names = f"{stem}lora_A.default.weight", f"{stem}lora_B.default.weight"

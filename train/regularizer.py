@@ -85,7 +85,7 @@ class _Span:
 
 
 @dataclass(frozen=True)
-class _Chunk:
+class Chunk:
     """Some pairs of one projection, ordered by the layer of their targets."""
 
     projection: str
@@ -148,7 +148,7 @@ class Penalty:
         """Names of the parameters that are pulled, sorted."""
         return sorted({span.name for chunk in self._chunks for span in chunk.spans})
 
-    def _chunk(self, projection: str, rows: list[int]) -> _Chunk:
+    def _chunk(self, projection: str, rows: list[int]) -> Chunk:
         targets = [self.ties[row].target for row in rows]
         sources = [self.ties[row].source for row in rows]
         spans = []
@@ -164,7 +164,7 @@ class Penalty:
                     torch.tensor([sources[i][1] for i in of], dtype=torch.int64),
                 )
             )
-        return _Chunk(projection, torch.tensor(rows), tuple(spans))
+        return Chunk(projection, torch.tensor(rows), tuple(spans))
 
     def apply(self, engine: Engine, weight: float | None) -> PenaltyResult:
         """Evaluate the penalty and add `weight` times its gradient to the engine's gradient.
@@ -295,7 +295,7 @@ class Penalty:
         return float(total)
 
     def _gather(
-        self, engine: Engine, shards: dict[str, Shard], chunk: _Chunk
+        self, engine: Engine, shards: dict[str, Shard], chunk: Chunk
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """The chunk's targets x and sources y, fp32 [pairs, elements], complete on every rank.
 
@@ -316,13 +316,13 @@ class Penalty:
         for span in spans:
             part, units = x[span.target_rows], span.target_units.to(x.device)
             torch.index_select(views[span.name], 0, units, out=part)
-            squares[0, span.target_rows] = _squares(part)
+            squares[0, span.target_rows] = squared_norms(part)
         for span in spans:
             part = views[span.name].index_select(0, span.source_units.to(x.device))
             rows = span.source_rows.to(x.device)
             into, sign = (x, -1) if y is None else (y, 1)
             into.index_add_(0, rows, part, alpha=sign)
-            squares[1].index_copy_(0, rows, _squares(part))
+            squares[1].index_copy_(0, rows, squared_norms(part))
         if engine.sharded:
             for tensor in (x, squares) if y is None else (x, y, squares):
                 engine.all_reduce_(tensor)
@@ -352,7 +352,7 @@ class Penalty:
         return values.detach(), to_target, to_source
 
     def _scatter(
-        self, shards: dict[str, Shard], chunk: _Chunk, to_target: Tensor, to_source: Tensor | None
+        self, shards: dict[str, Shard], chunk: Chunk, to_target: Tensor, to_source: Tensor | None
     ) -> None:
         """Add the gradients of targets and sources (None: minus the targets') to this rank's."""
         sign = -1 if to_source is None else 1
@@ -368,19 +368,19 @@ class Penalty:
             whole = local if complete else local.new_zeros(shard.shape.numel())
             view = self._units(shard, whole, chunk.projection)
             rows = to_source.index_select(0, span.source_rows.to(view.device))
-            _add_rows(view, span.target_units, to_target[span.target_rows], 1)
-            _add_rows(view, span.source_units, rows, sign)
+            add_rows(view, span.target_units, to_target[span.target_rows], 1)
+            add_rows(view, span.source_units, rows, sign)
             if not complete:
                 local += whole[shard.start : shard.stop]
             shard.write_gradient(local)
 
 
-def _squares(units: Tensor) -> Tensor:
+def squared_norms(units: Tensor) -> Tensor:
     """Squared norm of each unit, float64 (of fp32 sums)."""
     return torch.linalg.vector_norm(units, dim=(1, 2)).double().square()
 
 
-def _add_rows(into: Tensor, index: Tensor, rows: Tensor, sign: int) -> None:
+def add_rows(into: Tensor, index: Tensor, rows: Tensor, sign: int) -> None:
     """`into[index] += sign * rows`, repeated indices added up in a fixed order on every device.
 
     With DDP the ranks must get the same bits, and index_add_ on a GPU adds in any order.
