@@ -129,12 +129,17 @@ def _shared_rows(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
         rows.append(
             ("bytes of KV cache for a token", f"{cache['bytes_per_token']:,} ({kept:.1%} of base)")
         )
+    stored = manifest["dtype"]
+    if "quantization" in manifest:
+        to, group = manifest["quantization"]["to"], manifest["quantization"]["group"]
+        stored = f"{to}, one scale for {f'{group} inputs of a row' if group else 'a row'}"
+        stored += f"; embeddings and norms {manifest['dtype']}"
     return [
         *rows,
         ("attention parameters no longer needed", f"{heads['stored_ratio']:.1%}"),
         ("parameters of the base", f"{tensors['base_parameters']:,}"),
         ("parameters in this folder", f"{tensors['parameters']:,}"),
-        ("bytes of weights in this folder", f"{tensors['bytes']:,} ({manifest['dtype']})"),
+        ("bytes of weights in this folder", f"{tensors['bytes']:,} ({stored})"),
         ("plan (SHA-256)", f"`{manifest['plan_sha256']}`"),
     ]
 
