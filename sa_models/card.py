@@ -49,6 +49,18 @@ Several adapters may be loaded on one compact model. None can be merged into it:
 weights of its own there. The dense export has this one merged.
 """,
 }
+QUANTIZED = {
+    "int8": "Install torchao as well: it holds and computes the int8 weights.\n",
+    "int4": """\
+Install torchao as well, and its GPU kernels; or compute with the values that the weights stand for:
+
+```python
+from sa_models.quantized_folder import load_dequantized
+
+model = load_dequantized("path/to/this/folder")
+```
+""",
+}
 
 
 def model_card(manifest: Mapping[str, Any]) -> str:
@@ -65,6 +77,7 @@ def model_card(manifest: Mapping[str, Any]) -> str:
         f"{f'`{base}`' if base else 'A Llama'} with shared attention, made by `postshare`.\n",
         "## Use\n",
         USAGE[kind],
+        *([QUANTIZED[manifest["quantization"]["to"]]] if "quantization" in manifest else []),
         "## What is shared\n",
         _table(("", "value"), _shared_rows(manifest)),
     ]

@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from .configuration import SharedLlamaConfig
 from .errors import PostshareError
 from .manifest import CARD, MANIFEST, read_manifest, seal, write_manifest
+from .model_folder import copy_code
 from .quantized_folder import is_projection, is_quantized, quantized_bytes
 from .readers import CompactFolder
 from .weights import INDEX, SINGLE, WeightsFolder, read_model_type
@@ -124,6 +125,8 @@ def _write(weights: WeightsFolder, folder: Path, group_size: int | None) -> None
     for path in weights.path.iterdir():
         if path.is_file() and path.name not in left and path.suffix != ".safetensors":
             shutil.copyfile(path, folder / path.name)
+    if isinstance(weights, CompactFolder):
+        copy_code(weights.config, folder)  # an older export's code knows no quantized weights
     config = json.loads((weights.path / "config.json").read_text(encoding="utf-8"))
     config["quantization_config"] = _config(group_size)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
