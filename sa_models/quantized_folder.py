@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from math import prod
 from pathlib import Path
 
 import torch
@@ -21,7 +22,9 @@ from .readers import compact_shapes
 from .weights import SINGLE, llama_shapes, read_config, read_model_type
 
 CONFIG = "quantization_config"
-KNOWN = ("Int8Tensor", "Int4Tensor")
+PACKED = {"Int8Tensor": 1, "Int4Tensor": 2}
+"""torchao's tensors that are read here: weights in a byte."""
+WIDTHS = {"F32": 4, "F16": 2, "BF16": 2, "I8": 1}
 
 
 def is_quantized(folder: str | os.PathLike[str]) -> bool:
@@ -39,7 +42,8 @@ def is_projection(name: str) -> bool:
 def quantized_bytes(folder: Path) -> int:
     """Bytes of the tensors of a quantized folder, scales and zeros included."""
     with safe_open(folder / SINGLE, framework="pt") as file:
-        return sum(file.get_tensor(name).nbytes for name in file.keys())  # noqa: SIM118
+        views = [file.get_slice(name) for name in file.keys()]  # noqa: SIM118
+    return sum(prod(view.get_shape()) * WIDTHS[view.get_dtype()] for view in views)
 
 
 class QuantizedFolder:
@@ -69,7 +73,7 @@ class QuantizedFolder:
             with safe_open(self.path / SINGLE, framework="pt") as file:
                 self._facts = {k: v for k, v in file.metadata().items() if "." in k}
             self.bytes = quantized_bytes(self.path)
-        except (SafetensorError, OSError, AttributeError) as error:
+        except (SafetensorError, OSError, AttributeError, KeyError) as error:
             raise PostshareError(
                 f"{self.path} has no readable quantized weights ({error}); quantize it again"
             ) from None
@@ -77,13 +81,16 @@ class QuantizedFolder:
             self._check(name)
 
     def _check(self, name: str) -> None:
-        facts = json.loads(self._facts.get(name, "{}"))
-        if facts.get("_type") not in (*KNOWN, "Tensor"):
+        kind = json.loads(self._facts.get(name, "{}")).get("_type")
+        if kind not in (*PACKED, "Tensor"):
             raise PostshareError(
-                f"{self.path}: {name} is missing, or quantized as {facts.get('_type')}, which is "
-                "not read here; use a folder that `postshare quantize` made"
+                f"{self.path}: {name} is missing, or quantized as {kind}, which is not read here; "
+                "use a folder that `postshare quantize` made"
             )
-        found = tuple(self.read(name).shape)
+        with safe_open(self.path / SINGLE, framework="pt") as file:
+            stored = name if kind == "Tensor" else _part(name, "qdata")
+            *rows, inputs = file.get_slice(stored).get_shape()
+        found = (*rows, inputs * PACKED.get(kind, 1))
         if found != self._shapes[name]:
             raise PostshareError(
                 f"{self.path}: {name} has shape {list(found)}, its config.json says "
@@ -99,19 +106,23 @@ class QuantizedFolder:
     def read(self, name: str) -> torch.Tensor:
         """The values of a tensor: fp32 where it is quantized, else as it is stored."""
         facts = json.loads(self._facts[name])
-        module, _, leaf = name.rpartition(".")
         with safe_open(self.path / SINGLE, framework="pt") as file:
             if facts["_type"] == "Tensor":
                 return file.get_tensor(name)
             stored, scale, zero = (
-                file.get_tensor(f"{module}._{leaf}_{part}")
-                for part in ("qdata", "scale", "zero_point")
+                file.get_tensor(_part(name, part)) for part in ("qdata", "scale", "zero_point")
             )
         if facts["_type"] == "Int8Tensor":
             return (stored.float() - zero.float()) * scale.float()
         values = torch.stack((stored << 4 >> 4, stored >> 4), -1).flatten(1)  # low nibble first
         groups = values.float().unflatten(1, (scale.shape[0], -1))
         return (groups * scale.t().float()[..., None] + zero.t().float()[..., None]).flatten(1)
+
+
+def _part(name: str, part: str) -> str:
+    """Where torchao puts a part of a quantized tensor."""
+    module, _, leaf = name.rpartition(".")
+    return f"{module}._{leaf}_{part}"
 
 
 def load_dequantized(

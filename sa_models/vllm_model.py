@@ -5,9 +5,10 @@ its paged attention behind ``ALL_ATTENTION_FUNCTIONS``. Three things differ from
 
 - Projections read rows of one another, so that they stay our modules instead of vLLM's.
 - A layer may have fewer heads than the config says: each gets a KV cache of its own size.
-- Followers of a ``kv`` span read the cache of their leader and have none. Those of an ``attention``
-  span replay: paged kernels give no attention weights away, so the follower's cache holds the
-  leader's keys beside its own values. Weights are saved, the key cache is not.
+- Followers of a ``kv`` span read the cache of their leader and have none, where all caches are of
+  one size and heads are not mapped; else they keep a copy. Those of an ``attention`` span replay:
+  paged kernels give no attention weights away, so the follower's cache holds the leader's keys
+  beside its own values. Weights are saved, the key cache is not.
 """
 
 from __future__ import annotations
@@ -59,16 +60,20 @@ class ServedSharedLlama(TransformersForCausalLM):
         start = f"{prefix}." if prefix else ""
         attentions, spans = self.attentions, self.model.spans
         names = [f"{start}model.layers.{i}.self_attn.attn" for i in range(len(attentions))]
-        for name, attention, span in zip(names, attentions, spans, strict=True):
-            heads = attention.o_proj.in_features // attention.head_dim
+        heads = [each.o_proj.in_features // each.head_dim for each in attentions]
+        groups = [each.num_key_value_groups for each in attentions]
+        kv_heads = [count // group for count, group in zip(heads, groups, strict=True)]
+        # vLLM (0.32, 0.33) knows no layers that read others' caches where caches differ in size.
+        alike = len(set(kv_heads)) == 1
+        for at, (attention, span) in enumerate(zip(attentions, spans, strict=True)):
             # A mapped follower reads other heads than the leader's cache has: it keeps its own.
-            reads = span is not None and attention.follows == "kv" and attention.head_map is None
+            reads = alike and attention.follows == "kv" and attention.head_map is None
             attention.attn = Attention(
-                num_heads=heads,
-                num_kv_heads=heads // attention.num_key_value_groups,
+                num_heads=heads[at],
+                num_kv_heads=kv_heads[at],
                 head_size=attention.head_dim,
                 scale=attention.scaling,
                 cache_config=self.cache_config,
-                prefix=name,
+                prefix=names[at],
                 kv_sharing_target_layer_name=names[span.leader] if span and reads else None,
             )
