@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 PYTEST_ARGS ?=
 
 .PHONY: help demo test test-matrix test-cluster cluster-tools browser-tools test-faults test-harness \
-	check format bench build schema docs clean
+	test-quantize check format bench build schema docs clean
 .DEFAULT_GOAL := help
 
 help:
@@ -16,6 +16,7 @@ help:
 	@echo "make test-cluster  train on a real Slurm and on two hosts, all on this machine (needs root)"
 	@echo "make test-faults   kill a training 100 times, fill its disk, cut its network (KILLS=100)"
 	@echo "make test-harness  install lm-eval (40 packages, 0.3 GB) and test its tasks on our models"
+	@echo "make test-quantize install torchao (3 MB) and test int8 and int4 exports"
 	@echo "make check   ruff, ruff format, mypy"
 	@echo "make bench   speed and memory; writes .bench/bench.json"
 	@echo "make docs    build the documentation site; opens as .docs/index.html"
@@ -81,6 +82,13 @@ test-harness: $(STAMP)
 		--constraint constraints.txt --editable '.[dev,eval]'
 	$(BIN)/python -m pytest tests/unit/train/test_harness.py tests/unit/train/test_strided.py \
 		-rs $(PYTEST_ARGS)
+
+# Likewise: where torchao is installed, transformers imports it, and it warns.
+test-quantize: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--constraint constraints.txt --editable '.[dev,quantize]'
+	$(BIN)/python -m pytest tests/unit/sa_models/test_quantization.py \
+		tests/unit/train/test_quantize_command.py -rs $(PYTEST_ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -103,7 +103,7 @@ class SharedAttention(nn.Module):
             else:
                 paired = self._paired(leader[0], leader[1], value)
                 output, weights = self._kernel(*paired, attention_mask, **kwargs)
-            return self.o_proj(output.flatten(2)), weights, handed
+            return self.o_proj(self._flat(output, hidden_states)), weights, handed
 
         query = rotate(self._heads(self.q_proj(hidden_states)), position_embeddings)
         if self.follows == "kv":
@@ -120,11 +120,15 @@ class SharedAttention(nn.Module):
             output, weights = self._kernel(query, key, value, attention_mask, **kwargs)
             if self.leads is not None:
                 handed = (query, key) if self.leads == "attention" else (key, value)
-        return self.o_proj(output.flatten(2)), weights, handed
+        return self.o_proj(self._flat(output, hidden_states)), weights, handed
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
         """(batch, rows, heads * head_dim) -> (batch, heads, rows, head_dim)."""
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def _flat(self, output: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """(batch, rows, heads * head_dim) of what a kernel gives; vLLM's gives no batch."""
+        return output.reshape(*rows.shape[:-1], -1)
 
     def _kernel(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **kwargs: Any

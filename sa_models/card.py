@@ -49,6 +49,18 @@ Several adapters may be loaded on one compact model. None can be merged into it:
 weights of its own there. The dense export has this one merged.
 """,
 }
+QUANTIZED = {
+    "int8": "Install torchao as well: it holds and computes the int8 weights.\n",
+    "int4": """\
+Install torchao as well, and its GPU kernels; or compute with the values that the weights stand for:
+
+```python
+from sa_models.quantized_folder import load_dequantized
+
+model = load_dequantized("path/to/this/folder")
+```
+""",
+}
 
 
 def model_card(manifest: Mapping[str, Any]) -> str:
@@ -65,6 +77,7 @@ def model_card(manifest: Mapping[str, Any]) -> str:
         f"{f'`{base}`' if base else 'A Llama'} with shared attention, made by `postshare`.\n",
         "## Use\n",
         USAGE[kind],
+        *([QUANTIZED[manifest["quantization"]["to"]]] if "quantization" in manifest else []),
         "## What is shared\n",
         _table(("", "value"), _shared_rows(manifest)),
     ]
@@ -130,12 +143,17 @@ def _shared_rows(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
         rows.append(
             ("bytes of KV cache for a token", f"{cache['bytes_per_token']:,} ({kept:.1%} of base)")
         )
+    stored = manifest["dtype"]
+    if "quantization" in manifest:
+        to, group = manifest["quantization"]["to"], manifest["quantization"]["group"]
+        stored = f"{to}, one scale for {f'{group} inputs of a row' if group else 'a row'}"
+        stored += f"; embeddings and norms {manifest['dtype']}"
     return [
         *rows,
         ("attention parameters no longer needed", f"{heads['stored_ratio']:.1%}"),
         ("parameters of the base", f"{tensors['base_parameters']:,}"),
         ("parameters in this folder", f"{tensors['parameters']:,}"),
-        ("bytes of weights in this folder", f"{tensors['bytes']:,} ({manifest['dtype']})"),
+        ("bytes of weights in this folder", f"{tensors['bytes']:,} ({stored})"),
         ("plan (SHA-256)", f"`{manifest['plan_sha256']}`"),
     ]
 

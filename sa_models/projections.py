@@ -63,7 +63,7 @@ class SharedLinear(nn.Linear):
         """(..., in_features) -> (..., out_features)."""
         if self.owns_all:
             return functional.linear(x, self.weight)
-        rows, product = _rows_and_product(x)
+        rows, product = _rows_and_product(x, self.is_quantized)
         own = product(self.weight, rows)
         parts = list(own.split_with_sizes(self.own_widths, -1)) if self.own_widths else []
         for at, owner, first, width in self.tied:
@@ -93,6 +93,12 @@ class SharedLinear(nn.Linear):
             raise ValueError(f"own features begin at {firsts}, which is not their order")
         self.owns_all = len(pieces) == 1 and not pieces[0].tied
 
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the weights are torchao's: sliced like others, but known to ``linear`` alone."""
+        read = self if self.own_widths or not self.tied else self.tied[0][1]
+        return hasattr(read.weight, "qdata")
+
     def extra_repr(self) -> str:
         # Not from the weight, whose shape is gone where it is split over ranks.
         return f"{super().extra_repr()}, own={sum(self.own_widths)}"
@@ -112,11 +118,13 @@ class SharedOutputLinear(SharedLinear):
         """(..., in_features) -> (..., out_features)."""
         if self.owns_all:
             return functional.linear(x, self.weight)
-        rows, product = _rows_and_product(x)
+        quantized = self.is_quantized
+        rows, product = _rows_and_product(x, quantized)
         parts = rows.split_with_sizes(self.widths, -1)
         own = [parts[at] for at in self.own_at]
         y = product(self.weight, torch.cat(own, -1) if own else rows[..., :0])
-        adds = y.dtype == self.weight.dtype  # autocast knows no in-place products
+        # Neither autocast nor quantized weights know in-place products.
+        adds = y.dtype == self.weight.dtype and not quantized
         for at, owner, first, width in self.tied:
             columns = owner.weight.narrow(1, first, width)
             if not adds:
@@ -128,13 +136,13 @@ class SharedOutputLinear(SharedLinear):
         return y.view(*x.shape[:-1], self.out_features)
 
 
-def _rows_and_product(x: torch.Tensor) -> tuple[torch.Tensor, Product]:
+def _rows_and_product(x: torch.Tensor, quantized: bool) -> tuple[torch.Tensor, Product]:
     """The rows of x in the shape that is multiplied fastest, and what multiplies (weight, rows).
 
     The one row of a decoded token is a vector: with a handful of small products for each
     projection, what is spent around them counts. (In bf16 a CPU has no fast vector product.)
     """
-    if x.numel() == x.shape[-1] and x.dtype == torch.float32:
+    if x.numel() == x.shape[-1] and x.dtype == torch.float32 and not quantized:
         return x.flatten(), torch.matmul
     return x.reshape(-1, x.shape[-1]), _linear
 
@@ -144,7 +152,12 @@ def _linear(weight: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
 
 
 def transpose_storage_(model: nn.Module) -> None:
-    """Store the weights of o transposed (same shape, other strides), where they are not yet."""
+    """Store the weights of o transposed (same shape, other strides), where they are not yet.
+
+    Quantized ones are left: their rows have the scales.
+    """
     for module in model.modules():
-        if isinstance(module, SharedOutputLinear) and not module.weight.t().is_contiguous():
+        if not isinstance(module, SharedOutputLinear) or hasattr(module.weight, "qdata"):
+            continue
+        if not module.weight.t().is_contiguous():
             module.weight.data = module.weight.data.t().contiguous().t()

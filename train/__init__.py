@@ -1,1 +1,7 @@
 """How a model is post-trained: recipes, data, the loop, the stages, the command line."""
+
+import logging
+
+# Where torchao is installed, transformers imports it, and it warns of kernels for other machines.
+for _name in ("torchao", "torchao.kernel.intmm", "torch.utils._pytree"):
+    logging.getLogger(_name).addFilter(lambda record: record.levelno >= logging.ERROR)

@@ -162,6 +162,26 @@ def evaluate(
     compare_models(arguments, read_options(given))
 
 
+@app.command(
+    epilog="Example: postshare quantize runs/demo/export/compact --to int8 --output runs/demo/int8"
+)
+def quantize(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Folder of a Llama or an export, or a hub name.")
+    ],
+    output: Annotated[Path, typer.Option(help="Folder to make.")],
+    to: Annotated[str, typer.Option(help="int8 or int4.")] = "int8",
+    group_size: Annotated[
+        int | None,
+        typer.Option(min=2, help="Of int4: inputs of a row that share a scale (default: 32)."),
+    ] = None,
+) -> None:
+    """Round the projections of an export to int8 or int4; `evaluate` compares the result."""
+    from train.quantize_command import quantize_model
+
+    quantize_model(model, output, to, group_size)
+
+
 @app.command(epilog="Example: postshare report runs/demo runs/twenty --output report.html")
 def report(
     runs: Annotated[

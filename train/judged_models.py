@@ -1,7 +1,7 @@
 """The models that `postshare evaluate` compares: what an argument names, and how it is loaded.
 
 An argument is a run folder (its base, continued, direct and post-trained model), a folder with a
-dense Llama or a compact export, or a hub name.
+dense Llama or a compact export, quantized or not, or a hub name.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from sa_models.errors import PostshareError
 from sa_models.model_folder import COMPANIONS, GENERATION_CONFIG, TOKENIZERS
 from sa_models.modeling import SharedLlamaForCausalLM
 from sa_models.plan import SharingPlan
+from sa_models.quantized_folder import QuantizedFolder, is_quantized, load_dequantized
 from sa_models.readers import CompactFolder
 from sa_models.weights import WeightsFolder, read_model_type
 from train.base_model import base_folder, load_model, tie_model
@@ -30,6 +31,13 @@ from train.sections import ModelSection
 from train.tokens import load_tokenizer
 
 KINDS = {"llama": WeightsFolder, SharedLlamaConfig.model_type: CompactFolder}
+
+
+def open_folder(folder: Path) -> WeightsFolder | QuantizedFolder:
+    """The weights of a folder as they are stored. Raises PostshareError as they do."""
+    if is_quantized(folder):
+        return QuantizedFolder(folder)
+    return KINDS[str(read_model_type(folder))](folder)
 
 
 @dataclass(frozen=True)
@@ -57,6 +65,8 @@ class Judged:
             model: PreTrainedModel = tie_model(
                 load_model(self.folder, "sdpa"), self._plan(), recipe, remaining_merge(recipe)
             )
+        elif is_quantized(self.folder):
+            model = load_dequantized(self.folder, dtype)
         else:
             kind: type[LlamaForCausalLM] = LlamaForCausalLM
             if read_model_type(self.folder) == SharedLlamaConfig.model_type:
@@ -92,9 +102,11 @@ class Judged:
         return value
 
     def size(self) -> tuple[int, int]:
-        """Parameters stored, and their bytes in the dtype that they are stored in."""
-        reader = KINDS[str(read_model_type(self.folder))](self.folder)
+        """Parameters stored, and their bytes as they are stored."""
+        reader = open_folder(self.folder)
         names = reader.names()
+        if isinstance(reader, QuantizedFolder):
+            return sum(torch.Size(reader.shape(n)).numel() for n in names), reader.bytes
         width = reader.dtype(names[0]).itemsize
         if self.through is not None:
             width = getattr(torch, self.through).itemsize
@@ -217,7 +229,7 @@ def _check(model: Judged) -> None:
             f"{model.name} is a {kind!r} model; evaluate compares Llamas (model_type 'llama') and "
             f"compact exports of postshare ({SharedLlamaConfig.model_type!r})"
         )
-    KINDS[kind](model.folder)
+    open_folder(model.folder)
     if not any((model.tokenizer / name).is_file() for name in TOKENIZERS):
         raise PostshareError(
             f"{model.tokenizer} has no tokenizer ({', '.join(TOKENIZERS)}); copy the files of its "

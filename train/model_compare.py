@@ -21,12 +21,12 @@ from rich.console import Console
 from transformers.utils import logging
 
 from sa_models.errors import PostshareError
-from sa_models.weights import read_model_type
+from sa_models.quantized_folder import is_quantized
 from train import strided
 from train.evaluation_table import save_json, table
 from train.evaluation_text import EvaluationText, find_text
 from train.harness import Harness, HarnessSettings, TaskSet, require_harness
-from train.judged_models import KINDS, Judged, find_models
+from train.judged_models import Judged, find_models, open_folder
 from train.local_tasks import data_hash
 from train.progress import EvaluationProgress
 from train.result_cache import ResultCache, default_folder
@@ -99,7 +99,7 @@ class Comparison:
     @cached_property
     def context(self) -> int:
         """Tokens of a window: one number for all models."""
-        readers = {m.name: KINDS[str(read_model_type(m.folder))](m.folder) for m in self.models}
+        readers = {m.name: open_folder(m.folder) for m in self.models}
         positions = {n: int(r.config.max_position_embeddings) for n, r in readers.items()}
         shortest = min(positions, key=lambda name: positions[name])
         chosen = self.options.context or min(LONGEST, positions[shortest])
@@ -132,6 +132,7 @@ class Comparison:
         _ = self.device, self.context
         if SPEED in self.options.tasks:
             _ = self.speed
+            refuse_quantized(self.models)
         cache = ResultCache(self.options.cache or default_folder())
         results: dict[tuple[str, str], list[Score]] = {}
         keys = {(m.name, t): k for m in self.models for t, k in self._keys(m).items()}
@@ -318,6 +319,20 @@ def check_options(options: Options) -> None:
         raise PostshareError(f"--data {data}: no such folder; correct the path")
     if options.output is not None and not options.output.parent.is_dir():
         raise PostshareError(f"--output: there is no folder {options.output.parent}; make it first")
+
+
+def refuse_quantized(models: Sequence[Judged]) -> None:
+    """Quality is that of the values that quantized weights stand for; speed is that of kernels.
+
+    Raises:
+        PostshareError: a model is quantized.
+    """
+    for model in models:
+        if is_quantized(model.folder):
+            raise PostshareError(
+                f"{model.name} is quantized, and evaluate computes with the values that its "
+                "weights stand for, not with quantized kernels; remove speed from --tasks"
+            )
 
 
 def sizes(model: Judged) -> list[Score]:
