@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from sa_models.errors import PostshareError
+from train.demo import DEMO_BASE
 from train.recipe_source import locate, shipped_recipes
 
 
@@ -58,6 +59,8 @@ def _is_recipe(argument: str) -> bool:
         return False
     if path.suffix in (".yaml", ".yml"):
         return True
+    if argument == DEMO_BASE:
+        return False
     if argument.count("/") == 1 and argument not in shipped_recipes():
         return False  # a hub name
     if argument.startswith(("/", ".", "~")):

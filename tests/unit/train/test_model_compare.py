@@ -263,6 +263,7 @@ def test_resident_memory_is_that_of_the_model(tmp_path: Path) -> None:
         (["BASE", "--tasks", "perplexity,perplexity"], "name each task once"),
         (["BASE", "--limit", "3"], "--limit has no effect on perplexity"),
         (["BASE"], "perplexity needs a text, and no run is given"),
+        (["demo-base"], "perplexity needs a text, and no run is given"),
         (["BASE", "--text", "nothing.txt"], "nothing.txt: no such file"),
         (["BASE", "--text", "TEXT", "--context", "129"], "has 128 positions"),
         (["BASE", "--text", "TEXT", "--context", "64", "--stride", "65"], "stride 65"),
