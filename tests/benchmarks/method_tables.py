@@ -68,6 +68,9 @@ def _table(lines: list[Line], every: list[Line], rows: Rows) -> str:
     base = every[0]["bytes"]["base"]
     out = ["| row | seeds | untrained | trained | above its *continued* | bytes |"]
     out.append("| --- | --- | --- | --- | --- | --- |")
+    out.append(
+        f"| the model, not trained on | | {every[0]['perplexity']['base']:.2f} | | | {base:,} |"
+    )
     for distilled, of_seed in controls.items():
         if of_seed:
             name = "*continued*, distilled" if distilled else "*continued*"
