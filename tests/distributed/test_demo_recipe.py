@@ -69,11 +69,7 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-SHORT_AUTO = (
-    "plan.calibration_blocks=2",
-    "materialize={reconstruct: true, calibration_blocks: 4, heal_steps: 3}",
-    "train.steps=0",
-)
+SHORT_AUTO = ("plan.calibration_blocks=2", "materialize.calibration_blocks=4")
 """Of recipes/demo.yaml: most of the search is on 64 tokens a block."""
 
 
