@@ -13,6 +13,10 @@ from train.speed import TASK as SPEED
 from train.summary import bytes_of, model_names
 from train.tracking import clock
 
+RESIDENT = "resident bytes"
+LARGE = 10**8
+"""Resident bytes below which a model drowns in what libraries load; the table has them anyway."""
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -214,8 +218,10 @@ def _speed(data: RunData) -> Tile:
         ("prefill", "prefill tokens/s", "/s"),
         ("first token", "first token, ms", " ms"),
         ("cache", "cache bytes/token", " bytes a token"),
-        ("resident", "resident bytes", ""),
+        ("resident", RESIDENT, ""),
     )
+    if shipped[RESIDENT]["value"] < LARGE:
+        parts = parts[:-1]
     said = [
         f"{name} {_of_speed(metric, shipped[metric]['value'])}{unit}{_compared(shipped[metric])}"
         for name, metric, unit in parts
@@ -229,7 +235,7 @@ def _speed(data: RunData) -> Tile:
 
 
 def _of_speed(metric: str, value: float) -> str:
-    if metric == "resident bytes":
+    if metric == RESIDENT:
         return megabytes(int(value))
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 

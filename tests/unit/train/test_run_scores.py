@@ -25,7 +25,7 @@ def speed(decode: list[float], cache: float) -> list[Score]:
         "first token, ms": [51.2, 51.2, 51.2],
         "decode tokens/s": decode,
     }
-    sizes = {"cache bytes/token": cache, "resident bytes": 20e6}
+    sizes = {"cache bytes/token": cache, "resident bytes": 2e9}
     return [Score.of_rounds("speed", n, v, stated) for n, v in rounds.items()] + [
         Score("speed", n, "size", v, stated=stated) for n, v in sizes.items()
     ]
@@ -63,7 +63,7 @@ def test_a_later_call_replaces_its_tasks_and_the_report_shows_all(tmp_path: Path
     # Medians; the change is the median of 1.1, 0.9 and 1.5: of the same rounds.
     assert "decode tokens/s (against base) 180 (+10.0%)" in page
     assert "prefill 25,000/s (+0.0%), first token 51.2 ms (+0.0%)" in page
-    assert "cache 6,144 bytes a token (-25.0%), resident 20 MB (+0.0%)" in page
+    assert "cache 6,144 bytes a token (-25.0%), resident 2 GB (+0.0%)" in page
     assert "task base post last vs first 95 %" in page
     assert "speed: decode tokens/s 200 180 +10.0% +0.0% to +30.0%" in page
     assert "sst2: acc 0.5 0.75 +0.2500 -0.2400 to +0.7400" in page  # sd of (0, 0, 1, 0) is 0.5
