@@ -214,14 +214,13 @@ def _speed(data: RunData) -> Tile:
         cure = f"postshare evaluate {data.folder} --tasks speed"
         return Tile("speed of answers", "not measured", cure)
     shipped = {score["metric"]: score for score in entry["models"][-1]["scores"]}
-    parts = (
+    parts = [
         ("prefill", "prefill tokens/s", "/s"),
         ("first token", "first token, ms", " ms"),
         ("cache", "cache bytes/token", " bytes a token"),
-        ("resident", RESIDENT, ""),
-    )
-    if shipped[RESIDENT]["value"] < LARGE:
-        parts = parts[:-1]
+    ]
+    if shipped[RESIDENT]["value"] >= LARGE:
+        parts.append(("resident", RESIDENT, ""))
     said = [
         f"{name} {_of_speed(metric, shipped[metric]['value'])}{unit}{_compared(shipped[metric])}"
         for name, metric, unit in parts
