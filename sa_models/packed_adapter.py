@@ -112,7 +112,7 @@ def principal(pair: Pair) -> Pair:
 def allocate(directions: Pairs, bits: int) -> dict[Where, list[int]]:
     """Bits a number of each direction, by projection, until `bits` are used; none are left out."""
     chosen: dict[Where, list[int]] = {where: [] for where in directions}
-    heap: list[tuple[float, int, Where, int, int]] = []
+    heap: list[tuple[float, int, Where, int, int, int]] = []
 
     def offer(where: Where, index: int, step: int) -> None:
         pair = directions[where]
@@ -120,17 +120,15 @@ def allocate(directions: Pairs, bits: int) -> dict[Where, list[int]]:
             return
         here, more = _WIDTHS[step - 1], _WIDTHS[step]
         norm = float(pair.a[index].norm() * pair.b[:, index].norm()) ** 2
-        cost = (more - here) * (pair.a.shape[1] + pair.b.shape[0]) + (40 if step == 1 else 0)
+        cost = (more - here) * (pair.a.shape[1] + pair.b.shape[0])
+        cost += 40 if step == 1 else 0  # a width and two scales
         gain = norm * (LOST[here] - LOST[more]) / cost
-        heapq.heappush(heap, (-gain, len(heap), where, index, step))
+        heapq.heappush(heap, (-gain, len(heap), where, index, step, cost))
 
     for where in directions:
         offer(where, 0, 1)
     while heap:
-        gain, _, where, index, step = heapq.heappop(heap)
-        pair = directions[where]
-        cost = (_WIDTHS[step] - _WIDTHS[step - 1]) * (pair.a.shape[1] + pair.b.shape[0])
-        cost += 40 if step == 1 else 0  # a width and two scales
+        gain, _, where, index, step, cost = heapq.heappop(heap)
         if gain == 0 or cost > bits:
             continue
         bits -= cost

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from transformers import LlamaForCausalLM
 
 from sa_models.errors import PostshareError
@@ -15,6 +14,7 @@ from sa_models.isotropy import Isotropy, measure_isotropy
 from sa_models.plan import HeadTie, SharingPlan
 from sa_models.sensitivity import Sensitivity, estimate_sensitivity
 from sa_models.similarity import Matches, Progress, best_matches
+from sa_models.token_losses import row_losses
 from train.analysis_model import Weights
 from train.plan_section import Budget, PlanSection
 from train.scoring import CalibrationText, PairChances, pair_chances, score_units
@@ -133,8 +133,8 @@ def _loss(model: LlamaForCausalLM, batches: Sequence[dict[str, torch.Tensor]]) -
     total, tokens = 0.0, 0
     for batch in batches:
         ids = batch["input_ids"].to(model.device)
-        logits = model(ids, use_cache=False).logits[0, :-1].float()
-        total += float(F.cross_entropy(logits, ids[0, 1:], reduction="sum"))
+        logits = model(ids, use_cache=False).logits[:, :-1]
+        total += sum(row_losses(logits, ids[:, 1:]))
         tokens += ids.shape[1] - 1
     return total / tokens
 

@@ -2,31 +2,16 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tiny
 from rich.console import Console
+from tiny import row
 
 import train.tracking as tracking
 from sa_models.errors import PostshareError
 from train.loop import train
 from train.tracking import Tracker, clock, read_rows, truncate_rows
-
-
-def row(step: int, **fields: Any) -> dict[str, Any]:
-    values = {
-        "step": step,
-        "tokens": 100 * step,
-        "lm_loss": 2.0,
-        "penalty": 0.5,
-        "step_seconds": 0.5,
-        "data_wait_seconds": 0.1,
-        "tokens_per_second": 1234.0,
-        "memory_bytes": 2**30,
-    }
-    return {**values, **fields}
-
 
 # --- metrics.jsonl --------------------------------------------------------------------------------
 

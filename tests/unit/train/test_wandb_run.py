@@ -12,6 +12,7 @@ import pytest
 import tiny
 import torch
 import wandb
+from tiny import row
 from transformers import LlamaConfig
 
 import train.wandb_run as wandb_run
@@ -37,20 +38,6 @@ def recipe(folder: Path, mode: str = "disabled", **fields: Any) -> Recipe:
     made = tiny.recipe(folder, steps=4)
     wandb = made.wandb.model_copy(update={"mode": mode, **fields})
     return made.model_copy(update={"wandb": wandb})
-
-
-def row(step: int, **fields: Any) -> dict[str, Any]:
-    values = {
-        "step": step,
-        "tokens": 100 * step,
-        "lm_loss": 2.0,
-        "penalty": 0.5,
-        "step_seconds": 0.5,
-        "data_wait_seconds": 0.1,
-        "tokens_per_second": 1234.0,
-        "memory_bytes": 2**30,
-    }
-    return {**values, **fields}
 
 
 def test_online_without_an_account_is_refused_before_anything_is_written(

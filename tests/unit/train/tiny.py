@@ -92,3 +92,18 @@ def curve(folder: Path) -> list[dict[str, Any]]:
     """The rows of a training without what the clock decides."""
     rows = read_rows(folder / "metrics.jsonl")
     return [{k: v for k, v in row.items() if k not in TIMING_KEYS} for row in rows]
+
+
+def row(step: int, **fields: Any) -> dict[str, Any]:
+    """What a training logs of a step."""
+    values = {
+        "step": step,
+        "tokens": 100 * step,
+        "lm_loss": 2.0,
+        "penalty": 0.5,
+        "step_seconds": 0.5,
+        "data_wait_seconds": 0.1,
+        "tokens_per_second": 1234.0,
+        "memory_bytes": 2**30,
+    }
+    return {**values, **fields}
