@@ -16,7 +16,8 @@ from typing import Any
 
 from train.recipe import Recipe
 from train.recipe_errors import allowed_values, branches
-from train.recipe_source import description, shipped_recipes
+from train.recipe_source import description
+from train.shipped import shipped_recipes
 
 Schema = dict[str, Any]
 MARKER = re.compile(r"^<!-- generated: ([a-z]+) -->$", re.MULTILINE)

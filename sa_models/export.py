@@ -24,12 +24,12 @@ from transformers import LlamaConfig, PreTrainedTokenizerBase
 
 from .adapters import AdaptedReader, Pairs, load_adapter, rounded, save_adapter
 from .convert import Leaders, converted
+from .durable import flush
 from .errors import PostshareError
 from .heads import HeadLayout
 from .manifest import (
     Identity,
     describe,
-    flush,
     read_manifest,
     recognize,
     seal,

@@ -10,16 +10,17 @@ import torch
 
 from .errors import PostshareError
 from .heads import HeadLayout
+from .residual import Where
 from .restart import Batch, rows_of
 from .similarity import Progress
 from .ties import Unit
 
 if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM
+    from transformers import PreTrainedModel
 
 
 def run_text(
-    model: LlamaForCausalLM,
+    model: PreTrainedModel,
     batches: Iterable[Batch],
     visit: Callable[[torch.Tensor, torch.Tensor], None],
     progress: Progress | None = None,
@@ -62,15 +63,22 @@ class InputGrams:
         of_layer: {layer: (hidden_size, hidden_size)}, of the normed hidden states that q, k and v
             read.
         of_unit: {unit: (width, width)}, of what its heads give to o.
+        of_output: {layer: (inputs, inputs)}, of what all heads of a layer give to o.
     """
 
     def __init__(
-        self, model: LlamaForCausalLM, layers: Iterable[int], units: Iterable[Unit] = ()
+        self,
+        model: PreTrainedModel,
+        layers: Iterable[int] = (),
+        units: Iterable[Unit] = (),
+        outputs: Iterable[int] = (),
     ) -> None:
         self._model, self._layers, self._units = model, sorted(layers), sorted(units)
+        self._outputs = sorted(outputs)
         self._width = HeadLayout.from_config(model.config).width("o")
         self.of_layer: dict[int, torch.Tensor] = {}
         self.of_unit: dict[Unit, torch.Tensor] = {}
+        self.of_output: dict[int, torch.Tensor] = {}
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -79,7 +87,7 @@ class InputGrams:
             for layer in self._layers:
                 norm = self._model.get_submodule(f"model.layers.{layer}.input_layernorm")
                 stack.enter_context(norm.register_forward_hook(self._normed(layer)))
-            for layer in sorted({layer for layer, _ in self._units}):
+            for layer in sorted({*self._outputs, *(layer for layer, _ in self._units)}):
                 o = self._model.get_submodule(f"model.layers.{layer}.self_attn.o_proj")
                 stack.enter_context(o.register_forward_pre_hook(self._mixed(layer)))
             yield
@@ -89,11 +97,52 @@ class InputGrams:
 
     def _mixed(self, layer: int) -> Callable[..., None]:
         def mixed(module: torch.nn.Module, given: tuple[torch.Tensor, ...]) -> None:
+            if layer in self._outputs:
+                _add(self.of_output, layer, given[0])
             for at in self._units:
                 if at[0] == layer:
                     _add(self.of_unit, at, given[0].narrow(-1, at[1] * self._width, self._width))
 
         return mixed
+
+
+@torch.no_grad()
+def input_moments(
+    model: PreTrainedModel,
+    batches: Iterable[Batch],
+    wanted: Iterable[Where],
+    progress: Progress | None = None,
+) -> dict[Where, torch.Tensor]:
+    """The sum of x x' over the inputs x of each projection, on the CPU.
+
+    q, k and v of a layer are given the same, so that their tensor is one.
+
+    Args:
+        model: a dense Llama, or one with spans.
+        wanted: projections that the model has.
+
+    Returns:
+        float64 (in_features, in_features) each.
+
+    Raises:
+        PostshareError: see :func:`run_text`; or an input is not finite.
+    """
+    wanted = list(wanted)
+    grams = InputGrams(
+        model,
+        layers={layer for layer, p in wanted if p != "o"},
+        outputs={layer for layer, p in wanted if p == "o"},
+    )
+    with grams.recording():
+        run_text(model, batches, lambda logits, targets: None, progress)
+    sums = (grams.of_layer, grams.of_output)
+    if not all(bool(total.isfinite().all()) for kind in sums for total in kind.values()):
+        raise PostshareError(
+            "an input of a projection on calibration text is not finite; load the model in "
+            "float32, or check its weights"
+        )
+    of_layer, of_output = ({at: total.cpu() for at, total in kind.items()} for kind in sums)
+    return {(layer, p): (of_output if p == "o" else of_layer)[layer] for layer, p in wanted}
 
 
 def _add(sums: dict[Any, torch.Tensor], key: Any, rows: torch.Tensor) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .card import model_card
+from .durable import flush
 from .errors import PostshareError
 from .heads import HeadLayout
 from .plan import SharingPlan
@@ -99,15 +100,6 @@ def _seal_file(path: Path) -> dict[str, Any]:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         os.fsync(file.fileno())
     return {"bytes": path.stat().st_size, "sha256": digest}
-
-
-def flush(path: Path) -> None:
-    """Make a file's content, or the names in a folder, durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_manifest(

@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import save_file
 
 from .configuration import SharedLlamaConfig
+from .durable import new_folder
 from .errors import PostshareError
 from .manifest import CARD, MANIFEST, read_manifest, seal, write_manifest
 from .model_folder import copy_code
@@ -60,18 +61,13 @@ def quantize_folder(
     size = None if to == "int8" else group_size or GROUP_SIZE
     if size is not None:
         _check_groups(weights, size)
-    beside = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(beside, ignore_errors=True)
     try:
-        beside.mkdir(parents=True)
-        _write(weights, beside, size)
-        os.rename(beside, folder)
+        with new_folder(folder) as beside:
+            _write(weights, beside, size)
     except OSError as error:
         raise PostshareError(
             f"{folder} could not be written ({error}); free disk space or choose another folder"
         ) from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
     return folder
 
 

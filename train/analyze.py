@@ -24,7 +24,7 @@ from train.analysis import Analysis, analyze_model, score_section
 from train.analysis_model import Weights, cut_blocks, find_model, load_expanded
 from train.evaluation_text import EvaluationText, find_text
 from train.files import write_json
-from train.judged_models import Judged
+from train.judged_models import Judged, read_device
 from train.run_folder import RECIPE_FILE
 from train.span_planning import MAP_LENGTH, as_lists
 
@@ -55,7 +55,7 @@ def analyze(argument: str, options: Options) -> None:
     score_section(options.score)
     judged = find_model(argument)
     weights = Weights.open(judged.folder)
-    device = _device(options.device)
+    device = read_device(options.device)
     text = _text(argument, options)
     batches = _blocks(judged, weights, text, options)
     folder = options.output or Path("analysis") / _folder_name(argument)
@@ -82,16 +82,6 @@ def analyze(argument: str, options: Options) -> None:
     console.print(f"analysis  {folder / ANALYSIS_FILE}", soft_wrap=True)
     names = ", ".join(path.name for path in pictures)
     console.print(f"pictures  {folder}: {names}, and .svg", soft_wrap=True)
-
-
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).split("\n")[0]
-        raise PostshareError(f"--device {name}: {reason}") from None
 
 
 def _text(argument: str, options: Options) -> EvaluationText:

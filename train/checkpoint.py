@@ -24,9 +24,9 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
+from sa_models.durable import flush, rename_into_place
 from sa_models.errors import PostshareError
-from sa_models.manifest import flush
-from train.files import damage, file_entry, rename_into_place, write_json
+from train.files import damage, file_entry, write_json
 from train.identity import identity_hash, refuse_other_run
 from train.state_files import Snapshot, restore, take_snapshot
 

@@ -355,7 +355,8 @@ def recipes() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from train.recipe_source import description, shipped_recipes
+    from train.recipe_source import description
+    from train.shipped import shipped_recipes
 
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(no_wrap=True)

@@ -17,6 +17,7 @@ from sa_models.weights import WeightsFolder
 from train import comparison, pipeline
 from train import engine as engines
 from train.comparison import COMPARISON_FILE, Entry
+from train.comparison_picture import save_picture
 from train.controls import CONTROLS, RECIPE, Target, changed, check, variant
 from train.evaluate import BlockLosses
 from train.files import write_json
@@ -115,7 +116,7 @@ def _plan_runs(
 def _conclude(first: Run, runs: Sequence[Planned], folder: Path) -> None:
     entries = collect(runs)
     write_json(folder / COMPARISON_FILE, comparison.as_json(entries, REFERENCE))
-    comparison.save_picture(entries, REFERENCE, folder / PARETO_PICTURE)
+    save_picture(entries, REFERENCE, folder / PARETO_PICTURE)
     controls = [entry.name for entry in entries[3:] if entry.name != RECIPE]
     first.say("", comparison.table(entries, REFERENCE))
     if controls:

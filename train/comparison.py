@@ -1,4 +1,4 @@
-"""What `postshare compare` concludes: perplexities with confidence intervals, table and plot.
+"""What `postshare compare` concludes: perplexities with confidence intervals, and their table.
 
 An interval has two sources: the held-out text (a few blocks stand for all text) and the seed. Both
 are drawn again, with replacement, `DRAWS` times; what is compared shares blocks and seeds, so that
@@ -7,12 +7,10 @@ a difference is judged by its own spread and not by that of each side (a paired 
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,9 +18,6 @@ from rich import box
 from rich.table import Table
 
 from train.evaluate import BlockLosses
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 COMPARISON_FILE = "comparison.json"
 DRAWS = 2000
@@ -156,45 +151,3 @@ def as_json(entries: Sequence[Entry], reference: str) -> list[dict[str, Any]]:
         }
         for entry in entries
     ]
-
-
-def save_picture(entries: Sequence[Entry], reference: str, path: Path) -> None:
-    """Quality against bytes and the Pareto front, as PNG and SVG.
-
-    Bars are 95 % intervals of the difference from the entry named `reference`.
-    """
-    from matplotlib import rc_context
-
-    from train.figures import FILE_STYLE, save
-
-    with rc_context(FILE_STYLE):
-        save(_draw(entries, reference), path)
-
-
-def _draw(entries: Sequence[Entry], reference: str) -> Figure:
-    from matplotlib.figure import Figure
-
-    from train.figures import DARK_GREY, MUTED, SERIES, SMALL, WIDTH
-
-    against = next(entry for entry in entries if entry.name == reference)
-    sized = [entry for entry in entries if entry.bytes is not None]
-    points = np.array([[(entry.bytes or 0) / 1e6, entry.perplexity] for entry in sized])
-    figure = Figure(figsize=(WIDTH, 4.6), layout="constrained")
-    axes = figure.add_subplot()
-    front = points[pareto(points)]
-    axes.step(front[:, 0], front[:, 1], where="post", color=MUTED, linewidth=1.2, label="Pareto")
-    colors = itertools.cycle(SERIES)
-    for entry, (size, value), color in zip(sized, points, colors, strict=False):
-        if entry is not against:
-            low, high = (math.exp(against.loss + bound) for bound in interval(entry, against))
-            axes.plot([size, size], [low, high], color=DARK_GREY, linewidth=1.4, zorder=2)
-        axes.plot(size, value, color=color, marker="o", markersize=7, zorder=3)
-        axes.annotate(
-            entry.name, (size, value), xytext=(7, 4), textcoords="offset points", size=SMALL
-        )
-    axes.margins(x=0.16, y=0.12)
-    axes.set_xlabel("megabytes of weights")
-    axes.set_ylabel("perplexity on held-out text")
-    axes.set_title(f"Quality against bytes at equal tokens\n(bars: 95 % against {reference})")
-    axes.legend()
-    return figure

@@ -10,15 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-PACKAGE = Path(__file__).resolve().parent
-SUFFIXES = (".yaml", ".yml")
+from train.shipped import SUFFIXES, shipped_folder, shipped_recipes
 
 
 def complete_recipe(incomplete: str) -> list[str]:
     """Shipped recipes by name, and the .yaml files and folders that begin so."""
-    folder = _shipped("recipes")
-    names = (f.relative_to(folder).with_suffix("") for f in folder.rglob("*.yaml"))
-    found = sorted(name.as_posix() for name in names if name.as_posix().startswith(incomplete))
+    found = [name for name in shipped_recipes() if name.startswith(incomplete)]
     return found + complete_file(incomplete, SUFFIXES)
 
 
@@ -40,7 +37,7 @@ def complete_file(incomplete: str, suffixes: tuple[str, ...] = ()) -> list[str]:
 
 def complete_override(incomplete: str) -> list[str]:
     """`train.st` is offered `train.steps=`; `plan.strategy=` its choices."""
-    file = _shipped("docs") / "recipe.schema.json"
+    file = shipped_folder("docs") / "recipe.schema.json"
     schema = json.loads(file.read_text(encoding="utf-8"))
     keys = dict(_leaves(schema, schema, ""))
     key, equals, begun = incomplete.partition("=")
@@ -88,9 +85,3 @@ def _choices(options: list[dict[str, Any]]) -> list[str]:
         if option.get("type") == "boolean":
             words += ["true", "false"]
     return words
-
-
-def _shipped(kind: str) -> Path:
-    """As train.recipe_source.shipped_folder, which imports more."""
-    installed = PACKAGE / "_shipped" / kind
-    return installed if installed.is_dir() else PACKAGE.parent / kind

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from sa_models.errors import PostshareError
 from train.demo import DEMO_BASE
-from train.recipe_source import locate, shipped_recipes
+from train.recipe_source import locate
+from train.shipped import shipped_recipes
 
 
 def is_stage(arguments: Sequence[str], given: Mapping[str, object]) -> bool:

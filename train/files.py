@@ -1,15 +1,12 @@
-"""Files that are whole or not there: hashes, JSON, renaming into place."""
+"""Files that are whole or not there: hashes, and JSON."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any
-
-from sa_models.manifest import flush
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -37,16 +34,3 @@ def damage(path: Path, entry: dict[str, Any]) -> str | None:
     if path.stat().st_size != entry["bytes"] or file_hash(path) != entry["sha256"]:
         return "is damaged (its hash differs from the manifest)"
     return None
-
-
-def rename_into_place(beside: Path, final: Path) -> None:
-    """Flush a folder to disk and give it its name, replacing a folder that has it."""
-    for path in (*beside.rglob("*"), beside):
-        flush(path)
-    old = final.with_name(final.name + ".old")
-    if final.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        os.rename(final, old)
-    os.rename(beside, final)
-    flush(final.parent)
-    shutil.rmtree(old, ignore_errors=True)

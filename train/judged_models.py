@@ -121,6 +121,21 @@ class Judged:
         return SharingPlan.load(self.run / PLAN_FILE)
 
 
+def read_device(name: str | None) -> torch.device:
+    """The device of an option `--device`; without one the first GPU, else the CPU.
+
+    Raises:
+        PostshareError: torch knows no such device, or this machine has none.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split("\n")[0]
+        raise PostshareError(f"--device {name}: {reason}") from None
+
+
 def find_models(arguments: Sequence[str]) -> list[Judged]:
     """The models that the arguments name, in their order.
 

@@ -8,7 +8,6 @@ folder that all ranks and the later stages read, whatever the launch.
 from __future__ import annotations
 
 import copy
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,13 +15,13 @@ import torch
 from safetensors import SafetensorError
 
 from sa_models.convert import convert
+from sa_models.durable import new_folder
 from sa_models.errors import PostshareError
 from sa_models.merging import MEASURED, Merge
 from sa_models.reconstruction import reconstruct_
 from sa_models.text_merging import merge_on_text_
 from sa_models.weights import ShardWriter
 from train.base_model import load_dense, load_model, tie_model
-from train.files import rename_into_place
 from train.loss_planning import calibration_batches
 from train.run_folder import MERGED, Run, base_of
 from train.span_planning import bar
@@ -113,23 +112,18 @@ def write_model(folder: Path, model: LlamaForCausalLM, shard_bytes: int) -> None
     Raises:
         PostshareError: it cannot be written; nothing half written stays.
     """
-    beside = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(beside, ignore_errors=True)
     try:
-        beside.mkdir(parents=True)
-        config = copy.deepcopy(model.config)
-        config.dtype = torch.float32
-        config.save_pretrained(beside)
-        writer = ShardWriter(beside, shard_bytes)
-        for name, parameter in model.named_parameters():
-            writer.add(name, parameter.detach())
-        writer.close()
-        rename_into_place(beside, folder)
+        with new_folder(folder) as beside:
+            config = copy.deepcopy(model.config)
+            config.dtype = torch.float32
+            config.save_pretrained(beside)
+            writer = ShardWriter(beside, shard_bytes)
+            for name, parameter in model.named_parameters():
+                writer.add(name, parameter.detach())
+            writer.close()
     except (OSError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise PostshareError(
             f"the merged weights could not be written to {folder} ({reason}); free disk space and "
             "start again"
         ) from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)

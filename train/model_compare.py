@@ -26,7 +26,7 @@ from train import strided
 from train.evaluation_table import save_json, table
 from train.evaluation_text import EvaluationText, find_text
 from train.harness import Harness, HarnessSettings, TaskSet, require_harness
-from train.judged_models import Judged, find_models, open_folder
+from train.judged_models import Judged, find_models, open_folder, read_device
 from train.local_tasks import data_hash
 from train.progress import EvaluationProgress
 from train.result_cache import ResultCache, default_folder
@@ -83,13 +83,7 @@ class Comparison:
 
     @cached_property
     def device(self) -> torch.device:
-        if self.options.device is None:
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            return torch.empty(0, device=self.options.device).device
-        except (RuntimeError, AssertionError) as error:
-            reason = str(error).split("\n")[0]
-            raise PostshareError(f"--device {self.options.device}: {reason}") from None
+        return read_device(self.options.device)
 
     @cached_property
     def dtype(self) -> torch.dtype:

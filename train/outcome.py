@@ -19,10 +19,11 @@ import torch
 from safetensors import SafetensorError
 
 from sa_models.adapters import file_name, plain_name, write_adapter
+from sa_models.durable import rename_into_place
 from sa_models.errors import PostshareError
 from sa_models.weights import ShardWriter
 from train.checkpoint import steps_in
-from train.files import rename_into_place, write_json
+from train.files import write_json
 from train.identity import refuse_other_run
 from train.lora import merged
 from train.shared_folder import require_shared

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from sa_models.adapters import ADAPTER_WEIGHTS, Pairs, load_adapter, save_adapter
+from sa_models.durable import new_folder
 from sa_models.errors import PostshareError
 from sa_models.packed_adapter import PACKED_FILE, pack, unpack
-from train.files import rename_into_place
 
 
 def pack_folder(adapter: Path, output: Path, size: str) -> str:
@@ -54,18 +53,13 @@ def _bytes(size: str, whole: int) -> int:
 def _write(output: Path, work: Callable[[Path], object]) -> None:
     if output.exists():
         raise PostshareError(f"{output} is there already; name a folder that is not")
-    beside = output.with_name(f".{output.name}.tmp")
-    shutil.rmtree(beside, ignore_errors=True)
     try:
-        beside.mkdir(parents=True)
-        work(beside)
-        rename_into_place(beside, output)
+        with new_folder(output) as folder:
+            work(folder)
     except OSError as error:
         raise PostshareError(
             f"{output} cannot be written ({error.strerror or error}); choose another folder"
         ) from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
 
 
 def _lost(before: Pairs, after: Pairs) -> float:

@@ -9,23 +9,8 @@ from typing import Any
 from sa_models.errors import PostshareError
 from train import strict_yaml
 from train.sections import as_sources
+from train.shipped import SUFFIXES, shipped_recipes
 from train.structure_sections import as_spans
-
-_SUFFIXES = (".yaml", ".yml")
-
-
-def shipped_folder(kind: str) -> Path:
-    """The folder `recipes` or `launch`: of the installed wheel, or of the checkout."""
-    package = Path(__file__).resolve().parent
-    installed = package / "_shipped" / kind
-    return installed if installed.is_dir() else package.parent / kind
-
-
-def shipped_recipes() -> dict[str, Path]:
-    """Name (the path inside recipes/, without suffix) and file of every shipped recipe, sorted."""
-    folder = shipped_folder("recipes")
-    files = sorted(f for suffix in _SUFFIXES for f in folder.rglob(f"*{suffix}"))
-    return {file.relative_to(folder).with_suffix("").as_posix(): file for file in files}
 
 
 def description(file: Path) -> str:
@@ -48,7 +33,7 @@ def locate(path_or_name: str | Path) -> Path:
     """
     text = str(path_or_name)
     path = Path(text)
-    is_path = path.suffix in _SUFFIXES
+    is_path = path.suffix in SUFFIXES
     if is_path and path.is_file():
         return path
     shipped = shipped_recipes()

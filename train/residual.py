@@ -10,7 +10,6 @@ heal/weights/adapter/   what healing leaves
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,12 +19,13 @@ from torch import Tensor
 
 from sa_models.adapters import Pairs, load_adapter, parameter_names, save_adapter, wrapped_name
 from sa_models.convert import convert
+from sa_models.durable import new_folder
 from sa_models.errors import PostshareError
+from sa_models.input_grams import input_moments
 from sa_models.readers import MaterializedReader
 from sa_models.residual import Pair, Where, lost, low_rank, residual_shapes, share_left
-from sa_models.second_moments import input_moments
 from train.base_model import load_model
-from train.files import rename_into_place, write_json
+from train.files import write_json
 from train.outcome import ADAPTER_FOLDER
 from train.span_planning import bar, calibration_inputs
 from train.streaming import Reader, Source, dense_weights
@@ -99,13 +99,9 @@ def _fit(current: Run, weights: Path, moments: dict[Where, Tensor] | None) -> No
         wanted = missing if section.init == "svd" else torch.zeros_like(missing)
         pairs[where] = low_rank(wanted, section.rank, known, generator)
         left["{}.{}".format(*where)] = share_left(missing, pairs[where], known)
-    folder = current.folder / RESIDUAL_FOLDER
-    beside = folder.with_name(f"{RESIDUAL_FOLDER}.tmp")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    save_adapter(beside, pairs)
-    write_json(beside / FIT_FILE, {"rank": section.rank, "left": left})
-    rename_into_place(beside, folder)
+    with new_folder(current.folder / RESIDUAL_FOLDER) as folder:
+        save_adapter(folder, pairs)
+        write_json(folder / FIT_FILE, {"rank": section.rank, "left": left})
 
 
 # --- in a training --------------------------------------------------------------------------------

@@ -32,8 +32,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from sa_models.durable import flush
 from sa_models.errors import PostshareError
-from sa_models.manifest import flush
 from train.data import Blocks, permutation
 from train.divergence import TopK
 from train.files import damage, file_entry, file_hash, write_json

@@ -27,6 +27,8 @@ import method_tables
 import yaml
 from method_tables import RESULTS, ROWS
 
+from train.loss_planning import SEARCH_CACHE
+
 SEEDED = "30"
 """The size at which a row has all its seeds; elsewhere one."""
 
@@ -84,6 +86,7 @@ def run(job: Job, folder: Path) -> None:
     """Train, and add the line. Raises CalledProcessError; FOLDER/<name>.log has the reason."""
     recipe = folder / f"{job.name}.yaml"
     recipe.write_text(yaml.safe_dump(job.recipe, sort_keys=False), encoding="utf-8")
+    _share_measurements(folder, folder / job.name)
     command = [sys.executable, "-m", "train", "run", str(recipe)]
     command += [f"output_dir={folder / job.name}", *job.overrides]
     with (folder / f"{job.name}.log").open("w", encoding="utf-8") as log:
@@ -105,6 +108,24 @@ def run(job: Job, folder: Path) -> None:
     with RESULTS.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
     method_tables.write()
+
+
+def _share_measurements(folder: Path, output: Path) -> None:
+    """Give a run what the searches of others have measured: every line names what it is of.
+
+    One search of mixed7M takes longer than the training, and rows differ in little.
+    """
+    cache = output / SEARCH_CACHE
+    if cache.exists():
+        return
+    lines = {
+        line
+        for path in sorted(folder.glob(f"*/{SEARCH_CACHE}"))
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True)
+        if line.endswith("\n")  # not one that is just being written
+    }
+    output.mkdir(exist_ok=True)
+    cache.write_text("".join(sorted(lines)), encoding="utf-8")
 
 
 def main() -> None:

@@ -14,12 +14,12 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from sa_models.adapters import insert_, load_adapter, plain_name, save_adapter, wrapped_name
 from sa_models.errors import PostshareError
 from sa_models.export import export_model
+from sa_models.input_grams import input_moments
 from sa_models.manifest import read_manifest
 from sa_models.plan import HeadTie, SharingPlan
 from sa_models.readers import MaterializedReader
 from sa_models.residual import Pair, low_rank, residual_parameters, residual_shapes
 from sa_models.residual import lost as lost_weights
-from sa_models.second_moments import input_moments
 from sa_models.weights import WeightsFolder
 from tests.unit.sa_models.reference import SHAPES, Reference, dense, shared, some_plan, tokens
 

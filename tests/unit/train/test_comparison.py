@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from train.comparison import Entry, as_json, interval, pareto, save_picture, table, verdict
+from train.comparison import Entry, as_json, interval, pareto, table, verdict
+from train.comparison_picture import save_picture
 from train.evaluate import BlockLosses
 
 

@@ -13,7 +13,7 @@ import pytest
 from sa_models.errors import PostshareError
 from train.completion import complete_override, complete_recipe
 from train.recipe import load_recipe
-from train.recipe_source import shipped_recipes
+from train.shipped import shipped_recipes
 
 
 def test_recipes_are_offered_by_name_and_by_file(

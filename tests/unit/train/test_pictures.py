@@ -16,7 +16,8 @@ from matplotlib.colors import to_rgb
 from sa_models.isotropy import Isotropy
 from sa_models.plan import AttentionSpan, HeadTie, SharingPlan
 from tests.unit.train.report_run import GQA, losses
-from train.comparison import Entry, save_picture
+from train.comparison import Entry
+from train.comparison_picture import save_picture
 from train.figures import DIVERGING, SEQUENTIAL, SERIES
 from train.pictures import save_isotropy, save_similarity, save_ties
 from train.search_picture import save_pareto

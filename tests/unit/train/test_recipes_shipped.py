@@ -14,7 +14,8 @@ from train import strict_yaml
 from train.estimate import expected_structure, plan_savings
 from train.known_models import KNOWN, LlamaShape, find_shape
 from train.recipe import load_recipe
-from train.recipe_source import description, locate, shipped_recipes
+from train.recipe_source import description, locate
+from train.shipped import shipped_recipes
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 FILES = sorted((REPOSITORY / "recipes").rglob("*.y*ml"))
