@@ -13,7 +13,7 @@ from rich.table import Table
 from sa_models.basis import parameter_range
 from sa_models.heads import HeadLayout
 from sa_models.spans import ranges
-from train import estimate
+from train import estimate, memory
 from train.auto_budgets import auto_passes
 from train.known_models import DTYPE_BYTES, LlamaShape, find_shape
 
@@ -39,11 +39,11 @@ def print_dry_run(recipe: Recipe, gpus: int | None = None, console: Console | No
     gpus = gpus or estimate.most_gpus(recipe.train)
     accumulation = recipe.train.accumulation(gpus)
     facts = _facts(recipe, shape, origin, gpus, accumulation)
-    memory = _memory(recipe, shape, gpus) if recipe.steps != 0 else None
+    needed = _memory(recipe, shape, gpus) if recipe.steps != 0 else None
     console.print(Syntax(recipe.to_yaml(), "yaml", background_color="default"))
     console.print(facts)
-    if memory is not None:
-        console.print(memory)
+    if needed is not None:
+        console.print(needed)
     for line in [*recipe.warnings(), *_length_warning(recipe, shape)]:
         console.print(f"[yellow]warning:[/] {line}")
 
@@ -123,6 +123,12 @@ def _facts(recipe: Recipe, shape: LlamaShape, origin: str, gpus: int, accumulati
             f"{train.batch_size} sequences = {gpus} GPU(s) x {train.micro_batch_size} x "
             f"accumulation {accumulation}",
         )
+    held = memory.whole_models(recipe, shape)
+    table.add_row(
+        "outside it",
+        f"{size(held.bytes)}: to {held.stage}, the main process holds {held.count} whole fp32 "
+        f"model{'s' * (held.count > 1)} on its device, however training is spread",
+    )
     table.add_row("run folder", str(recipe.folder))
     return table
 
@@ -208,14 +214,14 @@ def _lora(section: LoraSection) -> str:
 def _memory(recipe: Recipe, shape: LlamaShape, gpus: int) -> Table:
     now = recipe.train.gradient_checkpointing
     words = {True: "on", False: "off"}
-    names = [field.name for field in fields(estimate.Memory)]
+    names = [field.name for field in fields(memory.Memory)]
     if recipe.distill is None:
         names.remove("teacher")  # the last one
     rows = []
-    stages = estimate.ZERO_STAGES if recipe.lora is None else (0,)
+    stages = memory.ZERO_STAGES if recipe.lora is None else (0,)
     for stage in stages:
         chosen, other = (
-            estimate.memory_per_gpu(
+            memory.memory_per_gpu(
                 shape,
                 recipe.train,
                 stage=stage,

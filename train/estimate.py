@@ -1,13 +1,9 @@
-"""What a run needs and saves, from the config alone: parameters, units, bytes, memory per GPU.
-
-The memory is an estimate of what PyTorch must hold at the peak of a training step: it leaves out
-the CUDA context, communication buffers and fragmentation (allow 2 to 4 GB for them).
-"""
+"""What a run saves and writes, from the config alone: parameters, units, bytes, traffic."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
@@ -24,12 +20,9 @@ from train.planning import check_budget
 from train.structure_sections import check_structure, listed_structure
 
 if TYPE_CHECKING:
-    from train.distill_section import DistillSection
     from train.known_models import LlamaShape
     from train.lora_section import LoraSection
     from train.recipe import PlanSection, Recipe, TrainSection
-
-ZERO_STAGES = (0, 1, 2, 3)
 
 
 def expected_structure(recipe: Recipe, shape: LlamaShape) -> SharingPlan:
@@ -161,141 +154,23 @@ def trainable_parameters(
     """
     structure = structure or SharingPlan()
     if lora is not None:
-        return lora.parameters(_shapes(shape, structure))
+        return lora.parameters(parameter_shapes(shape, structure))
     if "*" in patterns:
         return structure.savings(shape).stored_parameters
     return sum(
         math.prod(size)
-        for name, size in _shapes(shape, structure).items()
+        for name, size in parameter_shapes(shape, structure).items()
         if any(fnmatchcase(name, pattern) for pattern in patterns)
     )
 
 
-def _shapes(shape: LlamaShape, structure: SharingPlan) -> dict[str, tuple[int, ...]]:
+def parameter_shapes(shape: LlamaShape, structure: SharingPlan) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every parameter of a model with this structure."""
+
     from sa_models.readers import expanded_shapes
 
     pooled = replace(shape, num_key_value_heads=structure.layout(shape).kv_heads)
     return expanded_shapes(pooled, structure)
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes on one GPU at the peak of a training step."""
-
-    weights: int
-    gradients: int
-    optimizer: int
-    activations: int
-    logits: int
-    teacher: int = 0
-
-    @property
-    def total(self) -> int:
-        """Bytes in all."""
-        return sum(astuple(self))
-
-
-def layer_activations(shape: LlamaShape, tokens: int, length: int, size: int, eager: bool) -> int:
-    """Bytes that one decoder layer keeps for its backward pass, without checkpointing.
-
-    RMSNorm keeps its input in fp32, and the normalized value; a linear layer keeps its input; a
-    fused attention keeps q, k, v, its output and one fp32 number per query; eager attention keeps
-    its map instead; SwiGLU keeps gate, its activation, up and their product.
-
-    Args:
-        tokens: tokens of a micro-batch.
-        length: tokens of one sequence.
-        size: bytes of an activation, 4 or 2.
-        eager: whether attention materializes its map.
-    """
-    layout = HeadLayout.from_config(shape)
-    hidden, middle = shape.hidden_size, shape.intermediate_size
-    query, key = layout.heads * layout.head_dim, layout.kv_heads * layout.head_dim
-    norms = 2 * (4 * hidden + 2 * size * hidden)
-    if eager:
-        # The fp32 softmax, and its copy in the activations' type; keys and values repeated.
-        attention = size * 4 * query + layout.heads * length * (4 if size == 4 else 4 + size)
-    else:
-        attention = size * (2 * query + 2 * key) + 4 * layout.heads
-    return tokens * (norms + attention + 4 * size * middle)
-
-
-def memory_per_gpu(
-    shape: LlamaShape,
-    train: TrainSection,
-    *,
-    stage: int,
-    gpus: int,
-    sequence_length: int,
-    checkpointing: bool,
-    eager: bool = False,
-    distill: DistillSection | None = None,
-    lora: LoraSection | None = None,
-) -> Memory:
-    """Memory of one GPU of `gpus` under a ZeRO stage (0: plain data parallel).
-
-    Without ZeRO, weights, gradients and two moments are fp32, and bf16 autocast adds a bf16 copy
-    of the weights. DeepSpeed keeps weights in the training precision, sums gradients in fp32, and
-    updates an fp32 master copy (in fp32 training too): ZeRO-1 divides master copy and moments by
-    the number of GPUs, ZeRO-2 the gradients too, ZeRO-3 the weights too. What ZeRO-3 gathers at a
-    time is counted as the larger of one layer and one embedding. It is that of the base's own
-    structure, which *continued* trains; spans and fewer KV heads need less. With LoRA the weights
-    are as `lora.base` says, and the rest is that of the adapters; there is no ZeRO then.
-    """
-    total = llama_parameters(shape)
-    trained = trainable_parameters(shape, train.trainable, lora=lora)
-    size = 2 if train.precision == "bf16" else 4
-    moments = 2 if train.optimizer == "adamw_8bit" else 8
-
-    def share(amount: int, from_stage: int) -> int:
-        return math.ceil(amount / gpus) if stage >= from_stage else amount
-
-    plain = 6 if size == 2 else 4
-    weights = plain * total if stage == 0 else share(size * total, 3)
-    if lora is not None:
-        weights = lora.model_bytes(_shapes(shape, SharingPlan()), size) + plain * trained
-    if stage == 3 and gpus > 1:
-        embeddings = shape.vocab_size * shape.hidden_size
-        matrices = 1 if shape.tie_word_embeddings else 2
-        layer = (total - matrices * embeddings) // shape.num_hidden_layers
-        weights += size * max(layer, embeddings)
-    tokens = train.micro_batch_size * sequence_length
-    one_layer = layer_activations(shape, tokens, sequence_length, size, eager)
-    kept = size * tokens * shape.hidden_size if checkpointing else one_layer
-    activations = shape.num_hidden_layers * kept + (one_layer if checkpointing else 0)
-    return Memory(
-        weights=weights,
-        gradients=share(4 * trained, 2),
-        optimizer=share((moments + (4 if stage else 0)) * trained, 1),
-        activations=activations,
-        # The logits, their fp32 copy (the same in fp32), the log-probabilities, their gradient.
-        logits=tokens * shape.vocab_size * (10 if size == 2 else 12),
-        teacher=teacher_memory(shape, distill, tokens, stage=stage, gpus=gpus),
-    )
-
-
-def teacher_memory(
-    shape: LlamaShape, section: DistillSection | None, tokens: int, *, stage: int, gpus: int
-) -> int:
-    """Bytes that the teacher takes on one GPU beside the student; another one counts as the base.
-
-    Whole, or under ZeRO-3 its share and what a forward gathers; with its logits, and the outputs
-    that are compared. A cached teacher is gone before the student comes.
-    """
-    if section is None or section.cache:
-        return 0
-    total = llama_parameters(shape)
-    size = {"fp32": 4, "bf16": 2, "int8": 1}[section.precision]
-    held = size * total
-    if stage == 3 and gpus > 1:
-        embeddings = shape.vocab_size * shape.hidden_size
-        matrices = 1 if shape.tie_word_embeddings else 2
-        layer = (total - matrices * embeddings) // shape.num_hidden_layers
-        # The embeddings throughout, and a layer while the next one is fetched.
-        held = math.ceil(held / gpus) + size * (matrices * embeddings + 2 * layer)
-    compared = (section.hidden_weight > 0) + (section.attention_weight > 0)
-    features = compared * shape.num_hidden_layers * shape.hidden_size
-    return held + tokens * max(2, size) * (shape.vocab_size + features)
 
 
 def checkpoint_bytes(

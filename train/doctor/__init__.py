@@ -62,6 +62,7 @@ CHECKS: tuple[Callable[[Situation], Iterator[Finding]], ...] = (
     devices.check_devices,
     ranks.check_recipe,
     devices.check_gpu_memory,
+    devices.check_whole_models,
     devices.check_ram,
     network.check_address,
     network.check_links,

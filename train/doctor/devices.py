@@ -6,7 +6,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from typing import Any
 
-from train import estimate
+from sa_models.savings import llama_parameters
+from train import memory
 from train.doctor.findings import Finding, Level, Situation, bad, ok, warn
 from train.dry_run import size
 from train.known_models import LlamaShape
@@ -87,6 +88,27 @@ def check_gpu_memory(s: Situation) -> Iterator[Finding]:
         yield ok(topic, said)
 
 
+def check_whole_models(s: Situation) -> Iterator[Finding]:
+    """The stages that hold whole fp32 models on the main process's GPU, against what it has."""
+    gpu = next((f.gpu for f in s.facts if f.rank == 0), None)
+    if gpu is None or s.recipe is None or s.shape is None:
+        return
+    whole = memory.whole_models(s.recipe, s.shape)
+    if whole.bytes + GPU_ALLOWANCE <= gpu.total:
+        return
+    models = "2 fp32 models" if whole.count == 2 else "1 fp32 model"
+    alone = whole.bytes // whole.count + GPU_ALLOWANCE <= gpu.total
+    yield bad(
+        "GPU memory",
+        f"however training is spread, {whole.stage} holds {models} whole on {s.who([0])}: "
+        f"{size(whole.bytes)} of weights, and it has {size(gpu.total)}",
+        "set materialize.reconstruct=false"
+        if whole.count == 2 and alone
+        else "give rank 0 a larger GPU; plan, export and evaluate also run on a CPU: "
+        "CUDA_VISIBLE_DEVICES= postshare plan RECIPE",
+    )
+
+
 def memory_needed(
     recipe: Recipe,
     shape: LlamaShape,
@@ -102,7 +124,7 @@ def memory_needed(
         other: replaces fields of `train`.
     """
     section = recipe.train.model_copy(update=other)
-    memory = estimate.memory_per_gpu(
+    needed = memory.memory_per_gpu(
         shape,
         section,
         stage=stage,
@@ -113,7 +135,7 @@ def memory_needed(
         distill=recipe.distill,
         lora=recipe.lora,
     )
-    return memory.total - (memory.optimizer if offload.optimizer else 0)
+    return needed.total - (needed.optimizer if offload.optimizer else 0)
 
 
 def what_fits(s: Situation, limit: int) -> str:
@@ -160,7 +182,7 @@ def host_memory(s: Situation) -> int:
     parameter, and the weights.
     """
     assert s.shape is not None
-    whole = 4 * estimate.llama_parameters(s.shape)
+    whole = 4 * llama_parameters(s.shape)
     if s.sharding < 3:
         return whole
     share = whole // s.world

@@ -23,9 +23,10 @@ from sa_models.token_losses import IGNORED
 from train.data import permutation
 from train.distill_section import DistillSection
 from train.engine import start
-from train.estimate import cached_bytes, memory_per_gpu
+from train.estimate import cached_bytes
 from train.known_models import KNOWN
 from train.loop import TrainingStopped, train
+from train.memory import memory_per_gpu
 from train.objective import Lessons
 from train.recipe import Recipe, validate
 from train.teacher import Teacher, check_teacher

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from rich.console import Console
 
 from sa_models.errors import PostshareError
+from sa_models.savings import llama_parameters
 from train import estimate
 from train.cli import launched
 from train.doctor import _Visit, devices, diagnose, inputs, merged, network, ranks, show
@@ -39,6 +40,7 @@ from train.doctor.probes import (
 )
 from train.known_models import KNOWN, LlamaShape
 from train.launched import Offload
+from train.memory import ZERO_STAGES, memory_per_gpu
 from train.recipe import Recipe, validate
 
 GB = 10**9
@@ -187,7 +189,7 @@ def test_a_driver_without_a_gpu_in_torch_and_a_mixture() -> None:
 
 
 def test_gpu_memory_against_the_estimate() -> None:
-    need = estimate.memory_per_gpu(
+    need = memory_per_gpu(
         SEVEN_B, recipe().train, stage=3, gpus=8, sequence_length=4096, checkpointing=True
     ).total
     assert 14 * GB < need < 25 * GB
@@ -222,6 +224,28 @@ def test_the_cure_for_too_little_gpu_memory_is_one_that_fits() -> None:
     tiny = [fact(gpu=gpu(0, GB, GB))]
     (finding,) = devices.check_gpu_memory(seven(*tiny))
     assert "no number of these GPUs" in finding.cure
+
+
+def test_whole_models_are_held_however_training_is_spread() -> None:
+    """fp32: one to evaluate, and the unshared one beside it to reconstruct."""
+    one, section = 4 * PARAMETERS, recipe()
+    rebuilding = section.model_copy(
+        update={"materialize": section.materialize.model_copy(update={"reconstruct": True})}
+    )
+
+    def found(total: int, recipe: Recipe = section, other: int = 80 * GB) -> list[Finding]:
+        s = seven(fact(0, gpu=gpu(0, total, total)), fact(1, gpu=gpu(1, other, other)))
+        return list(devices.check_whole_models(replace(s, recipe=recipe)))
+
+    assert found(one + 2 * GB) == found(2 * one + 2 * GB, rebuilding) == []
+    (finding,) = found(one + 2 * GB - 1)
+    assert (finding.level, "larger GPU" in finding.cure) == (Level.BAD, True)
+    assert "evaluate holds 1 fp32 model whole on rank 0: 27.0 GB" in finding.found
+    (finding,) = found(2 * one + 2 * GB - 1, rebuilding)
+    assert finding.cure == "set materialize.reconstruct=false"
+    assert "materialize holds 2 fp32 models whole on rank 0: 53.9 GB" in finding.found
+    assert found(80 * GB, rebuilding, other=GB) == []  # rank 1 holds none of them
+    assert list(devices.check_whole_models(seven(fact()))) == []
 
 
 def test_without_a_gpu_nothing_is_claimed() -> None:
@@ -411,9 +435,9 @@ def test_disk_space_against_what_a_run_writes() -> None:
 
 def test_traffic_of_a_step() -> None:
     shape = LlamaShape(100, 8, 16, 2, 2, 2, None, 64)
-    size = estimate.llama_parameters(shape)
+    size = llama_parameters(shape)
     section = recipe(batch_size=8).train  # two forwards on each of four ranks, bf16
-    traffic = {z: estimate.step_traffic(shape, section, z, 4) for z in estimate.ZERO_STAGES}
+    traffic = {z: estimate.step_traffic(shape, section, z, 4) for z in ZERO_STAGES}
     assert traffic[0] == estimate.Traffic(int(1.5 * 4 * size), 0)
     assert traffic[1] == estimate.Traffic(int(0.75 * 4 * size), int(0.75 * 2 * size))
     assert traffic[2] == estimate.Traffic(int(0.75 * 4 * size * 2), int(0.75 * 2 * size))

@@ -19,8 +19,8 @@ from sa_models.savings import llama_parameters
 from sa_models.spans import AttentionSpan
 from train import estimate, known_models
 from train.dry_run import count, print_dry_run, size
-from train.estimate import Memory, memory_per_gpu
 from train.known_models import KNOWN, LlamaShape, find_shape
+from train.memory import Memory, layer_activations, memory_per_gpu, whole_models
 from train.recipe import PlanSection, Recipe, TrainSection, load_recipe, validate
 
 PUBLISHED = {
@@ -293,6 +293,19 @@ def test_a_dry_run_refuses_what_the_run_will_refuse(sections: dict[str, Any], pa
         print_dry_run(recipe, console=Console(quiet=True))
 
 
+def test_whole_models_are_two_where_one_is_reconstructed(tmp_path: Path) -> None:
+    recipe = recipe_for("x", model={"config": {}})
+    whole = whole_models(recipe, KNOWN["meta-llama/Llama-2-7b-hf"])
+    assert (whole.count, whole.stage, whole.bytes) == (1, "evaluate", 4 * 6_738_415_616)
+    value = recipe.model_dump(mode="json") | {"materialize": {"reconstruct": True}}
+    out = Console(file=io.StringIO(), width=160)
+    print_dry_run(validate(value), console=out)
+    assert (
+        "outside it  53.9 GB: to materialize, the main process holds 2 whole fp32 models on its "
+        "device, however training is spread" in out.file.getvalue()  # type: ignore[attr-defined]
+    )
+
+
 def saved_bytes(shape: LlamaShape, dtype: torch.dtype, attention: str) -> int:
     """Bytes that autograd really keeps for the backward of one decoder layer, 2 x 128 tokens."""
     config = config_of(shape)
@@ -326,7 +339,7 @@ def test_activations_are_what_autograd_keeps(
     attention: str, dtype: torch.dtype, kv_heads: int
 ) -> None:
     shape = LlamaShape(97, 128, 352, 2, 8, kv_heads, 16, 128)
-    estimated = estimate.layer_activations(shape, 256, 128, dtype.itemsize, attention == "eager")
+    estimated = layer_activations(shape, 256, 128, dtype.itemsize, attention == "eager")
     assert estimated == pytest.approx(saved_bytes(shape, dtype, attention), rel=0.01)
 
 
