@@ -125,9 +125,9 @@ def _facts(recipe: Recipe, shape: LlamaShape, origin: str, gpus: int, accumulati
         )
     held = memory.whole_models(recipe, shape)
     table.add_row(
-        "outside it",
-        f"{size(held.bytes)}: to {held.stage}, the main process holds {held.count} whole fp32 "
-        f"model{'s' * (held.count > 1)} on its device, however training is spread",
+        "held whole",
+        f"{size(held.bytes)}: {held.count} fp32 model{'s' * (held.count > 1)} on the main "
+        f"process's device to {held.stage}, however training is spread",
     )
     table.add_row("run folder", str(recipe.folder))
     return table

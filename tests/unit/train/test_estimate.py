@@ -301,8 +301,8 @@ def test_whole_models_are_two_where_one_is_reconstructed(tmp_path: Path) -> None
     out = Console(file=io.StringIO(), width=160)
     print_dry_run(validate(value), console=out)
     assert (
-        "outside it  53.9 GB: to materialize, the main process holds 2 whole fp32 models on its "
-        "device, however training is spread" in out.file.getvalue()  # type: ignore[attr-defined]
+        "held whole  53.9 GB: 2 fp32 models on the main process's device to materialize, however "
+        "training is spread" in out.file.getvalue()  # type: ignore[attr-defined]
     )
 
 
