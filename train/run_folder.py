@@ -27,7 +27,7 @@ from train.base_model import base_folder, fresh_config
 from train.data import Blocks, prepare_data
 from train.identity import refuse_other_run
 from train.lora import check_gpu
-from train.loss_planning import PARETO_PICTURE, SEARCH_FILE
+from train.loss_planning import PARETO_PICTURE, SEARCH_CACHE, SEARCH_FILE
 from train.outcome import FREE_TRAIN
 from train.planning import SIMILARITY_PICTURE, TIES_PICTURE, check_plan
 from train.provenance import record_start
@@ -241,10 +241,15 @@ STARTED = ("run.json", "continued", MERGED, BASIS, "residual", "heal", "export",
 
 
 def check_folder(recipe: Recipe) -> None:
-    """Refuse a folder that holds another run, or something that is no run at all."""
+    """Refuse a folder that holds another run, or something that is no run at all.
+
+    What the search of another run has measured may lie there: every line names what it is of.
+    """
     folder, file = recipe.folder, recipe.folder / RECIPE_FILE
     if not file.is_file():
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if folder.exists() and (
+            not folder.is_dir() or any(path.name != SEARCH_CACHE for path in folder.iterdir())
+        ):
             raise PostshareError(
                 f"{folder} is not empty and is no run folder; choose another output_dir"
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -328,3 +329,22 @@ def test_the_cache_survives_another_budget(home: Path, tmp_path: Path) -> None:
     after = (made.folder / SEARCH_CACHE).read_text()
     assert after.startswith(before)
     assert len(SharingPlan.load(made.folder / "plan.json").ties) == 3
+
+
+def test_the_cache_of_another_run_is_used(home: Path, tmp_path: Path) -> None:
+    """It may lie in a new folder; anything else there is refused."""
+    first = recipe(home, tmp_path / "first", plan=LOSS | {"budget": {"heads": 2}})
+    plan(first)
+    second = recipe(home, tmp_path / "second", plan=LOSS | {"budget": {"heads": 2}})
+    second.folder.mkdir()
+    shutil.copyfile(first.folder / SEARCH_CACHE, second.folder / SEARCH_CACHE)
+    plan(second)
+    assert SharingPlan.load(second.folder / "plan.json") == SharingPlan.load(
+        first.folder / "plan.json"
+    )
+    assert read(second.folder, "plan-search.json")["forward_passes"] == 0
+    third = recipe(home, tmp_path / "third", plan=LOSS | {"budget": {"heads": 2}})
+    third.folder.mkdir()
+    (third.folder / "notes.txt").write_text("mine")
+    with pytest.raises(PostshareError, match="is not empty and is no run folder"):
+        plan(third)
