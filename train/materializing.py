@@ -39,12 +39,12 @@ def trained_folder(current: Run) -> Path:
 
 
 def merged_folder(current: Run) -> Path:
-    """As `trained_folder`; of a merge on text, what :func:`merge_on_text` has written."""
+    """As `trained_folder`; of a merge on text, what :func:`materialize_on_text` has written."""
     merges = current.recipe.materialize.measures
     return current.folder / MERGED if merges else trained_folder(current)
 
 
-def merge_on_text(current: Run) -> None:
+def materialize_on_text(current: Run) -> None:
     """Materialize the trained weights on calibration text, if the recipe asks. A collective.
 
     Raises:

@@ -31,7 +31,7 @@ from train.loop import TrainJob, TrainResult, train
 from train.lora import TRAINABLE as ADAPTERS
 from train.lora import adapt, report_merged
 from train.materializing import (
-    merge_on_text,
+    materialize_on_text,
     merged_folder,
     remaining_merge,
     tied,
@@ -73,7 +73,7 @@ def stages(recipe: Recipe) -> None:
     current = begin(recipe, trains=True)
     make_plan(current)
     post_train(current)
-    merge_on_text(current)
+    materialize_on_text(current)
     fit_residual(current, trained_folder(current))
     heal(current)
     write_exports(current)
@@ -98,7 +98,7 @@ def export(recipe: Recipe) -> None:
     """`postshare export`: the exports of a finished training."""
     current = begin(recipe, needs_data=False)
     require_trained(current)
-    merge_on_text(current)
+    materialize_on_text(current)
     write_exports(current)
 
 
@@ -254,10 +254,10 @@ def judge(current: Run) -> None:
     if not current.shares:
         return
     blocks = current.blocks[1]
-    current.on_main(lambda: report(current, blocks))
+    current.on_main(lambda: measure(current, blocks))
 
 
-def report(current: Run, blocks: Blocks) -> None:
+def measure(current: Run, blocks: Blocks) -> None:
     """Evaluate what is not evaluated yet, write evaluation.json and summary.json, print both."""
     recipe, base, dtype = current.recipe, base_of(current), current.export_dtype
     attention = recipe.model.attention

@@ -22,7 +22,7 @@ from train import materializing
 from train.base_model import load_dense
 from train.evaluate import perplexity
 from train.loss_planning import calibration_batches
-from train.materializing import merge_on_text, merged_folder, tied
+from train.materializing import materialize_on_text, merged_folder, tied
 from train.pipeline import export, run
 from train.recipe import Recipe, validate
 from train.run_folder import begin
@@ -95,7 +95,7 @@ def test_the_stages_read_what_was_merged_once(
         assert torch.equal(source[name], parameter), name
     # Nothing is merged a second time.
     monkeypatch.setattr(materializing, "merge_on_text_", None)
-    merge_on_text(current)
+    materialize_on_text(current)
     run(made)
 
 
