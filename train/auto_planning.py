@@ -2,7 +2,8 @@
 
 Units are searched among ties of several sets of projections and removals, and, as controls, among
 what strategy loss offers. Then structures are measured (spans, fewer KV heads), and units are
-searched in the few that promise most. Whatever has the lowest loss wins: a control too.
+searched in the few that promise most. Whatever has the lowest loss wins: a control too. Where the
+recipe reconstructs, that is the loss after it (:mod:`train.auto_rebuilding`).
 
 All losses are measured on one text, and of all of them the slope of the whole change is taken off
 (:mod:`sa_models.first_order`), structures included, which are charged with it and never credited.
@@ -77,12 +78,14 @@ class Candidate:
     Attributes:
         found: what the search of units found; None where the structure alone meets the budget.
         points: after every step; the last is the plan.
+        rebuilt: nats per token after reconstruction, see :mod:`train.auto_rebuilding`.
     """
 
     name: str
     points: tuple[Point, ...]
     found: Found | None = None
     agreement: Agreement | None = None
+    rebuilt: float | None = None
 
     @property
     def plan(self) -> SharingPlan:

@@ -63,7 +63,8 @@ class Timed:
 def pareto(searched: AutoSearched, config: LlamaConfig) -> list[Point]:
     """The measured plans that no other beats in bytes and quality, fewest parameters saved first.
 
-    The chosen plan is one of them or has an equal, except where the budget counts something else.
+    The chosen plan is one of them or has an equal, except where the budget counts something else or
+    plans were compared after reconstruction.
     """
     front: list[Point] = []
     by_size = sorted(searched.points, key=lambda p: (-_removed(p, config), p.expected))
@@ -127,6 +128,9 @@ def compared_table(searched: AutoSearched, config: LlamaConfig) -> Table:
     table = _table("compared on calibration text", "what it does", "parameters saved")
     for column in ("perplexity, untrained", "without slope", "vs dense"):
         table.add_column(column, justify="right")
+    rebuilt = searched.chosen.rebuilt is not None
+    if rebuilt:
+        table.add_column("reconstructed", justify="right")
     base = searched.base
     table.add_row("none (dense)", "", "", _ppl(base.loss), _ppl(base.expected), "")
     for number, candidate in enumerate(searched.candidates):
@@ -138,6 +142,7 @@ def compared_table(searched: AutoSearched, config: LlamaConfig) -> Table:
             _ppl(point.loss),
             _ppl(point.expected),
             _versus(point, base),
+            *(["" if candidate.rebuilt is None else _ppl(candidate.rebuilt)] * rebuilt),
         )
     return table
 
@@ -180,8 +185,13 @@ def auto_sentence(searched: AutoSearched) -> str:
     return (
         f"searched in {searched.seconds:.0f} s: {searched.passes:.0f} forward passes over "
         f"{searched.blocks} calibration blocks (at most {searched.bound.forward:,}), "
-        f"{searched.estimates} estimates"
+        f"{searched.estimates} estimates{_rebuilt(searched)}"
     )
+
+
+def _rebuilt(searched: AutoSearched) -> str:
+    count = sum(candidate.rebuilt is not None for candidate in searched.candidates)
+    return f"; {count} plans compared after reconstruction" if count else ""
 
 
 def in_words(plan: SharingPlan) -> str:
@@ -267,6 +277,7 @@ def _candidate_dict(candidate: Candidate, config: LlamaConfig) -> dict[str, Any]
         "saved": point.saved,
         "loss": point.loss,
         "expected_loss": point.expected,
+        "reconstructed_loss": candidate.rebuilt,
     }
     if found is not None:
         layout, saved = point.plan.layout(config), 0

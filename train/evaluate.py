@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,7 @@ from torch.utils.data import default_collate
 
 from sa_models.errors import PostshareError
 from sa_models.token_losses import IGNORED, row_losses
-from train.data import Blocks
+from train.data import Block, Blocks
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def perplexity(
 @torch.no_grad()
 def block_losses(
     model: torch.nn.Module,
-    blocks: Blocks,
+    blocks: Blocks | Sequence[Block],
     batch_size: int,
     limit: int | None = None,
     progress: bool = True,

@@ -36,7 +36,7 @@ from sa_models.plan_search import (
 from sa_models.restart import Batch
 from sa_models.sensitivity import estimate_sensitivity
 from train.budgets import search_space
-from train.data import Blocks
+from train.data import Block, Blocks
 from train.files import write_json
 from train.span_planning import bar
 
@@ -72,18 +72,21 @@ class Searched:
 
 
 def calibration_batches(blocks: Blocks, count: int, size: int, device: Any) -> list[Batch]:
-    """``count`` blocks (or as many as there are) spread evenly, ``size`` rows at a time."""
-    count = min(count, len(blocks))
-    chosen = [index * len(blocks) // count for index in range(count)]
+    """:func:`spread_blocks`, ``size`` rows at a time."""
+    chosen = spread_blocks(blocks, count)
     return [
         {
             name: tensor.to(device)
-            for name, tensor in default_collate(
-                [blocks[index] for index in chosen[start : start + size]]
-            ).items()
+            for name, tensor in default_collate(chosen[start : start + size]).items()
         }
-        for start in range(0, count, size)
+        for start in range(0, len(chosen), size)
     ]
+
+
+def spread_blocks(blocks: Blocks, count: int) -> list[Block]:
+    """``count`` blocks (or as many as there are) at equal distances."""
+    count = min(count, len(blocks))
+    return [blocks[index * len(blocks) // count] for index in range(count)]
 
 
 def choose_by_gradient(

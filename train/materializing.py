@@ -18,6 +18,7 @@ from sa_models.convert import convert
 from sa_models.durable import new_folder
 from sa_models.errors import PostshareError
 from sa_models.merging import MEASURED, Merge
+from sa_models.plan import SharingPlan
 from sa_models.reconstruction import reconstruct_
 from sa_models.text_merging import merge_on_text_
 from sa_models.weights import ShardWriter
@@ -59,7 +60,8 @@ def materialize_on_text(current: Run) -> None:
         if folder.is_dir():  # asked of one process: the others may come when it is there already
             return
         model = load_model(trained_folder(current), current.recipe.model.attention)
-        write_model(folder, _merged(current, model, blocks), current.recipe.export.shard_bytes)
+        made = on_text(current.recipe, current.plan, model, blocks, current.ranks.device)
+        write_model(folder, made, current.recipe.export.shard_bytes)
 
     current.on_main(work)
 
@@ -68,7 +70,8 @@ def tied_base(current: Run) -> LlamaForCausalLM:
     """The base with the plan materialized, untrained; for a merge on text `blocks` must be read."""
     model = load_dense(base_of(current), current.recipe.model.attention)
     if current.recipe.materialize.measures:
-        model = _merged(current, model, current.blocks[0])
+        blocks, device = current.blocks[0], current.ranks.device
+        model = on_text(current.recipe, current.plan, model, blocks, device)
     return tied(current, model)
 
 
@@ -87,21 +90,31 @@ def tied(current: Run, model: LlamaForCausalLM, merge: Merge | None = None) -> L
     return tie_model(model, current.plan, current.recipe, merge or remaining_merge(current.recipe))
 
 
-def _merged(current: Run, trained: LlamaForCausalLM, blocks: Blocks) -> LlamaForCausalLM:
-    """The plan materialized as calibration text says; `trained` may be changed."""
-    section, device = current.recipe.materialize, current.ranks.device
+def on_text(
+    recipe: Recipe,
+    plan: SharingPlan,
+    trained: LlamaForCausalLM,
+    blocks: Blocks,
+    device: torch.device,
+) -> LlamaForCausalLM:
+    """The plan materialized as calibration text says, on the CPU; `trained` may be changed.
+
+    Raises:
+        PostshareError: as `merge_on_text_` and `reconstruct_`.
+    """
+    section = recipe.materialize
     reference = copy.deepcopy(trained).eval() if section.reconstruct else None
-    model = convert(trained, current.plan, current.leaders)
+    model = convert(trained, plan, recipe.leaders)
     model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides it
     batches = calibration_batches(blocks, section.calibration_blocks, 1, device)
     if section.merge in MEASURED:
         with bar("merging") as advance:
-            merge_on_text_(model, current.plan, section.merge, batches, advance)
+            merge_on_text_(model, plan, section.merge, batches, advance)
     if reference is not None:
         reference.to(device)
-        model = tied(current, model, section.merge).eval()
+        model = tie_model(model, plan, recipe, section.merge).eval()
         with bar("reconstructing") as advance:
-            reconstruct_(model, reference, current.plan, batches, progress=advance)
+            reconstruct_(model, reference, plan, batches, progress=advance)
     model.to("cpu")  # type: ignore[arg-type]
     return model
 

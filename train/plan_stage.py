@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from transformers import LlamaForCausalLM
@@ -13,6 +14,7 @@ from sa_models.merging import check_merge
 from sa_models.plan import SharingPlan
 from sa_models.weights import WeightsFolder
 from train.auto_planning import search_auto
+from train.auto_rebuilding import compare_rebuilt
 from train.auto_report import (
     auto_sentence,
     compared_table,
@@ -115,6 +117,12 @@ def find_by_auto(
     """The plan of strategy auto; shows what it was compared with, and what each choice costs."""
     recipe, config, size = current.recipe, current.config, current.export_dtype.itemsize
     searched = search_auto(recipe, model, blocks, structure, config, current.folder)
+    if recipe.materialize.reconstruct:
+        load = partial(load_dense, base, recipe.model.attention)
+        device = current.ranks.device
+        model.to("cpu")  # type: ignore[arg-type]  # two others come
+        searched = compare_rebuilt(searched, recipe, load, blocks, device, current.folder)
+        model.to(device)  # type: ignore[arg-type]
     dense = model
     if structure != SharingPlan():
         del model

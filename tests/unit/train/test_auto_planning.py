@@ -31,15 +31,19 @@ from sa_models.savings import llama_parameters
 from sa_models.sensitivity import estimate_sensitivity
 from train.auto_budgets import ANY, FULL, REMOVALS, auto_passes
 from train.auto_planning import search_auto
+from train.base_model import load_dense
 from train.data import Blocks
 from train.decode_time import bytes_read, compact_model, decode_time
 from train.dry_run import print_dry_run
+from train.engine import start
 from train.estimate import plan_savings
 from train.known_models import LlamaShape
 from train.loss_planning import SEARCH_CACHE
+from train.materializing import materialize_on_text, merged_folder
 from train.pipeline import plan, run
 from train.plan_section import PlanSection
 from train.recipe import Recipe
+from train.run_folder import Run, begin
 
 BLOCKS = 3
 UNIT = 4 * 8 * 32  # of q, k, v and o
@@ -66,9 +70,6 @@ def made(home: Path, folder: Path, parameters: int, **more: Any) -> Recipe:
 
 
 def calibration(of: Recipe, home: Path) -> torch.Tensor:
-    from train.engine import start
-    from train.run_folder import Run
-
     count = len(Run(of, start(of)).blocks[0])
     return ids(of, count)[[0, count // 3, 2 * count // 3]]
 
@@ -195,6 +196,50 @@ def check_front(search: dict, of: Recipe) -> None:
     picture = image.imread(of.folder / "plan-pareto.png")
     assert picture.shape[0] > 1.2 * picture.shape[1]  # two panels, one above the other
     assert picture[..., :3].std() > 0.05
+
+
+def test_plans_are_compared_after_reconstruction(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the best three: the loss that the recipe's own materializing leaves, on its text."""
+    more = {"materialize": {"reconstruct": True, "calibration_blocks": 4}, "train": {"steps": 0}}
+    of = made(home, tmp_path / "auto", 5 * UNIT, **more)
+    plan(of)
+    search = read(of.folder, "plan-search.json")
+    assert "3 plans compared after reconstruction" in " ".join(capsys.readouterr().out.split())
+    candidates = search["candidates"]
+    assert search["chosen"] == candidates[0]["name"]
+    assert candidates[0]["plan"] == SharingPlan.load(of.folder / "plan.json").to_dict()
+    losses = [candidate["reconstructed_loss"] for candidate in candidates]
+    assert losses[:3] == sorted(losses[:3])
+    assert set(losses[3:]) == {None}
+    best = sorted(candidates, key=lambda candidate: candidate["expected_loss"])[:3]
+    assert {c["name"] for c in best} == {c["name"] for c in candidates[:3]}
+    count = len(Run(of, start(of)).blocks[0])
+    tokens = ids(of, count)[[index * count // 4 for index in range(4)]]
+    compared = 0
+    for number, candidate in enumerate(candidates[:3]):
+        found = SharingPlan.from_dict(candidate["plan"])
+        if found.has_stock_form and found.kv_heads is None:
+            found.save(tmp_path / f"{number}.json")
+            section = {"strategy": "file", "path": str(tmp_path / f"{number}.json")}
+            alone = recipe(home, tmp_path / f"{number}", plan=section, **more)
+            plan(alone)
+            current = begin(alone)
+            materialize_on_text(current)
+            rebuilt = load_dense(merged_folder(current), "sdpa")
+            loss = reference_loss(rebuilt, SharingPlan(), tokens)
+            assert candidate["reconstructed_loss"] == pytest.approx(loss, abs=1e-5)
+            assert abs(loss - reference_loss(base_model(home), found, tokens)) > 1e-3
+            compared += 1
+    assert compared >= 2
+    # A second start measures nothing.
+    before = (of.folder / SEARCH_CACHE).read_text()
+    (of.folder / "plan.json").unlink()
+    plan(of)
+    assert (of.folder / SEARCH_CACHE).read_text() == before
+    again = read(of.folder, "plan-search.json")
+    assert [c["reconstructed_loss"] for c in again["candidates"]] == losses
 
 
 def test_it_goes_on_where_it_was_killed(
