@@ -126,23 +126,22 @@ def _removed(point: Point, config: Any) -> int:
 def compared_table(searched: AutoSearched, config: LlamaConfig) -> Table:
     """Every plan that meets the budget, best first."""
     table = _table("compared on calibration text", "what it does", "parameters saved")
-    for column in ("perplexity, untrained", "without slope", "vs dense"):
+    for column in ("perplexity without slope", "vs dense"):
         table.add_column(column, justify="right")
-    rebuilt = searched.chosen.rebuilt is not None
-    if rebuilt:
-        table.add_column("reconstructed", justify="right")
+    best = searched.chosen.rebuilt
+    if best is not None:
+        table.add_column("reconstructed vs chosen", justify="right", min_width=13)
     base = searched.base
-    table.add_row("none (dense)", "", "", _ppl(base.loss), _ppl(base.expected), "")
+    table.add_row("none (dense)", "", "", _ppl(base.expected), "")
     for number, candidate in enumerate(searched.candidates):
         point = candidate.points[-1]
         table.add_row(
             f"{candidate.name}{' (chosen)' if number == 0 else ''}",
             in_words(point.plan),
             f"{_removed(point, config):,}",
-            _ppl(point.loss),
             _ppl(point.expected),
             _versus(point, base),
-            *(["" if candidate.rebuilt is None else _ppl(candidate.rebuilt)] * rebuilt),
+            *([] if best is None else [_above(candidate.rebuilt, best)]),
         )
     return table
 
@@ -210,12 +209,18 @@ def _table(first: str, *columns: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column(first)
     for column in columns:
-        table.add_column(column, justify="left" if column == "what it does" else "right")
+        words = column == "what it does"
+        table.add_column(column, justify="left" if words else "right", overflow="fold")
     return table
 
 
 def _ppl(loss: float) -> str:
     return f"{math.exp(loss):.2f}"
+
+
+def _above(loss: float | None, best: float) -> str:
+    """Of perplexities on one text, which is not that of the other columns."""
+    return "" if loss is None else f"{math.exp(loss - best) - 1:+.2%}"
 
 
 def _versus(point: Point, base: Point) -> str:
