@@ -33,6 +33,7 @@ from train.launched import check_launch
 from train.loop import TrainJob, prepare, seed_step, train
 from train.lora import TRAINABLE, adapt, distances, merged
 from train.lora_penalty import LoraPenalty
+from train.memory import memory_per_gpu
 from train.optimizer import learning_rate_factor, select_trainable
 from train.pipeline import run
 from train.recipe import Recipe, validate
@@ -330,7 +331,7 @@ def test_the_estimate_counts_what_trains(tmp_path: Path) -> None:
     expected = estimate.checkpoint_bytes(shape, made.train, section)
     assert expected < part.stat().st_size < expected + 12_000  # the names are the rest
     held = {
-        base: estimate.memory_per_gpu(
+        base: memory_per_gpu(
             shape, made.train.model_copy(update={"precision": precision}), stage=0, gpus=1,
             sequence_length=16, checkpointing=False,
             lora=section.model_copy(update={"base": base}),
