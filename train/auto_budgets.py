@@ -23,6 +23,8 @@ SHARES = (("q", "k", "v", "o"), PAPER, ("q", "k"), ("v", "o"))
 STRUCTURES_SEARCHED = 2
 """Structures in which units are searched too: those that promise most."""
 FULL, REMOVALS, ANY = "ties and removals", "removals alone", "ties of q, k, v and removals"
+REBUILT = 3
+"""Candidates that are compared after reconstruction: the best ones as they are."""
 
 
 def asked_of_units(section: PlanSection, config: Any, structure: SharingPlan) -> Amount:

@@ -18,6 +18,7 @@ import torch
 
 from sa_models.plan import SharingPlan
 from sa_models.plan_measure import Cache, identity
+from train.auto_budgets import REBUILT
 from train.auto_planning import AutoSearched
 from train.data import Blocks
 from train.evaluate import block_losses
@@ -28,9 +29,6 @@ if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
     from train.recipe import Recipe
-
-REBUILT = 3
-"""Candidates that are reconstructed: the best ones as they are."""
 
 
 def compare_rebuilt(

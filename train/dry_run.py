@@ -14,7 +14,7 @@ from sa_models.basis import parameter_range
 from sa_models.heads import HeadLayout
 from sa_models.spans import ranges
 from train import estimate, memory
-from train.auto_budgets import auto_passes
+from train.auto_budgets import REBUILT, auto_passes
 from train.known_models import DTYPE_BYTES, LlamaShape, find_shape
 
 if TYPE_CHECKING:
@@ -176,9 +176,10 @@ def _units(recipe: Recipe, shape: LlamaShape, structure: SharingPlan, savings: P
     plan = recipe.plan
     if plan.strategy == "auto":
         passes = auto_passes(plan, shape, structure)
+        rebuilt = f", and {REBUILT} reconstructions" if recipe.materialize.reconstruct else ""
         return (
             "ties per projection, removals, spans and KV groups: strategy auto decides, in at most "
-            f"{passes.forward:,} forward passes over {plan.calibration_blocks} blocks"
+            f"{passes.forward:,} forward passes over {plan.calibration_blocks} blocks{rebuilt}"
         )
     unit = "heads" if structure.layout(shape).heads_per_unit == 1 else "KV groups"
     of = f"of {savings.units:,} units ({unit})"

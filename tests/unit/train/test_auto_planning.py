@@ -395,3 +395,7 @@ def test_the_dry_run_states_the_passes(
     said = " ".join(capsys.readouterr().out.split())
     assert "strategy auto decides, in at most" in said
     assert "forward passes over 3 blocks" in said
+    assert "reconstructions" not in said
+    more = {"reconstruct": True, "calibration_blocks": 4}
+    print_dry_run(of.model_copy(update={"materialize": of.materialize.model_copy(update=more)}))
+    assert "over 3 blocks, and 3 reconstructions" in " ".join(capsys.readouterr().out.split())
