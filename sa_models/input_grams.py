@@ -57,7 +57,10 @@ def run_text(
 
 
 class InputGrams:
-    """Sums over tokens of x x', float64, on the model's device.
+    """Sums over tokens of x x', float64.
+
+    Args:
+        device: where the sums are kept; None: with the model.
 
     Attributes:
         of_layer: {layer: (hidden_size, hidden_size)}, of the normed hidden states that q, k and v
@@ -72,9 +75,10 @@ class InputGrams:
         layers: Iterable[int] = (),
         units: Iterable[Unit] = (),
         outputs: Iterable[int] = (),
+        device: torch.device | str | None = None,
     ) -> None:
         self._model, self._layers, self._units = model, sorted(layers), sorted(units)
-        self._outputs = sorted(outputs)
+        self._outputs, self._device = sorted(outputs), device or model.device
         self._width = HeadLayout.from_config(model.config).width("o")
         self.of_layer: dict[int, torch.Tensor] = {}
         self.of_unit: dict[Unit, torch.Tensor] = {}
@@ -93,17 +97,23 @@ class InputGrams:
             yield
 
     def _normed(self, layer: int) -> Callable[..., None]:
-        return lambda module, given, out: _add(self.of_layer, layer, out)
+        return lambda module, given, out: self._add(self.of_layer, layer, out)
 
     def _mixed(self, layer: int) -> Callable[..., None]:
         def mixed(module: torch.nn.Module, given: tuple[torch.Tensor, ...]) -> None:
             if layer in self._outputs:
-                _add(self.of_output, layer, given[0])
+                self._add(self.of_output, layer, given[0])
             for at in self._units:
                 if at[0] == layer:
-                    _add(self.of_unit, at, given[0].narrow(-1, at[1] * self._width, self._width))
+                    mine = given[0].narrow(-1, at[1] * self._width, self._width)
+                    self._add(self.of_unit, at, mine)
 
         return mixed
+
+    def _add(self, sums: dict[Any, torch.Tensor], key: Any, rows: torch.Tensor) -> None:
+        x = rows.detach().flatten(0, -2).double()
+        product = (x.T @ x).to(self._device)
+        sums[key] = sums[key] + product if key in sums else product
 
 
 @torch.no_grad()
@@ -132,6 +142,7 @@ def input_moments(
         model,
         layers={layer for layer, p in wanted if p != "o"},
         outputs={layer for layer, p in wanted if p == "o"},
+        device="cpu",
     )
     with grams.recording():
         run_text(model, batches, lambda logits, targets: None, progress)
@@ -141,10 +152,4 @@ def input_moments(
             "an input of a projection on calibration text is not finite; load the model in "
             "float32, or check its weights"
         )
-    of_layer, of_output = ({at: total.cpu() for at, total in kind.items()} for kind in sums)
-    return {(layer, p): (of_output if p == "o" else of_layer)[layer] for layer, p in wanted}
-
-
-def _add(sums: dict[Any, torch.Tensor], key: Any, rows: torch.Tensor) -> None:
-    x = rows.detach().flatten(0, -2).double()
-    sums[key] = sums[key] + x.T @ x if key in sums else x.T @ x
+    return {(at, p): (grams.of_output if p == "o" else grams.of_layer)[at] for at, p in wanted}

@@ -3,7 +3,7 @@
 Units are searched among ties of several sets of projections and removals, and, as controls, among
 what strategy loss offers. Then structures are measured (spans, fewer KV heads), and units are
 searched in the few that promise most. Whatever has the lowest loss wins: a control too. Where the
-recipe reconstructs, that is the loss after it (:mod:`train.auto_rebuilding`).
+recipe reconstructs, the best are then compared after it (:mod:`train.auto_rebuilding`).
 
 All losses are measured on one text, and of all of them the slope of the whole change is taken off
 (:mod:`sa_models.first_order`), structures included, which are charged with it and never credited.
@@ -102,7 +102,7 @@ class AutoSearched:
 
     Attributes:
         base: the model with the recipe's own structure, or without any.
-        candidates: best first.
+        candidates: the chosen one first.
         structures: that were tried, measured alone.
         bound: of passes and estimates, stated before the search.
     """

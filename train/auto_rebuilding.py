@@ -64,8 +64,8 @@ def compare_rebuilt(
 
     def measure(plan: SharingPlan) -> dict[str, Any]:
         model = on_text(recipe, plan, load(), blocks, device).to(device)  # type: ignore[arg-type]
-        chosen = spread_blocks(blocks, section.calibration_blocks)
-        return asdict(block_losses(model, chosen, recipe.evaluate.batch_size, progress=False))
+        measured = spread_blocks(blocks, section.calibration_blocks)
+        return asdict(block_losses(model, measured, recipe.evaluate.batch_size, progress=False))
 
     tried: list[tuple[Candidate, BlockLosses]] = []
     for candidate in searched.candidates[:REBUILT]:

@@ -124,7 +124,7 @@ def _removed(point: Point, config: Any) -> int:
 
 
 def compared_table(searched: AutoSearched, config: LlamaConfig) -> Table:
-    """Every plan that meets the budget, best first."""
+    """Every plan that meets the budget, the chosen one first."""
     table = _table("compared on calibration text", "what it does", "parameters saved")
     for column in ("perplexity without slope", "vs dense"):
         table.add_column(column, justify="right")

@@ -96,7 +96,7 @@ def check_whole_models(s: Situation) -> Iterator[Finding]:
     whole = memory.whole_models(s.recipe, s.shape)
     if whole.bytes + GPU_ALLOWANCE <= gpu.total:
         return
-    models = "2 fp32 models" if whole.count == 2 else "1 fp32 model"
+    models = f"{whole.count} fp32 model{'s' * (whole.count > 1)}"
     alone = whole.bytes // whole.count + GPU_ALLOWANCE <= gpu.total
     yield bad(
         "GPU memory",
