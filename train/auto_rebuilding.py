@@ -7,8 +7,6 @@ layer's own, makes up for a removal better: it leaves all other columns free, a 
 from __future__ import annotations
 
 import json
-import math
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -21,9 +19,10 @@ import torch
 from sa_models.plan import SharingPlan
 from sa_models.plan_measure import Cache, identity
 from train.auto_budgets import REBUILT
-from train.auto_planning import AutoSearched, Candidate
+from train.auto_planning import AutoSearched
 from train.data import Blocks
 from train.evaluate import BlockLosses, block_losses
+from train.intervals import interval
 from train.loss_planning import SEARCH_CACHE, calibration_batches, spread_blocks
 from train.materializing import on_text
 
@@ -43,9 +42,9 @@ def compare_rebuilt(
 ) -> AutoSearched:
     """The best few candidates again, with their loss after reconstruction, the chosen one first.
 
-    That is the best one as it is, of those whose loss then is not above the lowest by more than
-    two standard errors of the difference over blocks: a smaller difference tells nothing. The
-    others follow by their loss, and behind them those that were not reconstructed.
+    That is the best one as it is, of those whose loss then cannot be told from the lowest: a 95 %
+    interval of the difference, over blocks, reaches 0. The others follow by their loss, and behind
+    them those that were not reconstructed. Searches that ended with one plan count once.
 
     The loss is that of the text of the reconstruction, ``materialize.calibration_blocks``. One
     reconstruction of the base each: two models are held. What has been measured stays in the run
@@ -67,36 +66,30 @@ def compare_rebuilt(
         measured = spread_blocks(blocks, section.calibration_blocks)
         return asdict(block_losses(model, measured, recipe.evaluate.batch_size, progress=False))
 
-    tried: list[tuple[Candidate, BlockLosses]] = []
-    for candidate in searched.candidates[:REBUILT]:
-        plan = candidate.plan
+    tried: dict[SharingPlan, BlockLosses] = {}
+    for plan in list(dict.fromkeys(c.plan for c in searched.candidates))[:REBUILT]:
         options = {"plan": plan.to_dict(), "merge": section.merge, "leaders": recipe.leaders}
         key = "rebuilt blocks " + json.dumps(options, separators=(",", ":"))
         found = cache.get(key, partial(measure, plan))
-        losses = BlockLosses(tuple(found["nats"]), tuple(found["tokens"]))
-        tried.append((replace(candidate, rebuilt=losses.perplexity.loss), losses))
-    first = tried[_chosen([losses for _, losses in tried])][0]
-    rest = sorted((c for c, _ in tried if c is not first), key=lambda c: c.rebuilt or 0.0)
+        tried[plan] = BlockLosses(tuple(found["nats"]), tuple(found["tokens"]))
+    chosen = list(tried)[_chosen([*tried.values()])]
+    rebuilt = [
+        replace(c, rebuilt=tried[c.plan].perplexity.loss)
+        for c in searched.candidates
+        if c.plan in tried
+    ]
+    rebuilt.sort(key=lambda c: (c.plan != chosen, c.rebuilt))
+    rest = [c for c in searched.candidates if c.plan not in tried]
     return replace(
         searched,
-        candidates=(first, *rest, *searched.candidates[REBUILT:]),
+        candidates=(*rebuilt, *rest),
         seconds=searched.seconds + time.perf_counter() - started,
     )
 
 
 def _chosen(tried: Sequence[BlockLosses]) -> int:
-    """The first that cannot be told from the one of the lowest loss."""
+    """The first that cannot be told from the one of the lowest loss; one block tells nothing."""
     lowest = min(tried, key=lambda losses: losses.perplexity.loss)
-    return next(
-        at
-        for at, losses in enumerate(tried)
-        if losses.perplexity.loss - lowest.perplexity.loss <= 2 * _standard_error(losses, lowest)
-    )
-
-
-def _standard_error(one: BlockLosses, other: BlockLosses) -> float:
-    """Of the difference of their losses per token, from its spread over blocks."""
-    apart = [a - b for a, b in zip(one.nats, other.nats, strict=True)]
-    if len(apart) < 2:
-        return math.inf
-    return math.sqrt(len(apart)) * statistics.stdev(apart) / sum(one.tokens)
+    if len(lowest.tokens) < 2:
+        return 0
+    return next(at for at, losses in enumerate(tried) if interval([losses], [lowest])[0] <= 0)

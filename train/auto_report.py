@@ -189,7 +189,7 @@ def auto_sentence(searched: AutoSearched) -> str:
 
 
 def _rebuilt(searched: AutoSearched) -> str:
-    count = sum(candidate.rebuilt is not None for candidate in searched.candidates)
+    count = len({c.plan for c in searched.candidates if c.rebuilt is not None})
     return f"; {count} plans compared after reconstruction" if count else ""
 
 

@@ -1,9 +1,4 @@
-"""What `postshare compare` concludes: perplexities with confidence intervals, and their table.
-
-An interval has two sources: the held-out text (a few blocks stand for all text) and the seed. Both
-are drawn again, with replacement, `DRAWS` times; what is compared shares blocks and seeds, so that
-a difference is judged by its own spread and not by that of each side (a paired bootstrap).
-"""
+"""What `postshare compare` concludes: perplexities with confidence intervals, and their table."""
 
 from __future__ import annotations
 
@@ -18,12 +13,9 @@ from rich import box
 from rich.table import Table
 
 from train.evaluate import BlockLosses
+from train.intervals import interval, mean_loss
 
 COMPARISON_FILE = "comparison.json"
-DRAWS = 2000
-LEVEL = 0.95
-
-Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -45,40 +37,12 @@ class Entry:
     @property
     def loss(self) -> float:
         """Nats per token, the mean over the seeds."""
-        return sum(one.perplexity.loss for one in self.losses) / len(self.losses)
+        return mean_loss(self.losses)
 
     @property
     def perplexity(self) -> float:
         """The exponential of the mean loss: the geometric mean over the seeds."""
         return math.exp(self.loss)
-
-
-def interval(entry: Entry, reference: Entry | None = None, seed: int = 0) -> Interval:
-    """Of the loss (nats per token), or of how far it lies above that of a reference.
-
-    Args:
-        reference: on the same blocks; its seed k is paired with the entry's seed k.
-        seed: of the bootstrap.
-
-    Returns:
-        the 2.5 and the 97.5 percent quantiles.
-    """
-    others = [entry, reference] if reference else [entry]
-    signs = [1.0, -1.0]
-    seeds = max(len(one.losses) for one in others)
-    generator = np.random.default_rng(seed)
-    tokens = np.array(entry.losses[0].tokens, dtype=np.float64)
-    drawn = generator.multinomial(len(tokens), np.full(len(tokens), 1 / len(tokens)), DRAWS)
-    runs = generator.multinomial(seeds, np.full(seeds, 1 / seeds), DRAWS) / seeds
-    value = np.zeros(DRAWS)
-    for one, sign in zip(others, signs, strict=False):
-        nats = np.array([losses.nats for losses in one.losses])  # (seeds, blocks)
-        mean = (drawn @ nats.T) / (drawn @ tokens)[:, None]  # (draws, seeds)
-        weights = runs if len(one.losses) == seeds else np.ones((DRAWS, 1))
-        value += sign * (mean * weights).sum(axis=1)
-    tail = (1 - LEVEL) / 2
-    low, high = np.quantile(value, [tail, 1 - tail])
-    return float(low), float(high)
 
 
 def pareto(points: NDArray[np.float64]) -> list[int]:
@@ -103,7 +67,7 @@ def table(entries: Sequence[Entry], reference: str) -> Table:
     for entry in entries:
         change = spread = ""
         if entry is not against:
-            low, high = interval(entry, against)
+            low, high = interval(entry.losses, against.losses)
             change = f"{math.expm1(entry.loss - against.loss):+.1%}"
             spread = f"{math.expm1(low):+.1%} to {math.expm1(high):+.1%}"
         size = "" if entry.bytes is None else f"{entry.bytes:,}"
@@ -118,7 +82,7 @@ def verdict(entries: Sequence[Entry], recipe: str, controls: Sequence[str]) -> s
     by_name = {entry.name: entry for entry in entries}
     own = by_name[recipe]
     best = min((by_name[name] for name in controls), key=lambda entry: entry.loss)
-    low, high = interval(own, best)
+    low, high = interval(own.losses, best.losses)
     change = f"{math.expm1(own.loss - best.loss):+.1%}"
     if low <= 0 <= high:
         blocks, seeds = len(own.losses[0].tokens), len(own.losses)
@@ -143,9 +107,9 @@ def as_json(entries: Sequence[Entry], reference: str) -> list[dict[str, Any]]:
             "perplexity": entry.perplexity,
             "perplexities": [one.perplexity.perplexity for one in entry.losses],
             "loss": entry.loss,
-            "loss_interval": interval(entry),
+            "loss_interval": interval(entry.losses),
             "above_reference": entry.loss - against.loss,
-            "above_reference_interval": interval(entry, against),
+            "above_reference_interval": interval(entry.losses, against.losses),
             "parameters": entry.parameters,
             "bytes": entry.bytes,
         }

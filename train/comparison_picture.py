@@ -11,8 +11,9 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from train.comparison import Entry, interval, pareto
+from train.comparison import Entry, pareto
 from train.figures import DARK_GREY, FILE_STYLE, MUTED, SERIES, SMALL, WIDTH, save
+from train.intervals import interval
 
 
 @rc_context(FILE_STYLE)
@@ -31,7 +32,8 @@ def save_picture(entries: Sequence[Entry], reference: str, path: Path) -> None:
     colors = itertools.cycle(SERIES)
     for entry, (size, value), color in zip(sized, points, colors, strict=False):
         if entry is not against:
-            low, high = (math.exp(against.loss + bound) for bound in interval(entry, against))
+            apart = interval(entry.losses, against.losses)
+            low, high = (math.exp(against.loss + bound) for bound in apart)
             axes.plot([size, size], [low, high], color=DARK_GREY, linewidth=1.4, zorder=2)
         axes.plot(size, value, color=color, marker="o", markersize=7, zorder=3)
         axes.annotate(

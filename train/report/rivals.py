@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from sa_models.errors import PostshareError
-from train.comparison import COMPARISON_FILE, Entry, Interval, interval
+from train.comparison import COMPARISON_FILE
 from train.controls import RECIPE
+from train.evaluate import BlockLosses
+from train.intervals import Interval, interval, mean_loss
 from train.recipe import Recipe, load_recipe
 from train.report.data import Reader
 from train.run_folder import RECIPE_FILE, run_identity
@@ -63,13 +65,13 @@ def _same(recipe: Recipe | None, first: Path) -> bool:
 def _against_random(folder: Path, rows: list[dict[str, Any]]) -> tuple[float, Interval] | None:
     if not {RECIPE, RANDOM} <= {row["name"] for row in rows}:
         return None
-    own, random = (_entry(folder / name) for name in (RECIPE, RANDOM))
-    if own is None or random is None or len(own.losses) != len(random.losses):
+    own, random = (_losses(folder / name) for name in (RECIPE, RANDOM))
+    if not own or len(own) != len(random):
         return None
-    return own.loss - random.loss, interval(own, random)
+    return mean_loss(own) - mean_loss(random), interval(own, random)
 
 
-def _entry(folder: Path) -> Entry | None:
+def _losses(folder: Path) -> list[BlockLosses]:
+    """Of every seed that has been evaluated."""
     seeds = sorted(folder.glob("seed-*"), key=lambda seed: int(seed.name.removeprefix("seed-")))
-    losses = tuple(found["post"] for seed in seeds if "post" in (found := read_block_losses(seed)))
-    return Entry(folder.name, "", losses, 0, None) if losses else None
+    return [found["post"] for seed in seeds if "post" in (found := read_block_losses(seed))]

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from train.comparison import Entry, Interval, interval
+from train.intervals import Interval, interval
 from train.report.data import RunData
 from train.report.rivals import RANDOM, Rivals
 from train.speed import TASK as SPEED
@@ -72,7 +72,7 @@ def difference(data: RunData, name: str, reference: str) -> Interval | None:
     one, other = data.blocks.get(name), data.blocks.get(reference)
     if one is None or other is None or one.tokens != other.tokens:
         return None
-    return interval(Entry(name, "", (one,), 0, None), Entry(reference, "", (other,), 0, None))
+    return interval((one,), (other,))
 
 
 def spread(bounds: Interval) -> str:

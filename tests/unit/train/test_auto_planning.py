@@ -245,18 +245,16 @@ def test_plans_are_compared_after_reconstruction(
 
 
 def test_a_difference_that_tells_nothing_does_not_choose() -> None:
-    """The order as it is stands, but where a later plan is better by two standard errors."""
+    """The order as it is stands, but where a later plan is better by more than chance."""
 
     def losses(*nats: float) -> BlockLosses:
         return BlockLosses(nats, (10,) * len(nats))
 
     first = losses(20.0, 22.0, 24.0, 26.0)
-    # Differences 0.4, 1.6, 0.4, 1.6: mean 1, standard deviation 0.69, standard error 0.35.
+    # Differences 0.4, 1.6, 0.4, 1.6: mean 1, never below 0.4 however blocks are drawn.
     surely = losses(19.6, 20.4, 23.6, 24.4)
-    # Differences 4, -2, 4, -2: the same mean, standard error 1.7.
+    # Differences 4, -2, 4, -2: the same mean, negative in 5 of 16 draws.
     perhaps = losses(16.0, 24.0, 20.0, 28.0)
-    assert auto_rebuilding._standard_error(first, surely) == pytest.approx(0.034641, abs=1e-6)
-    assert auto_rebuilding._standard_error(first, perhaps) == pytest.approx(0.173205, abs=1e-6)
     assert auto_rebuilding._chosen([first, surely]) == 1
     assert auto_rebuilding._chosen([first, perhaps]) == 0
     assert auto_rebuilding._chosen([surely, first]) == 0
