@@ -56,15 +56,7 @@ def _sizes(lines: Iterable[Line]) -> list[str]:
 
 
 def _table(lines: list[Line], every: list[Line], rows: Rows) -> str:
-    controls = {
-        distilled: {
-            line["seed"]: line["perplexity"]["continued"]
-            for line in every
-            if "continued" in line["perplexity"]
-            and ("distill" in rows[line["row"]]["recipe"]) == distilled
-        }
-        for distilled in (False, True)
-    }
+    controls = controls_of(every, rows)
     base = every[0]["bytes"]["base"]
     out = ["| row | seeds | untrained | trained | above its *continued* | bytes |"]
     out.append("| --- | --- | --- | --- | --- | --- |")
@@ -80,11 +72,6 @@ def _table(lines: list[Line], every: list[Line], rows: Rows) -> str:
         if not found:
             continue
         control = controls["distill" in row["recipe"]]
-        above = [
-            100 * (line["perplexity"]["post"] / control[line["seed"]] - 1)
-            for line in found
-            if line["seed"] in control
-        ]
         cells = (
             row["what"],
             len(found),
@@ -92,14 +79,36 @@ def _table(lines: list[Line], every: list[Line], rows: Rows) -> str:
                 line["perplexity"]["direct"] for line in found if "direct" in line["perplexity"]
             ),
             _spread(line["perplexity"]["post"] for line in found),
-            _spread(above, lambda value: f"{value:.2f} %"),
-            f"{max(_stored(line['bytes']) for line in found):,}",
+            _spread(above(found, control), lambda value: f"{value:.2f} %"),
+            f"{max(stored(line['bytes']) for line in found):,}",
         )
         out.append(f"| {' | '.join(map(str, cells))} |".replace("|  |", "| |"))
     return "\n".join(out)
 
 
-def _stored(bytes_: dict[str, int | None]) -> int:
+def controls_of(lines: list[Line], rows: Rows) -> dict[bool, dict[int, float]]:
+    """Perplexity of *continued* for each seed, without a teacher and (True) with one."""
+    return {
+        distilled: {
+            line["seed"]: line["perplexity"]["continued"]
+            for line in lines
+            if "continued" in line["perplexity"]
+            and ("distill" in rows[line["row"]]["recipe"]) == distilled
+        }
+        for distilled in (False, True)
+    }
+
+
+def above(lines: list[Line], control: dict[int, float]) -> list[float]:
+    """How far each training lies above *continued* of its seed, in percent."""
+    return [
+        100 * (line["perplexity"]["post"] / control[line["seed"]] - 1)
+        for line in lines
+        if line["seed"] in control
+    ]
+
+
+def stored(bytes_: dict[str, int | None]) -> int:
     """The compact export and, where there is one, the adapter beside it."""
     return (bytes_["compact"] or 0) + (bytes_.get("adapter") or 0)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,6 +19,15 @@ def test_a_benchmark_can_be_imported(name: str, monkeypatch: pytest.MonkeyPatch)
     assert callable(importlib.import_module(name).measure)
 
 
+def line(row: str, seed: int, post: float, **more: float) -> dict[str, Any]:
+    """A training of docs/methods.jsonl."""
+    sizes = {"base": 1000, "compact": 900, "adapter": 50 if row == "ours" else None}
+    return {
+        "row": row, "size": "30", "seed": seed, "bytes": sizes,
+        "perplexity": {"base": 60.0, "post": post, **more},
+    }  # fmt: skip
+
+
 def test_the_tables_of_methods_are_those_of_their_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(FOLDER))
     made = importlib.import_module("method_tables")
@@ -25,14 +35,6 @@ def test_the_tables_of_methods_are_those_of_their_lines(monkeypatch: pytest.Monk
         "ours": {"what": "ours", "recipe": {"distill": {}}},
         "plain": {"what": "plain", "recipe": {}},
     }
-
-    def line(row: str, seed: int, post: float, **more: float) -> dict:
-        sizes = {"base": 1000, "compact": 900, "adapter": 50 if row == "ours" else None}
-        return {
-            "row": row, "size": "30", "seed": seed, "bytes": sizes,
-            "perplexity": {"base": 60.0, "post": post, **more},
-        }  # fmt: skip
-
     table = made.tables(
         [
             line("ours", 0, 51.0, continued=50.0, direct=70.0),
@@ -48,3 +50,19 @@ def test_the_tables_of_methods_are_those_of_their_lines(monkeypatch: pytest.Monk
     assert "| plain | 1 | | 55.00 | | 900 |" in table  # no *continued* of its own objective
     page = made.PAGE.read_text(encoding="utf-8")
     assert made.filled(page, made.read()) == page, "run tests/benchmarks/method_tables.py"
+
+
+def test_the_picture_of_methods_is_of_their_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    made = importlib.import_module("method_picture")
+    lines = [line("ours", 0, 51.0), line("ours", 1, 52.5), line("plain", 0, 55.0)]
+    lines[1] |= {"bytes": {"base": 1000, "compact": 870, "adapter": None}}
+    lines.append({**lines[0], "size": "50", "bytes": {"base": 1000, "compact": 700}})
+    assert made.points("ours", lines, {0: 50.0, 1: 50.0}) == [
+        pytest.approx((5, 3.5)),
+        pytest.approx((30, 2)),
+    ]
+    picture = made.PICTURE.read_text(encoding="utf-8")
+    assert made.described(made.read()) in picture, "run tests/benchmarks/method_picture.py"
+    for label, _, _ in made.SHOWN.values():
+        assert label in picture

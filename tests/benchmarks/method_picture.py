@@ -1,0 +1,76 @@
+"""The rows of docs/methods.md as a picture, docs/methods.svg: cost against bytes saved.
+
+python tests/benchmarks/method_picture.py
+"""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+
+import yaml
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from method_tables import DOCS, ROWS, Line, above, controls_of, read, stored
+
+from train.figures import BLUE, FILE_STYLE, GREEN, MUTED, ORANGE, PURPLE, VERMILLION, WIDTH
+
+PICTURE = DOCS / "methods.svg"
+SHOWN = {
+    "ours": ("auto, reconstructed, distilled (ours)", BLUE, "o-"),
+    "pruned-loss-distilled": ("removed by loss, distilled", ORANGE, "s-"),
+    "pruned-loss": ("removed by loss", ORANGE, "s--"),
+    "pruned-random": ("removed at random", MUTED, "v--"),
+    "random": ("tied at random", GREEN, "^--"),
+    "cosine": ("tied by cosine", PURPLE, "D--"),
+    "postshare": ("PostShare as published", VERMILLION, "X--"),
+}
+"""Rows in the order of the legend: their label, colour and mark; dashes: without a teacher."""
+
+
+def points(name: str, lines: list[Line], controls: dict[int, float]) -> list[tuple[float, float]]:
+    """Of each size, by bytes: percent of the bytes saved, and percent above *continued*."""
+    found = []
+    for size in {line["size"] for line in lines if line["row"] == name}:
+        of_size = [line for line in lines if (line["row"], line["size"]) == (name, size)]
+        base = of_size[0]["bytes"]["base"]
+        saved = 100 * (1 - max(stored(line["bytes"]) for line in of_size) / base)
+        found.append((saved, statistics.fmean(above(of_size, controls))))
+    return sorted(found)
+
+
+def shown(lines: list[Line]) -> dict[str, list[tuple[float, float]]]:
+    """The points of every row that is shown."""
+    rows = yaml.safe_load(ROWS.read_text(encoding="utf-8"))["rows"]
+    controls = controls_of(lines, rows)
+    return {
+        name: points(name, lines, controls["distill" in rows[name]["recipe"]]) for name in SHOWN
+    }
+
+
+def described(lines: list[Line]) -> str:
+    """What the file says of itself, by which a test finds a picture of other numbers."""
+    return "; ".join(
+        f"{name}: " + ", ".join(f"{cost:.2f} % at {saved:.2f} %" for saved, cost in of_row)
+        for name, of_row in shown(lines).items()
+    )
+
+
+@rc_context(FILE_STYLE)
+def draw(lines: list[Line], path: Path) -> None:
+    """Write the picture."""
+    of_rows = shown(lines)
+    figure = Figure(figsize=(WIDTH, 4.8), layout="constrained")
+    axes = figure.add_subplot()
+    axes.axhline(0, color=MUTED, linewidth=0.8)
+    for name, (label, color, style) in SHOWN.items():
+        axes.plot(*zip(*of_rows[name], strict=True), style, color=color, label=label, markersize=6)
+    axes.set_xlabel("% of the bytes saved")
+    axes.set_ylabel("% of perplexity above its $\\it{continued}$")
+    axes.set_title("What sharing costs after 300 steps, mixed7M")
+    axes.legend(loc="upper left")
+    figure.savefig(path, metadata={"Date": None, "Description": described(lines)})
+
+
+if __name__ == "__main__":
+    draw(read(), PICTURE)
