@@ -68,8 +68,11 @@ def materialize_on_text(current: Run) -> None:
 
 def tied_base(current: Run) -> LlamaForCausalLM:
     """The base with the plan materialized, untrained; for a merge on text `blocks` must be read."""
-    model = load_dense(base_of(current), current.recipe.model.attention)
-    if current.recipe.materialize.measures:
+    attention, measures = current.recipe.model.attention, current.recipe.materialize.measures
+    if measures and current.steps == 0 and merged_folder(current).is_dir():
+        return tied(current, load_model(merged_folder(current), attention))  # it is of the base
+    model = load_dense(base_of(current), attention)
+    if measures:
         blocks, device = current.blocks[0], current.ranks.device
         model = on_text(current.recipe, current.plan, model, blocks, device)
     return tied(current, model)

@@ -119,7 +119,7 @@ def test_a_deleted_export_is_made_again_from_what_was_merged(tmp_path: Path) -> 
     ],
 )
 def test_the_stages_read_what_was_reconstructed(
-    plan: dict, merge: str, steps: int, heal: int, tmp_path: Path
+    plan: dict, merge: str, steps: int, heal: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     section = {
         "merge": merge,
@@ -129,8 +129,17 @@ def test_the_stages_read_what_was_reconstructed(
         "heal_learning_rate": 1e-9,
     }
     made = recipe(tmp_path / "run", merge, steps, heal, plan=plan, materialize=section)
+    solves: list[SharingPlan] = []
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        solves.append(arguments[2])
+        return reconstruct_(*arguments, **options)
+
+    monkeypatch.setattr(materializing, "reconstruct_", counted)
     run(made)
     current = begin(made)
+    # The trained weights, and for DirectShare those of the base: one solve where they are the same.
+    assert len(solves) == (2 if steps else 1)
     trained = load_dense(
         made.folder / "weights" if steps else materializing.base_of(current), "sdpa"
     )
