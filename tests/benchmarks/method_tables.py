@@ -63,8 +63,9 @@ def _table(lines: list[Line], every: list[Line], rows: Rows) -> str:
     out.append(
         f"| the model, not trained on | | {every[0]['perplexity']['base']:.2f} | | | {base:,} |"
     )
+    used = {"distill" in rows[line["row"]]["recipe"] for line in lines}
     for distilled, of_seed in controls.items():
-        if of_seed:
+        if of_seed and distilled in used:
             name = "*continued*, distilled" if distilled else "*continued*"
             out.append(f"| {name} | {len(of_seed)} | | {_spread(of_seed.values())} | | {base:,} |")
     for name, row in rows.items():
