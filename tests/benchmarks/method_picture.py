@@ -51,7 +51,7 @@ def shown(lines: list[Line]) -> dict[str, list[tuple[float, float]]]:
 def described(lines: list[Line]) -> str:
     """What the file says of itself, by which a test finds a picture of other numbers."""
     return "; ".join(
-        f"{name}: " + ", ".join(f"{cost:.2f} % at {saved:.2f} %" for saved, cost in of_row)
+        f"{name}: " + ", ".join(f"{cost:z.2f} % at {saved:.2f} %" for saved, cost in of_row)
         for name, of_row in shown(lines).items()
     )
 
@@ -64,7 +64,9 @@ def draw(lines: list[Line], path: Path) -> None:
     axes = figure.add_subplot()
     axes.axhline(0, color=MUTED, linewidth=0.8)
     for name, (label, color, style) in SHOWN.items():
-        axes.plot(*zip(*of_rows[name], strict=True), style, color=color, label=label, markersize=6)
+        if of_rows[name]:  # the others have not been trained yet
+            x, y = zip(*of_rows[name], strict=True)
+            axes.plot(x, y, style, color=color, label=label, markersize=6)
     axes.set_xlabel("% of the bytes saved")
     axes.set_ylabel("% of perplexity above its $\\it{continued}$")
     axes.set_title("What sharing costs after 300 steps, mixed7M")

@@ -3,9 +3,9 @@
     python tests/benchmarks/method_table.py FOLDER [--only ROW ...] [--workers 2]
 
 methods.yaml lists the rows. Every training is a run folder below FOLDER and one line of
-docs/methods.jsonl, from which the tables of docs/methods.md are made (method_tables.py). A second
-start goes on with what is missing, and the rows are read again before every training, so that one
-may be added meanwhile. Every worker has one thread.
+docs/methods.jsonl, from which the tables of docs/methods.md and docs/methods.svg are made
+(method_tables.py, method_picture.py). A second start goes on with what is missing, and the rows are
+read again before every training, so that one may be added meanwhile. Every worker has one thread.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import method_picture
 import method_tables
 import yaml
 from method_tables import RESULTS, ROWS
@@ -108,6 +109,7 @@ def run(job: Job, folder: Path) -> None:
     with RESULTS.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
     method_tables.write()
+    method_picture.draw(method_tables.read(), method_picture.PICTURE)
 
 
 def _share_measurements(folder: Path, output: Path) -> None:

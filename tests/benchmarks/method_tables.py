@@ -80,7 +80,7 @@ def _table(lines: list[Line], every: list[Line], rows: Rows) -> str:
                 line["perplexity"]["direct"] for line in found if "direct" in line["perplexity"]
             ),
             _spread(line["perplexity"]["post"] for line in found),
-            _spread(above(found, control), lambda value: f"{value:.2f} %"),
+            _spread(above(found, control), lambda value: f"{value:z.2f} %"),
             f"{max(stored(line['bytes']) for line in found):,}",
         )
         out.append(f"| {' | '.join(map(str, cells))} |".replace("|  |", "| |"))
