@@ -105,7 +105,7 @@ def save_front(
     )
     upper.scatter(*place(chosen), marker="*", s=140, color=VERMILLION, zorder=3, label="chosen")
     upper.set_xlabel(f"{unit} stored")
-    upper.legend()
+    figure.legend(loc="outside upper center", ncols=2)  # a point may lie anywhere in the axes
     _draw_decoding(lower, timed, chosen, noisy)
     for axes in (upper, lower):
         axes.set_ylabel("perplexity on calibration text,\nuntrained, without its slope")
