@@ -123,6 +123,19 @@ def test_spans_and_kv_heads_save_what_was_worked_out_by_hand(name: str) -> None:
     assert savings.cache_ratio == cache
 
 
+@pytest.mark.parametrize(
+    ("name", "attention"),
+    [("llama2-7b-auto", 32 * 4 * 4096**2), ("llama3.2-1b-auto", 16 * (2 * 2048 + 2 * 512) * 2048)],
+)
+def test_auto_asks_for_as_much_as_30_percent_of_attention(name: str, attention: int) -> None:
+    recipe, size = load_recipe(name), 2
+    base, stored = plan_savings(recipe.plan, shape_of(name)).bytes(size)
+    assert (base - stored) / size / attention == pytest.approx(0.3, abs=0.006)
+    assert recipe.materialize.reconstruct
+    assert recipe.materialize.heal_steps == 2000
+    assert recipe.distill is not None
+
+
 def test_shared_attention_saves_the_published_share() -> None:
     """6.25 % of the KV cache and 2 % of the parameters of Llama-2-7B (2407.12866)."""
     for name in ("llama2-7b-sa-23-26", "llama2-7b-sa-27-30"):
