@@ -16,8 +16,6 @@ from train.report.data import Reader
 from train.run_folder import RECIPE_FILE, run_identity
 from train.summary import read_block_losses
 
-RANDOM = "random-pairs"
-
 
 @dataclass(frozen=True)
 class Rivals:
@@ -25,13 +23,22 @@ class Rivals:
 
     Attributes:
         rows: as :func:`train.comparison.as_json` writes them.
-        against_random: how far the recipe's loss lies above that of random pairs (nats per token),
-            and its 95 % interval; None where random pairs are no part of the comparison.
     """
 
     folder: Path
     rows: list[dict[str, Any]]
-    against_random: tuple[float, Interval] | None
+
+    def above(self, control: str) -> tuple[float, Interval] | None:
+        """How far the recipe's loss lies above a control's (nats per token), and its 95 % interval.
+
+        None where the control is no part of the comparison, or its seeds are not the recipe's.
+        """
+        if not {RECIPE, control} <= {row["name"] for row in self.rows}:
+            return None
+        own, theirs = (_losses(self.folder / name) for name in (RECIPE, control))
+        if not own or len(own) != len(theirs):
+            return None
+        return mean_loss(own) - mean_loss(theirs), interval(own, theirs)
 
 
 def find_rivals(folder: Path, recipe: Recipe | None) -> tuple[Rivals | None, list[str]]:
@@ -47,7 +54,7 @@ def find_rivals(folder: Path, recipe: Recipe | None) -> tuple[Rivals | None, lis
             return None, reader.notes
         if not _same(recipe, place / RECIPE / "seed-0"):
             return None, [f"the comparison in {place.name} is of another recipe; it is left out"]
-        return Rivals(place, rows, _against_random(place, rows)), []
+        return Rivals(place, rows), []
     return None, []
 
 
@@ -60,15 +67,6 @@ def _same(recipe: Recipe | None, first: Path) -> bool:
     except PostshareError:
         return False
     return {**theirs, "seed": 0} == {**run_identity(recipe), "seed": 0}
-
-
-def _against_random(folder: Path, rows: list[dict[str, Any]]) -> tuple[float, Interval] | None:
-    if not {RECIPE, RANDOM} <= {row["name"] for row in rows}:
-        return None
-    own, random = (_losses(folder / name) for name in (RECIPE, RANDOM))
-    if not own or len(own) != len(random):
-        return None
-    return mean_loss(own) - mean_loss(random), interval(own, random)
 
 
 def _losses(folder: Path) -> list[BlockLosses]:

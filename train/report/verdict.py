@@ -8,7 +8,7 @@ from typing import Any
 
 from train.intervals import Interval, interval
 from train.report.data import RunData
-from train.report.rivals import RANDOM, Rivals
+from train.report.rivals import Rivals
 from train.speed import TASK as SPEED
 from train.summary import bytes_of, model_names
 from train.tracking import clock
@@ -55,7 +55,7 @@ def judge(data: RunData, rivals: Rivals | None) -> Verdict | None:
                 _perplexity(summary, shipped),
                 _against(data, summary, shipped, reference),
                 _against(data, summary, shipped, "direct"),
-                _against_random(rivals),
+                _against_chance(summary, rivals),
                 _weights(summary),
                 _heads(summary),
                 _cache(summary),
@@ -168,13 +168,20 @@ def _won_back(values: dict[str, float | None]) -> float | None:
     return math.log(direct / post) / math.log(direct / continued)
 
 
-def _against_random(rivals: Rivals | None) -> Tile | None:
-    label = "perplexity against random pairs"
+def _against_chance(summary: dict[str, Any], rivals: Rivals | None) -> Tile | None:
+    """Against random pairs, or where nothing is tied against random removals."""
+    heads = summary["heads"]
+    if not (heads["tied"] or heads["removed"]):
+        return None
+    what, control = (
+        ("random pairs", "random-pairs") if heads["tied"] else ("random removals", "pruned-random")
+    )
+    label = f"perplexity against {what}"
     if rivals is None:
-        return Tile(label, "not measured", "postshare compare RECIPE --controls random-pairs")
-    if rivals.against_random is None:
-        return Tile(label, "not measured", f"the comparison has no {RANDOM}")
-    change, bounds = rivals.against_random
+        return Tile(label, "not measured", f"postshare compare RECIPE --controls {control}")
+    if (found := rivals.above(control)) is None:
+        return Tile(label, "not measured", f"the comparison has no {control}")
+    change, bounds = found
     return Tile(label, f"{math.expm1(change):+.1%}", f"95 %: {spread(bounds)}", _tone(bounds))
 
 

@@ -6,6 +6,7 @@ import base64
 import json
 import math
 import re
+import shutil
 import time
 from html.parser import HTMLParser
 from pathlib import Path
@@ -357,18 +358,20 @@ def test_perplexities_of_other_text_are_not_compared(tmp_path: Path) -> None:
 # --- controls -------------------------------------------------------------------------------------
 
 
-def make_comparison(folder: Path, **sections: Any) -> None:
-    """`postshare compare` of two seeds: the recipe, and random pairs that are 0.03 worse."""
-    for name, post in (("recipe", -0.04), ("random-pairs", -0.01)):
+def make_comparison(
+    folder: Path, control: str = "random-pairs", shared: SharingPlan = TIES, **sections: Any
+) -> None:
+    """`postshare compare` of two seeds: the recipe, and a control that is 0.03 worse."""
+    for name, post in (("recipe", -0.04), (control, -0.01)):
         for seed in (0, 1):
             above = {**ABOVE, "post": post + 0.001 * seed}
             made = {**sections, "seed": seed}
-            make_run(folder / name / f"seed-{seed}", above=above, **made)
+            make_run(folder / name / f"seed-{seed}", shared, above=above, **made)
     row = {"what": "", "parameters": 1000, "bytes": 3_000_000, "perplexities": [1, 2]}
     rows = [
         {**row, "name": "continued", "loss": 3.0, "perplexity": 20.0, "above_reference": 0.0},
         {**row, "name": "recipe", "loss": 3.06, "perplexity": 21.0, "above_reference": 0.06},
-        {**row, "name": "random-pairs", "loss": 3.1, "perplexity": 22.0, "above_reference": 0.1},
+        {**row, "name": control, "loss": 3.1, "perplexity": 22.0, "above_reference": 0.1},
     ]
     for one in rows:
         one["above_reference_interval"] = [0.05, 0.07]
@@ -389,6 +392,21 @@ def test_random_pairs_of_a_comparison_beside_the_run(tmp_path: Path) -> None:
     inside, notes = find_rivals(tmp_path / "run-compare/recipe/seed-1", recipe(folder, seed=1))
     assert inside is not None
     assert notes == []
+
+
+def test_where_nothing_is_tied_chance_is_a_random_removal(tmp_path: Path) -> None:
+    removals = SharingPlan(removed=((0, 1), (2, 0)))
+    folder = make_run(tmp_path / "run", removals)
+    _, text = page_of(folder)
+    assert "postshare compare RECIPE --controls pruned-random" in text
+    make_comparison(tmp_path / "run-compare", "random-pairs", removals)
+    assert "the comparison has no pruned-random" in page_of(folder)[1]
+    shutil.rmtree(tmp_path / "run-compare")
+    make_comparison(tmp_path / "run-compare", "pruned-random", removals)
+    _, text = page_of(folder)
+    exact, words = f"{math.expm1(-0.03):+.1%}", " ".join(re.sub("<[^>]*>", " ", text).split())
+    assert f"perplexity against random removals {exact} 95 %: {exact} to {exact}" in words
+    assert "random pairs" not in text
 
 
 def test_a_comparison_of_another_recipe_is_left_out(tmp_path: Path) -> None:
