@@ -20,6 +20,7 @@ BLUE, ORANGE, GREEN, VERMILLION = "#0072b2", "#e69f00", "#009e73", "#d55e00"
 PURPLE, SKY = "#cc79a7", "#56b4e9"
 SERIES = (BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY)
 """Okabe and Ito's palette, which the colour-blind tell apart."""
+MARKS = ("o", "s", "^", "v", "P", "X", "d", "p")
 PALE, DARK_GREY = "#d9d9d9", "#444444"
 DIVERGING, SEQUENTIAL = "PuOr_r", "viridis"
 """Colour maps, of values on both sides of 0 and of others; the colour-blind tell both apart."""
@@ -44,6 +45,11 @@ FILE_STYLE: Any = {
     "legend.fontsize": SMALL,
     "legend.frameon": False,
 }
+
+
+def color_and_mark(index: int) -> tuple[str, str]:
+    """Of a point among others: no two of the first 24 have both in common."""
+    return SERIES[index % len(SERIES)], MARKS[index % len(MARKS)]
 
 
 def save(figure: Figure, path: Path) -> None:

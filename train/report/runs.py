@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from train.comparison import pareto
-from train.figures import GRID, MUTED, SERIES
+from train.figures import GRID, MUTED, SERIES, color_and_mark
 from train.report.data import RunData
 from train.report.plots import SIZE, draw_curve, draw_trend
 from train.report.svg import Picture, render
@@ -143,20 +143,19 @@ def quality_against_bytes(runs: Sequence[Named]) -> Figure:
 
 def draw_marks(marks: Sequence[tuple[float, float, str]]) -> Figure:
     """(megabytes, perplexity, label), with the Pareto front."""
-    figure = Figure(figsize=(6.2, 4.0), layout="constrained")
+    figure = Figure(figsize=(6.2, 4.0 + 0.1 * len(marks)), layout="constrained")
     axes = figure.add_subplot()
     points = np.array([mark[:2] for mark in marks], dtype=np.float64)
     front = points[pareto(points)]
     axes.step(front[:, 0], front[:, 1], where="post", color=MUTED, linewidth=1.2)
     for index, (size, value, label) in enumerate(marks):
-        reference = label in ("base", "continued")
-        color = MUTED if reference else SERIES[index % len(SERIES)]
-        axes.plot(size, value, marker="D" if reference else "o", markersize=8, color=color)
-        axes.annotate(label, (size, value), xytext=(7, 5), textcoords="offset points", size=9.5)
-    axes.margins(x=0.2, y=0.14)
+        color, shape = color_and_mark(index)
+        axes.plot(size, value, shape, markersize=8, color=color, label=label)
+    axes.margins(x=0.08, y=0.08)
     axes.grid(color=GRID)
     axes.set_xlabel("megabytes of weights")
     axes.set_ylabel("perplexity on held-out text")
+    figure.legend(loc="outside lower center", ncols=3)
     return figure
 
 
