@@ -38,6 +38,7 @@ from train.span_planning import bar
 if TYPE_CHECKING:
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from train.auto_factors import Factored
     from train.recipe import Recipe
 
 
@@ -105,6 +106,7 @@ class AutoSearched:
         candidates: the chosen one first.
         structures: that were tried, measured alone.
         bound: of passes and estimates, stated before the search.
+        factored: the control beside them, see :mod:`train.auto_factors`.
     """
 
     base: Point
@@ -115,6 +117,7 @@ class AutoSearched:
     estimates: int
     bound: Passes
     seconds: float
+    factored: Factored | None = None
 
     @property
     def chosen(self) -> Candidate:

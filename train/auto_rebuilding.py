@@ -19,6 +19,7 @@ import torch
 from sa_models.plan import SharingPlan
 from sa_models.plan_measure import Cache, identity
 from train.auto_budgets import REBUILT
+from train.auto_factors import Factored, factor_parameters, factored_losses
 from train.auto_planning import AutoSearched
 from train.data import Blocks
 from train.evaluate import BlockLosses, block_losses
@@ -50,6 +51,9 @@ def compare_rebuilt(
     reconstruction of the base each: two models are held. What has been measured stays in the run
     folder's cache.
 
+    Basis Sharing at as many parameters as the chosen plan is measured beside them, where it is a
+    rival: `factored` of the result.
+
     Args:
         load: the base, fp32, on the CPU.
         folder: of the run.
@@ -59,7 +63,9 @@ def compare_rebuilt(
     """
     started, section = time.perf_counter(), recipe.materialize
     text = calibration_batches(blocks, section.calibration_blocks, 1, torch.device("cpu"))
-    cache = Cache(folder / SEARCH_CACHE, identity(load(), text))
+    base = load()
+    cache, config = Cache(folder / SEARCH_CACHE, identity(base, text)), base.config
+    del base
 
     def measure(plan: SharingPlan) -> dict[str, Any]:
         model = on_text(recipe, plan, load(), blocks, device).to(device)  # type: ignore[arg-type]
@@ -73,6 +79,15 @@ def compare_rebuilt(
         found = cache.get(key, partial(measure, plan))
         tried[plan] = BlockLosses(tuple(found["nats"]), tuple(found["tokens"]))
     chosen = list(tried)[_chosen([*tried.values()])]
+    factored = None
+    if (parameters := factor_parameters(recipe, chosen, config)) is not None:
+        key = f"factored blocks {parameters}"
+        measured = partial(factored_losses, recipe, parameters, load, blocks, device)
+        found = cache.get(key, measured)
+        losses = BlockLosses(tuple(found["nats"]), tuple(found["tokens"]))
+        saved = chosen.savings(config).removed_parameters
+        above = interval([tried[chosen]], [losses]) if len(losses.tokens) > 1 else (0.0, 0.0)
+        factored = Factored(parameters, saved, losses.perplexity.loss, above)
     rebuilt = [
         replace(c, rebuilt=tried[c.plan].perplexity.loss)
         for c in searched.candidates
@@ -83,6 +98,7 @@ def compare_rebuilt(
     return replace(
         searched,
         candidates=(*rebuilt, *rest),
+        factored=factored,
         seconds=searched.seconds + time.perf_counter() - started,
     )
 

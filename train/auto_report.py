@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from rich.table import Table
 
 from sa_models.convert import Leaders
 from sa_models.plan import SharingPlan
+from train.auto_factors import Factored
 from train.auto_planning import AutoSearched, Candidate, Point
 from train.decode_time import DecodeTime, bytes_read, decode_time
 from train.files import write_json
@@ -143,6 +144,10 @@ def compared_table(searched: AutoSearched, config: LlamaConfig) -> Table:
             _versus(point, base),
             *([] if best is None else [_above(candidate.rebuilt, best)]),
         )
+    if (factored := searched.factored) is not None:
+        name, what = "Basis Sharing (control)", "q, k, v of 2 layers on one basis"
+        above = _above(factored.loss, best or 0.0)
+        table.add_row(name, what, f"{factored.saved:,}", "", "", above)
     return table
 
 
@@ -185,6 +190,16 @@ def auto_sentence(searched: AutoSearched) -> str:
         f"searched in {searched.seconds:.0f} s: {searched.passes:.0f} forward passes over "
         f"{searched.blocks} calibration blocks (at most {searched.bound.forward:,}), "
         f"{searched.estimates} estimates{_rebuilt(searched)}"
+    )
+
+
+def factored_note(factored: Factored) -> str:
+    """What to do where Basis Sharing is better than the chosen plan."""
+    low, high = (f"{math.expm1(bound):.1%}" for bound in factored.above)
+    return (
+        f"note: Basis Sharing at as many bytes is better than this plan, untrained, by {low} to "
+        f"{high} of perplexity (95 %). It saves neither cache nor time, and has no compact export; "
+        "`postshare compare RECIPE --controls basis` trains both"
     )
 
 
@@ -249,6 +264,7 @@ def save_auto(
         "expected_loss": chosen.expected,
         "chosen": searched.chosen.name,
         "candidates": [_candidate_dict(c, config) for c in searched.candidates],
+        "factored": None if searched.factored is None else asdict(searched.factored),
         "structures": [point_dict(p, config, size) for p in searched.structures],
         "front": [point_dict(p, config, size) for p in on_front],
         "decoding": [

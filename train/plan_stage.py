@@ -19,6 +19,7 @@ from train.auto_report import (
     auto_sentence,
     compared_table,
     cost_table,
+    factored_note,
     front_table,
     save_auto,
     time_front,
@@ -133,6 +134,8 @@ def find_by_auto(
     tables = (compared_table(searched, config), cost_table(searched, config))
     current.say("", *tables, front_table(front, config, size, prompt.shape[1]))
     current.say(auto_sentence(searched))
+    if searched.factored is not None and searched.factored.is_better:
+        current.say(factored_note(searched.factored))
     agreement = searched.chosen.agreement
     if agreement is not None and (line := unstable(agreement, searched.blocks)) is not None:
         print(f"warning: {line}", file=sys.stderr, flush=True)

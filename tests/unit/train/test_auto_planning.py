@@ -31,7 +31,9 @@ from sa_models.savings import llama_parameters
 from sa_models.sensitivity import estimate_sensitivity
 from train import auto_rebuilding
 from train.auto_budgets import ANY, FULL, REMOVALS, auto_passes
+from train.auto_factors import Factored, factor_parameters
 from train.auto_planning import search_auto
+from train.auto_report import factored_note
 from train.base_model import load_dense
 from train.data import Blocks
 from train.decode_time import bytes_read, compact_model, decode_time
@@ -242,6 +244,58 @@ def test_plans_are_compared_after_reconstruction(
     assert (of.folder / SEARCH_CACHE).read_text() == before
     again = read(of.folder, "plan-search.json")
     assert [c["reconstructed_loss"] for c in again["candidates"]] == losses
+
+
+def test_basis_sharing_at_as_many_bytes_is_measured_beside_them(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its loss is that of the control's own run, on the text of the reconstruction."""
+    more = {"materialize": {"reconstruct": True, "calibration_blocks": 4}, "train": {"steps": 0}}
+    of = made(home, tmp_path / "auto", 5 * UNIT, **more)
+    plan(of)
+    said, search = " ".join(capsys.readouterr().out.split()), read(of.folder, "plan-search.json")
+    factored = search["factored"]
+    found = SharingPlan.load(of.folder / "plan.json")
+    saved = found.savings(base_model(home).config).removed_parameters
+    assert factored["saved"] == saved
+    assert factored["parameters"] == LAYERS * 3 * 4 * 8 * 32 - saved
+    assert "(control)" in said
+    section = {"parameters": factored["parameters"], "calibration_blocks": 4}
+    alone = recipe(
+        home,
+        tmp_path / "basis",
+        plan={"strategy": "none"},
+        basis=section,
+        train={"steps": 0},
+        export={"formats": ["dense"]},
+    )
+    run(alone)
+    count = len(Run(of, start(of)).blocks[0])
+    tokens = ids(of, count)[[index * count // 4 for index in range(4)]]
+    dense = load_dense(alone.folder / "export" / "dense", "sdpa")
+    loss = reference_loss(dense, SharingPlan(), tokens)
+    assert factored["loss"] == pytest.approx(loss, abs=1e-5)
+    low, high = factored["above"]
+    assert low < search["candidates"][0]["reconstructed_loss"] - factored["loss"] < high
+    assert ("note: Basis Sharing" in said) == (low > 0)
+
+
+def test_basis_sharing_is_named_only_where_it_is_better_and_a_rival(home: Path) -> None:
+    better = Factored(1000, 500, 3.0, (0.01, 0.02))
+    assert better.is_better
+    assert "by 1.0% to 2.0% of perplexity" in factored_note(better)
+    assert not Factored(1000, 500, 3.0, (-0.001, 0.02)).is_better
+    config, removed = base_model(home).config, SharingPlan(removed=((1, 0),))
+    whole = LAYERS * 3 * 4 * 8 * 32
+
+    def asked(**sections: Any) -> int | None:
+        return factor_parameters(recipe(home, Path("x"), **sections), removed, config)
+
+    auto = {"strategy": "auto"}
+    assert asked(plan={**auto, "budget": {"bytes": "-5%"}}) == whole - UNIT
+    assert asked(plan={**auto, "budget": {"cache": "-5%"}}) is None
+    spans = [{"leader": 2, "followers": [3]}]
+    assert asked(plan={**auto, "budget": {"bytes": "-5%"}}, spans=spans) is None
 
 
 def test_a_difference_that_tells_nothing_does_not_choose() -> None:
