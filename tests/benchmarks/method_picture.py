@@ -13,10 +13,11 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from method_tables import DOCS, ROWS, Line, above, controls_of, read, stored
 
-from train.figures import BLUE, FILE_STYLE, GREEN, MUTED, ORANGE, PURPLE, VERMILLION, WIDTH
+from train.figures import BLUE, FILE_STYLE, GREEN, MUTED, ORANGE, PURPLE, SKY, VERMILLION, WIDTH
 
 PICTURE = DOCS / "methods.svg"
 SHOWN = {
+    "basis": ("Basis Sharing, distilled (whole cache)", SKY, "P-"),
     "ours": ("auto, reconstructed, distilled (ours)", BLUE, "o-"),
     "pruned-loss-distilled": ("removed by loss, distilled", ORANGE, "s-"),
     "pruned-loss": ("removed by loss", ORANGE, "s--"),
