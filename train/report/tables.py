@@ -28,6 +28,7 @@ class Table:
     Attributes:
         plain: the cells are words, aligned left; otherwise all but the first column are numbers.
         folded: it is shown when it is asked for.
+        described: the second column is words, which may take several lines.
     """
 
     title: str
@@ -36,6 +37,7 @@ class Table:
     note: str = ""
     plain: bool = False
     folded: bool = False
+    described: bool = False
 
 
 def evaluation(data: RunData) -> Table | None:
@@ -76,6 +78,7 @@ def against_controls(rivals: Rivals | None) -> Table | None:
         ("model", "what it is", "perplexity", "vs continued", "95 %", "parameters", "bytes"),
         tuple(rows),
         f"Equal tokens, {seeds} seed{'s' if seeds > 1 else ''}, from postshare compare.",
+        described=True,
     )
 
 
