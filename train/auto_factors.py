@@ -1,7 +1,7 @@
 """Strategy auto, where the recipe reconstructs: what Basis Sharing would lose at as many bytes.
 
-It is a control that auto names and cannot choose: its factors save neither cache nor time, and have
-no compact form. It is measured beside the plans that are compared after reconstruction.
+It is a control that auto names and cannot choose: its factors save no cache, and have no compact
+form. It is measured beside the plans that are compared after reconstruction.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from sa_models.basis import basis_ranks, factorized, parameter_range
+from sa_models.basis import basis_ranks, factorized
 from sa_models.heads import HeadLayout
-from train.controls import BASIS_LAYERS
+from train.controls import BASIS_LAYERS, basis_parameters
 from train.evaluate import block_losses
 from train.intervals import Interval
 from train.loss_planning import calibration_batches, spread_blocks
@@ -60,9 +60,8 @@ def factor_parameters(recipe: Recipe, plan: SharingPlan, config: LlamaConfig) ->
         return None
     if recipe.spans is not None or recipe.heads.kv_heads is not None:
         return None
-    least, whole = parameter_range(HeadLayout.from_config(config), BASIS_LAYERS)
-    parameters = whole - plan.savings(config).removed_parameters
-    return parameters if least <= parameters < whole else None
+    saved = plan.savings(config).removed_parameters
+    return basis_parameters(HeadLayout.from_config(config), saved)
 
 
 def factored_losses(

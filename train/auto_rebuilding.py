@@ -72,19 +72,20 @@ def compare_rebuilt(
         measured = spread_blocks(blocks, section.calibration_blocks)
         return asdict(block_losses(model, measured, recipe.evaluate.batch_size, progress=False))
 
+    def losses_of(key: str, measured: Callable[[], dict[str, Any]]) -> BlockLosses:
+        found = cache.get(key, measured)
+        return BlockLosses(tuple(found["nats"]), tuple(found["tokens"]))
+
     tried: dict[SharingPlan, BlockLosses] = {}
     for plan in list(dict.fromkeys(c.plan for c in searched.candidates))[:REBUILT]:
         options = {"plan": plan.to_dict(), "merge": section.merge, "leaders": recipe.leaders}
         key = "rebuilt blocks " + json.dumps(options, separators=(",", ":"))
-        found = cache.get(key, partial(measure, plan))
-        tried[plan] = BlockLosses(tuple(found["nats"]), tuple(found["tokens"]))
+        tried[plan] = losses_of(key, partial(measure, plan))
     chosen = list(tried)[_chosen([*tried.values()])]
     factored = None
     if (parameters := factor_parameters(recipe, chosen, config)) is not None:
-        key = f"factored blocks {parameters}"
         measured = partial(factored_losses, recipe, parameters, load, blocks, device)
-        found = cache.get(key, measured)
-        losses = BlockLosses(tuple(found["nats"]), tuple(found["tokens"]))
+        losses = losses_of(f"factored blocks {parameters}", measured)
         saved = chosen.savings(config).removed_parameters
         above = interval([tried[chosen]], [losses]) if len(losses.tokens) > 1 else (0.0, 0.0)
         factored = Factored(parameters, saved, losses.perplexity.loss, above)

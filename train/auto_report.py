@@ -22,6 +22,7 @@ from sa_models.convert import Leaders
 from sa_models.plan import SharingPlan
 from train.auto_factors import Factored
 from train.auto_planning import AutoSearched, Candidate, Point
+from train.controls import BASIS_LAYERS
 from train.decode_time import DecodeTime, bytes_read, decode_time
 from train.files import write_json
 from train.loss_planning import (
@@ -144,10 +145,10 @@ def compared_table(searched: AutoSearched, config: LlamaConfig) -> Table:
             _versus(point, base),
             *([] if best is None else [_above(candidate.rebuilt, best)]),
         )
-    if (factored := searched.factored) is not None:
-        name, what = "Basis Sharing (control)", "q, k, v of 2 layers on one basis"
-        above = _above(factored.loss, best or 0.0)
-        table.add_row(name, what, f"{factored.saved:,}", "", "", above)
+    factored = searched.factored
+    if factored is not None and best is not None:
+        name, what = "Basis Sharing (control)", f"q, k, v of {BASIS_LAYERS} layers on one basis"
+        table.add_row(name, what, f"{factored.saved:,}", "", "", _above(factored.loss, best))
     return table
 
 
@@ -198,7 +199,7 @@ def factored_note(factored: Factored) -> str:
     low, high = (f"{math.expm1(bound):.1%}" for bound in factored.above)
     return (
         f"note: Basis Sharing at as many bytes is better than this plan, untrained, by {low} to "
-        f"{high} of perplexity (95 %). It saves neither cache nor time, and has no compact export; "
+        f"{high} of perplexity (95 %). It saves no cache, and is exported at full size; "
         "`postshare compare RECIPE --controls basis` trains both"
     )
 

@@ -89,11 +89,16 @@ def _healed(recipe: Recipe, target: Target) -> dict[str, Any]:
     }
 
 
+def basis_parameters(layout: HeadLayout, saved: int) -> int | None:
+    """Of factors of q, k and v that save so many parameters; None where they hold too little."""
+    least, whole = parameter_range(layout, BASIS_LAYERS)
+    return whole - saved if least <= whole - saved < whole else None
+
+
 def _basis(recipe: Recipe, target: Target, seed: int) -> dict[str, Any] | None:
     """All that the plan leaves of q, k and v for the factors; the other weights stay."""
-    least, whole = parameter_range(target.layout, BASIS_LAYERS)
-    parameters = whole - target.saved_parameters
-    if not least <= parameters < whole:
+    parameters = basis_parameters(target.layout, target.saved_parameters)
+    if parameters is None:
         return None
     return {
         **_healed(recipe, target),
