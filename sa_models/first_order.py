@@ -71,7 +71,8 @@ def slopes(
         PostshareError: no token to predict, or padding.
     """
     rows = rows_of(batches)
-    sums, tokens = [0.0] * len(changes), 0
+    sums: list[Any] = [0.0] * len(changes)
+    tokens = 0
     for done, row in enumerate(rows, start=1):
         seen, entered = _record(original(), row)
         tokens += int((entered.targets != IGNORED).sum())
@@ -83,7 +84,7 @@ def slopes(
         raise PostshareError(
             "there is no token to predict in the calibration text; add text to data.train"
         )
-    return [total / tokens for total in sums]
+    return [float(total) / tokens for total in sums]
 
 
 def _record(model: LlamaForCausalLM, row: Batch) -> tuple[_Seen, Entered]:
@@ -131,7 +132,7 @@ def _no_weight_gradients(model: LlamaForCausalLM) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _along(model: LlamaForCausalLM, layers: Sequence[int], seen: _Seen, entered: Entered) -> float:
+def _along(model: LlamaForCausalLM, layers: Sequence[int], seen: _Seen, entered: Entered) -> Any:
     """Sum of <gradient, change of the output> over the layers' attentions and the row's tokens."""
     shared = isinstance(model.model, SharedLlamaModel)
     handed: dict[int, tuple[torch.Tensor, ...]] = {}
@@ -141,7 +142,7 @@ def _along(model: LlamaForCausalLM, layers: Sequence[int], seen: _Seen, entered:
         "position_ids": entered.positions,
         "past_key_values": None,
     }
-    total = 0.0
+    total: Any = 0.0  # stays on the device
     for at in layers:
         attention, given = model.model.layers[at].self_attn, seen.inputs[at]
         if shared:
@@ -151,7 +152,7 @@ def _along(model: LlamaForCausalLM, layers: Sequence[int], seen: _Seen, entered:
         else:
             output, _ = attention(given, **same)
         change = (output - seen.outputs[at]).double()
-        total += float((seen.gradients[at].double() * change).sum())
+        total = total + (seen.gradients[at].double() * change).sum()
     return total
 
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -135,7 +135,8 @@ def _solve(
     size, hidden = len(columns), o.weight.shape[0]
     gram = torch.zeros(size, size, dtype=torch.float64, device=model.device)
     cross = torch.zeros(size, hidden, dtype=torch.float64, device=model.device)
-    squares = added = 0.0
+    squares: Any = 0.0  # stay on the device
+    added: Any = 0.0
     for text in texts:
         with _recorded(o) as seen:
             run_layer(model, layer, text.changed, text.entered, dict(text.handed))
@@ -143,14 +144,14 @@ def _solve(
         missing = text.wanted.double() - (text.changed.flatten(0, 1) + seen.returned).double()
         gram += given.T @ given
         cross += given.T @ missing
-        squares += float(missing.square().sum())
-        added += text.added
+        squares = squares + missing.square().sum()
+        added = added + text.added
     damped = gram + ridge * gram.diagonal().mean() * torch.eye(size, device=model.device)
     update = torch.linalg.solve(damped, cross)
     o.weight[:, columns] = (o.weight[:, columns].double() + update.T).to(o.weight.dtype)
     # |missing - given update|^2, without a second pass over the text
-    left = squares + float((update * (gram @ update - 2 * cross)).sum())
-    return Rebuilt(layer, squares / added, left / added)
+    left = squares + (update * (gram @ update - 2 * cross)).sum()
+    return Rebuilt(layer, float(squares / added), float(left / added))
 
 
 @dataclass
@@ -170,7 +171,7 @@ class _Text:
     handed: Handed = field(default_factory=dict)
     handed_reference: Handed = field(default_factory=dict)
     wanted: torch.Tensor = field(default_factory=lambda: torch.empty(0))
-    added: float = 0.0
+    added: Any = 0.0
 
     @classmethod
     def begin(cls, model: LlamaForCausalLM, reference: LlamaForCausalLM, batch: Batch) -> _Text:
@@ -186,7 +187,7 @@ class _Text:
                 reference, layer, self.original, self.entered_reference, self.handed_reference
             )
         self.wanted = self.original.flatten(0, 1) + seen.returned
-        self.added = float(seen.returned.double().square().sum())
+        self.added = seen.returned.double().square().sum()
         self.original = leaving
 
 

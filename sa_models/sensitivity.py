@@ -174,11 +174,12 @@ class _Sums:
         self.tokens = 0
         self.removal = self._empty(shape)
         self.ties = {share: self._empty((*shape, *shape)) for share in shares}
-        self.importance = torch.zeros(shape, dtype=torch.float64)
+        self.importance = torch.zeros(shape, dtype=torch.float64, device=model.device)
 
     def _empty(self, shape: tuple[int, ...]) -> torch.Tensor:
         """First and second order, (2, ...)."""
-        return torch.full((2, *shape), float("nan"), dtype=torch.float64)
+        nan = float("nan")
+        return torch.full((2, *shape), nan, dtype=torch.float64, device=self.model.device)
 
     def add(self, row: Batch) -> None:
         """One row: forward, backward, and every layer's sums as the backward pass reaches it."""
@@ -230,7 +231,7 @@ class _Sums:
         """Weight times gradient of every unit; the gradient is dropped at once."""
         assert weight.grad is not None
         product = unit_view(weight * weight.grad, self.layout, projection)
-        self.importance[layer] += product.double().sum((1, 2)).cpu()
+        self.importance[layer] += product.double().sum((1, 2))
         weight.grad = None
 
     @torch.no_grad()
@@ -241,7 +242,7 @@ class _Sums:
         gradient, mixed = gradient[0], seen.mixed[0]  # type: ignore[index]
         own = self._through_o(layer, gradient)
         now = (own * self._by_unit(mixed)).sum(-1)
-        _add(self.removal, (layer,), -now)
+        _add(self.removal[:, layer], -now)
         if not self.ties:
             return
         target = self._projected(layer, seen)
@@ -258,17 +259,17 @@ class _Sums:
                     else:
                         assert maps is not None
                         after = _mixed_along(maps, theirs, source["v"][0]).transpose(0, 1)
-                    for unit in range(self.layout.units):
-                        _add(sums, (layer, unit, other), after[:, unit] - now[unit])
+                    _add(sums[:, layer, :, other], after.transpose(0, 1) - now[:, None])
                     continue
                 same = {"q", "k", "v"} <= set(share)
                 then = self._tied(share, 0, target, source)
+                changes = []
                 for unit in range(self.layout.units):
                     if unit and not same:
                         then = self._tied(share, unit, target, source)
                     outer = theirs if "o" in share else own[unit]
-                    change = (outer * then).sum(-1) - now[unit]
-                    _add(sums, (layer, unit, other), change)
+                    changes.append((outer * then).sum(-1) - now[unit])
+                _add(sums[:, layer, :, other], torch.stack(changes))
         seen.input = seen.mixed = None
 
     def _by_unit(self, mixed: torch.Tensor) -> torch.Tensor:
@@ -331,7 +332,7 @@ class _Sums:
         return Sensitivity(
             _rise(self.removal, self.tokens),
             {share: _rise(sums, self.tokens) for share, sums in self.ties.items()},
-            self.importance.abs() / self.tokens,
+            self.importance.cpu().abs() / self.tokens,
             self.tokens,
         )
 
@@ -354,15 +355,14 @@ def _mixed_along(maps: torch.Tensor, outer: torch.Tensor, v: torch.Tensor) -> to
     return torch.einsum("mhtk,nhtk->mnt", maps, along)
 
 
-def _add(sums: torch.Tensor, where: tuple[int, ...], change: torch.Tensor) -> None:
-    """Add directional derivatives by token, (units, rows), to the sums (first and second order)."""
+def _add(at: torch.Tensor, change: torch.Tensor) -> None:
+    """Add directional derivatives by token, (..., rows), to sums (first and second order), on their
+    device: waiting for a GPU once for every pair of layers would take longer than the sums."""
     change = change.double()
-    orders = torch.stack([change.sum(-1), change.square().sum(-1) / 2]).cpu()
-    at = sums
-    for index in where:
-        at = at[:, index]
+    orders = torch.stack([change.sum(-1), change.square().sum(-1) / 2])
     at.copy_(torch.where(at.isnan(), orders, at + orders))
 
 
 def _rise(sums: torch.Tensor, tokens: int) -> Rise:
-    return Rise(sums[0] / tokens, sums[1] / tokens)
+    first, second = sums.cpu()
+    return Rise(first / tokens, second / tokens)

@@ -283,6 +283,8 @@ class Engine(ABC):
 
     def _reduce(self, value: Any, op: Any) -> Any:
         number = not isinstance(value, torch.Tensor)
+        if number and self.world == 1:
+            return float(value)  # no round trip to the device
         result = (
             torch.tensor(value, dtype=torch.float64, device=self.device)
             if number
