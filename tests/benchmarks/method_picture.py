@@ -1,4 +1,4 @@
-"""The rows of docs/methods.md as a picture, docs/methods.svg: cost against bytes saved.
+"""The rows of docs/methods.md as pictures, docs/methods*.svg: cost against bytes saved.
 
 python tests/benchmarks/method_picture.py
 """
@@ -6,19 +6,16 @@ python tests/benchmarks/method_picture.py
 from __future__ import annotations
 
 import statistics
-from pathlib import Path
 
-import yaml
 from matplotlib import rc_context
 from matplotlib.figure import Figure
-from method_tables import DOCS, ROWS, Line, above, controls_of, read, stored
+from method_tables import BASES, Base, Line, above, controls_of, stored
 
 from train.figures import BLUE, FILE_STYLE, GREEN, MUTED, ORANGE, PURPLE, SKY, VERMILLION, WIDTH
 
-PICTURE = DOCS / "methods.svg"
 SHOWN = {
-    "basis": ("Basis Sharing, distilled (whole cache)", SKY, "P-"),
-    "ours": ("auto, reconstructed, distilled (ours)", BLUE, "o-"),
+    "basis": ("Basis Sharing, distilled: what auto takes (whole cache)", SKY, "P-"),
+    "ours": ("auto without bases, reconstructed, distilled", BLUE, "o-"),
     "pruned-loss-distilled": ("removed by loss, distilled", ORANGE, "s-"),
     "pruned-loss": ("removed by loss", ORANGE, "s--"),
     "pruned-random": ("removed at random", MUTED, "v--"),
@@ -40,40 +37,43 @@ def points(name: str, lines: list[Line], controls: dict[int, float]) -> list[tup
     return sorted(found)
 
 
-def shown(lines: list[Line]) -> dict[str, list[tuple[float, float]]]:
-    """The points of every row that is shown."""
-    rows = yaml.safe_load(ROWS.read_text(encoding="utf-8"))["rows"]
+def shown(base: Base) -> dict[str, list[tuple[float, float]]]:
+    """The points of every row that is shown and has been trained."""
+    rows, lines = base.rows(), base.read()
     controls = controls_of(lines, rows)
+    trained = {line["row"] for line in lines}
     return {
-        name: points(name, lines, controls["distill" in rows[name]["recipe"]]) for name in SHOWN
+        name: points(name, lines, controls["distill" in rows[name]["recipe"]])
+        for name in SHOWN
+        if name in trained
     }
 
 
-def described(lines: list[Line]) -> str:
+def described(base: Base) -> str:
     """What the file says of itself, by which a test finds a picture of other numbers."""
     return "; ".join(
         f"{name}: " + ", ".join(f"{cost:z.2f} % at {saved:.2f} %" for saved, cost in of_row)
-        for name, of_row in shown(lines).items()
+        for name, of_row in shown(base).items()
     )
 
 
 @rc_context(FILE_STYLE)
-def draw(lines: list[Line], path: Path) -> None:
+def draw(base: Base) -> None:
     """Write the picture."""
-    of_rows = shown(lines)
+    of_rows = shown(base)
     figure = Figure(figsize=(WIDTH, 4.8), layout="constrained")
     axes = figure.add_subplot()
     axes.axhline(0, color=MUTED, linewidth=0.8)
-    for name, (label, color, style) in SHOWN.items():
-        if of_rows[name]:  # the others have not been trained yet
-            x, y = zip(*of_rows[name], strict=True)
-            axes.plot(x, y, style, color=color, label=label, markersize=6)
+    for name, of_row in of_rows.items():
+        label, color, style = SHOWN[name]
+        axes.plot(*zip(*of_row, strict=True), style, color=color, label=label, markersize=6)
     axes.set_xlabel("% of the bytes saved")
     axes.set_ylabel("% of perplexity above its $\\it{continued}$")
-    axes.set_title("What sharing costs after 300 steps, mixed7M")
+    axes.set_title(f"What sharing costs after 300 steps, {base.name}")
     axes.legend(loc="upper left")
-    figure.savefig(path, metadata={"Date": None, "Description": described(lines)})
+    figure.savefig(base.picture, metadata={"Date": None, "Description": described(base)})
 
 
 if __name__ == "__main__":
-    draw(read(), PICTURE)
+    for base in BASES.values():
+        draw(base)

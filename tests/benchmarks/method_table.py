@@ -1,9 +1,10 @@
 """The rows of docs/methods.md: one training each, two at a time, kept as they finish.
 
-    python tests/benchmarks/method_table.py FOLDER [--only ROW ...] [--workers 2]
+    python tests/benchmarks/method_table.py FOLDER [--base mixed7M] [--only ROW ...] [--workers 2]
 
-methods.yaml lists the rows. Every training is a run folder below FOLDER and one line of
-docs/methods.jsonl, from which the tables of docs/methods.md and docs/methods.svg are made
+methods.yaml lists the rows, methods_52m.yaml those of a larger base, which is trained first by
+base_52m.yaml. Every training is a run folder below FOLDER and one line of docs/methods.jsonl or
+methods-52m.jsonl, from which the tables and pictures of docs/methods.md are made
 (method_tables.py, method_picture.py). A second start goes on with what is missing, and the rows are
 read again before every training, so that one may be added meanwhile. Every worker has one thread.
 """
@@ -26,7 +27,7 @@ from typing import Any
 import method_picture
 import method_tables
 import yaml
-from method_tables import RESULTS, ROWS
+from method_tables import BASES, Base
 
 from train.loss_planning import SEARCH_CACHE
 
@@ -54,9 +55,9 @@ class Job:
         return f"{self.row}-{self.size}-{self.seed}"
 
 
-def jobs(only: list[str] | None = None) -> list[Job]:
+def jobs(base: Base, only: list[str] | None = None) -> list[Job]:
     """All trainings, the most telling ones first: 30 %, then other sizes, then other seeds."""
-    config = yaml.safe_load(ROWS.read_text(encoding="utf-8"))
+    config = base.settings()
     found = [
         job
         for name, row in config["rows"].items()
@@ -78,12 +79,12 @@ def _jobs_of(name: str, row: dict[str, Any], config: dict[str, Any]) -> Iterator
             yield Job(name, str(size), seed, recipe, (*overrides, *more))
 
 
-def finished() -> set[str]:
-    """Names of the trainings that docs/methods.jsonl has."""
-    return {f"{line['row']}-{line['size']}-{line['seed']}" for line in method_tables.read()}
+def finished(base: Base) -> set[str]:
+    """Names of the trainings that have a line."""
+    return {f"{line['row']}-{line['size']}-{line['seed']}" for line in base.read()}
 
 
-def run(job: Job, folder: Path) -> None:
+def run(base: Base, job: Job, folder: Path) -> None:
     """Train, and add the line. Raises CalledProcessError; FOLDER/<name>.log has the reason."""
     recipe = folder / f"{job.name}.yaml"
     recipe.write_text(yaml.safe_dump(job.recipe, sort_keys=False), encoding="utf-8")
@@ -106,10 +107,10 @@ def run(job: Job, folder: Path) -> None:
         "tokens": summary["tokens"],
         "date": date.today().isoformat(),
     }
-    with RESULTS.open("a", encoding="utf-8") as file:
+    with base.results.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
     method_tables.write()
-    method_picture.draw(method_tables.read(), method_picture.PICTURE)
+    method_picture.draw(base)
 
 
 def _share_measurements(folder: Path, output: Path) -> None:
@@ -133,10 +134,12 @@ def _share_measurements(folder: Path, output: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--base", choices=BASES, default="mixed7M")
     parser.add_argument("--only", nargs="*", metavar="ROW")
     parser.add_argument("--workers", type=int, default=2)
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
+    base = BASES[arguments.base]
     running: dict[Future[None], Job] = {}
     failed: set[str] = set()
     took: list[float] = []
@@ -145,12 +148,14 @@ def main() -> None:
         while True:
             busy = {job.name for job in running.values()}
             left = [
-                job for job in jobs(arguments.only) if job.name not in finished() | failed | busy
+                job
+                for job in jobs(base, arguments.only)
+                if job.name not in finished(base) | failed | busy
             ]
             while left and len(running) < arguments.workers:
                 job = left.pop(0)
                 began[job.name] = time.monotonic()
-                running[pool.submit(run, job, arguments.folder)] = job
+                running[pool.submit(run, base, job, arguments.folder)] = job
                 eta = len(left) * sum(took) / len(took) / arguments.workers / 60 if took else None
                 about = "" if eta is None else f", about {eta:.0f} min"
                 print(f"{job.name} ({len(left)} to come{about})", flush=True)

@@ -1,4 +1,4 @@
-"""docs/methods.md from docs/methods.jsonl: a table for each size, between two marks.
+"""docs/methods.md from the lines of its trainings: for each base a table of each size.
 
     python tests/benchmarks/method_tables.py
 
@@ -11,26 +11,64 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 HERE = Path(__file__).parent
-ROWS = HERE / "methods.yaml"
 DOCS = HERE.parents[1] / "docs"
-RESULTS, PAGE = DOCS / "methods.jsonl", DOCS / "methods.md"
-BEGIN, END = "<!-- tables: made by method_tables.py -->", "<!-- /tables -->"
+PAGE = DOCS / "methods.md"
 
 Line = dict[str, Any]
 Rows = dict[str, dict[str, Any]]
 
 
-def read() -> list[Line]:
-    """The trainings that have finished."""
-    if not RESULTS.is_file():
-        return []
-    return [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
+@dataclass(frozen=True)
+class Base:
+    """A base model that the methods are measured on.
+
+    Attributes:
+        config: the YAML of its rows, in this folder.
+        results: the lines of its trainings; the picture lies beside, as SVG.
+    """
+
+    name: str
+    heads: int
+    config: Path
+    results: Path
+
+    @property
+    def picture(self) -> Path:
+        return self.results.with_suffix(".svg")
+
+    @property
+    def marks(self) -> tuple[str, str]:
+        """Around its tables in the page."""
+        return f"<!-- tables of {self.name}: made by method_tables.py -->", "<!-- /tables -->"
+
+    def settings(self) -> dict[str, Any]:
+        """The YAML: `base`, `sizes` and `rows`."""
+        return yaml.safe_load(self.config.read_text(encoding="utf-8"))
+
+    def rows(self) -> Rows:
+        return self.settings()["rows"]
+
+    def read(self) -> list[Line]:
+        """The trainings that have finished."""
+        if not self.results.is_file():
+            return []
+        return [json.loads(line) for line in self.results.read_text(encoding="utf-8").splitlines()]
+
+
+BASES = {
+    base.name: base
+    for base in (
+        Base("mixed7M", 64, HERE / "methods.yaml", DOCS / "methods.jsonl"),
+        Base("mixed52M", 96, HERE / "methods_52m.yaml", DOCS / "methods-52m.jsonl"),
+    )
+}
 
 
 def tables(lines: list[Line], rows: Rows, heads: int = 64) -> str:
@@ -122,16 +160,19 @@ def _spread(values: Iterable[float], show: Callable[[float], str] = "{:.2f}".for
     return mean if len(found) == 1 else f"{mean} ({show(min(found))} to {show(max(found))})"
 
 
-def filled(page: str, lines: list[Line]) -> str:
-    """The text of a page with the tables between its marks."""
-    rows = yaml.safe_load(ROWS.read_text(encoding="utf-8"))["rows"]
-    before, rest = page.split(BEGIN)
-    return f"{before}{BEGIN}\n\n{tables(lines, rows)}\n\n{END}{rest.split(END)[1]}"
+def filled(page: str) -> str:
+    """The text of a page with all tables between their marks."""
+    for base in BASES.values():
+        begin, end = base.marks
+        before, rest = page.split(begin)
+        made = tables(base.read(), base.rows(), base.heads)
+        page = f"{before}{begin}\n\n{made}\n\n{end}{rest.split(end, 1)[1]}"
+    return page
 
 
 def write() -> None:
     """Bring docs/methods.md up to date."""
-    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), read()), encoding="utf-8")
+    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

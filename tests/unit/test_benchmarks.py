@@ -49,7 +49,9 @@ def test_the_tables_of_methods_are_those_of_their_lines(monkeypatch: pytest.Monk
     assert ours + "3.50 % (2.00 % to 5.00 %) | 950 |" in table
     assert "| plain | 1 | | 55.00 | | 900 |" in table  # no *continued* of its own objective
     page = made.PAGE.read_text(encoding="utf-8")
-    assert made.filled(page, made.read()) == page, "run tests/benchmarks/method_tables.py"
+    assert made.filled(page) == page, "run tests/benchmarks/method_tables.py"
+    for base in made.BASES.values():
+        assert {row["row"] for row in base.read()} == set(base.rows()), base.name
 
 
 def test_the_picture_of_methods_is_of_their_lines(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,7 +64,8 @@ def test_the_picture_of_methods_is_of_their_lines(monkeypatch: pytest.MonkeyPatc
         pytest.approx((5, 3.5)),
         pytest.approx((30, 2)),
     ]
-    picture = made.PICTURE.read_text(encoding="utf-8")
-    assert made.described(made.read()) in picture, "run tests/benchmarks/method_picture.py"
-    for label, _, _ in made.SHOWN.values():
-        assert label in picture
+    for base in made.BASES.values():
+        picture = base.picture.read_text(encoding="utf-8")
+        assert made.described(base) in picture, "run tests/benchmarks/method_picture.py"
+        for name, (label, _, _) in made.SHOWN.items():
+            assert (f">{label}<" in picture) == (name in base.rows()), (base.name, label)
