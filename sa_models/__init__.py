@@ -6,7 +6,6 @@ Importing the package registers the compact model with transformers' Auto classe
 
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from .basis import BasisLlamaConfig
 from .cache import cache_bytes
 from .configuration import SharedLlamaConfig
 from .convert import convert
@@ -16,7 +15,6 @@ from .plan import HeadTie, SharingPlan
 from .spans import AttentionSpan
 
 AutoConfig.register(SharedLlamaConfig.model_type, SharedLlamaConfig)
-AutoConfig.register(BasisLlamaConfig.model_type, BasisLlamaConfig)
 AutoModelForCausalLM.register(SharedLlamaConfig, SharedLlamaForCausalLM)
 
 __all__ = [

@@ -21,8 +21,9 @@ from transformers.models.llama.modeling_llama import (
     rotate_half,
 )
 
+from .basis import FACTORED
 from .plan import SharingPlan
-from .projections import SharedLinear, SharedOutputLinear
+from .projections import SharedBasisLinear, SharedLinear, SharedOutputLinear
 
 Rotation = tuple[torch.Tensor, torch.Tensor]
 """Cosines and sines of the rotary embedding, each (batch, rows, head_dim)."""
@@ -43,9 +44,9 @@ class SharedAttention(nn.Module):
     ========================  ===================================================================
     """
 
-    q_proj: SharedLinear
-    k_proj: SharedLinear
-    v_proj: SharedLinear
+    q_proj: SharedLinear | SharedBasisLinear
+    k_proj: SharedLinear | SharedBasisLinear
+    v_proj: SharedLinear | SharedBasisLinear
     o_proj: SharedOutputLinear
 
     def __init__(self, config: LlamaConfig, layer_idx: int, plan: SharingPlan) -> None:
@@ -68,6 +69,11 @@ class SharedAttention(nn.Module):
         self.num_key_value_groups = 1 if mapped else self.group
         for p, units in plan.own_units(layout)[layer_idx].items():
             rows, columns = held.shape(p)
+            if plan.basis is not None and p in FACTORED:
+                first, rank = plan.basis.place(layer_idx, p)
+                factors = SharedBasisLinear(columns, rows, rank, owns_basis=first == layer_idx)
+                setattr(self, f"{p}_proj", factors)
+                continue
             own = len(units) * layout.width(p)
             kind, shape = (
                 (SharedOutputLinear, (rows, own)) if p == "o" else (SharedLinear, (own, columns))

@@ -1,55 +1,98 @@
-"""Basis Sharing (2410.03765), attention only: adjacent layers whose projections share one basis.
+"""The part of a plan that is Basis Sharing (2410.03765): adjacent layers on one basis.
 
-The weights (out_features, hidden_size) of q of a group of layers are stacked, likewise those of k
-and of v, and factorized: W_l ~ C_l B with one B (rank, hidden_size) for the group and coefficients
-C_l (out_features, rank) for every layer. The factors minimize sum |X W' - X (C B)'|^2, X the inputs
-of all layers of the group on calibration text: the truncated SVD of W L, L L' = X'X (the paper's
-whitening). o, and what is outside of attention, stays: the paper finds o worse to share.
-
-How C B is split up between its factors changes no function, but how they train: every component's
-column of C and row of B are given the same norm.
+The weights (out_features, hidden_size) of q of a group of layers are C_l B with one B (rank,
+hidden_size) for the group and coefficients C_l (out_features, rank) for every layer; likewise those
+of k and of v. o stays: the paper finds it worse to share. How the factors are found is
+:mod:`~sa_models.factorize`. This file imports no torch: it also travels inside compact exports.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
-
-import torch
-from huggingface_hub.dataclasses import strict
-from torch import nn
-from torch.nn import functional
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from .errors import PostshareError
 from .heads import HeadLayout
-from .input_grams import InputGrams, run_text
-from .readers import dense_config
-from .restart import Batch
-from .savings import llama_parameters
-from .similarity import Progress
-from .weights import WeightsFolder, llama_shapes, read_config
+from .ties import is_index, refuse_unknown
 
-SHARED = ("q", "k", "v")
-RIDGE = 1e-6
-"""Added to the diagonal of X'X, relative to its mean: directions that the text lacks stay."""
-
-Ranks = dict[str, list[int]]
-"""{projection: the rank of every group of layers}."""
+FACTORED = ("q", "k", "v")
 
 
-@strict
-class BasisLlamaConfig(LlamaConfig):
-    """A LlamaConfig whose ``basis`` field says which layers share one, and of which ranks:
-    ``{"layers": 2, "ranks": {"q": [96, 96], "k": ..., "v": ...}}``."""
+@dataclass(frozen=True)
+class SharedBasis:
+    """Which layers share bases, and their ranks.
 
-    model_type = "shared_basis_llama"
-    base_model_tp_plan = {}  # noqa: RUF012 - a class attribute in transformers
-    base_model_pp_plan = {}  # noqa: RUF012
+    Attributes:
+        layers: adjacent layers that share one; the last group may be smaller.
+        q, k, v: the rank of every group.
+    """
 
-    basis: dict[str, Any] | None = None
+    layers: int
+    q: tuple[int, ...]
+    k: tuple[int, ...]
+    v: tuple[int, ...]
+
+    def ranks(self, projection: str) -> tuple[int, ...]:
+        return {"q": self.q, "k": self.k, "v": self.v}[projection]
+
+    def groups(self, layers: int) -> list[range]:
+        """The groups of adjacent layers of a model of so many."""
+        return layer_groups(layers, self.layers)
+
+    def place(self, layer: int, projection: str) -> tuple[int, int]:
+        """(first layer of the group, which holds the basis; rank)."""
+        at = layer // self.layers
+        return at * self.layers, self.ranks(projection)[at]
+
+    def parameters(self, layout: HeadLayout) -> int:
+        """Of the factors of q, k and v of all layers, each basis counted once."""
+        sizes = factor_sizes(layout, self.layers)
+        return sum(self.ranks(p)[at] * one for (p, at), (one, _) in sizes.items())
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON value in a plan."""
+        return {"layers": self.layers, "ranks": {p: list(self.ranks(p)) for p in FACTORED}}
+
+
+def read_basis(value: Any) -> SharedBasis | None:
+    """Read ``plan.basis``. Raises PostshareError for unknown keys and malformed entries."""
+    if value is None:
+        return None
+    where = "plan.basis"
+    if not isinstance(value, dict):
+        raise PostshareError(f"{where} is {value!r}; give layers and ranks, or null")
+    refuse_unknown(value, {"layers", "ranks"}, where)
+    layers: Any = value.get("layers")
+    ranks = value.get("ranks")
+    if not is_index(layers) or layers < 2:
+        raise PostshareError(f"{where}.layers is {layers!r}; give an integer of at least 2")
+    if not isinstance(ranks, dict) or ranks.keys() != set(FACTORED):
+        raise PostshareError(f"{where}.ranks is {ranks!r}; give the lists q, k and v")
+    for p, numbers in ranks.items():
+        if not isinstance(numbers, list) or not all(is_index(n) and n > 0 for n in numbers):
+            raise PostshareError(
+                f"{where}.ranks.{p} is {numbers!r}; give a positive integer for every group"
+            )
+    return SharedBasis(layers, *(tuple(ranks[p]) for p in FACTORED))
+
+
+def check_basis(basis: SharedBasis, layout: HeadLayout) -> None:
+    """Raises PostshareError for ranks that do not fit the groups of layers."""
+    groups = basis.groups(layout.layers)
+    for p in FACTORED:
+        ranks, (rows, columns) = basis.ranks(p), layout.shape(p)
+        if len(ranks) != len(groups):
+            raise PostshareError(
+                f"plan.basis.ranks.{p} has {len(ranks)} entries; {layout.layers} layers in groups "
+                f"of {basis.layers} need {len(groups)}"
+            )
+        for at, (rank, group) in enumerate(zip(ranks, groups, strict=True)):
+            most = min(columns, len(group) * rows)
+            if rank > most:
+                raise PostshareError(
+                    f"plan.basis.ranks.{p}[{at}] is {rank}; the weights of its layers have rank "
+                    f"{most} at most"
+                )
 
 
 def layer_groups(layers: int, size: int) -> list[range]:
@@ -60,7 +103,7 @@ def layer_groups(layers: int, size: int) -> list[range]:
 def factor_sizes(layout: HeadLayout, size: int) -> dict[tuple[str, int], tuple[int, int]]:
     """{(projection, group): (parameters of one rank, parameters of the dense weights)}."""
     found = {}
-    for p in SHARED:
+    for p in FACTORED:
         rows, columns = layout.shape(p)
         for at, group in enumerate(layer_groups(layout.layers, size)):
             found[p, at] = (columns + len(group) * rows, len(group) * rows * columns)
@@ -73,7 +116,7 @@ def parameter_range(layout: HeadLayout, size: int) -> tuple[int, int]:
     return sum(one for one, _ in sizes), sum(dense for _, dense in sizes)
 
 
-def basis_ranks(layout: HeadLayout, size: int, parameters: int) -> Ranks:
+def basis_of(layout: HeadLayout, size: int, parameters: int) -> SharedBasis | None:
     """The ranks with which q, k and v of all layers take at most so many parameters.
 
     All factors get the same share of their dense size, rounded down; what is left goes to them one
@@ -83,279 +126,37 @@ def basis_ranks(layout: HeadLayout, size: int, parameters: int) -> Ranks:
         size: adjacent layers that share a basis.
         parameters: of all factors.
 
-    Raises:
-        PostshareError: a factor would have no rank, or the dense weights are no larger.
+    Returns:
+        None where a factor would have no rank, or the dense weights are no larger.
     """
     sizes, (least, whole) = factor_sizes(layout, size), parameter_range(layout, size)
     if not least <= parameters < whole:
-        raise PostshareError(
-            f"basis: {parameters:,} parameters for q, k and v do not lie between those of rank 1, "
-            f"{least:,}, and the {whole:,} of the dense weights; change basis.parameters"
-        )
+        return None
     ranks = {
         key: max(1, parameters * dense // (whole * one)) for key, (one, dense) in sizes.items()
     }
     left = parameters - sum(ranks[key] * one for key, (one, _) in sizes.items())
+    if left < 0:
+        return None
+    # A rank more must still take less than the dense weights.
     while fitting := [
-        key for key, (one, dense) in sizes.items() if one <= left and ranks[key] * one < dense
+        key for key, (one, dense) in sizes.items() if one <= left and (ranks[key] + 1) * one < dense
     ]:
         for key in fitting:
             if sizes[key][0] <= left:
                 ranks[key] += 1
                 left -= sizes[key][0]
-    if left < 0:
-        raise PostshareError(
-            f"basis: {parameters:,} parameters are too few for the ranks of all groups; raise "
-            "basis.parameters"
-        )
-    groups = len(layer_groups(layout.layers, size))
-    return {p: [ranks[p, at] for at in range(groups)] for p in SHARED}
-
-
-def factored_parameters(layout: HeadLayout, size: int, ranks: Ranks) -> int:
-    """Parameters of the factors of q, k and v of all layers."""
-    return sum(ranks[p][at] * one for (p, at), (one, _) in factor_sizes(layout, size).items())
-
-
-def stored_parameters(config: BasisLlamaConfig) -> int:
-    """Parameters of the factorized model, each basis counted once."""
-    layout, size, ranks = HeadLayout.from_config(config), *_fields(config)
-    dense = parameter_range(layout, size)[1]
-    return llama_parameters(config) - dense + factored_parameters(layout, size, ranks)
-
-
-def _fields(config: BasisLlamaConfig) -> tuple[int, Ranks]:
-    assert config.basis is not None
-    return config.basis["layers"], config.basis["ranks"]
-
-
-# --- the factorization ----------------------------------------------------------------------------
-
-
-def factorize(
-    weights: Sequence[torch.Tensor], gram: torch.Tensor, rank: int
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """The factors of the least error on the text, as this module says.
-
-    Args:
-        weights: of every layer, (out_features, hidden_size).
-        gram: X'X of all these layers, float64 (hidden_size, hidden_size).
-        rank: at most hidden_size and the rows of all weights.
-
-    Returns:
-        B (rank, hidden_size) and C_l (out_features, rank) of every layer, float64.
-
-    Raises:
-        PostshareError: the text says nothing: the Gram matrix is zero, or not finite.
-    """
-    size = float(gram.diagonal().mean())
-    if not 0 < size < float("inf"):
-        raise PostshareError(
-            "the inputs of a layer are zero or not finite on calibration text, so that no basis "
-            "can be chosen by them; give other text, or check the weights"
-        )
-    ridge = RIDGE * size * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    root = torch.linalg.cholesky(gram + ridge)
-    stacked = torch.cat([w.double() for w in weights])
-    left, values, right = torch.linalg.svd(stacked @ root, full_matrices=False)
-    coefficients = left[:, :rank]
-    scaled = values[:rank, None] * right[:rank]
-    basis = torch.linalg.solve_triangular(root, scaled, upper=False, left=False)
-    balance = basis.norm(dim=1).clamp_min(torch.finfo(basis.dtype).tiny).sqrt()
-    coefficients = coefficients * balance
-    return basis / balance[:, None], list(coefficients.split([len(w) for w in weights]))
-
-
-def factorized(
-    model: LlamaForCausalLM,
-    size: int,
-    ranks: Ranks,
-    batches: Iterable[Batch],
-    progress: Progress | None = None,
-) -> BasisLlamaForCausalLM:
-    """A Llama whose q, k and v are replaced by factors; all other parameters are its own.
-
-    Args:
-        model: a stock Llama.
-        size, ranks: see :func:`basis_ranks`.
-        batches: calibration text, see :data:`~sa_models.restart.Batch`.
-
-    Raises:
-        PostshareError: see :func:`factorize` and :func:`~sa_models.input_grams.run_text`.
-    """
-    layout = HeadLayout.from_config(model.config)
-    grams = InputGrams(model, range(layout.layers))
-    with torch.no_grad(), grams.recording():
-        run_text(model, batches, lambda logits, targets: None, progress)
-    dense = dict(model.named_parameters())
-    state = {
-        name: p for name, p in dense.items() if (HeadLayout.parse_name(name) or (0, "o"))[1] == "o"
-    }
-    for p in SHARED:
-        for at, group in enumerate(layer_groups(layout.layers, size)):
-            weights = [dense[layout.parameter_name(layer, p)].detach() for layer in group]
-            gram = torch.stack([grams.of_layer[layer] for layer in group]).sum(0)
-            basis, coefficients = factorize(weights, gram, ranks[p][at])
-            state[basis_name(group[0], p)] = nn.Parameter(basis.float())
-            for layer, part in zip(group, coefficients, strict=True):
-                state[coefficients_name(layer, p)] = nn.Parameter(part.float().contiguous())
-    made = BasisLlamaForCausalLM(basis_config(model.config, size, ranks))
-    made.generation_config = model.generation_config
-    return _filled(made, state)
-
-
-def basis_config(config: LlamaConfig, size: int, ranks: Ranks) -> BasisLlamaConfig:
-    """The config of the factorized form of a stock Llama."""
-    values = config.to_dict()
-    for key in ("model_type", "architectures", "auto_map", "transformers_version"):
-        values.pop(key, None)
-    made = BasisLlamaConfig(**values, basis={"layers": size, "ranks": ranks})
-    made.architectures = ["BasisLlamaForCausalLM"]
-    made._attn_implementation = config._attn_implementation
-    return made
-
-
-# --- the model ------------------------------------------------------------------------------------
-
-
-class SharedBasisLinear(nn.Module):
-    """x -> C (B x). ``basis`` is one parameter in all layers of a group."""
-
-    def __init__(self, basis: nn.Parameter, out_features: int) -> None:
-        super().__init__()
-        self.basis = basis
-        self.coefficients = nn.Parameter(torch.empty(out_features, len(basis)))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., hidden_size) -> (..., out_features)."""
-        return functional.linear(functional.linear(x, self.basis), self.coefficients)
-
-
-class BasisLlamaForCausalLM(LlamaForCausalLM):
-    """A stock Llama with :class:`SharedBasisLinear` in the place of q, k and v.
-
-    A model to train and to compare with: it is made by :func:`factorized` and read by
-    :func:`load_basis`; what is shipped are its dense weights (:class:`BasisFolder`).
-    """
-
-    config_class = BasisLlamaConfig
-    config: BasisLlamaConfig
-
-    def __init__(self, config: BasisLlamaConfig) -> None:
-        super().__init__(config)
-        layout, size, ranks = HeadLayout.from_config(config), *_fields(config)
-        for p in SHARED:
-            rows, columns = layout.shape(p)
-            for at, group in enumerate(layer_groups(layout.layers, size)):
-                basis = nn.Parameter(torch.empty(ranks[p][at], columns))
-                for layer in group:
-                    attention = self.model.layers[layer].self_attn
-                    setattr(attention, f"{p}_proj", SharedBasisLinear(basis, rows))
+    groups = range(len(layer_groups(layout.layers, size)))
+    return SharedBasis(size, *(tuple(ranks[p, at] for at in groups) for p in FACTORED))
 
 
 def basis_name(first: int, projection: str) -> str:
     """The parameter's name in the first layer of its group."""
-    return f"model.layers.{first}.self_attn.{projection}_proj.basis"
+    return f"model.layers.{first}.self_attn.{projection}_proj.basis.weight"
 
 
 def coefficients_name(layer: int, projection: str) -> str:
-    return f"model.layers.{layer}.self_attn.{projection}_proj.coefficients"
+    return f"model.layers.{layer}.self_attn.{projection}_proj.coefficients.weight"
 
 
-@torch.no_grad()
-def _filled(
-    model: BasisLlamaForCausalLM, state: Mapping[str, torch.Tensor]
-) -> BasisLlamaForCausalLM:
-    for name, parameter in model.named_parameters():
-        parameter.copy_(state[name])
-    return model
-
-
-# --- its files ------------------------------------------------------------------------------------
-
-
-class BasisFiles(WeightsFolder):
-    """The safetensors of a factorized model as they are stored. Raises as its base class does."""
-
-    config: BasisLlamaConfig
-
-    def _read_config(self) -> LlamaConfig:
-        return read_config(self.path, BasisLlamaConfig.model_type)
-
-    def _expected_shapes(self) -> dict[str, tuple[int, ...]]:
-        layout, size, ranks = HeadLayout.from_config(self.config), *_fields(self.config)
-        shapes = llama_shapes(self.config)
-        for p in SHARED:
-            rows, columns = layout.shape(p)
-            for at, group in enumerate(layer_groups(layout.layers, size)):
-                shapes[basis_name(group[0], p)] = (ranks[p][at], columns)
-                for layer in group:
-                    del shapes[layout.parameter_name(layer, p)]
-                    shapes[coefficients_name(layer, p)] = (rows, ranks[p][at])
-        return shapes
-
-
-class BasisFolder:
-    """The folder of a factorized model read as dense Llama weights: products of its factors.
-
-    Products are computed in float64 and rounded once to the dtype of the factors.
-
-    Attributes:
-        files: the factors as they are stored.
-        config: the dense ``LlamaConfig``.
-
-    Raises:
-        PostshareError: as :class:`~sa_models.weights.WeightsFolder`.
-    """
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
-        self.files = BasisFiles(path)
-        self.config = dense_config(self.files.config)
-        self._shapes = llama_shapes(self.config)
-        size = _fields(self.files.config)[0]
-        self._first = {
-            layer: group[0]
-            for group in layer_groups(self.config.num_hidden_layers, size)
-            for layer in group
-        }
-
-    def names(self) -> list[str]:
-        return list(self._shapes)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._shapes[name]
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self.files.dtype(self._stored(name)[0])
-
-    def shards(self) -> list[Path]:
-        return self.files.shards()
-
-    def read(self, name: str) -> torch.Tensor:
-        """The dense tensor."""
-        factors = [self.files.read(stored) for stored in self._stored(name)]
-        if len(factors) == 1:
-            return factors[0]
-        coefficients, basis = factors
-        return (coefficients.double() @ basis.double()).to(basis.dtype)
-
-    def slice(self, name: str) -> Any:
-        """The tensor; index it."""
-        return self.read(name)
-
-    def _stored(self, name: str) -> tuple[str, ...]:
-        layer, p = HeadLayout.parse_name(name) or (0, "")
-        if p not in SHARED:
-            return (name,)
-        return coefficients_name(layer, p), basis_name(self._first[layer], p)
-
-
-def load_basis(path: str | os.PathLike[str], attention: str) -> BasisLlamaForCausalLM:
-    """A factorized model as it was written, fp32, on the CPU. Raises as :class:`BasisFolder`."""
-    files = BasisFiles(path)
-    files.config._attn_implementation = attention
-    model = BasisLlamaForCausalLM(files.config)
-    if (Path(path) / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(path)
-    return _filled(model, {name: files.read(name) for name in files.names()}).float()
+__all__ = ["SharedBasis", "check_basis", "read_basis"]

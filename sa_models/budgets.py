@@ -29,6 +29,18 @@ def parse_share(text: str) -> Fraction:
     return Fraction(match[1]) / 100
 
 
+def share_of(saved: int, total: int) -> str:
+    """The shortest share of ``total`` that asks for just ``saved``, see :func:`amount_of_share`."""
+    decimals = 0
+    while True:
+        # Rounded down: what a share asks for is rounded up.
+        whole, part = divmod(saved * 100 * 10**decimals // total, 10**decimals)
+        text = f"{whole}.{part:0{decimals}}" if decimals else str(whole)
+        if ceil(Fraction(text) / 100 * total) == saved:
+            return f"-{text}%"
+        decimals += 1
+
+
 @dataclass(frozen=True)
 class Amount:
     """What the units have to save.

@@ -10,7 +10,7 @@ from .spans import ranges
 
 USAGE = {
     "compact": """\
-Each shared unit is stored, and held in memory, once; a removed one not at all. With `postshare`
+What is shared is stored, and held in memory, once; a removed unit not at all. With `postshare`
 installed:
 
 ```python
@@ -25,7 +25,7 @@ Without it, the modeling files in this folder do the same: read them, then pass
 """,
     "dense": """\
 A stock `LlamaForCausalLM` with full-size tensors: it loads in every tool that loads a Llama. Shared
-units are stored where each is used, removed ones as zeros.
+units are stored where each is used, removed ones as zeros, factors as their products.
 
 ```python
 from transformers import AutoModelForCausalLM
@@ -134,6 +134,13 @@ def _shared_rows(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
         one = len(span["followers"]) == 1
         what = f"{'reuses' if one else 'reuse'} the {what} of layer {span['leader']}{matched}"
         rows.append((f"{'layer' if one else 'layers'} {layers}", what))
+    if basis := plan.get("basis"):
+        ranks = "; ".join(
+            f"{p} {min(found)}" + (f" to {max(found)}" if max(found) > min(found) else "")
+            for p, found in basis["ranks"].items()
+        )
+        what = f"coefficients of each layer times a basis of {basis['layers']} adjacent layers"
+        rows.append(("q, k and v", f"{what} (Basis Sharing; ranks {ranks})"))
     if manifest["leaders"] == "mean":
         rows.append(("keys and values of leaders", "began as the mean over the layers they serve"))
     if plan["kv_heads"] is not None:

@@ -42,7 +42,7 @@ from .plan import SharingPlan
 from .readers import DenseReader, ExpandedFolder, MaterializedReader, dense_config
 from .residual import pairs_hash
 from .savings import PlanSavings
-from .verify import verify_bytes, verify_equal
+from .verify import verify_bytes, verify_equal, verify_stored
 from .weights import ShardWriter, WeightsFolder
 
 Format = Literal["compact", "dense"]
@@ -80,6 +80,9 @@ def export_model(
 ) -> ExportResult:
     """Write ``folder/compact`` and ``folder/dense`` (a plan with spans has no dense form).
 
+    Of a plan with a basis the compact folder has the factors, the dense one their products, rounded
+    once: they compute the same to rounding.
+
     With residuals the compact folder goes with ``folder/adapter``, a PEFT adapter, and the dense
     one is what the two compute: compact expanded + B A, of the values that are stored.
 
@@ -89,7 +92,8 @@ def export_model(
     Args:
         source: dense weights before materializing (a ``WeightsFolder``), a folder trained with the
             plan's structure, or a healed compact folder (an ``ExpandedFolder``, with the same plan
-            and ``merge="copy"``). What lacks the plan's structure is converted to it.
+            and ``merge="copy"``). What lacks the plan's structure is converted to it. Of a plan
+            with a basis: the ``ExpandedFolder`` of its factors.
         plan: what to share; of a ``released`` plan the effective ties.
         dtype: of all exported tensors.
         shard_bytes: largest size of a weight file, in bytes.
@@ -113,7 +117,16 @@ def export_model(
     _check_arguments(formats, dtype, plan)
     plan.validate(source.config)
     serves = any(span.share == "kv" for span in plan.spans)
-    weights = MaterializedReader(converted(source, plan, leaders), plan, merge, dtype)
+    weights: MaterializedReader | ExpandedFolder
+    if plan.basis is None:
+        weights = MaterializedReader(converted(source, plan, leaders), plan, merge, dtype)
+    elif isinstance(source, ExpandedFolder) and source.plan == plan:
+        weights = ExpandedFolder(source.path, dtype)
+    else:
+        raise PostshareError(
+            f"{source.path} has not the plan's factors, which calibration text decides; give the "
+            "folder of the factorized model"
+        )
     job = _Job(
         folder=folder,
         weights=weights,
@@ -182,7 +195,7 @@ class _Job:
     """One call of :func:`export`."""
 
     folder: Path
-    weights: MaterializedReader
+    weights: MaterializedReader | ExpandedFolder
     residual: Pairs | None
     plan: SharingPlan
     savings: PlanSavings
@@ -266,7 +279,7 @@ class _Job:
         with ThreadPoolExecutor(1) as pool:  # one shard in memory, not one for each format
             stop = Event()
             try:
-                advance = self._advance("write", len(beside))
+                advance = self._advance("write", sum(map(self._read_for, beside)))
                 tasks = [
                     pool.submit(self._write_weights, kind, path, advance, stop)
                     for kind, path in beside.items()
@@ -292,22 +305,29 @@ class _Job:
             assert self.residual is not None
             save_adapter(path, self.residual)
             return
-        config = self.weights.config
-        own = self.plan.own_units(self.plan.layout(config))
         writer = ShardWriter(path, self.shard_bytes)
-        weights = self.dense if kind == "dense" else self.weights
-        for name in weights.names():
+        for name, tensor, read in self._compact() if kind == "compact" else _whole(self.dense):
             if stop.is_set():
                 return
-            tensor = weights.read(name)
-            where = HeadLayout.parse_name(name)
-            if kind == "compact" and where is not None:
-                layer, p = where
-                writer.add(name, select_units(tensor, own[layer][p], config, p))
-            else:
-                writer.add(name, tensor)
-            advance(tensor.nbytes)
+            writer.add(name, tensor)
+            advance(read)
         writer.close()
+
+    def _compact(self) -> Iterator[tuple[str, torch.Tensor, int]]:
+        """Name and value of every compact tensor, and the dense bytes that it stands for."""
+        if isinstance(self.weights, ExpandedFolder):
+            for name in self.weights.files.names():
+                tensor = self.weights.stored(name)
+                yield name, tensor, tensor.nbytes
+            return
+        config = self.weights.config
+        own = self.plan.own_units(self.plan.layout(config))
+        for name, tensor, read in _whole(self.weights):
+            where = HeadLayout.parse_name(name)
+            if where is not None:
+                layer, p = where
+                tensor = select_units(tensor, own[layer][p], config, p)
+            yield name, tensor, read
 
     def _write_companions(self, kind: str, path: Path) -> None:
         if kind == "adapter":
@@ -332,12 +352,15 @@ class _Job:
         }
         for kind, reader in readers.items():
             verify_bytes(reader.path, reader.shards(), self.sizes[kind])
-        advance = self._advance("verify", 1 if self.residual is None else len(readers))
+        passes = 1 if self.residual is None else len(readers)
+        advance = self._advance("verify", passes * self.sizes["dense"])
         residual = self.residual
         if "adapter" in beside:
             files = sorted(beside["adapter"].glob("*.safetensors"))
             verify_bytes(beside["adapter"], files, self.sizes["adapter"])
             residual = load_adapter(beside["adapter"])
+        if isinstance(self.weights, ExpandedFolder) and "compact" in beside:
+            verify_stored(ExpandedFolder(beside["compact"]), self.weights)
         if residual is None:
             exported = readers.pop("compact", None) or readers.pop("dense")
             verify_equal(exported, readers.get("dense", self.weights), advance)
@@ -349,9 +372,14 @@ class _Job:
         if dense is not None:
             verify_equal(dense, self._adapted(compact or self.weights, residual), advance)
 
-    def _advance(self, stage: str, passes: int) -> Callable[[int], None]:
-        """A counter for ``passes`` readings of all weights, for any thread."""
-        done, total, lock = 0, passes * self.sizes["dense"], Lock()
+    def _read_for(self, kind: str) -> int:
+        """Bytes that are read to write a format."""
+        factors = kind == "compact" and self.plan.basis is not None
+        return self.sizes["compact" if factors else "dense"]
+
+    def _advance(self, stage: str, total: int) -> Callable[[int], None]:
+        """A counter of bytes, for any thread."""
+        done, lock = 0, Lock()
 
         def advance(size: int) -> None:
             nonlocal done
@@ -360,3 +388,9 @@ class _Job:
                 self.progress(stage, done, total)
 
         return advance
+
+
+def _whole(weights: DenseReader) -> Iterator[tuple[str, torch.Tensor, int]]:
+    for name in weights.names():
+        tensor = weights.read(name)
+        yield name, tensor, tensor.nbytes

@@ -20,12 +20,13 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention import Rotation, SharedAttention, is_readable
+from .basis import FACTORED
 from .cache import fit_cache_
 from .configuration import SharedLlamaConfig
 from .errors import PostshareError
 from .heads import HeadLayout
 from .plan import SharingPlan
-from .projections import Piece, SharedLinear, transpose_storage_
+from .projections import Piece, SharedBasisLinear, SharedLinear, transpose_storage_
 
 
 class SharedDecoderLayer(GradientCheckpointingLayer):
@@ -217,9 +218,15 @@ class SharedLlamaForCausalLM(LlamaForCausalLM):
                 equal where they are tied. What it holds of removed units is left out.
 
         Raises:
-            PostshareError: the model has another structure.
+            PostshareError: the model has another structure, or the plan a basis, whose factors
+                :func:`~sa_models.factorize.factorized` finds.
         """
         plan = plan.effective()
+        if plan.basis is not None:
+            raise PostshareError(
+                "the plan has a basis, whose factors calibration text decides; use "
+                "sa_models.factorize.factorized"
+            )
         config = compact_config(model.config, plan)
         compact = without_weights(cls, config, model)
         own = plan.own_units(plan.layout(config))
@@ -277,13 +284,20 @@ def select_units(
 
 
 def connect_projections_(model: LlamaModel, plan: SharingPlan) -> None:
-    """Tell every projection where its units are stored."""
+    """Tell every projection where its units, or its basis, are stored."""
     layout = plan.layout(model.config)
+    if plan.basis is not None:
+        for at in range(layout.layers):
+            for p in FACTORED:
+                first, _ = plan.basis.place(at, p)
+                owner: SharedBasisLinear = getattr(model.layers[first].self_attn, f"{p}_proj")
+                getattr(model.layers[at].self_attn, f"{p}_proj").connect(owner)
     own, kept, source_of = plan.own_units(layout), plan.kept_units(layout), plan.sources()
     projections: dict[tuple[int, str], SharedLinear] = {
         (layer, p): getattr(model.layers[layer].self_attn, f"{p}_proj")
         for layer, units in enumerate(own)
         for p in units
+        if plan.basis is None or p not in FACTORED
     }
     for (layer, p), shared in projections.items():
         pieces: list[Piece] = []

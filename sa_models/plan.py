@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from .basis import SharedBasis, check_basis, parameter_range, read_basis
 from .errors import PostshareError
 from .heads import PROJECTIONS, HeadLayout
 from .removal import check_removed
@@ -39,7 +40,7 @@ class SharingPlan:
 
     KV heads and spans are the plan's *structure*: they are applied to the weights before training
     (:mod:`~sa_models.convert`). Ties are made, and units removed, after it
-    (:mod:`~sa_models.materialize`).
+    (:mod:`~sa_models.materialize`), or weights factorized (:mod:`~sa_models.factorize`).
 
     Attributes:
         ties: every tie points at a root source (a unit that is itself no target for that
@@ -53,6 +54,8 @@ class SharingPlan:
         released: the published selection, chains and all, kept for comparison. Its penalty pulls
             every pair; :meth:`effective` leaves out the ties whose target serves as a source, as
             the released forward does, so fewer heads change than were asked for.
+        basis: the layers whose q, k and v are products of a shared basis and their coefficients;
+            nothing else is shared then.
     """
 
     ties: tuple[HeadTie, ...] = ()
@@ -60,6 +63,7 @@ class SharingPlan:
     removed: tuple[Unit, ...] = ()
     spans: tuple[AttentionSpan, ...] = ()
     released: bool = False
+    basis: SharedBasis | None = None
 
     # --- JSON ---------------------------------------------------------------------------------
 
@@ -82,6 +86,8 @@ class SharingPlan:
         }
         if self.released:
             value["released"] = True
+        if self.basis is not None:
+            value["basis"] = self.basis.to_dict()
         return value
 
     @classmethod
@@ -89,7 +95,7 @@ class SharingPlan:
         """Read a version 1 value. Raises PostshareError for unknown keys and malformed entries."""
         if not isinstance(value, dict):
             raise PostshareError("the plan is not a JSON object; write it with `postshare plan`")
-        known = {"version", "kv_heads", "ties", "removed", "spans", "released"}
+        known = {"version", "kv_heads", "ties", "removed", "spans", "released", "basis"}
         refuse_unknown(value, known, "plan")
         if value.get("version") != VERSION:
             raise PostshareError(
@@ -112,6 +118,7 @@ class SharingPlan:
                 read_span(span, f"plan.spans[{i}]") for i, span in enumerate(_list(value, "spans"))
             ),
             released=released,
+            basis=read_basis(value.get("basis")),
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -236,9 +243,16 @@ class SharingPlan:
                 unknown projection, one that a follower does not have, a projection of a target
                 tied twice, a unit tied to itself, a cycle, or a chain (a source that is itself a
                 target) outside a ``released`` plan; KV heads that do not divide; attention dropout
-                with spans.
+                with spans; or a basis beside anything else.
         """
         layout = self.layout(config)
+        if self.basis is not None:
+            if self.ties or self.removed or self.spans or self.kv_heads is not None:
+                raise PostshareError(
+                    "the plan has a basis beside ties, removed units, spans or kv_heads, which do "
+                    "not go together yet; keep one of them"
+                )
+            check_basis(self.basis, layout)
         check_spans(self.spans, layout)
         dropout = getattr(config, "attention_dropout", 0.0)
         if self.spans and dropout:
@@ -288,7 +302,13 @@ class SharingPlan:
             base_parameters=llama_parameters(config),
             base_cache=2 * base.layers * base.kv_heads * base.head_dim,
             stored_cache=layout.layers * cache - saved_cache,
+            basis_parameters=0 if self.basis is None else self._saved_by_basis(layout),
         )
+
+    def _saved_by_basis(self, layout: HeadLayout) -> int:
+        assert self.basis is not None
+        _, dense = parameter_range(layout, self.basis.layers)
+        return dense - self.basis.parameters(layout)
 
 
 def _list(value: dict[str, Any], key: str) -> list[Any]:

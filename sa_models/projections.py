@@ -1,4 +1,5 @@
-"""The projections of a compact model: own rows in one GEMM, tied rows from views of their owners.
+"""The projections of a compact model: own rows in one GEMM, tied rows from views of their owners,
+and products of factors of which layers share one.
 
 A projection keeps only its *own* rows (for o: columns), in the order of its units. Tied units are
 read from the projection that owns them, as views: no weight is gathered or copied in a forward
@@ -134,6 +135,33 @@ class SharedOutputLinear(SharedLinear):
             else:
                 y.addmm_(parts[at], columns.t())
         return y.view(*x.shape[:-1], self.out_features)
+
+
+class SharedBasisLinear(nn.Module):
+    """A q, k or v projection of a plan with a basis (Basis Sharing): x -> C (B x).
+
+    ``coefficients`` (C) are its own. ``basis`` (B) is that of the first layer of its group, whose
+    projection alone has the module: the others look it up at every call.
+    """
+
+    def __init__(self, in_features: int, out_features: int, rank: int, owns_basis: bool) -> None:
+        super().__init__()
+        if owns_basis:
+            self.basis = nn.Linear(in_features, rank, bias=False)
+        self.coefficients = nn.Linear(rank, out_features, bias=False)
+        self.connect(self)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., in_features) -> (..., out_features)."""
+        return self.coefficients(self.owner.basis(x))
+
+    def connect(self, owner: SharedBasisLinear) -> None:
+        """Say which projection has the basis."""
+        self._owner = (owner,)  # a tuple is not registered by nn.Module
+
+    @property
+    def owner(self) -> SharedBasisLinear:
+        return self._owner[0]
 
 
 def _rows_and_product(x: torch.Tensor, quantized: bool) -> tuple[torch.Tensor, Product]:

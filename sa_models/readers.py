@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from transformers import LlamaConfig
 
+from .basis import FACTORED, basis_name, coefficients_name
 from .configuration import SharedLlamaConfig
 from .errors import PostshareError
 from .heads import PROJECTIONS, HeadLayout
@@ -180,14 +181,22 @@ class CompactFolder(WeightsFolder):
 
 def compact_shapes(config: Any, plan: SharingPlan) -> dict[str, tuple[int, ...]]:
     """{parameter name: shape} of a compact model; a layer may own nothing: (0, hidden)."""
-    layout = plan.layout(config)
-    shapes = expanded_shapes(config, plan)
-    for layer, own in enumerate(plan.own_units(layout)):
-        for p in own:
-            features = len(own[p]) * layout.width(p)
-            hidden = layout.hidden_size
-            shape = (hidden, features) if p == "o" else (features, hidden)
-            shapes[layout.parameter_name(layer, p)] = shape
+    layout, own = plan.layout(config), plan.own_units(plan.layout(config))
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, shape in expanded_shapes(config, plan).items():
+        where = HeadLayout.parse_name(name)
+        if where is None:
+            shapes[name] = shape
+        elif plan.basis is not None and where[1] in FACTORED:
+            first, rank = plan.basis.place(*where)
+            rows, hidden = shape
+            if first == where[0]:
+                shapes[basis_name(*where)] = (rank, hidden)
+            shapes[coefficients_name(*where)] = (rows, rank)
+        else:
+            layer, p = where
+            features, hidden = len(own[layer][p]) * layout.width(p), layout.hidden_size
+            shapes[name] = (hidden, features) if p == "o" else (features, hidden)
     return shapes
 
 
@@ -216,6 +225,13 @@ class ExpandedFolder:
     """A compact folder read as the dense Llama that it equals (with spans: without what followers
     do not have).
 
+    Of a plan with a basis the dense weights are the products of the factors, computed in float64
+    and rounded once: they equal what the two factors compute to rounding.
+
+    Args:
+        dtype: that the stored tensors are rounded to before anything is made of them; None: as they
+            are stored.
+
     Attributes:
         files: the compact tensors as they are stored.
         plan: the plan of its config.
@@ -225,8 +241,9 @@ class ExpandedFolder:
         PostshareError: as :class:`CompactFolder`.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
         self.path = Path(path)
+        self._dtype = dtype
         self.files = CompactFolder(path)
         self.plan = self.files.config.plan
         self.config = dense_config(self.files.config)
@@ -243,21 +260,43 @@ class ExpandedFolder:
         return self._shapes[name]
 
     def dtype(self, name: str) -> torch.dtype:
-        return self.files.dtype(name)
+        return self._dtype or self.files.dtype((self.factor_names(name) or (name,))[0])
 
     def shards(self) -> list[Path]:
         return self.files.shards()
 
     def read(self, name: str) -> torch.Tensor:
-        """The dense tensor in its stored dtype."""
+        """The dense tensor, in the dtype of the folder or of this reader."""
+        if self.factor_names(name) is not None:
+            return self.product(name).to(self.dtype(name))
         where = HeadLayout.parse_name(name)
         if where is None or self.files.shape(name) == self.shape(name):
-            return self.files.read(name)
+            return self.stored(name)
         return self._assemble(*where, 0, self._layout.units)
+
+    def stored(self, name: str) -> torch.Tensor:
+        """A compact tensor. Raises PostshareError when float16 cannot hold it."""
+        tensor = self.files.read(name)
+        return tensor if self._dtype is None else cast(tensor, self._dtype, name)
+
+    def product(self, name: str) -> torch.Tensor:
+        """The product of a dense weight's factors, float64."""
+        coefficients, basis = (self.stored(n).double() for n in self.factor_names(name) or ())
+        return coefficients @ basis
+
+    def factor_names(self, name: str) -> tuple[str, str] | None:
+        """Coefficients and basis of a dense weight, by their names; None where it is stored."""
+        where = HeadLayout.parse_name(name)
+        if self.plan.basis is None or where is None or where[1] not in FACTORED:
+            return None
+        first, _ = self.plan.basis.place(*where)
+        return coefficients_name(*where), basis_name(first, where[1])
 
     def slice(self, name: str) -> Any:
         """As ``safetensors``' slice: index it to read a part only (whole units are read)."""
         where = HeadLayout.parse_name(name)
+        if self._dtype is not None or self.factor_names(name) is not None:
+            return self.read(name)
         return self.files.slice(name) if where is None else _ExpandedSlice(self, *where)
 
     def _assemble(self, layer: int, projection: str, first: int, last: int) -> torch.Tensor:
@@ -266,15 +305,15 @@ class ExpandedFolder:
         runs = self._runs(layer, projection, first, last)
         shape = list(self._layout.shape(projection))
         shape[axis] = (last - first) * self._layout.width(projection)
-        dtype = self.dtype(self._layout.parameter_name(layer, projection))
-        dense = torch.zeros(shape, dtype=dtype)
+        name = self._layout.parameter_name(layer, projection)
+        dense = torch.zeros(shape, dtype=self.dtype(name))
         stored = {
             owner: self.files.slice(self._layout.parameter_name(owner, projection))
             for owner in {run.owner for run in runs}
         }
         for owner, start, stop, begin in runs:
             part = _features(stored[owner], axis, begin, begin + stop - start)
-            dense.narrow(axis, start, stop - start).copy_(part)
+            dense.narrow(axis, start, stop - start).copy_(cast(part, dense.dtype, name))
         return dense
 
     def _runs(self, layer: int, projection: str, first: int, last: int) -> list[Run]:
@@ -312,7 +351,7 @@ class _ExpandedSlice:
         return part.narrow(self._axis, start - first * self._width, stop - start)
 
 
-DROPPED = ("model_type", "auto_map", "sharing", "reuse_rows", "basis", "transformers_version")
+DROPPED = ("model_type", "auto_map", "sharing", "reuse_rows", "transformers_version")
 
 
 def dense_config(config: LlamaConfig) -> LlamaConfig:

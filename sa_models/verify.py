@@ -7,7 +7,7 @@ layer and the compact layer compute; and the bytes on disk with the plan's arith
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import groupby
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, rotate_half
 
 from .errors import PostshareError
-from .projections import Piece, SharedLinear, transpose_storage_
+from .projections import Piece, SharedBasisLinear, SharedLinear, transpose_storage_
 from .readers import DenseReader, ExpandedFolder
 
 TOLERANCE = 1e-5
@@ -59,6 +59,16 @@ def verify_equal(
                 tensors[inside] = check.in_fp32(inside, tensor)
         if layer is not None and check is not None:
             check(layer, tensors)
+
+
+def verify_stored(exported: ExpandedFolder, expected: ExpandedFolder) -> None:
+    """Compare the compact tensors themselves, bit for bit: factors of one product are many.
+
+    Raises:
+        PostshareError: names the first tensor that differs.
+    """
+    for name in expected.files.names():
+        _compare_bits(name, exported.stored(name), expected.stored(name), exported.path)
 
 
 def _layer_of(name: str) -> int | None:
@@ -138,15 +148,19 @@ class LayerCheck:
             PostshareError: the outputs differ by more than 1e-5 (of the largest output, where
                 that is above 1), or are not finite.
         """
-        shared = self._shared[layer]
+        shared, prefix = self._shared[layer], f"model.layers.{layer}."
+        if self._compact.plan.basis is not None:  # their rounding is no mistake of the export
+            tensors = tensors | self._products(prefix, tensors)
         expected = self._reference(layer, tensors)
         pieces = self._take_owners_slices(shared)
+        self._take_bases(shared, layer)
         own = {
-            name: self._compact.files.read(f"model.layers.{layer}.{name}").float()
-            for name in tensors
+            name: self._compact.files.read(prefix + name).float()
+            for name in shared.state_dict()
             if name.startswith("self_attn.")
         }
-        _load(shared, tensors | own)
+        outside = {n: t for n, t in tensors.items() if not n.startswith("self_attn.")}
+        _load(shared, outside | own)
         # Inside spans both by replay and by reuse.
         modes = (False, True) if layer in self._in_spans else (False,)
         computed = torch.stack([self._compute(layer, reuse) for reuse in modes])
@@ -222,6 +236,26 @@ class LayerCheck:
             heads.append(scores.softmax(-1) @ v)
         o = tensors["self_attn.o_proj.weight"]
         return functional.linear(torch.cat(heads, dim=-1), o)[None]
+
+    def _products(self, prefix: str, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """The dense weights that are products of factors, not rounded to the export's dtype."""
+        return {
+            name: self._compact.product(prefix + name).float()
+            for name in names
+            if self._compact.factor_names(prefix + name) is not None
+        }
+
+    def _take_bases(self, layer: nn.Module, at: int) -> None:
+        """Give projections whose basis another layer holds that of the files."""
+        for name, module in layer.named_modules():
+            if isinstance(module, SharedBasisLinear) and module.owner is not module:
+                dense = f"model.layers.{at}.{name}.weight"
+                _, stored = self._compact.factor_names(dense) or ("", "")
+                basis = nn.Linear(1, 1, bias=False, device="meta")
+                basis.weight = nn.Parameter(self._compact.files.read(stored).float())
+                holder = nn.Module()
+                holder.basis = basis
+                module.connect(holder)  # type: ignore[arg-type]  # all that is read of an owner
 
     def _take_owners_slices(self, layer: nn.Module) -> dict[SharedLinear, tuple]:
         """Point tied pieces at the owners' slices, read from the files. Returns the old pieces."""

@@ -106,7 +106,7 @@ class AutoSearched:
         candidates: the chosen one first.
         structures: that were tried, measured alone.
         bound: of passes and estimates, stated before the search.
-        factored: the control beside them, see :mod:`train.auto_factors`.
+        factored: Basis Sharing beside them, see :mod:`train.auto_factors`.
     """
 
     base: Point
@@ -120,7 +120,15 @@ class AutoSearched:
     factored: Factored | None = None
 
     @property
+    def plan(self) -> SharingPlan:
+        """What was chosen in the end."""
+        if self.factored is not None and self.factored.taken:
+            return self.factored.plan
+        return self.chosen.plan
+
+    @property
     def chosen(self) -> Candidate:
+        """The best of the candidates."""
         return self.candidates[0]
 
     @property

@@ -19,7 +19,7 @@ import torch
 from sa_models.plan import SharingPlan
 from sa_models.plan_measure import Cache, identity
 from train.auto_budgets import REBUILT
-from train.auto_factors import Factored, factor_parameters, factored_losses
+from train.auto_factors import Factored, factored_losses, may_take, rival
 from train.auto_planning import AutoSearched
 from train.data import Blocks
 from train.evaluate import BlockLosses, block_losses
@@ -51,8 +51,8 @@ def compare_rebuilt(
     reconstruction of the base each: two models are held. What has been measured stays in the run
     folder's cache.
 
-    Basis Sharing at as many parameters as the chosen plan is measured beside them, where it is a
-    rival: `factored` of the result.
+    Basis Sharing at as many parameters as the chosen one is measured beside them, where it is a
+    rival, and taken where it is better: `factored` of the result.
 
     Args:
         load: the base, fp32, on the CPU.
@@ -83,12 +83,14 @@ def compare_rebuilt(
         tried[plan] = losses_of(key, partial(measure, plan))
     chosen = list(tried)[_chosen([*tried.values()])]
     factored = None
-    if (parameters := factor_parameters(recipe, chosen, config)) is not None:
-        measured = partial(factored_losses, recipe, parameters, load, blocks, device)
-        losses = losses_of(f"factored blocks {parameters}", measured)
-        saved = chosen.savings(config).removed_parameters
+    if (basis := rival(recipe, chosen, config)) is not None:
+        measured = partial(factored_losses, recipe, basis, load, blocks, device)
+        key = "factored blocks " + json.dumps(basis.to_dict(), separators=(",", ":"))
+        losses = losses_of(key, measured)
+        saved = basis.savings(config).removed_parameters
         above = interval([tried[chosen]], [losses]) if len(losses.tokens) > 1 else (0.0, 0.0)
-        factored = Factored(parameters, saved, losses.perplexity.loss, above)
+        taken = above[0] > 0 and may_take(recipe)
+        factored = Factored(basis, saved, losses.perplexity.loss, above, taken)
     rebuilt = [
         replace(c, rebuilt=tried[c.plan].perplexity.loss)
         for c in searched.candidates

@@ -22,7 +22,6 @@ from sa_models.convert import Leaders
 from sa_models.plan import SharingPlan
 from train.auto_factors import Factored
 from train.auto_planning import AutoSearched, Candidate, Point
-from train.controls import BASIS_LAYERS
 from train.decode_time import DecodeTime, bytes_read, decode_time
 from train.files import write_json
 from train.loss_planning import (
@@ -126,11 +125,13 @@ def _removed(point: Point, config: Any) -> int:
 
 
 def compared_table(searched: AutoSearched, config: LlamaConfig) -> Table:
-    """Every plan that meets the budget, the chosen one first."""
+    """Every plan that meets the budget, the best candidate first, Basis Sharing last."""
+    factored = searched.factored
+    taken = factored is not None and factored.taken
     table = _table("compared on calibration text", "what it does", "parameters saved")
     for column in ("perplexity without slope", "vs dense"):
         table.add_column(column, justify="right")
-    best = searched.chosen.rebuilt
+    best = factored.loss if factored is not None and taken else searched.chosen.rebuilt
     if best is not None:
         table.add_column("reconstructed vs chosen", justify="right", min_width=13)
     base = searched.base
@@ -138,28 +139,31 @@ def compared_table(searched: AutoSearched, config: LlamaConfig) -> Table:
     for number, candidate in enumerate(searched.candidates):
         point = candidate.points[-1]
         table.add_row(
-            f"{candidate.name}{' (chosen)' if number == 0 else ''}",
+            f"{candidate.name}{' (chosen)' if number == 0 and not taken else ''}",
             in_words(point.plan),
             f"{_removed(point, config):,}",
             _ppl(point.expected),
             _versus(point, base),
             *([] if best is None else [_above(candidate.rebuilt, best)]),
         )
-    factored = searched.factored
     if factored is not None and best is not None:
-        name, what = "Basis Sharing (control)", f"q, k, v of {BASIS_LAYERS} layers on one basis"
+        name = f"Basis Sharing{' (chosen)' if taken else ''}"
+        what = in_words(factored.plan)
         table.add_row(name, what, f"{factored.saved:,}", "", "", _above(factored.loss, best))
     return table
 
 
 def cost_table(searched: AutoSearched, config: LlamaConfig) -> Table:
-    """What every choice of the plan costs, in the order in which they were made."""
+    """What every choice of the best candidate costs, in the order in which they were made."""
     chosen = searched.chosen
+    title = "chosen on calibration text"
+    if searched.plan != chosen.plan:
+        title = f"the best but Basis Sharing: {chosen.name}"
     structure = chosen.plan.structure()
     start = "none (dense)" if structure == SharingPlan() else in_words(structure)
     if chosen.found is not None:
-        return search_table(chosen.found, chosen.plan.layout(config), start)
-    table = _table("chosen on calibration text", "parameters saved", "vs dense")
+        return search_table(chosen.found, chosen.plan.layout(config), start, title)
+    table = _table(title, "parameters saved", "vs dense")
     point = chosen.points[-1]
     table.add_row(start, f"{_removed(point, config):,}", _versus(point, searched.base))
     return table
@@ -194,13 +198,22 @@ def auto_sentence(searched: AutoSearched) -> str:
     )
 
 
-def factored_note(factored: Factored) -> str:
-    """What to do where Basis Sharing is better than the chosen plan."""
+def factored_note(factored: Factored, other: SharingPlan) -> str:
+    """What Basis Sharing being better means for the run.
+
+    Args:
+        other: the best of the other plans.
+    """
     low, high = (f"{math.expm1(bound):.1%}" for bound in factored.above)
+    better = f"untrained, by {low} to {high} of perplexity (95 %)"
+    if factored.taken:
+        return (
+            f"Basis Sharing is chosen: it is better than {in_words(other)} at as many bytes, "
+            f"{better}. It saves no KV cache; where that counts, set plan.basis=false"
+        )
     return (
-        f"note: Basis Sharing at as many bytes is better than this plan, untrained, by {low} to "
-        f"{high} of perplexity (95 %). It saves no cache, and is exported at full size; "
-        "`postshare compare RECIPE --controls basis` trains both"
+        f"note: Basis Sharing at as many bytes is better than this plan, {better}; it saves no KV "
+        "cache, and is chosen where plan.basis is true and the budget is one of bytes or parameters"
     )
 
 
@@ -218,6 +231,8 @@ def in_words(plan: SharingPlan) -> str:
     parts += [str(span) for span in plan.spans]
     if plan.kv_heads is not None:
         parts.append(f"{plan.kv_heads} KV heads")
+    if plan.basis is not None:
+        parts.append(f"q, k, v of {plan.basis.layers} layers on one basis")
     return ", ".join(parts) or "none (dense)"
 
 
@@ -263,9 +278,9 @@ def save_auto(
         "base_loss": searched.base.loss,
         "loss": chosen.loss,
         "expected_loss": chosen.expected,
-        "chosen": searched.chosen.name,
+        "chosen": "Basis Sharing" if searched.plan.basis else searched.chosen.name,
         "candidates": [_candidate_dict(c, config) for c in searched.candidates],
-        "factored": None if searched.factored is None else asdict(searched.factored),
+        "factored": None if searched.factored is None else _factored_dict(searched.factored),
         "structures": [point_dict(p, config, size) for p in searched.structures],
         "front": [point_dict(p, config, size) for p in on_front],
         "decoding": [
@@ -288,7 +303,13 @@ def save_auto(
     }
     write_json(folder / SEARCH_FILE, value)
     picture = folder / PARETO_PICTURE
-    save_front(searched.points, on_front, chosen, front, is_noisy(front), config, size, picture)
+    star = "chosen" if searched.plan == searched.chosen.plan else "best of these"
+    noisy = is_noisy(front)
+    save_front(searched.points, on_front, chosen, front, noisy, config, size, picture, star)
+
+
+def _factored_dict(factored: Factored) -> dict[str, Any]:
+    return asdict(factored) | {"plan": factored.plan.to_dict()}
 
 
 def _candidate_dict(candidate: Candidate, config: LlamaConfig) -> dict[str, Any]:

@@ -136,7 +136,12 @@ def load_model(folder: Path, attention: str) -> LlamaForCausalLM:
 def tie_model(
     model: LlamaForCausalLM, plan: SharingPlan, recipe: Recipe, merge: Merge
 ) -> LlamaForCausalLM:
-    """The model with the plan's structure, where it lacks it, and the plan materialized."""
+    """The model with the plan's structure, where it lacks it, and the plan materialized.
+
+    Of a plan with a basis it is made of factors already.
+    """
+    if plan.basis is not None:
+        return model
     model = convert(model, plan, recipe.leaders)
     layout = HeadLayout.from_config(model.config)
     materialize_(dict(model.named_parameters()), layout, plan, merge)

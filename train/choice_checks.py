@@ -15,7 +15,7 @@ REMOVING = ("magnitude", "gradient")
 """Strategies that choose units to remove."""
 MEASURED = ("loss", "auto")
 """Strategies that choose changes by the loss on calibration text."""
-CHOOSING = (*MATCHED, *MEASURED, *REMOVING)
+CHOOSING = (*MATCHED, *MEASURED, *REMOVING, "basis")
 """Strategies that need a budget."""
 
 
@@ -24,11 +24,13 @@ def check_choice(section: PlanSection) -> None:
     strategy, action = section.strategy, section.action
     if strategy in REMOVING and action != "remove":
         raise ValueError(f"strategy {strategy} chooses units to remove; set plan.action=remove")
+    if strategy == "basis" and action != "tie":
+        raise ValueError("strategy basis ignores action; remove plan.action")
     if action == "any" and strategy not in MEASURED:
         raise ValueError("action any needs measured losses to compare; set plan.strategy=loss")
     if strategy == "auto" and action != "tie":
         raise ValueError("strategy auto ignores action, it ties and removes; remove plan.action")
-    if action == "remove" and strategy in ("released", "file", "none"):
+    if action == "remove" and strategy in ("released", "basis", "file", "none"):
         raise ValueError(f"strategy {strategy} ignores action; remove plan.action")
     if action == "remove" and _is_set(section, "share"):
         raise ValueError("action remove ignores share, a unit is removed whole; remove plan.share")
@@ -39,8 +41,12 @@ def check_choice(section: PlanSection) -> None:
         ignored.append("calibration_blocks")
     if strategy in (*MEASURED, *REMOVING):
         ignored.append("score")
-    if strategy == "auto":
+    if strategy in ("auto", "basis"):
         ignored.append("share")
+    if strategy != "auto":
+        ignored.append("basis")
+    if strategy == "basis":
+        ignored.append("skip_layers")
     if not section.scores:
         ignored.append("fold_norm")
     for name in ignored:
@@ -51,7 +57,13 @@ def check_choice(section: PlanSection) -> None:
             f"score {section.score} is measured on text, where the norm has its gain; remove "
             "plan.fold_norm"
         )
-    cache = section.budget is not None and section.budget.cache is not None
+    budget = section.budget
+    if strategy == "basis" and budget and (budget.parameters or budget.bytes) is None:
+        raise ValueError(
+            "strategy basis shares no heads and saves no cache; set plan.budget.parameters or "
+            "plan.budget.bytes"
+        )
+    cache = budget is not None and budget.cache is not None
     if cache and action == "tie" and strategy != "auto":
         raise ValueError(
             "budget.cache: a tied unit still caches keys and values of its own; set "

@@ -10,10 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from sa_models.basis import parameter_range
+from sa_models.budgets import share_of
 from sa_models.errors import PostshareError
 from sa_models.heads import PROJECTIONS, HeadLayout
 from sa_models.plan import SharingPlan
+from sa_models.savings import llama_parameters
+from train.basis_planning import saving_plan
 from train.recipe import Recipe, validate
 
 
@@ -89,25 +91,28 @@ def _healed(recipe: Recipe, target: Target) -> dict[str, Any]:
     }
 
 
-def basis_parameters(layout: HeadLayout, saved: int) -> int | None:
-    """Of factors of q, k and v that save so many parameters; None where they hold too little."""
-    least, whole = parameter_range(layout, BASIS_LAYERS)
-    return whole - saved if least <= whole - saved < whole else None
-
-
 def _basis(recipe: Recipe, target: Target, seed: int) -> dict[str, Any] | None:
     """All that the plan leaves of q, k and v for the factors; the other weights stay."""
-    parameters = basis_parameters(target.layout, target.saved_parameters)
-    if parameters is None:
+    saved = target.saved_parameters
+    if target.plan.basis is not None or saving_plan(target.config, saved) is None:
         return None
+    changes = _healed(recipe, target)
+    # As many blocks as the recipe's own reconstruction reads.
+    text = {"calibration_blocks": recipe.materialize.calibration_blocks}
+    share = share_of(saved, llama_parameters(target.config))
     return {
-        **_healed(recipe, target),
-        "train": {"steps": target.steps, "epochs": None},
-        "materialize": None,
-        "plan": {"strategy": "none"},
-        "basis": {"layers": BASIS_LAYERS, "parameters": parameters},
-        "export": {"formats": ["dense"]},
+        **changes,
+        "materialize": {**text, **changes["materialize"], "reconstruct": False},
+        "plan": {"strategy": "basis", "budget": {"parameters": share}},
     }
+
+
+def _heads(recipe: Recipe, target: Target, seed: int) -> dict[str, Any] | None:
+    """The best that strategy auto finds where it may not share bases."""
+    if target.plan.basis is None or recipe.plan.strategy != "auto":
+        return None
+    plan = recipe.plan.model_dump(mode="json", exclude_unset=True)
+    return {"plan": plan | {"basis": False}}
 
 
 def _random_pairs(recipe: Recipe, target: Target, seed: int) -> dict[str, Any] | None:
@@ -154,8 +159,6 @@ def _pooled(recipe: Recipe, target: Target, seed: int) -> dict[str, Any] | None:
     }
 
 
-BASIS_LAYERS = 2
-"""The paper's main setting."""
 RECIPE = "recipe"
 """The recipe itself, whose run also has *base*, *continued* and *direct*."""
 
@@ -169,6 +172,12 @@ CONTROLS = {
             _random_pairs,
             "the recipe ties nothing, or ties random pairs itself",
         ),
+        Control(
+            "heads",
+            "as given, but plan.basis is false: heads and layers alone",
+            _heads,
+            "strategy auto has not chosen Basis Sharing",
+        ),
         Control("pruned-random", "random units removed, healed", _pruned("random")),
         Control("pruned-magnitude", "units of smallest norm removed, healed", _pruned("magnitude")),
         Control(
@@ -181,7 +190,7 @@ CONTROLS = {
             "basis",
             "q, k, v of 2 layers on one basis (Basis Sharing, attention only), trained",
             _basis,
-            "the plan saves nothing, or more than factors of q, k and v can",
+            "the plan is Basis Sharing itself, or saves more than factors of q, k and v can",
         ),
     )
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple, fields, replace
+from dataclasses import astuple, fields
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -10,11 +10,10 @@ from rich.console import Console
 from rich.syntax import Syntax
 from rich.table import Table
 
-from sa_models.basis import parameter_range
-from sa_models.heads import HeadLayout
 from sa_models.spans import ranges
 from train import estimate, memory
 from train.auto_budgets import REBUILT, auto_passes
+from train.basis_planning import BASIS_LAYERS
 from train.known_models import DTYPE_BYTES, LlamaShape, find_shape
 
 if TYPE_CHECKING:
@@ -68,9 +67,6 @@ def _facts(recipe: Recipe, shape: LlamaShape, origin: str, gpus: int, accumulati
     plan, train = recipe.plan, recipe.train
     structure = estimate.expected_structure(recipe, shape)
     savings = estimate.plan_savings(plan, shape, structure)
-    if recipe.basis is not None:
-        whole = parameter_range(HeadLayout.from_config(shape), recipe.basis.layers)[1]
-        savings = replace(savings, basis_parameters=whole - recipe.basis.parameters)
     element = DTYPE_BYTES.get(recipe.export.dtype, shape.dtype_bytes)
     base, stored = savings.bytes(element)
     residual = estimate.residual_parameters(recipe, shape, structure)
@@ -83,7 +79,7 @@ def _facts(recipe: Recipe, shape: LlamaShape, origin: str, gpus: int, accumulati
         table.add_row("lora", _lora(recipe.lora))
     for row in _plan_rows(recipe, shape, structure, savings):
         table.add_row(*row)
-    if recipe.shares:
+    if recipe.plans:
         bound = "at most " if plan.strategy == "released" else ""
         removed = savings.removed_parameters - residual
         ratio = removed / savings.attention_parameters
@@ -138,17 +134,9 @@ def _plan_rows(
 ) -> list[tuple[str, str]]:
     """What is shared: ties, spans, KV heads."""
     plan, spans = recipe.plan, recipe.spans
-    if not recipe.shares:
+    if not recipe.plans:
         return [("plan", "none: nothing is shared")]
     rows = []
-    if recipe.basis is not None:
-        rows.append(
-            (
-                "basis",
-                f"q, k and v of {recipe.basis.layers} adjacent layers share one, in at most "
-                f"{count(recipe.basis.parameters)} parameters",
-            )
-        )
     if plan.strategy != "none":
         rows.append(("plan", _units(recipe, shape, structure, savings)))
     shared = {"attention": "attention weights", "kv": "keys and values"}
@@ -176,10 +164,18 @@ def _units(recipe: Recipe, shape: LlamaShape, structure: SharingPlan, savings: P
     plan = recipe.plan
     if plan.strategy == "auto":
         passes = auto_passes(plan, shape, structure)
-        rebuilt = f", and {REBUILT} reconstructions" if recipe.materialize.reconstruct else ""
+        rebuilt = ""
+        if recipe.materialize.reconstruct:
+            rebuilt = f", {REBUILT} reconstructions and a factorization"
         return (
-            "ties per projection, removals, spans and KV groups: strategy auto decides, in at most "
+            "ties per projection, removals, spans, KV groups and shared bases: strategy auto "
+            "decides, in at most "
             f"{passes.forward:,} forward passes over {plan.calibration_blocks} blocks{rebuilt}"
+        )
+    if plan.strategy == "basis":
+        return (
+            f"q, k and v of {BASIS_LAYERS} adjacent layers share a basis (Basis Sharing), their "
+            "factors fitted to calibration text"
         )
     unit = "heads" if structure.layout(shape).heads_per_unit == 1 else "KV groups"
     of = f"of {savings.units:,} units ({unit})"

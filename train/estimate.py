@@ -14,6 +14,7 @@ from sa_models.savings import PlanSavings, llama_parameters
 from sa_models.span_search import best_spans, late_spans
 from sa_models.spans import AttentionSpan
 from train.auto_budgets import PAPER, asked_of_units
+from train.basis_planning import basis_plan
 from train.budgets import amount
 from train.known_models import DTYPE_BYTES
 from train.planning import check_budget
@@ -87,6 +88,8 @@ def plan_savings(
     layout = structure.layout(shape)
     if section.strategy == "auto":
         return _auto_savings(section, shape, structure)
+    if section.strategy == "basis":
+        return basis_plan(section, shape).savings(shape)
     count = requested_units(section, shape, structure)
     heads = count * layout.heads_per_unit
     if section.action == "remove":
@@ -217,12 +220,13 @@ def disk_space(recipe: Recipe, shape: LlamaShape) -> Disk:
     if "dense" in recipe.export.formats and structure.has_stock_form:
         exports += savings.dense_parameters * element
     own = (train.steps != 0) + (recipe.materialize.heal_steps > 0)
-    trainings = own + (own > 0 and recipe.evaluate.continued and recipe.shares)
+    trainings = own + (own > 0 and recipe.evaluate.continued and recipe.plans)
     checkpoint = checkpoint_bytes(shape, train, recipe.lora) if trainings else 0
     # Without checkpoint_every one is written when the run is stopped, and no other.
     kept = train.keep_checkpoints * trainings + 1 if train.checkpoint_every else 1
     # Of a merge on text, and of the first factors, whole fp32 weights are written as well.
-    written = trainings + recipe.materialize.measures + (recipe.basis is not None)
+    on_text = recipe.materialize.measures or recipe.plan.strategy == "basis"
+    written = trainings + on_text
     weights = 4 * savings.base_parameters * written
     teacher = cached_bytes(recipe)
     everything = kept * checkpoint + weights + exports + teacher

@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sa_models.errors import PostshareError
-from sa_models.projections import SharedLinear
+from sa_models.projections import SharedBasisLinear, SharedLinear
 from train.engine import Engine, Shard, chosen, require_fp32
 from train.streaming import parameter_places, place
 
@@ -287,17 +287,21 @@ def _sharded_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _reading_each_other(model: nn.Module) -> set[nn.Module]:
-    """The decoder layers with a projection that another layer owns a part of, and those owners."""
+    """The decoder layers with a projection that another layer owns a part, or the basis, of, and
+    those owners."""
     layer_of = {
         projection: layer
         for layer in model.modules()
         if isinstance(layer, GradientCheckpointingLayer)
         for projection in layer.modules()
-        if isinstance(projection, SharedLinear)
+        if isinstance(projection, SharedLinear | SharedBasisLinear)
     }
     found: set[nn.Module] = set()
     for projection, layer in layer_of.items():
-        owners = {layer_of[owner] for _, owner, _, _ in projection.tied}
+        if isinstance(projection, SharedBasisLinear):
+            owners = {layer_of[projection.owner]}
+        else:
+            owners = {layer_of[owner] for _, owner, _, _ in projection.tied}
         if owners - {layer}:
             found |= owners | {layer}
     return found

@@ -216,9 +216,9 @@ def export_of(run: Path) -> Path | None:
 
 def _untrained(recipe: Recipe, run: Path, base: Path) -> Path | None:
     """Folder of the weights into which the plan of *direct* is written; None: in no folder."""
-    if recipe.basis is not None or not recipe.shares:
+    if not recipe.plans:
         return None
-    if not recipe.materialize.measures:
+    if not recipe.materialize.measures and SharingPlan.load(run / PLAN_FILE).basis is None:
         return base
     written = recipe.train.steps == 0 and not recipe.changes_structure
     return run / MERGED if written else None

@@ -84,8 +84,6 @@ def check_lora(recipe: Recipe) -> None:
             "lora: model.config starts from random weights, of which an adapter changes little; "
             "remove lora"
         )
-    if recipe.basis is not None:
-        raise ValueError("lora: basis trains factors of its own; remove lora")
     if recipe.materialize.heal_steps:
         raise ValueError(
             "lora: materialize.heal_steps trains units that several layers read, and an adapter "

@@ -167,7 +167,12 @@ def unstable(agreement: Agreement, blocks: int) -> str | None:
     )
 
 
-def search_table(found: Found, layout: HeadLayout, start: str = "none (dense)") -> Table:
+def search_table(
+    found: Found,
+    layout: HeadLayout,
+    start: str = "none (dense)",
+    title: str = "chosen on calibration text",
+) -> Table:
     """The chosen actions in the order they were taken, and what they cost, measured.
 
     Args:
@@ -176,7 +181,7 @@ def search_table(found: Found, layout: HeadLayout, start: str = "none (dense)") 
     """
     saved = 0
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("chosen on calibration text")
+    table.add_column(title)
     for column in ("loss", "perplexity, untrained", "vs dense", "parameters saved"):
         table.add_column(column, justify="right")
     base = math.exp(found.base_loss)

@@ -1,8 +1,8 @@
-"""The materialize stage of a run: where the weights of tied units become one.
+"""The materialize stage of a run: where the weights of tied units become one, or factors.
 
 Copies and means are taken tensor by tensor, wherever weights are read. What needs calibration text
-(some merges, and reconstruction) needs the whole model: the main process does it once, into a
-folder that all ranks and the later stages read, whatever the launch.
+(some merges, reconstruction, the factors of a shared basis) needs the whole model: the main process
+does it once, into a folder that all ranks and the later stages read, whatever the launch.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from sa_models.convert import convert
 from sa_models.durable import new_folder
 from sa_models.errors import PostshareError
+from sa_models.factorize import factorized
 from sa_models.merging import MEASURED, Merge
 from sa_models.plan import SharingPlan
 from sa_models.reconstruction import reconstruct_
@@ -41,18 +42,22 @@ def trained_folder(current: Run) -> Path:
 
 def merged_folder(current: Run) -> Path:
     """As `trained_folder`; of a merge on text, what :func:`materialize_on_text` has written."""
-    merges = current.recipe.materialize.measures
-    return current.folder / MERGED if merges else trained_folder(current)
+    return current.folder / MERGED if reads_text(current) else trained_folder(current)
+
+
+def reads_text(current: Run) -> bool:
+    """Whether the plan is materialized on calibration text."""
+    return current.recipe.materialize.measures or current.plan.basis is not None
 
 
 def materialize_on_text(current: Run) -> None:
     """Materialize the trained weights on calibration text, if the recipe asks. A collective.
 
     Raises:
-        PostshareError: as `merge_on_text_` and `reconstruct_`; or the folder cannot be written.
+        PostshareError: as :func:`on_text`; or the folder cannot be written.
     """
     folder = current.folder / MERGED
-    if not current.recipe.materialize.measures:
+    if not reads_text(current):
         return
     blocks = current.blocks[0]
 
@@ -67,8 +72,8 @@ def materialize_on_text(current: Run) -> None:
 
 
 def tied_base(current: Run) -> LlamaForCausalLM:
-    """The base with the plan materialized, untrained; for a merge on text `blocks` must be read."""
-    attention, measures = current.recipe.model.attention, current.recipe.materialize.measures
+    """The base with the plan materialized, untrained; with text to read, `blocks` must be there."""
+    attention, measures = current.recipe.model.attention, reads_text(current)
     if measures and current.steps == 0 and merged_folder(current).is_dir():
         return tied(current, load_model(merged_folder(current), attention))  # it is of the base
     model = load_dense(base_of(current), attention)
@@ -103,9 +108,15 @@ def on_text(
     """The plan materialized as calibration text says, on the CPU; `trained` may be changed.
 
     Raises:
-        PostshareError: as `merge_on_text_` and `reconstruct_`.
+        PostshareError: as `merge_on_text_`, `reconstruct_` and `factorized`.
     """
     section = recipe.materialize
+    if plan.basis is not None:
+        trained.to(device)  # type: ignore[arg-type]  # transformers' decorator hides it
+        batches = calibration_batches(blocks, section.calibration_blocks, 1, device)
+        with bar("factorizing") as advance:
+            made = factorized(trained.eval(), plan, batches, advance)
+        return made.to("cpu")  # type: ignore[arg-type]
     reference = copy.deepcopy(trained).eval() if section.reconstruct else None
     model = convert(trained, plan, recipe.leaders)
     model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides it

@@ -163,7 +163,9 @@ def whole_models(recipe: Recipe, shape: LlamaShape) -> WholeModels:
     """The most that any stage of a run holds whole.
 
     Every run evaluates one model at a time; ``materialize.reconstruct`` has the unshared one
-    beside that which it changes. What is measured on one block of text at a time is left out.
+    beside that which it changes, and a factorization the factors. What is measured on one block of
+    text at a time is left out.
     """
-    count, stage = (2, "materialize") if recipe.materialize.reconstruct else (1, "evaluate")
+    two = recipe.materialize.reconstruct or recipe.plan.strategy == "basis"
+    count, stage = (2, "materialize") if two else (1, "evaluate")
     return WholeModels(count, stage, 4 * count * llama_parameters(shape))

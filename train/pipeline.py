@@ -24,7 +24,6 @@ from sa_models.readers import open_weights
 from sa_models.weights import WeightsFolder
 from train import engine as engines
 from train.base_model import load_base, load_dense, load_model
-from train.basis import basis_savings, basis_weights, factors_folder, load_first, train_basis
 from train.data import Blocks
 from train.files import write_json
 from train.loop import TrainJob, TrainResult, train
@@ -47,7 +46,7 @@ from train.recipe import Recipe
 from train.report import write_report
 from train.residual import fit_residual, fitted, residual_of, trainable, with_residual
 from train.run_folder import PLAN_OUTPUTS, Run, base_of, begin, find_teacher
-from train.streaming import Source, base_source, compact_source
+from train.streaming import Source, base_source, compact_source, factored_source
 from train.summary import (
     SUMMARY_FILE,
     Training,
@@ -140,11 +139,9 @@ def post_train(current: Run) -> None:
     steps = current.steps + current.recipe.materialize.heal_steps
     if current.shares and current.recipe.evaluate.continued and steps > 0:
         train_one(current, "continued", current.folder / "continued", None, steps)
-    if current.recipe.basis is not None:
-        train_basis(current)
-    elif current.steps == 0:
+    if current.steps == 0:
         return
-    elif current.shares:
+    if current.shares:
         train_one(current, "post", current.folder, current.plan)
         report_merged(current, base_of(current), current.folder / "weights")
     else:
@@ -176,20 +173,24 @@ def train_one(
 
 
 def heal(current: Run) -> None:
-    """Materialize, then train the compact model, in which a tied unit is one parameter."""
+    """Materialize, then train the compact model, in which what is shared is one parameter."""
     section = current.recipe.materialize
     if section.heal_steps == 0:
         return
     residual = None if current.recipe.residual is None else fitted(current)
 
-    def load() -> SharedLlamaForCausalLM:
+    def load() -> LlamaForCausalLM:
         model = load_model(merged_folder(current), current.recipe.model.attention)
+        if current.plan.basis is not None:
+            return model
         compact = SharedLlamaForCausalLM.from_materialized(tied(current, model), current.plan)
         if residual is not None:
             insert_(compact, residual)
         return compact
 
     def source() -> Source:
+        if current.plan.basis is not None:
+            return factored_source(merged_folder(current), current.recipe.model)
         compact = compact_source(
             merged_folder(current),
             current.recipe.model,
@@ -221,7 +222,6 @@ def write_exports(current: Run) -> None:
     recipe = current.recipe
     healed = recipe.materialize.heal_steps > 0
     weights = current.folder / "heal" / "weights" if healed else merged_folder(current)
-    factored = recipe.basis is not None
 
     # The base's tokenizer files are copied as they are; another tokenizer is written anew.
     own = recipe.model.tokenizer is not None or current.base is None
@@ -230,7 +230,7 @@ def write_exports(current: Run) -> None:
     def work() -> None:
         with ExportProgress() as progress:
             exporting.export_model(
-                basis_weights(current) if factored else open_weights(weights),
+                open_weights(weights),
                 current.plan,
                 current.folder / "export",
                 formats=export_formats(current),
@@ -266,22 +266,19 @@ def measure(current: Run, blocks: Blocks) -> None:
     if (current.folder / "continued" / "weights").is_dir():
         weights = current.folder / "continued" / "weights"
         models["continued"] = lambda: load_dense(weights, attention, through=dtype)
-    factored = recipe.basis is not None
-    models["direct"] = lambda: load_first(current) if factored else tied_base(current)
+    models["direct"] = lambda: tied_base(current)
     if current.steps > 0 or recipe.materialize.heal_steps > 0 or recipe.residual is not None:
         models["post"] = lambda: load_export(current)
-    savings = basis_savings(current) if factored else current.plan.savings(current.config)
     limit, size = recipe.evaluate.blocks, recipe.evaluate.batch_size
     device = current.ranks.device
     measured = evaluate_models(models, blocks, size, limit, device, current.folder)
     summary = summarize(
         measured,
         current.plan,
-        savings,
+        current.plan.savings(current.config),
         requested_ratio(recipe.plan, current.plan, current.plan.layout(current.config)),
         {"base": weight_bytes(base)}
-        | {kind: weight_bytes(current.folder / "export" / kind) for kind in exported(current)}
-        | ({"factored": savings.stored_parameters * dtype.itemsize} if factored else {}),
+        | {kind: weight_bytes(current.folder / "export" / kind) for kind in exported(current)},
         trained(current),
         0 if recipe.residual is None else recipe.residual.parameters(current.plan, current.config),
     )
@@ -347,9 +344,7 @@ def load_export(current: Run) -> PreTrainedModel:
 
 
 def require_trained(current: Run) -> None:
-    factored = current.recipe.basis is not None
-    folder = factors_folder(current) if factored else trained_folder(current)
-    if not (folder / "config.json").is_file():
+    if not (trained_folder(current) / "config.json").is_file():
         raise PostshareError(
             f"{current.folder} holds no finished training; start it with `postshare run`"
         )
@@ -372,6 +367,6 @@ def exported(current: Run) -> tuple[str, ...]:
 def export_formats(current: Run) -> tuple[exporting.Format, ...]:
     """With KV heads alone there is nothing compact to store; with spans, no stock form."""
     plan = current.plan
-    if not plan.ties and not plan.removed and not plan.spans:
+    if plan.structure() == plan and not plan.spans:
         return ("dense",)
     return current.recipe.export.formats if plan.has_stock_form else ("compact",)

@@ -46,12 +46,14 @@ class PlanSection(Section):
     """How the sharing plan is found."""
 
     strategy: Literal[
-        "cosine", "released", "random", "loss", "auto", "magnitude", "gradient", "file", "none"
-    ] = "cosine"
+        "cosine", "released", "random", "loss", "auto", "magnitude", "gradient", "basis", "file",
+        "none",
+    ] = "cosine"  # fmt: skip
     """cosine: best match, root-resolved; released: the published selection with its chains;
     random: control; loss: the changes that cost least on calibration text; auto: the same across
-    ties of any projections, removals, spans and KV groups; magnitude, gradient: remove the units
-    with the smallest weights, or the smallest |sum of weight * gradient| (pruning controls); file:
+    ties of any projections, removals, spans, KV groups and shared bases; magnitude, gradient:
+    remove the units with the smallest weights, or the smallest |sum of weight * gradient| (pruning
+    controls); basis: q, k and v of two adjacent layers on one basis (Basis Sharing); file:
     plan.path; none: share nothing."""
     score: Literal[
         "q", "k", "v", "qk", "qkv", "softmax",
@@ -77,6 +79,9 @@ class PlanSection(Section):
         AfterValidator(lambda v: tuple(sorted(distinct(v)))),
     ] = (0,)
     """Layers whose units are never targets."""
+    basis: bool = True
+    """Whether strategy auto may put q, k and v of adjacent layers on one basis (Basis Sharing), for
+    fewer bytes of weights and as much cache; false: it keeps to heads and layers."""
     path: Name | None = None
     """Plan JSON, for strategy file."""
     seed: Count = 0

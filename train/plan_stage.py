@@ -135,11 +135,11 @@ def find_by_auto(
     current.say("", *tables, front_table(front, config, size, prompt.shape[1]))
     current.say(auto_sentence(searched))
     if searched.factored is not None and searched.factored.is_better:
-        current.say(factored_note(searched.factored))
+        current.say(factored_note(searched.factored, searched.chosen.plan))
     agreement = searched.chosen.agreement
     if agreement is not None and (line := unstable(agreement, searched.blocks)) is not None:
         print(f"warning: {line}", file=sys.stderr, flush=True)
-    return searched.chosen.plan
+    return searched.plan
 
 
 def show_plan(current: Run) -> None:

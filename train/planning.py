@@ -19,7 +19,7 @@ from sa_models.similarity import best_matches, random_matches
 from sa_models.spans import ranges
 from sa_models.weights import WeightsFolder
 from train.auto_budgets import check_auto
-from train.basis_section import ranks_of
+from train.basis_planning import basis_plan
 from train.budgets import search_space, unit_budget
 from train.choice_checks import MATCHED
 from train.scoring import CalibrationText, score_units
@@ -39,7 +39,7 @@ def check_plan(recipe: Recipe, weights: WeightsFolder) -> None:
     """Refuse a plan that cannot be, before any work.
 
     Raises:
-        PostshareError: what is wrong, see :func:`~train.basis_section.ranks_of`,
+        PostshareError: what is wrong, see :func:`~train.basis_planning.basis_plan`,
             :func:`sa_models.selection.units_to_tie`,
             :func:`~train.span_planning.check_spans_section` and
             :func:`~train.structure_sections.check_structure`; or a residual larger than the head.
@@ -50,8 +50,6 @@ def check_plan(recipe: Recipe, weights: WeightsFolder) -> None:
     if section.strategy == "file":
         check_structure(recipe, SharingPlan.load(section.path or ""), config)
         return
-    if recipe.basis is not None:
-        ranks_of(recipe, config)
     structure = listed_structure(recipe.heads, recipe.spans)
     check_structure(recipe, structure, config)
     if recipe.spans is not None:
@@ -66,6 +64,8 @@ def check_budget(section: PlanSection, config: Any, structure: SharingPlan) -> N
     skipped, layout = skipped_layers(section, structure), structure.layout(config)
     if section.strategy in MATCHED:
         selection.units_to_tie(unit_budget(section, config, structure), layout, skipped)
+    elif section.strategy == "basis":
+        basis_plan(section, config)
     elif section.strategy == "auto":
         check_auto(section, config, structure)
     else:
@@ -107,6 +107,8 @@ def find_ties(
         plan = SharingPlan.load(section.path or "")
         plan.validate(weights.config)
         return plan, None
+    if section.strategy == "basis":
+        return basis_plan(section, weights.config), None
     layout = structure.layout(weights.config)
     if section.strategy == "magnitude":
         space = search_space(section, weights.config, structure)
@@ -192,6 +194,8 @@ def plan_table(plan: SharingPlan, config: LlamaConfig, requested: float, size: i
         rows.append(
             (f"{layers} {ranges(span.followers)}", f"{what} of layer {span.leader}{mapped}")
         )
+    if plan.basis is not None:
+        rows.append(("q, k and v", f"{plan.basis.layers} adjacent layers share a basis"))
     rows += [
         (
             "attention parameters no longer stored",

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from pydantic import Field, ValidationError, model_validator
 
 from sa_models.errors import PostshareError
-from train.basis_section import BasisSection, check_basis
 from train.distill_section import DistillSection, check_distill
 from train.lora_section import LoraSection, check_lora
 from train.penalty_modes import disagreement
@@ -40,7 +39,6 @@ if TYPE_CHECKING:
     from sa_models.convert import Leaders
 
 __all__ = [
-    "BasisSection",
     "Budget",
     "DataSection",
     "DataSource",
@@ -80,8 +78,6 @@ class Recipe(Section):
     spans: Spans | None = None
     """Layers that reuse what another layer has computed: a list of spans, or how to find them."""
     heads: HeadsSection = HeadsSection()
-    basis: BasisSection | None = None
-    """Basis Sharing instead of a plan: a control of `postshare compare`, or a run of its own."""
     penalty: PenaltySection = PenaltySection()
     recovery: Recovery | None = None
     """How quality comes back, in short: default (reconstruct, heal, distill), paper (penalty), or a
@@ -105,7 +101,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
-        if "plan" not in self.model_fields_set and not self.shares:
+        if "plan" not in self.model_fields_set and not self.plans:
             raise ValueError(
                 "nothing is shared; set plan, spans or heads (to train without sharing: "
                 "plan.strategy=none)"
@@ -126,7 +122,10 @@ class Recipe(Section):
                 raise ValueError("penalty: plan.strategy is none, nothing to pull; remove penalty")
             self._nothing_to_materialize()
         if self.plan.action == "remove":
-            self._nothing_is_tied()
+            self._nothing_is_tied("plan.action is remove")
+        if self.plan.strategy == "basis":
+            self._only_factors()
+        self._text_is_read()
         if (problem := disagreement(self)) is not None:
             raise ValueError(problem)
         if self.data.streaming and self.train.steps is None:
@@ -134,7 +133,6 @@ class Recipe(Section):
         if self.data.document_mask and self.model.attention == "flash_attention_2":
             self._one_row_for_flash_attention()
         check_distill(self)
-        check_basis(self)
         check_residual(self)
         check_lora(self)
         return self
@@ -154,12 +152,34 @@ class Recipe(Section):
                 "changes after it; set train.steps=0 and materialize.heal_steps"
             )
 
-    def _nothing_is_tied(self) -> None:
+    def _nothing_is_tied(self, why: str) -> None:
         if self.penalty != PenaltySection():
-            raise ValueError("penalty: plan.action is remove, nothing to pull; remove penalty")
+            raise ValueError(f"penalty: {why}, nothing to pull; remove penalty")
         if self.materialize.merge != "copy":
+            raise ValueError(f"materialize.merge: {why}, nothing is merged; remove it")
+
+    def _only_factors(self) -> None:
+        self._nothing_is_tied("plan.strategy is basis")
+        if self.changes_structure:
             raise ValueError(
-                "materialize.merge: plan.action is remove, nothing is merged; remove it"
+                "plan.strategy basis goes with no spans and no other KV heads yet; remove spans "
+                "and heads"
+            )
+        if self.materialize.reconstruct:
+            raise ValueError(
+                "materialize.reconstruct: plan.strategy is basis, whose factors are fitted to the "
+                "text themselves; remove it"
+            )
+
+    def _text_is_read(self) -> None:
+        section = self.materialize
+        # A resolved recipe states the defaults too: they change nothing.
+        default = type(section).model_fields["calibration_blocks"].get_default()
+        reads = section.measures or self.plan.strategy in ("basis", "file")
+        if section.calibration_blocks != default and not reads:
+            raise ValueError(
+                f"materialize: merge {section.merge} reads no text; remove calibration_blocks, set "
+                "reconstruct, or set merge to weighted_mean or least_squares"
             )
 
     def _one_row_for_flash_attention(self) -> None:
@@ -200,13 +220,8 @@ class Recipe(Section):
 
     @property
     def plans(self) -> bool:
-        """Whether there is a sharing plan: ties, removed units, spans or KV heads."""
+        """Whether there is a sharing plan: ties, removed units, spans, KV heads or a basis."""
         return self.plan.strategy != "none" or self.changes_structure
-
-    @property
-    def shares(self) -> bool:
-        """Whether anything is shared at all: by a plan, or as a basis."""
-        return self.plans or self.basis is not None
 
     @property
     def penalized(self) -> bool:
@@ -214,6 +229,7 @@ class Recipe(Section):
         return (
             self.plan.strategy != "none"
             and self.plan.action != "remove"
+            and self.plan.strategy != "basis"
             and self.train.steps != 0
             and self.penalty.loss_weights[1] > 0
             and self.penalty.coefficient > 0

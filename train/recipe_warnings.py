@@ -28,6 +28,12 @@ def warnings(recipe: Recipe, shared: Iterable[str] | None = None) -> list[str]:
                 "plan.action is remove: train.steps trains the model with all its units, which are "
                 "removed afterwards; to train without them, set materialize.heal_steps"
             )
+    elif plan.strategy == "basis":
+        if recipe.train.steps != 0:
+            lines.append(
+                "plan.strategy is basis: train.steps trains the dense weights, which are "
+                "factorized afterwards; to train the factors, set materialize.heal_steps"
+            )
     elif recipe.penalized:
         lines += _unpulled(recipe, shared)
     elif recipe.train.steps == 0:

@@ -58,7 +58,7 @@ def check_residual(recipe: Recipe) -> None:
     section, plan = recipe.residual, recipe.plan
     if section is None:
         return
-    if plan.strategy == "none" or plan.action == "remove":
+    if plan.strategy in ("none", "basis") or plan.action == "remove":
         raise ValueError("residual: nothing is tied, so nothing is lost to ties; remove residual")
     if plan.strategy == "auto":
         raise ValueError(

@@ -64,7 +64,7 @@ class Run:
 
     @property
     def shares(self) -> bool:
-        return self.recipe.shares
+        return self.recipe.plans
 
     @cached_property
     def base(self) -> Path | None:
@@ -91,9 +91,8 @@ class Run:
         measured = spans.calibration_blocks if spans is not None and spans.measures else 1
         measured = max(measured, plan.calibration_blocks if plan.measures else 1)
         merge = self.recipe.materialize
-        measured = max(measured, merge.calibration_blocks if merge.measures else 1)
-        basis = self.recipe.basis
-        measured = max(measured, 1 if basis is None else basis.calibration_blocks)
+        reads = merge.measures or plan.strategy in ("basis", "file")
+        measured = max(measured, merge.calibration_blocks if reads else 1)
         residual = self.recipe.residual
         if residual is not None and residual.measures:
             measured = max(measured, residual.calibration_blocks)
@@ -234,10 +233,9 @@ def begin(recipe: Recipe, needs_data: bool = True, trains: bool = False) -> Run:
 
 
 MERGED = "merged"
-"""Folder of the weights of which tied units have been made one on calibration text."""
-BASIS = "basis"
-"""Folder of the factors of Basis Sharing before they are trained."""
-STARTED = ("run.json", "continued", MERGED, BASIS, "residual", "heal", "export", SUMMARY_FILE)
+"""Folder of the weights that were materialized on calibration text: tied units made one, or the
+factors of a plan with a basis."""
+STARTED = ("run.json", "continued", MERGED, "residual", "heal", "export", SUMMARY_FILE)
 
 
 def check_folder(recipe: Recipe) -> None:

@@ -69,6 +69,7 @@ def save_front(
     config: LlamaConfig,
     size: int,
     path: Path,
+    star: str = "chosen",
 ) -> None:
     """Quality against bytes, and against the time of decoding a token, as PNG and SVG.
 
@@ -76,6 +77,7 @@ def save_front(
         points: everything that was measured.
         noisy: whether the times are worth nothing: then the bytes that a token reads are drawn.
         size: bytes of one exported parameter.
+        star: what `chosen` is called.
     """
     figure = Figure(figsize=(WIDTH, 7.4), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharey=True)
@@ -103,7 +105,7 @@ def save_front(
         linewidth=1.2,
         label="front",
     )
-    upper.scatter(*place(chosen), marker="*", s=140, color=VERMILLION, zorder=3, label="chosen")
+    upper.scatter(*place(chosen), marker="*", s=140, color=VERMILLION, zorder=3, label=star)
     upper.set_xlabel(f"{unit} stored")
     figure.legend(loc="outside upper center", ncols=2)  # a point may lie anywhere in the axes
     _draw_decoding(lower, timed, chosen, noisy)

@@ -324,7 +324,8 @@ class MaterializeSection(Section):
     """Solve o of the changed layers and those above by least squares on calibration text, so that
     the heads that are left make up for what has changed."""
     calibration_blocks: Positive = 32
-    """Training blocks for weighted_mean, least_squares and reconstruct, spread evenly."""
+    """Training blocks for weighted_mean, least_squares, reconstruct and the first factors of a
+    shared basis, spread evenly."""
     heal_steps: Count = 0
     """Optimizer steps of tied fine-tuning afterwards."""
     heal_learning_rate: Rate | None = None
@@ -334,18 +335,11 @@ class MaterializeSection(Section):
     def _heal(self) -> Self:
         if self.heal_learning_rate is not None and self.heal_steps == 0:
             raise ValueError("heal_learning_rate without healing; set materialize.heal_steps")
-        # A resolved recipe states the defaults too: they change nothing.
-        default = type(self).model_fields["calibration_blocks"].get_default()
-        if self.calibration_blocks != default and not self.measures:
-            raise ValueError(
-                f"merge {self.merge} reads no text; remove calibration_blocks, set reconstruct, or "
-                "set merge to weighted_mean or least_squares"
-            )
         return self
 
     @property
     def measures(self) -> bool:
-        """Whether calibration text is needed."""
+        """Whether calibration text is needed, whatever the plan."""
         return self.merge in MEASURED or self.reconstruct
 
 

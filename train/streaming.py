@@ -26,7 +26,13 @@ from sa_models.errors import PostshareError
 from sa_models.heads import HeadLayout
 from sa_models.merging import Merge
 from sa_models.modeling import SharedLlamaForCausalLM, compact_config, select_units
-from sa_models.readers import DenseReader, MaterializedReader, compact_shapes, open_weights
+from sa_models.readers import (
+    CompactFolder,
+    DenseReader,
+    MaterializedReader,
+    compact_shapes,
+    open_weights,
+)
 from sa_models.weights import WeightsFolder, read_model_type
 from train.base_model import base_folder
 
@@ -141,6 +147,16 @@ def compact_source(
     """
     dense = dense_weights(folder, plan, leaders)
     reader = CompactReader(MaterializedReader(dense, plan, merge), plan)
+    return Source(SharedLlamaForCausalLM, _for_training(reader.config, section), reader, folder)
+
+
+def factored_source(folder: Path, section: ModelSection) -> Source:
+    """The compact model of a folder of factors, as it is: for heal.
+
+    Raises:
+        PostshareError: as `CompactFolder`.
+    """
+    reader = CompactFolder(folder)
     return Source(SharedLlamaForCausalLM, _for_training(reader.config, section), reader, folder)
 
 

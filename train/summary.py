@@ -30,7 +30,7 @@ MODELS = {
     "post": "PostShare",
 }
 STRUCTURED = MODELS | {"direct": "direct", "post": "post-trained"}
-"""With removed units, spans or fewer KV heads it is not the PostShare paper's method alone."""
+"""With removed units, spans, fewer KV heads or a basis it is not the PostShare paper's method."""
 
 
 def evaluate_models(
@@ -89,9 +89,7 @@ def summarize(
 
     Args:
         requested: the ratio of heads that the recipe asks for.
-        disk: bytes of the weight files, by ``base``, ``compact``, ``adapter`` and ``dense``;
-            ``factored``: those that the factors of Basis Sharing would take, which are in no file
-            of the export.
+        disk: bytes of the weight files, by ``base``, ``compact``, ``adapter`` and ``dense``.
         residual: parameters of the adapter, which belong to what is stored.
     """
     stored_ratio = savings.stored_ratio - residual / savings.attention_parameters
@@ -115,14 +113,13 @@ def summarize(
         "structure": {
             "kv_heads": plan.kv_heads,
             "spans": [span.to_dict() for span in plan.spans],
+            "basis": None if plan.basis is None else plan.basis.to_dict(),
         },
         "cache": {
             "base_elements_per_token": savings.base_cache,
             "stored_elements_per_token": savings.stored_cache,
         },
-        "bytes": {
-            name: disk.get(name) for name in ("base", "compact", "adapter", "factored", "dense")
-        },
+        "bytes": {name: disk.get(name) for name in ("base", "compact", "adapter", "dense")},
         "tokens": training.tokens,
         "seconds": training.seconds,
     }
@@ -171,14 +168,13 @@ def summary_cells(summary: dict[str, Any]) -> tuple[list[str], dict[str, list[st
 
 
 def is_structured(summary: dict[str, Any]) -> bool:
-    """Whether the plan has spans or fewer KV heads."""
-    return bool(summary["structure"]["kv_heads"] or summary["structure"]["spans"])
+    """Whether the plan has spans, fewer KV heads or a shared basis."""
+    return any(summary["structure"].values())
 
 
 def model_names(summary: dict[str, Any]) -> dict[str, str]:
     """What each model of a run is called."""
-    factored = summary["bytes"]["factored"] is not None
-    papers = not (factored or is_structured(summary) or summary["heads"]["removed"])
+    papers = not (is_structured(summary) or summary["heads"]["removed"])
     return MODELS if papers else STRUCTURED
 
 
@@ -209,7 +205,7 @@ def bytes_of(summary: dict[str, Any], name: str) -> int | None:
     if name not in ("direct", "post"):
         return size["base"]
     if size["compact"] is None:
-        return size["factored"] or size["dense"]
+        return size["dense"]
     return size["compact"] + (size["adapter"] or 0 if name == "post" else 0)
 
 

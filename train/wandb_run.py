@@ -29,7 +29,7 @@ CLOSING_SECONDS = 60.0
 """How long it may take to send what is left, when the training has ended."""
 
 JOB_TYPES = {"post": "post-train"}
-"""What wandb calls a training; the others (continued, heal, basis, pretrain) by their names."""
+"""What wandb calls a training; the others (continued, heal, pretrain) by their names."""
 EVALUATE = "evaluate"
 """The job type of the run that holds the evaluation and the exports."""
 IN_SWEEPS = ("post", EVALUATE)
@@ -85,6 +85,8 @@ def plan_group(name: str, plan: SharingPlan, config: Any) -> str:
         parts.append(f"spans-{followers}of{plan.layout(config).layers}")
     if plan.kv_heads is not None:
         parts.append(f"kv-{plan.kv_heads}")
+    if plan.basis is not None:
+        parts.append(f"basis-{plan.basis.layers}")
     return f"{name}/{'-'.join([*parts, plan.hash()[:6]])}" if parts else name
 
 
@@ -124,7 +126,7 @@ class WandbRun:
     and `wandb sync` appends one to the other.
 
     Args:
-        job: post, continued, heal, basis, pretrain or evaluate.
+        job: post, continued, heal, pretrain or evaluate.
         group: see :func:`plan_group`; `wandb.group` of the recipe is taken instead.
         run_id: of an earlier segment.
         node: in a run that several nodes write to, which one this process speaks for.

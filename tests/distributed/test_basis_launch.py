@@ -1,4 +1,4 @@
-"""Basis Sharing on two processes: factors of several layers, whole (DDP) or split (ZeRO-3)."""
+"""Basis Sharing on two processes: factors of several layers, whole (DDP) or split up."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1800)]
 
 RECIPE = (
     "recipes/demo_postshare.yaml",
-    "plan={strategy: none}",
-    "basis.parameters=200000",
-    "basis.calibration_blocks=2",
-    "train.steps=3",
+    "plan={strategy: basis, budget: {parameters: -10%}}",
+    "penalty={}",
+    "materialize={heal_steps: 3, calibration_blocks: 2}",
+    "train.steps=0",
     "train.batch_size=4",
     "train.micro_batch_size=2",
     "train.warmup_steps=0",
@@ -29,14 +29,14 @@ RECIPE = (
 
 def test_factors_train_alike_on_every_backend(tmp_path: Path) -> None:
     found = {}
-    for config in ("cpu", "ddp", "zero3"):
+    for config in ("cpu", "ddp", "zero3", "fsdp2"):
         folder = tmp_path / config
         run(config, "-m", "train", *RECIPE, f"output_dir={folder}", timeout=600)
-        found[config] = load_file(folder / "weights" / "model.safetensors")
-    first = load_file(tmp_path / "cpu" / "basis" / "model.safetensors")
-    shared = "model.layers.2.self_attn.k_proj.basis"
+        found[config] = load_file(folder / "heal" / "weights" / "model.safetensors")
+    first = load_file(tmp_path / "cpu" / "merged" / "model.safetensors")
+    shared = "model.layers.2.self_attn.k_proj.basis.weight"
     assert shared in first
-    for config in ("ddp", "zero3"):
+    for config in ("ddp", "zero3", "fsdp2"):
         assert found[config].keys() == found["cpu"].keys()
         for name, weight in found["cpu"].items():
             difference = float((found[config][name] - weight).norm())

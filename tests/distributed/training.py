@@ -16,7 +16,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sa_models.adapters import insert_
+from sa_models.basis import SharedBasis
 from sa_models.convert import convert
+from sa_models.factorize import factorized
 from sa_models.materialize import materialize_
 from sa_models.modeling import SharedLlamaForCausalLM
 from sa_models.plan import HeadTie, SharingPlan
@@ -112,6 +114,8 @@ MODELS: dict[str, tuple[LlamaConfig, SharingPlan]] = {
             )
         ),
     ),
+    # Factors that two layers share, and one layer of its own; sizes that divide by no world size.
+    "basis": (GQA, SharingPlan(basis=SharedBasis(2, (19, 17, 11), (7, 11, 5), (13, 7, 9)))),
 }
 
 
@@ -203,7 +207,10 @@ def build(setting: Setting) -> tuple[LlamaForCausalLM, torch.optim.Optimizer]:
     torch.manual_seed(1)
     config, plan = MODELS[setting.model]
     model = convert(LlamaForCausalLM(config), plan)
-    if setting.heal:
+    if plan.basis is not None:
+        text = torch.randint(0, VOCABULARY, (8, LENGTH), generator=torch.Generator().manual_seed(3))
+        model = factorized(model, plan, [{"input_ids": text}])
+    elif setting.heal:
         materialize_(dict(model.named_parameters()), plan.layout(config), plan)
         model = SharedLlamaForCausalLM.from_materialized(model, plan)
     if setting.residual:

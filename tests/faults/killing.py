@@ -60,6 +60,15 @@ WAYS = {
     "distill": Way((_LONG, "distill.top_k=7", "distill.hidden_weight=0.1")),
     "distill cached": Way((_LONG, "distill.top_k=7", "distill.cache=true")),
     "heal": Way(("train.steps=6", f"materialize.heal_steps={STEPS}"), "heal"),
+    "basis": Way(
+        (
+            "plan={strategy: basis, budget: {parameters: -9%}}",
+            "penalty={}",
+            "train.steps=0",
+            f"materialize.heal_steps={STEPS}",
+        ),
+        "heal",
+    ),
     "residual": Way(
         ("train.steps=6", f"materialize.heal_steps={STEPS}", "residual.rank=4"), "heal"
     ),

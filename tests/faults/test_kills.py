@@ -23,9 +23,9 @@ BOUNDS = {"one": 0.0, "ddp": 1e-6, "zero2": 1e-6, "fsdp2": 1e-6}
 # What each has of its own must survive: a second stage, a teacher and its cache, moved weights.
 OTHER_WAYS = (
     *(("one", way) for way in killing.WAYS if way != "demo"),
-    *(("ddp", way) for way in ("heal", "distill cached", "decoupled", "residual", "lora")),
+    *(("ddp", way) for way in ("heal", "basis", "distill cached", "decoupled", "residual", "lora")),
     *(("zero2", way) for way in ("heal", "distill", "progressive", "residual")),
-    *(("fsdp2", way) for way in ("heal", "residual")),
+    *(("fsdp2", way) for way in ("heal", "basis", "residual")),
 )
 FEW = 20
 """Below this `make test` asks, which takes a part of the cases."""

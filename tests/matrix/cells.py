@@ -42,6 +42,10 @@ CELLS |= {
     "heal recomputed": Setting(model="owned", heal=True, checkpointing=True, accumulation=4),
     "heal removed": Setting(model="removed", heal=True, clip_norm=0.2),
     "heal spans": Setting(model="both", heal=True, clip_norm=0.2, accumulation=4),
+    # Factors of which layers share one.
+    "heal basis": Setting(model="basis", heal=True, clip_norm=0.2, accumulation=4),
+    "heal basis recomputed": Setting(model="basis", heal=True, checkpointing=True, clip_norm=None),
+    "bf16 heal basis": Setting(model="basis", heal=True, precision="bf16"),
     # With low-rank corrections of tied units, and these alone.
     "residual": Setting(model="owned", heal=True, residual="both", clip_norm=0.2, accumulation=4),
     "residual alone": Setting(model="removed", heal=True, residual="alone", clip_norm=0.01),
@@ -97,6 +101,7 @@ SUBSET: dict[tuple[str, int], tuple[str, ...]] = {
     ("ddp", 2): (
         *_GRID[0],
         "heal x1 clipped",
+        "heal basis",
         "residual",
         "lora",
         "bf16 lora",
@@ -105,13 +110,14 @@ SUBSET: dict[tuple[str, int], tuple[str, ...]] = {
     ),
     ("zero0", 2): (*_GRID[1], "bf16 ties x1"),
     ("zero1", 2): (*_GRID[0], "bf16 penalty", "heal x4 free", "residual alone", *_MOVED),
-    ("zero2", 2): (*_GRID[1], "bf16 penalty", "progressive x4 clipped"),
+    ("zero2", 2): (*_GRID[1], "bf16 penalty", "progressive x4 clipped", "bf16 heal basis"),
     ("zero3", 3): (
         *_GRID[0],
         "bf16 penalty",
         "frozen",
         "heal recomputed",
         "heal removed",
+        "heal basis recomputed",
         "residual",
         "residual alone",
         "distill x1 clipped",
@@ -126,6 +132,7 @@ SUBSET: dict[tuple[str, int], tuple[str, ...]] = {
         "bf16 penalty",
         "heal x1 clipped",
         "heal removed",
+        "heal basis",
         "residual alone",
         "distill x1 clipped",
         "distill heal",

@@ -40,9 +40,9 @@ SUMMARY_KEYS = {
     "perplexity": {"base", "continued", "direct", "post"},
     "heads": {"requested_ratio", "effective_ratio", "total", "tied", "removed"},
     "parameters": {"base", "stored", "adapter", "stored_ratio"},
-    "structure": {"kv_heads", "spans"},
+    "structure": {"kv_heads", "spans", "basis"},
     "cache": {"base_elements_per_token", "stored_elements_per_token"},
-    "bytes": {"base", "compact", "adapter", "factored", "dense"},
+    "bytes": {"base", "compact", "adapter", "dense"},
 }
 
 
@@ -347,7 +347,7 @@ def _unfinished(folder: Path, recipe: Recipe | None, trainings: dict[str, Traini
             wanted = planned_steps(recipe, name)
             of = f" of {wanted:,}" if wanted else ""
             notes.append(f"{LABELS[name]} is not finished: step {int(training.steps[-1]):,}{of}")
-    if not (folder / SUMMARY_FILE).is_file() and (recipe is None or recipe.shares):
+    if not (folder / SUMMARY_FILE).is_file() and (recipe is None or recipe.plans):
         notes.append("the models have not been evaluated yet: there is no verdict")
     if notes:
         notes[-1] += "; the command that started the run goes on with it"

@@ -1,28 +1,31 @@
-"""Basis Sharing: the optimum against singular values of outputs, and the files."""
+"""Basis Sharing: the optimum against singular values of outputs, the plan, the compact export."""
 
 from __future__ import annotations
 
+import copy
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from sa_models.basis import (
-    BasisFolder,
-    basis_ranks,
-    factored_parameters,
-    factorize,
-    factorized,
-    load_basis,
-    parameter_range,
-    stored_parameters,
-)
+from sa_models.basis import SharedBasis, basis_of, factor_sizes, parameter_range
 from sa_models.errors import PostshareError
-from sa_models.export import export_model
+from sa_models.export import ExportResult, export_model
+from sa_models.factorize import factorize, factorized
 from sa_models.heads import HeadLayout
-from sa_models.plan import SharingPlan
-from sa_models.weights import ShardWriter
+from sa_models.manifest import read_manifest
+from sa_models.modeling import SharedLlamaForCausalLM
+from sa_models.plan import HeadTie, SharingPlan
+from sa_models.readers import CompactFolder, ExpandedFolder
+from sa_models.weights import ShardWriter, WeightsFolder
 from tests.unit.sa_models.gauge import tiny, tokens
 
 
@@ -30,10 +33,32 @@ def text(blocks: int = 9) -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": tokens(blocks=blocks)}]
 
 
-def full(layout: HeadLayout, size: int) -> dict[str, list[int]]:
+def full(layout: HeadLayout, size: int) -> SharingPlan:
     """The rank of the stacked weights themselves."""
     groups = [min(size, layout.layers - at) for at in range(0, layout.layers, size)]
-    return {p: [min(layout.hidden_size, n * layout.shape(p)[0]) for n in groups] for p in "qkv"}
+    ranks = [tuple(min(layout.hidden_size, n * layout.shape(p)[0]) for n in groups) for p in "qkv"]
+    return SharingPlan(basis=SharedBasis(size, *ranks))
+
+
+def some(layout: HeadLayout, size: int = 2, share: float = 0.6) -> SharingPlan:
+    basis = basis_of(layout, size, int(share * parameter_range(layout, size)[1]))
+    assert basis is not None
+    return SharingPlan(basis=basis)
+
+
+def write(model: SharedLlamaForCausalLM, folder: Path, shard_bytes: int = 10**9) -> Path:
+    folder.mkdir()
+    model.config.save_pretrained(folder)
+    writer = ShardWriter(folder, shard_bytes)
+    for name, parameter in model.named_parameters():
+        writer.add(name, parameter.detach())
+    writer.close()
+    return folder
+
+
+def exact(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """Its logits, computed in float64."""
+    return copy.deepcopy(model).double()(ids).logits
 
 
 @pytest.mark.parametrize("rank", [1, 4, 9])
@@ -69,15 +94,16 @@ def test_nothing_on_the_text_is_refused() -> None:
 @pytest.mark.parametrize("size", [2, 3])
 def test_full_rank_is_the_model(kv_heads: int, tied: bool, size: int) -> None:
     model = tiny(kv_heads, layers=5, tie_word_embeddings=tied)
-    layout = HeadLayout.from_config(model.config)
-    made = factorized(model, size, full(layout, size), text()).eval()
+    plan = full(HeadLayout.from_config(model.config), size)
+    plan.validate(model.config)
+    made = factorized(model, plan, text()).eval()
     ids = tokens()
     torch.testing.assert_close(made(ids).logits, model(ids).logits, rtol=0, atol=2e-4)
     attention = made.model.layers[3].self_attn
-    assert attention.q_proj.basis is made.model.layers[3 - 3 % size].self_attn.q_proj.basis
+    assert attention.q_proj.owner is made.model.layers[3 - 3 % size].self_attn.q_proj
     assert attention.o_proj.weight.equal(model.model.layers[3].self_attn.o_proj.weight)
     stored = sum(p.numel() for p in made.parameters())
-    assert stored == stored_parameters(made.config)
+    assert stored == plan.savings(model.config).stored_parameters
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
@@ -91,21 +117,20 @@ def test_ranks_take_all_that_they_may(kv_heads: int, share: float, size: int) ->
     assert parameter_range(layout, size)[1] == dense
     allowed = int(share * dense)
     if allowed < parameter_range(layout, size)[0]:
-        with pytest.raises(PostshareError, match="do not lie between"):
-            basis_ranks(layout, size, allowed)
+        assert basis_of(layout, size, allowed) is None
         return
-    ranks = basis_ranks(layout, size, allowed)
-    made = factorized(model, size, ranks, text())
-    taken = {
-        id(p): p.numel()
-        for name, p in made.named_parameters()
-        if name.endswith((".basis", ".coefficients"))
-    }
-    stored = sum(taken.values())
-    assert stored == factored_parameters(layout, size, ranks)
+    plan = SharingPlan(basis=basis_of(layout, size, allowed))
+    plan.validate(model.config)
+    made = factorized(model, plan, text())
+    stored = sum(
+        p.numel() for name, p in made.named_parameters() if "basis" in name or "coeffic" in name
+    )
+    assert plan.basis is not None
+    assert stored == plan.basis.parameters(layout)
     assert sum(p.numel() for p in made.parameters()) == (
         sum(p.numel() for p in model.parameters()) - dense + stored
     )
+    assert plan.savings(model.config).basis_parameters == dense - stored
     # No rank more fits anywhere.
     cheapest = min(
         layout.hidden_size + n * layout.shape(p)[0] for p in "qkv" for n in {size, 5 % size or size}
@@ -113,33 +138,95 @@ def test_ranks_take_all_that_they_may(kv_heads: int, share: float, size: int) ->
     assert allowed - cheapest < stored <= allowed
 
 
-def test_a_plan_that_saves_nothing_leaves_no_factors() -> None:
+def test_no_factors_where_nothing_is_saved_or_no_rank_is_left() -> None:
     layout = HeadLayout.from_config(tiny(2).config)
-    with pytest.raises(PostshareError, match=r"of the dense weights; change basis\.parameters"):
-        basis_ranks(layout, 2, parameter_range(layout, 2)[1])
+    least, whole = parameter_range(layout, 2)
+    assert basis_of(layout, 2, whole) is None
+    assert basis_of(layout, 2, least - 1) is None
+    ones = basis_of(layout, 2, least)
+    assert ones is not None
+    assert {*ones.q, *ones.k, *ones.v} == {1}
 
 
-def test_written_is_read_is_exported(tmp_path: Path) -> None:
-    model = tiny(2, layers=5, tie_word_embeddings=True)
-    layout = HeadLayout.from_config(model.config)
-    ranks = basis_ranks(layout, 2, parameter_range(layout, 2)[1] * 2 // 3)
-    made = factorized(model, 2, ranks, text()).eval()
-    (tmp_path / "factors").mkdir()
-    made.config.save_pretrained(tmp_path / "factors")
-    writer = ShardWriter(tmp_path / "factors", 10**4)
-    for name, parameter in made.named_parameters():
-        writer.add(name, parameter.detach())
-    writer.close()
-    assert len(list((tmp_path / "factors").glob("*.safetensors"))) > 1
-    loaded = load_basis(tmp_path / "factors", "sdpa").eval()
+# --- the plan -------------------------------------------------------------------------------------
+
+
+def test_a_plan_without_a_basis_is_written_as_before() -> None:
+    assert "basis" not in SharingPlan().to_dict()
+    plan = some(HeadLayout.from_config(tiny(2, layers=5).config))
+    assert SharingPlan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+    assert plan.hash() != SharingPlan().hash()
+    assert plan.has_stock_form
+    assert plan.structure() == SharingPlan()
+
+
+@pytest.mark.parametrize(
+    ("basis", "message"),
+    [
+        ({"layers": 1, "ranks": {}}, r"basis\.layers is 1; give an integer of at least 2"),
+        ({"layers": 2, "ranks": {"q": [1]}}, "give the lists q, k and v"),
+        ({"layers": 2, "ranks": {p: [0, 1] for p in "qkv"}}, "give a positive integer"),
+        ({"layers": 2, "ranks": {p: [1] for p in "qkv"}}, "has 1 entries; 4 layers in groups of 2"),
+        ({"layers": 2, "ranks": {p: [1, 99] for p in "qkv"}}, "q.1. is 99; .* rank 20 at most"),
+        ({"layers": 2, "rank": 3}, r"plan\.basis.*rank"),
+        ([2], "give layers and ranks"),
+    ],
+)
+def test_a_basis_that_cannot_be(basis: Any, message: str) -> None:
+    with pytest.raises(PostshareError, match=message):
+        SharingPlan.from_dict({"version": 1, "basis": basis}).validate(tiny(4, layers=4).config)
+
+
+def test_a_basis_goes_with_nothing_else_yet() -> None:
+    config = tiny(4, layers=4).config
+    plan = some(HeadLayout.from_config(config))
+    for more in (
+        {"removed": ((1, 0),)},
+        {"kv_heads": 2},
+        {"ties": (HeadTie((1, 0), (0, 0), ("q",)),)},
+    ):
+        with pytest.raises(PostshareError, match="do not go together yet"):
+            replace(plan, **more).validate(config)
+    with pytest.raises(PostshareError, match="whose factors calibration text decides"):
+        SharedLlamaForCausalLM.from_materialized(tiny(4, layers=4), plan)
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def exported(
+    tmp_path: Path, model: LlamaForCausalLM, dtype: torch.dtype = torch.float32, **more: Any
+) -> tuple[SharedLlamaForCausalLM, ExportResult]:
+    """The factorized model, and its export."""
+    plan = some(HeadLayout.from_config(model.config))
+    made = factorized(model, plan, text()).eval()
+    made.set_attn_implementation("eager")
+    source = ExpandedFolder(write(made, tmp_path / "factors", 10**4))
+    arguments = {"dtype": dtype, "shard_bytes": 10**9} | more
+    return made, export_model(source, plan, tmp_path / "export", **arguments)
+
+
+@pytest.mark.parametrize(("kv_heads", "tied"), [(4, True), (2, False), (1, True)])
+def test_compact_holds_the_factors_and_dense_their_product(
+    tmp_path: Path, kv_heads: int, tied: bool
+) -> None:
+    model = tiny(kv_heads, layers=5, tie_word_embeddings=tied)
+    made, result = exported(tmp_path, model)
+    state = dict(made.named_parameters())
+    stored = load_file(result.paths["compact"] / "model.safetensors")
+    assert stored.keys() == state.keys()
+    for name, value in stored.items():
+        assert torch.equal(value, state[name]), name
+    assert result.bytes["compact"] == 4 * sum(p.numel() for p in state.values())
+    assert result.bytes["dense"] == 4 * sum(p.numel() for p in model.parameters())
     ids = tokens()
-    assert torch.equal(loaded(ids).logits, made(ids).logits)
-    assert [n for n, _ in loaded.named_parameters()] == [n for n, _ in made.named_parameters()]
-    folder = BasisFolder(tmp_path / "factors")
-    result = export_model(
-        folder, SharingPlan(), tmp_path / "export", formats=("dense",), dtype=torch.float32,
-        shard_bytes=10**9,
-    )  # fmt: skip
+    compact = AutoModelForCausalLM.from_pretrained(
+        result.paths["compact"], dtype=torch.float32, attn_implementation="eager"
+    )
+    assert isinstance(compact, SharedLlamaForCausalLM)
+    # In fp32 the last digit depends on where a tensor lies in memory.
+    compact.double().eval()
+    torch.testing.assert_close(compact(ids).logits, exact(made, ids), rtol=0, atol=1e-12)
     dense, info = LlamaForCausalLM.from_pretrained(
         result.paths["dense"], dtype=torch.float32, output_loading_info=True
     )
@@ -148,20 +235,142 @@ def test_written_is_read_is_exported(tmp_path: Path) -> None:
     # Logits are about 10; a product, rounded to fp32, is not the two products that it replaces.
     torch.testing.assert_close(dense.eval()(ids).logits, made(ids).logits, rtol=0, atol=5e-5)
     k = made.model.layers[3].self_attn.k_proj
-    product = k.coefficients @ made.model.layers[2].self_attn.k_proj.basis
+    product = k.coefficients.weight @ made.model.layers[2].self_attn.k_proj.basis.weight
     torch.testing.assert_close(dense.model.layers[3].self_attn.k_proj.weight, product)
     assert (dense(ids).logits - model(ids).logits).abs().max() > 0.1
 
 
+def test_a_basis_is_held_in_memory_once_and_generates(tmp_path: Path) -> None:
+    made, result = exported(tmp_path, tiny(2, layers=5))
+    compact = AutoModelForCausalLM.from_pretrained(result.paths["compact"], dtype=torch.float32)
+    held = {p.data_ptr(): p.nbytes for p in compact.parameters()}
+    assert sum(held.values()) == result.bytes["compact"]
+    again = compact.generate(tokens()[:1, :5], max_new_tokens=8, do_sample=False)
+    whole = made.generate(tokens()[:1, :5], max_new_tokens=8, do_sample=False, use_cache=False)
+    assert torch.equal(again, whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounded_factors_are_what_both_forms_are_made_of(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
+    made, result = exported(tmp_path, tiny(2, layers=4), dtype)
+    state = dict(made.named_parameters())
+    compact = load_file(result.paths["compact"] / "model.safetensors")
+    dense = WeightsFolder(result.paths["dense"])
+    prefix = "model.layers.{}.self_attn.v_proj."
+    for layer in range(4):
+        c = state[prefix.format(layer) + "coefficients.weight"].to(dtype)
+        b = state[prefix.format(layer - layer % 2) + "basis.weight"].to(dtype)
+        assert torch.equal(compact[prefix.format(layer) + "coefficients.weight"], c)
+        product = (c.double() @ b.double()).to(dtype)
+        assert torch.equal(dense.read(prefix.format(layer) + "weight"), product)
+
+
+def test_a_finished_export_is_left_and_another_is_refused(tmp_path: Path) -> None:
+    _, result = exported(tmp_path, tiny(2, layers=4))
+    before = {f: f.stat().st_mtime_ns for f in (tmp_path / "export").rglob("*") if f.is_file()}
+    source = ExpandedFolder(tmp_path / "factors")
+    arguments: dict[str, Any] = {"dtype": torch.float32, "shard_bytes": 10**9}
+    export_model(source, source.plan, tmp_path / "export", **arguments)
+    assert before == {f: f.stat().st_mtime_ns for f in before}
+    manifest = read_manifest(result.paths["compact"])
+    assert manifest["plan"] == source.plan.to_dict()
+    assert manifest["tensors"]["bytes"] == result.bytes["compact"]
+    other = factorized(tiny(2, layers=4, seed=1), source.plan, text())
+    shutil.rmtree(tmp_path / "factors")
+    write(other, tmp_path / "factors")
+    source = ExpandedFolder(tmp_path / "factors")
+    with pytest.raises(PostshareError, match="holds an export of other weights"):
+        export_model(source, source.plan, tmp_path / "export", **arguments)
+
+
+@pytest.mark.parametrize("kind", ["basis", "coefficients"])
+def test_a_factor_that_was_not_written_as_it_is_fails_the_verification(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One unit in the last place of one number."""
+    add = ShardWriter.add
+
+    def damaged(self: ShardWriter, name: str, tensor: torch.Tensor) -> None:
+        inside = "compact" in str(self.folder)
+        if inside and name == f"model.layers.2.self_attn.k_proj.{kind}.weight":
+            tensor = tensor.clone()
+            tensor[1, 1] = torch.nextafter(tensor[1, 1], torch.tensor(1e9))
+        add(self, name, tensor)
+
+    monkeypatch.setattr(ShardWriter, "add", damaged)
+    with pytest.raises(PostshareError, match=rf"k_proj\.{kind}\.weight differs"):
+        exported(tmp_path, tiny(2, layers=4))
+    assert not list((tmp_path / "export").iterdir())
+
+
+def test_a_layer_that_computes_something_else_fails_the_verification(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The basis of another group."""
+    from sa_models import verify
+
+    real = ExpandedFolder.factor_names
+
+    def wrong(self: ExpandedFolder, name: str) -> tuple[str, str] | None:
+        found = real(self, name)
+        is_k = "layers.3.self_attn.k" in name and sys._getframe(1).f_code.co_name == "_take_bases"
+        return (found[0], found[1].replace("layers.2", "layers.0")) if is_k and found else found
+
+    monkeypatch.setattr(verify.ExpandedFolder, "factor_names", wrong)
+    with pytest.raises(PostshareError, match="layer 3 computes other outputs"):
+        exported(tmp_path, tiny(2, layers=4))
+
+
+def test_it_loads_without_the_package(tmp_path: Path) -> None:
+    """By its own modeling files, in a process that cannot import this package."""
+    made, result = exported(tmp_path, tiny(2, layers=4))
+    folder = result.paths["compact"]
+    code = (
+        "import sys, torch\n"
+        "sys.modules['sa_models'] = None\n"
+        "from transformers import AutoModelForCausalLM\n"
+        f"m = AutoModelForCausalLM.from_pretrained({str(folder)!r}, trust_remote_code=True,\n"
+        "    dtype=torch.float32, attn_implementation='eager').eval().double()\n"
+        f"torch.save(m(torch.load({str(tmp_path / 'ids')!r})).logits, {str(tmp_path / 'out')!r})\n"
+    )
+    torch.save(tokens(), tmp_path / "ids")
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, cwd=tmp_path, timeout=300,
+        env={"HF_HOME": str(tmp_path / "hf"), "PATH": "", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    found = torch.load(tmp_path / "out")
+    torch.testing.assert_close(found, exact(made, tokens()), rtol=0, atol=1e-12)
+
+
+def test_a_source_without_the_factors_is_refused(tmp_path: Path) -> None:
+    model = tiny(2, layers=4)
+    model.save_pretrained(tmp_path / "dense")
+    plan = some(HeadLayout.from_config(model.config))
+    with pytest.raises(PostshareError, match="has not the plan's factors"):
+        export_model(
+            WeightsFolder(tmp_path / "dense"), plan, tmp_path / "export",
+            dtype=torch.float32, shard_bytes=10**9,
+        )  # fmt: skip
+    assert not (tmp_path / "export").exists()
+
+
 def test_a_file_that_lacks_a_factor_is_refused(tmp_path: Path) -> None:
     model = tiny(2, layers=4)
-    layout = HeadLayout.from_config(model.config)
-    made = factorized(model, 2, basis_ranks(layout, 2, 3000), text())
-    made.config.save_pretrained(tmp_path)
-    from safetensors.torch import save_file
-
-    state = {n: p.detach().contiguous() for n, p in made.named_parameters()}
-    del state["model.layers.2.self_attn.v_proj.basis"]
-    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    made = factorized(model, some(HeadLayout.from_config(model.config)), text())
+    folder = write(made, tmp_path / "factors")
+    state = load_file(folder / "model.safetensors")
+    del state["model.layers.2.self_attn.v_proj.basis.weight"]
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(PostshareError, match=r"has no weight model\.layers\.2\.self_attn\.v_proj"):
-        load_basis(tmp_path, "sdpa")
+        CompactFolder(folder)
+
+
+def test_sizes_are_those_of_the_shape() -> None:
+    layout = HeadLayout.from_config(tiny(2, layers=5).config)
+    rows = {p: layout.shape(p)[0] for p in "qkv"}
+    for (p, at), (one, dense) in factor_sizes(layout, 2).items():
+        layers = 1 if at == 2 else 2
+        assert one == layout.hidden_size + layers * rows[p]
+        assert dense == layers * rows[p] * layout.hidden_size

@@ -342,6 +342,7 @@ def test_compact_config_and_carried_code(tmp_path: Path) -> None:
         f"{name}.py"
         for name in (
             "attention",
+            "basis",
             "cache",
             "configuration",
             "errors",

@@ -14,6 +14,7 @@ from sa_models.plan import SharingPlan
 from sa_models.weights import read_config
 from train import compare as comparing
 from train.base_model import base_folder
+from train.basis_planning import basis_plan
 from train.controls import CONTROLS, RECIPE, Target, variant
 from train.recipe import Recipe, validate
 from train.run_folder import PLAN_FILE
@@ -60,7 +61,21 @@ def test_pruning_is_reconstructed_where_the_recipe_is(tmp_path: Path, target: Ta
         assert (kept.reconstruct, kept.calibration_blocks, kept.merge) == (True, 7, "copy")
 
 
-@pytest.mark.parametrize("name", CONTROLS)
+def test_where_auto_shares_bases_the_control_is_auto_without_them(
+    tmp_path: Path, target: Target
+) -> None:
+    section = {"strategy": "auto", "budget": {"bytes": "-8%"}, "calibration_blocks": 3}
+    own = recipe(tmp_path / "run", plan=section)
+    shared = Target(basis_plan(own.plan, target.config), target.config, 2)
+    made = variant(CONTROLS["heads"], own, shared, 0, str(tmp_path / "heads"))
+    assert made is not None
+    assert made.plan == own.plan.model_copy(update={"basis": False})
+    assert made.materialize == own.materialize
+    assert variant(CONTROLS["basis"], own, shared, 0, str(tmp_path / "basis")) is None
+    assert variant(CONTROLS["heads"], own, target, 0, str(tmp_path / "heads")) is None
+
+
+@pytest.mark.parametrize("name", [name for name in CONTROLS if name != "heads"])
 @pytest.mark.parametrize("heal", [0, 3])
 def test_every_control_takes_the_same_steps_and_no_more_bytes(
     name: str, heal: int, tmp_path: Path, target: Target

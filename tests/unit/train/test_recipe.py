@@ -331,7 +331,7 @@ def test_every_form_of_spans_reads_back_equal(
     tmp_path: Path, spans: Any, heads: dict[str, int]
 ) -> None:
     recipe = validate(structured(spans=spans, heads=heads))
-    assert recipe.shares
+    assert recipe.plans
     assert recipe.changes_structure
     assert (recipe.plan.strategy, recipe.penalized) == ("none", False)
     assert recipe.heads.kv_heads == heads.get("kv_heads")
@@ -352,7 +352,7 @@ def test_every_form_of_spans_reads_back_equal(
 
 def test_heads_alone_are_a_recipe(tmp_path: Path) -> None:
     recipe = validate(structured(heads={"kv_heads": 1}))
-    assert recipe.shares
+    assert recipe.plans
     assert recipe.spans is None
     recipe.save(tmp_path / "resolved.yaml")
     assert load_recipe(tmp_path / "resolved.yaml") == recipe

@@ -266,7 +266,7 @@ def test_what_is_damaged_is_said_and_left_out(
 
 @pytest.mark.parametrize(
     ("section", "key"),
-    [("heads", "removed"), ("parameters", "adapter"), ("bytes", "adapter"), ("bytes", "factored")],
+    [("heads", "removed"), ("parameters", "adapter"), ("bytes", "adapter"), ("structure", "basis")],
 )
 def test_a_summary_of_an_earlier_version(section: str, key: str, tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run")

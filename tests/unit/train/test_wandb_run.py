@@ -16,6 +16,7 @@ from tiny import row
 from transformers import LlamaConfig
 
 import train.wandb_run as wandb_run
+from sa_models.basis import SharedBasis
 from sa_models.errors import PostshareError
 from sa_models.plan import SharingPlan
 from sa_models.spans import AttentionSpan
@@ -229,6 +230,7 @@ def test_a_group_says_which_plan(tmp_path: Path) -> None:
         "tied-2of8": (tiny.PLAN, config),
         "removed-2of8": (removed, grouped),  # a unit is a KV head and its two query heads
         "spans-1of2-kv-2": (SharingPlan(kv_heads=2, spans=(AttentionSpan(0, (1,), "kv"),)), config),
+        "basis-2": (SharingPlan(basis=SharedBasis(2, (3,), (2,), (2,))), config),
     }
     for said, (plan, shape) in plans.items():
         assert plan_group("demo", plan, shape) == f"demo/{said}-{plan.hash()[:6]}"
