@@ -159,4 +159,12 @@ def coefficients_name(layer: int, projection: str) -> str:
     return f"model.layers.{layer}.self_attn.{projection}_proj.coefficients.weight"
 
 
-__all__ = ["SharedBasis", "check_basis", "read_basis"]
+__all__ = [
+    "FACTORED",
+    "SharedBasis",
+    "basis_of",
+    "check_basis",
+    "factor_sizes",
+    "parameter_range",
+    "read_basis",
+]

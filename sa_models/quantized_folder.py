@@ -16,7 +16,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from .configuration import SharedLlamaConfig
 from .errors import PostshareError
-from .heads import HeadLayout
 from .modeling import SharedLlamaForCausalLM
 from .readers import compact_shapes
 from .weights import SINGLE, llama_shapes, read_config, read_model_type
@@ -36,7 +35,8 @@ def is_quantized(folder: str | os.PathLike[str]) -> bool:
 
 def is_projection(name: str) -> bool:
     """Whether a parameter is what quantization rounds: a matrix of a decoder layer."""
-    return HeadLayout.parse_name(name) is not None or (".mlp." in name and name.endswith(".weight"))
+    inside = ".self_attn." in name or ".mlp." in name
+    return inside and name.endswith(".weight")
 
 
 def quantized_bytes(folder: Path) -> int:

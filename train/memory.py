@@ -41,28 +41,33 @@ class Memory:
         return sum(astuple(self))
 
 
-def layer_activations(shape: LlamaShape, tokens: int, length: int, size: int, eager: bool) -> int:
+def layer_activations(
+    shape: LlamaShape, tokens: int, length: int, size: int, eager: bool, autocast: bool = False
+) -> int:
     """Bytes that one decoder layer keeps for its backward pass, without checkpointing.
 
     RMSNorm keeps its input in fp32, and the normalized value; a linear layer keeps its input; a
-    fused attention keeps q, k, v, its output and one fp32 number per query; eager attention keeps
-    its map instead; SwiGLU keeps gate, its activation, up and their product.
+    fused attention keeps q, k, v, its output and one fp32 number per query, and o a copy of that
+    output (on a GPU; a CPU's kernel writes it as o reads it); eager attention keeps its map
+    instead; SwiGLU keeps gate, its activation, up and their product. Under autocast what layers
+    hand on is fp32, and each of q, k, v, gate and up keeps a cast copy of its own.
 
     Args:
         tokens: tokens of a micro-batch.
         length: tokens of one sequence.
         size: bytes of an activation, 4 or 2.
         eager: whether attention materializes its map.
+        autocast: whether weights are fp32 and autocast makes the activations bf16.
     """
     layout = HeadLayout.from_config(shape)
     hidden, middle = shape.hidden_size, shape.intermediate_size
     query, key = layout.heads * layout.head_dim, layout.kv_heads * layout.head_dim
-    norms = 2 * (4 * hidden + 2 * size * hidden)
+    norms = 16 * hidden + 5 * size * hidden if autocast else 2 * (4 * hidden + 2 * size * hidden)
     if eager:
         # The fp32 softmax, and its copy in the activations' type; keys and values repeated.
         attention = size * 4 * query + layout.heads * length * (4 if size == 4 else 4 + size)
     else:
-        attention = size * (2 * query + 2 * key) + 4 * layout.heads
+        attention = size * (3 * query + 2 * key) + 4 * layout.heads
     return tokens * (norms + attention + 4 * size * middle)
 
 
@@ -81,12 +86,13 @@ def memory_per_gpu(
     """Memory of one GPU of `gpus` under a ZeRO stage (0: plain data parallel).
 
     Without ZeRO, weights, gradients and two moments are fp32, and bf16 autocast adds a bf16 copy
-    of the weights. DeepSpeed keeps weights in the training precision, sums gradients in fp32, and
-    updates an fp32 master copy (in fp32 training too): ZeRO-1 divides master copy and moments by
-    the number of GPUs, ZeRO-2 the gradients too, ZeRO-3 the weights too. What ZeRO-3 gathers at a
-    time is counted as the larger of one layer and one embedding. It is that of the base's own
-    structure, which *continued* trains; spans and fewer KV heads need less. With LoRA the weights
-    are as `lora.base` says, and the rest is that of the adapters; there is no ZeRO then.
+    of the weights (with checkpointing: of one layer's and the embeddings). DeepSpeed keeps weights
+    in the training precision, sums gradients in fp32, and updates an fp32 master copy (in fp32
+    training too): ZeRO-1 divides master copy and moments by the number of GPUs, ZeRO-2 the
+    gradients too, ZeRO-3 the weights too. What ZeRO-3 gathers at a time is counted as the larger of
+    one layer and one embedding. It is that of the base's own structure, which *continued* trains;
+    spans and fewer KV heads need less. With LoRA the weights are as `lora.base` says, and the rest
+    is that of the adapters; there is no ZeRO then.
     """
     total = llama_parameters(shape)
     trained = trainable_parameters(shape, train.trainable, lora=lora)
@@ -96,26 +102,30 @@ def memory_per_gpu(
     def share(amount: int, from_stage: int) -> int:
         return math.ceil(amount / gpus) if stage >= from_stage else amount
 
-    plain = 6 if size == 2 else 4
-    weights = plain * total if stage == 0 else share(size * total, 3)
+    embeddings = shape.vocab_size * shape.hidden_size
+    matrices = 1 if shape.tie_word_embeddings else 2
+    layer = (total - matrices * embeddings) // shape.num_hidden_layers
+    autocast = stage == 0 and size == 2
+    weights = share(size * total, 3)
     if lora is not None:
+        plain = 6 if size == 2 else 4
         weights = lora.model_bytes(parameter_shapes(shape, SharingPlan()), size) + plain * trained
+    elif autocast:
+        weights = 4 * total + 2 * (embeddings + layer if checkpointing else total)
     if stage == 3 and gpus > 1:
-        embeddings = shape.vocab_size * shape.hidden_size
-        matrices = 1 if shape.tie_word_embeddings else 2
-        layer = (total - matrices * embeddings) // shape.num_hidden_layers
         weights += size * max(layer, embeddings)
     tokens = train.micro_batch_size * sequence_length
-    one_layer = layer_activations(shape, tokens, sequence_length, size, eager)
-    kept = size * tokens * shape.hidden_size if checkpointing else one_layer
+    one_layer = layer_activations(shape, tokens, sequence_length, size, eager, autocast)
+    entering = (4 if autocast else size) * tokens * shape.hidden_size
+    kept = entering if checkpointing else one_layer
     activations = shape.num_hidden_layers * kept + (one_layer if checkpointing else 0)
     return Memory(
         weights=weights,
         gradients=share(4 * trained, 2),
         optimizer=share((moments + (4 if stage else 0)) * trained, 1),
         activations=activations,
-        # The logits, their fp32 copy (the same in fp32), the log-probabilities, their gradient.
-        logits=tokens * shape.vocab_size * (10 if size == 2 else 12),
+        # In fp32 the log-probabilities, the gradient of what is picked from them, and theirs.
+        logits=tokens * shape.vocab_size * 12,
         teacher=teacher_memory(shape, distill, tokens, stage=stage, gpus=gpus),
     )
 

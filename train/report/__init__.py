@@ -69,7 +69,7 @@ def run_page(data: RunData) -> str:
             _rival_picture(rivals),
             (tables.evaluation(data), tables.against_controls(rivals), tables.tasks(data)),
         ),
-        ("Plan", plots.plan_pictures(data), (tables.pairs(data),)),
+        ("Plan", plots.plan_pictures(data), (tables.basis(data), tables.pairs(data))),
         ("Training", plots.training_pictures(data, names), (tables.systems(data),)),
         ("Provenance", (), (tables.starts(data), tables.versions(data))),
     ]

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from sa_models.basis import FACTORED, factor_sizes
 from train.model_compare import PERPLEXITY
 from train.report.data import RunData, Training
 from train.report.rivals import Rivals
@@ -194,6 +195,26 @@ def pairs(data: RunData) -> Table | None:
     if more:
         note += f" {more} more are in plan.json."
     return Table(f"{len(data.plan.ties)} pairs", columns, tuple(rows), note, folded=True)
+
+
+def basis(data: RunData) -> Table | None:
+    """Which layers share a basis, of which ranks, and what their factors take."""
+    if data.plan is None or data.plan.basis is None or data.layout is None:
+        return None
+    shared, sizes = data.plan.basis, factor_sizes(data.layout, data.plan.basis.layers)
+    rows = []
+    for at, group in enumerate(shared.groups(data.layout.layers)):
+        ranks = [shared.ranks(p)[at] for p in FACTORED]
+        taken = sum(rank * sizes[p, at][0] for p, rank in zip(FACTORED, ranks, strict=True))
+        whole = sum(sizes[p, at][1] for p in FACTORED)
+        layers = ", ".join(map(str, group))
+        rows.append((layers, *map(str, ranks), f"{taken:,}", f"{whole:,}", f"{taken / whole:.1%}"))
+    return Table(
+        "Basis Sharing",
+        ("layers", "rank of q", "of k", "of v", "parameters", "of the weights", ""),
+        tuple(rows),
+        "q, k and v of these layers are each layer's coefficients times one basis.",
+    )
 
 
 def _way(data: RunData, tie: int) -> tuple[str, str]:

@@ -10,13 +10,16 @@ import numpy as np
 import pytest
 import torch
 from reference import dense, some_plan, tokens
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from sa_models.basis import SharedBasis
 from sa_models.errors import PostshareError
 from sa_models.export import export_model
+from sa_models.factorize import factorized
 from sa_models.plan import SharingPlan
 from sa_models.quantization import quantize_folder
 from sa_models.quantized_folder import QuantizedFolder, load_dequantized
+from sa_models.readers import ExpandedFolder
 from sa_models.weights import WeightsFolder
 
 pytest.importorskip("torchao", reason="pip install 'postshare[quantize]'")
@@ -30,6 +33,24 @@ def export(folder: Path, plan: SharingPlan) -> Path:
     return folder / "compact"
 
 
+def export_factors(folder: Path) -> Path:
+    """A compact export of which q, k and v of two layers share a basis, of ranks 4 divides."""
+    model = dense(intermediate_size=20)
+    groups = -(-model.config.num_hidden_layers // 2)
+    plan = SharingPlan(basis=SharedBasis(2, (16,) * groups, (8,) * groups, (12,) * groups))
+    made = factorized(model, plan, [{"input_ids": tokens()}])
+    (folder / "source").mkdir()
+    made.config.save_pretrained(folder / "source")
+    save_file(
+        {name: p.detach().contiguous() for name, p in made.named_parameters()},
+        folder / "source" / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    source = ExpandedFolder(folder / "source")
+    export_model(source, plan, folder, dtype=torch.float32, shard_bytes=10**9, formats=["compact"])
+    return folder / "compact"
+
+
 def nearest(weight: np.ndarray, least: np.ndarray, step: np.ndarray, last: int) -> np.ndarray:
     """Of ``least + i step``, i from 0 to ``last``, the value that is nearest to each weight."""
     choices = least[..., None] + step[..., None] * np.arange(last + 1)
@@ -37,9 +58,14 @@ def nearest(weight: np.ndarray, least: np.ndarray, step: np.ndarray, last: int) 
     return np.take_along_axis(choices, index[..., None], -1)[..., 0]
 
 
+@pytest.mark.parametrize("factors", [False, True])
 @pytest.mark.parametrize("to", ["int8", "int4"])
-def test_every_weight_is_the_nearest_value_of_its_row_or_group(tmp_path: Path, to: str) -> None:
-    source = export(tmp_path, some_plan("both, ties", "gqa"))
+def test_every_weight_is_the_nearest_value_of_its_row_or_group(
+    tmp_path: Path, to: str, factors: bool
+) -> None:
+    source = (
+        export_factors(tmp_path) if factors else export(tmp_path, some_plan("both, ties", "gqa"))
+    )
     quantize_folder(source, tmp_path / to, to, 4 if to == "int4" else None)
     before, after = load_file(source / "model.safetensors"), QuantizedFolder(tmp_path / to)
     assert set(after.names()) == set(before)
@@ -108,12 +134,15 @@ torch.save(found, sys.argv[2])
 
 
 def test_a_fresh_process_computes_with_torchao_what_the_weights_stand_for(tmp_path: Path) -> None:
-    """Stock weights, and ties that torchao's tensors are sliced for."""
+    """Stock weights, ties that torchao's tensors are sliced for, and factors."""
     compact = export(tmp_path, some_plan("both, ties", "gqa"))
-    folders = [
-        quantize_folder(source, tmp_path / name, "int8")
-        for name, source in (("stock", tmp_path / "source"), ("shared", compact))
-    ]
+    (tmp_path / "basis").mkdir()
+    sources = {
+        "stock": tmp_path / "source",
+        "shared": compact,
+        "factors": export_factors(tmp_path / "basis"),
+    }
+    folders = [quantize_folder(sources[name], tmp_path / name, "int8") for name in sources]
     torch.save(tokens(), tmp_path / "ids.pt")
     files = map(str, (tmp_path / "ids.pt", tmp_path / "out.pt", *folders))
     subprocess.run([sys.executable, "-c", FRESH, *files], check=True, timeout=300)

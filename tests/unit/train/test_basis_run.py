@@ -24,6 +24,8 @@ from train.demo import demo_base_path
 from train.judged_models import find_models
 from train.pipeline import export, run
 from train.recipe import Recipe, validate
+from train.report.data import read_run
+from train.report.tables import basis as basis_table
 from train.tracking import read_rows
 
 torch.set_num_threads(1)
@@ -95,6 +97,21 @@ def test_the_untrained_factors_are_the_row_direct(finished: Recipe) -> None:
     """Above the base's perplexity, and far below that of chance."""
     found = json.loads((finished.folder / "summary.json").read_text())["perplexity"]
     assert found["base"] < found["direct"] < 500
+
+
+def test_the_report_says_which_layers_share(finished: Recipe) -> None:
+    """Bases and coefficients of a group are as many parameters as its files hold."""
+    table = basis_table(read_run(finished.folder))
+    assert table is not None
+    files = CompactFolder(finished.folder / "merged")
+    assert [row[0] for row in table.rows] == ["0, 1", "2, 3", "4, 5", "6, 7"]
+    for row in table.rows:
+        prefixes = tuple(f"model.layers.{layer}.self_attn." for layer in row[0].split(", "))
+        held = [n for n in files.names() if n.startswith(prefixes) and "o_proj" not in n]
+        assert int(row[4].replace(",", "")) == sum(files.read(name).numel() for name in held)
+        ranks = [files.shape(f"{prefixes[0]}{p}_proj.basis.weight")[0] for p in "qkv"]
+        assert list(row[1:4]) == list(map(str, ranks))
+    assert "Basis Sharing" in (finished.folder / "report.html").read_text()
 
 
 def test_evaluate_reads_every_model_of_the_run(finished: Recipe) -> None:
