@@ -314,7 +314,7 @@ class _Job:
         writer.close()
 
     def _compact(self) -> Iterator[tuple[str, torch.Tensor, int]]:
-        """Name and value of every compact tensor, and the dense bytes that it stands for."""
+        """Name and value of every compact tensor, and the bytes that were read for it."""
         if isinstance(self.weights, ExpandedFolder):
             for name in self.weights.files.names():
                 tensor = self.weights.stored(name)
