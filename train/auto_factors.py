@@ -6,22 +6,16 @@ takes it, if the budget counts parameters or bytes: its factors change no heads 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from train.basis_planning import saving_plan
-from train.evaluate import block_losses
 from train.intervals import Interval
-from train.loss_planning import spread_blocks
-from train.materializing import on_text
 
 if TYPE_CHECKING:
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig
 
     from sa_models.plan import SharingPlan
-    from train.data import Blocks
     from train.recipe import Recipe
 
 
@@ -66,17 +60,3 @@ def may_take(recipe: Recipe) -> bool:
     """Whether the recipe allows it, and the budget is met without changing a head."""
     plan, budget = recipe.plan, recipe.plan.budget
     return plan.basis and budget is not None and (budget.parameters or budget.bytes) is not None
-
-
-def factored_losses(
-    recipe: Recipe,
-    plan: SharingPlan,
-    load: Callable[[], LlamaForCausalLM],
-    blocks: Blocks,
-    device: torch.device,
-) -> dict[str, Any]:
-    """Block by block, as :class:`~train.evaluate.BlockLosses`; fitted and measured on the text of
-    the reconstruction."""
-    made = on_text(recipe, plan, load(), blocks, device).to(device)  # type: ignore[arg-type]
-    measured = spread_blocks(blocks, recipe.materialize.calibration_blocks)
-    return asdict(block_losses(made, measured, recipe.evaluate.batch_size, progress=False))

@@ -19,7 +19,7 @@ import torch
 from sa_models.plan import SharingPlan
 from sa_models.plan_measure import Cache, identity
 from train.auto_budgets import REBUILT
-from train.auto_factors import Factored, factored_losses, may_take, rival
+from train.auto_factors import Factored, may_take, rival
 from train.auto_planning import AutoSearched
 from train.data import Blocks
 from train.evaluate import BlockLosses, block_losses
@@ -72,21 +72,18 @@ def compare_rebuilt(
         measured = spread_blocks(blocks, section.calibration_blocks)
         return asdict(block_losses(model, measured, recipe.evaluate.batch_size, progress=False))
 
-    def losses_of(key: str, measured: Callable[[], dict[str, Any]]) -> BlockLosses:
-        found = cache.get(key, measured)
-        return BlockLosses(tuple(found["nats"]), tuple(found["tokens"]))
-
-    tried: dict[SharingPlan, BlockLosses] = {}
-    for plan in list(dict.fromkeys(c.plan for c in searched.candidates))[:REBUILT]:
+    def losses_of(plan: SharingPlan) -> BlockLosses:
         options = {"plan": plan.to_dict(), "merge": section.merge, "leaders": recipe.leaders}
         key = "rebuilt blocks " + json.dumps(options, separators=(",", ":"))
-        tried[plan] = losses_of(key, partial(measure, plan))
+        found = cache.get(key, partial(measure, plan))
+        return BlockLosses(tuple(found["nats"]), tuple(found["tokens"]))
+
+    plans = list(dict.fromkeys(c.plan for c in searched.candidates))[:REBUILT]
+    tried = {plan: losses_of(plan) for plan in plans}
     chosen = list(tried)[_chosen([*tried.values()])]
     factored = None
     if (basis := rival(recipe, chosen, config)) is not None:
-        measured = partial(factored_losses, recipe, basis, load, blocks, device)
-        key = "factored blocks " + json.dumps(basis.to_dict(), separators=(",", ":"))
-        losses = losses_of(key, measured)
+        losses = losses_of(basis)
         saved = basis.savings(config).removed_parameters
         above = interval([tried[chosen]], [losses]) if len(losses.tokens) > 1 else (0.0, 0.0)
         taken = above[0] > 0 and may_take(recipe)

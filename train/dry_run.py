@@ -166,7 +166,7 @@ def _units(recipe: Recipe, shape: LlamaShape, structure: SharingPlan, savings: P
         passes = auto_passes(plan, shape, structure)
         rebuilt = ""
         if recipe.materialize.reconstruct:
-            rebuilt = f", {REBUILT} reconstructions and a factorization"
+            rebuilt = f", and {REBUILT} reconstructions and one factorization"
         return (
             "ties per projection, removals, spans, KV groups and shared bases: strategy auto "
             "decides, in at most "

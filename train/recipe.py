@@ -175,8 +175,7 @@ class Recipe(Section):
         section = self.materialize
         # A resolved recipe states the defaults too: they change nothing.
         default = type(section).model_fields["calibration_blocks"].get_default()
-        reads = section.measures or self.plan.strategy in ("basis", "file")
-        if section.calibration_blocks != default and not reads:
+        if section.calibration_blocks != default and not self.may_read_text:
             raise ValueError(
                 f"materialize: merge {section.merge} reads no text; remove calibration_blocks, set "
                 "reconstruct, or set merge to weighted_mean or least_squares"
@@ -222,6 +221,11 @@ class Recipe(Section):
     def plans(self) -> bool:
         """Whether there is a sharing plan: ties, removed units, spans, KV heads or a basis."""
         return self.plan.strategy != "none" or self.changes_structure
+
+    @property
+    def may_read_text(self) -> bool:
+        """Whether calibration text may be read to materialize: a plan file may have a basis."""
+        return self.materialize.measures or self.plan.strategy in ("basis", "file")
 
     @property
     def penalized(self) -> bool:

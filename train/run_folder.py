@@ -91,8 +91,7 @@ class Run:
         measured = spans.calibration_blocks if spans is not None and spans.measures else 1
         measured = max(measured, plan.calibration_blocks if plan.measures else 1)
         merge = self.recipe.materialize
-        reads = merge.measures or plan.strategy in ("basis", "file")
-        measured = max(measured, merge.calibration_blocks if reads else 1)
+        measured = max(measured, merge.calibration_blocks if self.recipe.may_read_text else 1)
         residual = self.recipe.residual
         if residual is not None and residual.measures:
             measured = max(measured, residual.calibration_blocks)

@@ -3,6 +3,8 @@ on where it was stopped."""
 
 from __future__ import annotations
 
+import itertools
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,22 +26,30 @@ from spans_base import (
 from transformers import LlamaForCausalLM
 
 from sa_models import SharingPlan
+from sa_models.errors import PostshareError
 from sa_models.heads import HeadLayout
+from sa_models.modeling import SharedLlamaForCausalLM
 from sa_models.readers import CompactFolder
 from sa_models.savings import llama_parameters
 from sa_models.sensitivity import estimate_sensitivity
 from train import auto_rebuilding
-from train.auto_budgets import ANY, FULL, REMOVALS
+from train.auto_budgets import ANY, FULL, REMOVALS, auto_passes
 from train.auto_factors import Factored, rival
 from train.auto_planning import search_auto
 from train.auto_report import factored_note
 from train.base_model import load_dense
 from train.basis_planning import saving_plan
 from train.data import Blocks
+from train.decode_time import bytes_read, compact_model, decode_time
+from train.dry_run import print_dry_run
 from train.engine import start
+from train.estimate import plan_savings
+from train.evaluate import BlockLosses
+from train.known_models import LlamaShape
 from train.loss_planning import SEARCH_CACHE
 from train.materializing import materialize_on_text, merged_folder
 from train.pipeline import plan, run
+from train.plan_section import PlanSection
 from train.recipe import Recipe
 from train.run_folder import Run, begin
 
@@ -291,13 +301,14 @@ def test_basis_sharing_is_taken_where_it_is_better_and_bytes_are_asked_for(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The run then factorizes, heals and exports; a number of heads cannot be met by it."""
-    real = auto_rebuilding.factored_losses
+    real = auto_rebuilding.block_losses
 
-    def better(*arguments: Any) -> dict[str, Any]:
-        measured = real(*arguments)
-        return measured | {"nats": [0.5 * nats for nats in measured["nats"]]}
+    def better(model: LlamaForCausalLM, *arguments: Any, **options: Any) -> BlockLosses:
+        measured = real(model, *arguments, **options)
+        shared = isinstance(model, SharedLlamaForCausalLM) and model.config.plan.basis is not None
+        return replace(measured, nats=tuple(n / 2 for n in measured.nats)) if shared else measured
 
-    monkeypatch.setattr(auto_rebuilding, "factored_losses", better)
+    monkeypatch.setattr(auto_rebuilding, "block_losses", better)
     more = REBUILT_ON | {"materialize": {**REBUILT_ON["materialize"], "heal_steps": 2}}
     if budget != "bytes":
         more |= {"plan": {"budget": {"heads": 5}} if budget == "heads" else {"basis": False}}
@@ -351,3 +362,181 @@ def test_basis_sharing_is_named_only_where_it_is_better_and_a_rival(home: Path) 
     # A penalty pulls units, which factors have not.
     pulled = {"train": {"steps": 3}}
     assert asked(plan={**auto, "budget": {"bytes": "-5%"}}, **pulled) is None
+
+
+def test_a_difference_that_tells_nothing_does_not_choose() -> None:
+    """The order as it is stands, but where a later plan is better by more than chance."""
+
+    def losses(*nats: float) -> BlockLosses:
+        return BlockLosses(nats, (10,) * len(nats))
+
+    first = losses(20.0, 22.0, 24.0, 26.0)
+    # Differences 0.4, 1.6, 0.4, 1.6: mean 1, never below 0.4 however blocks are drawn.
+    surely = losses(19.6, 20.4, 23.6, 24.4)
+    # Differences 4, -2, 4, -2: the same mean, negative in 5 of 16 draws.
+    perhaps = losses(16.0, 24.0, 20.0, 28.0)
+    assert auto_rebuilding._chosen([first, surely]) == 1
+    assert auto_rebuilding._chosen([first, perhaps]) == 0
+    assert auto_rebuilding._chosen([surely, first]) == 0
+    assert auto_rebuilding._chosen([losses(20.0), losses(10.0)]) == 0  # one block has no spread
+
+
+def test_it_goes_on_where_it_was_killed(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped in a search, and between two: the same plan, and nothing measured twice."""
+    whole = made(home, tmp_path / "whole", 4 * UNIT)
+    plan(whole)
+    expected = SharingPlan.load(whole.folder / "plan.json")
+    lines = (whole.folder / SEARCH_CACHE).read_text().splitlines(keepends=True)
+    for count in (len(lines) // 4, 3 * len(lines) // 4, len(lines)):
+        of = made(home, tmp_path / str(count), 4 * UNIT)
+        of.folder.mkdir()
+        of.save(of.folder / "recipe.yaml")
+        file = of.folder / SEARCH_CACHE
+        file.write_text("".join(lines[:count]) + (lines[count][:9] if count < len(lines) else ""))
+        plan(of)
+        assert SharingPlan.load(of.folder / "plan.json") == expected
+        again = [json.loads(line) for line in file.read_text().splitlines()]
+        keys = [(entry["of"], entry["key"]) for entry in again]
+        assert len(keys) == len(set(keys)) == len(lines)
+        search = read(of.folder, "plan-search.json")
+        if count == len(lines):
+            assert (search["forward_passes"], search["estimates"]) == (0, 0)
+        else:
+            assert search["forward_passes"] > 0
+
+
+def test_a_structure_of_the_recipe_stays(home: Path, tmp_path: Path) -> None:
+    spans = [{"leader": 2, "followers": [3]}]
+    of = made(home, tmp_path / "run", 2 * 8 * 32 * 4 + 2 * UNIT, spans=spans)
+    plan(of)
+    found = SharingPlan.load(of.folder / "plan.json")
+    assert [(s.leader, s.followers) for s in found.spans] == [(2, (3,))]
+    search = read(of.folder, "plan-search.json")
+    assert search["structures"] == []
+    base = base_model(home)
+    for part, loss in ((SharingPlan(spans=found.spans), "base_loss"), (found, "loss")):
+        measured = reference_loss(base, part, calibration(of, home))
+        assert search[loss] == pytest.approx(measured, abs=1e-5)
+
+
+@pytest.mark.parametrize("budget", [{"ratio": 0.2}, {"cache": "-20%"}])
+def test_other_budgets_are_met(home: Path, tmp_path: Path, budget: dict[str, Any]) -> None:
+    of = recipe(
+        home,
+        tmp_path / "run",
+        plan={"strategy": "auto", "budget": budget, "calibration_blocks": BLOCKS},
+        train={"steps": 1},
+    )
+    run(of)
+    found = SharingPlan.load(of.folder / "plan.json")
+    savings = found.savings(base_model(home).config)
+    if "ratio" in budget:
+        assert savings.tied_units + savings.removed_units == 4
+        assert read(of.folder, "plan-search.json")["structures"] == []
+    else:
+        assert savings.stored_cache <= 0.8 * savings.base_cache
+    assert (of.folder / "summary.json").is_file()
+
+
+def test_spans_need_a_compact_export(home: Path, tmp_path: Path) -> None:
+    of = made(home, tmp_path / "run", 2 * UNIT, export={"formats": ["dense"]})
+    plan(of)
+    search = read(of.folder, "plan-search.json")
+    assert all("span" not in entry["plan"] for entry in search["structures"])
+    assert len(search["structures"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("fields", "part"),
+    [
+        ({"share": ["q", "k"]}, "auto ignores share; remove plan.share"),
+        ({"action": "remove"}, "auto ignores action"),
+        ({"action": "any"}, "auto ignores action"),
+        ({"search": "evolutionary"}, "auto ignores search"),
+        ({"score": "k"}, "auto ignores score"),
+        ({"fold_norm": True}, "auto ignores fold_norm"),
+        ({"budget": None}, "auto needs a budget"),
+    ],
+)
+def test_options_without_effect_are_refused(fields: dict[str, Any], part: str) -> None:
+    with pytest.raises(ValueError, match=part):
+        PlanSection.model_validate({"strategy": "auto", "budget": {"bytes": "-1%"}} | fields)
+
+
+def test_a_budget_that_cannot_be_met_names_the_nearest(home: Path, tmp_path: Path) -> None:
+    of = made(home, tmp_path / "run", 30 * UNIT)
+    with pytest.raises(PostshareError, match=r"spans and KV groups save .*nearest is") as caught:
+        plan(of)
+    assert not of.folder.exists()
+    nearest = str(caught.value).rsplit("=", 1)[1]
+    section = PlanSection.model_validate({"strategy": "auto", "budget": {"bytes": nearest}})
+    config = base_model(home).config
+    saved = plan_savings(section, config).removed_parameters  # type: ignore[arg-type]
+    assert 18 * UNIT < saved < 24 * UNIT  # all units but those of layer 0 can be tied, and more
+
+
+def test_a_7b_is_bounded() -> None:
+    """Actions of a state, shortlists and rounds, written out; see docs/planning.md."""
+    section = PlanSection.model_validate({"strategy": "auto", "budget": {"bytes": "-10%"}})
+    bound = auto_passes(section, LlamaShape(), SharingPlan())  # type: ignore[arg-type]
+    needed, row = 673_841_562, 128 * 4096
+    searches = 0
+    for smallest in (2 * row, 4 * row, 3 * row):
+        actions = -(-needed // smallest)
+        each = -(-actions // 32)
+        searches += 1 + -(-actions // each) * (2 * each + 2)
+    assert searches < bound.forward < 3 * searches
+    assert bound.forward == 6079
+
+
+# --- decoding -------------------------------------------------------------------------------------
+
+
+def test_the_model_that_is_timed_is_the_plan_s_and_leaves_the_base(home: Path) -> None:
+    base = base_model(home)
+    before = {name: p.clone() for name, p in base.named_parameters()}
+    entry = {"target": [4, 0], "source": [1, 1], "projections": ["q", "k"], "score": None}
+    value = SharingPlan().to_dict() | {"ties": [entry], "removed": [[5, 2]], "kv_heads": 2}
+    for kv_heads, removed in itertools.product((None, 2), ([], [[5, 1]])):
+        one = SharingPlan.from_dict(value | {"kv_heads": kv_heads, "removed": removed})
+        tokens = torch.arange(24)[None] % 50
+        compact = compact_model(base, one)
+        stored = sum(p.numel() for p in compact.parameters())
+        assert stored == one.savings(base.config).stored_parameters
+        with torch.no_grad():
+            logits = compact(tokens).logits[:, :-1].log_softmax(-1)
+        loss = -float(logits.gather(-1, tokens[:, 1:, None]).mean())
+        assert loss == pytest.approx(reference_loss(base, one, tokens), abs=1e-5)
+        timed = decode_time(base, one, tokens)
+        assert timed.seconds > 0
+    for name, parameter in base.named_parameters():
+        assert torch.equal(parameter, before[name])
+
+
+def test_a_tie_reads_what_it_does_not_store(home: Path) -> None:
+    config = base_model(home).config
+    entry = {"target": [4, 0], "source": [1, 1], "projections": list("qkvo"), "score": None}
+    tied = SharingPlan.from_dict(SharingPlan().to_dict() | {"ties": [entry]})
+    gone = SharingPlan(removed=((4, 0),))
+    dense = (llama_parameters(config) + 10 * 2 * LAYERS * 32) * 2
+    assert bytes_read(SharingPlan(), config, 10, 2) == dense
+    assert bytes_read(tied, config, 10, 2) == dense
+    assert bytes_read(gone, config, 10, 2) == dense - 2 * (UNIT + 10 * 2 * 8)
+
+
+def test_the_dry_run_states_the_passes(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    of = made(home, tmp_path / "run", 2 * UNIT, model={"tokenizer": "demo-base"})
+    print_dry_run(of)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "strategy auto decides, in at most" in said
+    assert "forward passes over 3 blocks" in said
+    assert "reconstructions" not in said
+    more = {"reconstruct": True, "calibration_blocks": 4}
+    print_dry_run(of.model_copy(update={"materialize": of.materialize.model_copy(update=more)}))
+    said = " ".join(capsys.readouterr().out.split())
+    assert "over 3 blocks, and 3 reconstructions" in said
+    assert "3 reconstructions and one factorization" in said
