@@ -11,7 +11,7 @@ column of C and row of B are given the same norm.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -86,16 +86,31 @@ def factorized(
     grams = InputGrams(model, range(layout.layers))
     with torch.no_grad(), grams.recording():
         run_text(model, batches, lambda logits, targets: None, progress)
-    dense = dict(model.named_parameters())
-    state = {name: parameter for name, parameter in dense.items() if not _is_factored(name)}
+    dense, factors = dict(model.named_parameters()), dict[str, torch.Tensor]()
     for p in FACTORED:
         for at, group in enumerate(basis.groups(layout.layers)):
             weights = [dense[layout.parameter_name(layer, p)].detach() for layer in group]
             gram = torch.stack([grams.of_layer[layer] for layer in group]).sum(0)
             shared, coefficients = factorize(weights, gram, basis.ranks(p)[at])
-            state[basis_name(group[0], p)] = nn.Parameter(shared.float())
+            factors[basis_name(group[0], p)] = shared.float()
             for layer, part in zip(group, coefficients, strict=True):
-                state[coefficients_name(layer, p)] = nn.Parameter(part.float().contiguous())
+                factors[coefficients_name(layer, p)] = part.float().contiguous()
+    return with_factors(model, plan, factors)
+
+
+def with_factors(
+    model: LlamaForCausalLM, plan: SharingPlan, factors: Mapping[str, torch.Tensor]
+) -> SharedLlamaForCausalLM:
+    """The compact model of a plan with a basis, made of these factors and the model's own rest.
+
+    Args:
+        model: a stock Llama.
+        plan: validated.
+        factors: of every name and shape that the plan needs, see
+            :func:`~sa_models.readers.compact_shapes`.
+    """
+    state = {name: p for name, p in model.named_parameters() if not _is_factored(name)}
+    state |= {name: nn.Parameter(factor) for name, factor in factors.items()}
     made = without_weights(SharedLlamaForCausalLM, compact_config(model.config, plan), model)
     for name, expected in list(made.named_parameters()):
         set_parameter(made, name, state[name], expected)
@@ -108,4 +123,4 @@ def _is_factored(name: str) -> bool:
     return (HeadLayout.parse_name(name) or (0, "o"))[1] in FACTORED
 
 
-__all__ = ["factorize", "factorized"]
+__all__ = ["factorize", "factorized", "with_factors"]

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from sa_models.plan import SharingPlan
     from train.recipe import Recipe
 
+BASIS = "Basis Sharing"
+
 
 @dataclass(frozen=True)
 class Factored:

@@ -106,6 +106,7 @@ class AutoSearched:
         candidates: the chosen one first.
         structures: that were tried, measured alone.
         bound: of passes and estimates, stated before the search.
+        dense_rebuilt: nats per token of the dense model on the text of the reconstruction.
         factored: Basis Sharing beside them, see :mod:`train.auto_factors`.
     """
 
@@ -117,6 +118,7 @@ class AutoSearched:
     estimates: int
     bound: Passes
     seconds: float
+    dense_rebuilt: float | None = None
     factored: Factored | None = None
 
     @property

@@ -68,7 +68,10 @@ def compare_rebuilt(
     del base
 
     def measure(plan: SharingPlan) -> dict[str, Any]:
-        model = on_text(recipe, plan, load(), blocks, device).to(device)  # type: ignore[arg-type]
+        model = load()
+        if plan != SharingPlan():
+            model = on_text(recipe, plan, model, blocks, device)
+        model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides it
         measured = spread_blocks(blocks, section.calibration_blocks)
         return asdict(block_losses(model, measured, recipe.evaluate.batch_size, progress=False))
 
@@ -80,6 +83,7 @@ def compare_rebuilt(
 
     plans = list(dict.fromkeys(c.plan for c in searched.candidates))[:REBUILT]
     tried = {plan: losses_of(plan) for plan in plans}
+    dense = losses_of(SharingPlan()).perplexity.loss
     chosen = list(tried)[_chosen([*tried.values()])]
     factored = None
     if (basis := rival(recipe, chosen, config)) is not None:
@@ -98,6 +102,7 @@ def compare_rebuilt(
     return replace(
         searched,
         candidates=(*rebuilt, *rest),
+        dense_rebuilt=dense,
         factored=factored,
         seconds=searched.seconds + time.perf_counter() - started,
     )

@@ -20,7 +20,7 @@ from rich.table import Table
 
 from sa_models.convert import Leaders
 from sa_models.plan import SharingPlan
-from train.auto_factors import Factored
+from train.auto_factors import BASIS, Factored
 from train.auto_planning import AutoSearched, Candidate, Point
 from train.decode_time import DecodeTime, bytes_read, decode_time
 from train.files import write_json
@@ -48,14 +48,16 @@ NOISY = 0.25
 
 @dataclass(frozen=True)
 class Timed:
-    """A plan of the front.
+    """A plan that was decoded with.
 
     Attributes:
+        point: of the front; None for Basis Sharing, whose loss is that of another text.
         decode: of one token after ``context`` others.
         read: bytes that it reads, as exported.
     """
 
-    point: Point
+    plan: SharingPlan
+    point: Point | None
     decode: DecodeTime
     read: int
     context: int
@@ -83,7 +85,7 @@ def time_front(
     config: LlamaConfig,
     size: int,
 ) -> list[Timed]:
-    """Decode with a few plans of the front, evenly spread, and with the chosen one.
+    """Decode with a few plans of the front, evenly spread, the chosen one and Basis Sharing, last.
 
     Args:
         dense: the base model, without any structure.
@@ -94,14 +96,17 @@ def time_front(
     shared = [p for p in pareto(searched, config) if _removed(p, config)]
     picked = spread([p for p in shared if p.plan != chosen.plan], TIMED - 1)
     points = sorted([*picked, chosen], key=lambda p: _removed(p, config))
+    wanted: list[tuple[SharingPlan, Point | None]] = [(p.plan, p) for p in (searched.base, *points)]
+    if searched.factored is not None:
+        wanted.append((searched.factored.plan, None))
     timed: list[Timed] = []
     context = prompt.shape[1]
     with bar("timing the front") as advance:
-        for done, point in enumerate([searched.base, *points], start=1):
-            decode = decode_time(dense, point.plan, prompt, leaders)
-            read = bytes_read(point.plan, config, context, size)
-            timed.append(Timed(point, decode, read, context))
-            advance(done, len(points) + 1)
+        for done, (plan, point) in enumerate(wanted, start=1):
+            decode = decode_time(dense, plan, prompt, leaders)
+            read = bytes_read(plan, config, context, size)
+            timed.append(Timed(plan, point, decode, read, context))
+            advance(done, len(wanted))
     return timed
 
 
@@ -135,7 +140,8 @@ def compared_table(searched: AutoSearched, config: LlamaConfig) -> Table:
     if best is not None:
         table.add_column("reconstructed vs chosen", justify="right", min_width=13)
     base = searched.base
-    table.add_row("none (dense)", "", "", _ppl(base.expected), "")
+    rebuilt = [] if best is None else [_above(searched.dense_rebuilt, best)]
+    table.add_row("none (dense)", "", "", _ppl(base.expected), "", *rebuilt)
     for number, candidate in enumerate(searched.candidates):
         point = candidate.points[-1]
         table.add_row(
@@ -147,7 +153,7 @@ def compared_table(searched: AutoSearched, config: LlamaConfig) -> Table:
             *([] if best is None else [_above(candidate.rebuilt, best)]),
         )
     if factored is not None and best is not None:
-        name = f"Basis Sharing{' (chosen)' if taken else ''}"
+        name = f"{BASIS}{' (chosen)' if taken else ''}"
         what = in_words(factored.plan)
         table.add_row(name, what, f"{factored.saved:,}", "", "", _above(factored.loss, best))
     return table
@@ -176,12 +182,12 @@ def front_table(front: Sequence[Timed], config: LlamaConfig, size: int, context:
     table.add_column("vs dense", justify="right")
     table.add_column("bytes read for it", justify="right")
     for timed in front:
-        stored = timed.point.plan.savings(config).bytes(size)[1]
+        stored = timed.plan.savings(config).bytes(size)[1]
         decode = timed.decode
         table.add_row(
-            in_words(timed.point.plan),
+            in_words(timed.plan),
             f"{stored:,}",
-            _ppl(timed.point.expected),
+            "" if timed.point is None else _ppl(timed.point.expected),
             f"{1000 * decode.seconds:.2f}",
             f"{decode.ratio - 1:+.1%} ± {decode.spread:.1%}",
             f"{timed.read:,}",
@@ -271,21 +277,22 @@ def save_auto(
     """
     from train.search_picture import save_front
 
-    on_front, chosen = pareto(searched, config), searched.chosen.points[-1]
+    chosen = searched.chosen.points[-1]
     value = {
         "search": "auto",
         "calibration_blocks": searched.blocks,
         "base_loss": searched.base.loss,
         "loss": chosen.loss,
         "expected_loss": chosen.expected,
-        "chosen": "Basis Sharing" if searched.plan.basis else searched.chosen.name,
+        "chosen": BASIS if searched.plan.basis else searched.chosen.name,
         "candidates": [_candidate_dict(c, config) for c in searched.candidates],
+        "dense_reconstructed_loss": searched.dense_rebuilt,
         "factored": None if searched.factored is None else _factored_dict(searched.factored),
         "structures": [point_dict(p, config, size) for p in searched.structures],
-        "front": [point_dict(p, config, size) for p in on_front],
+        "front": [point_dict(p, config, size) for p in pareto(searched, config)],
         "decoding": [
             {
-                **point_dict(timed.point, config, size),
+                **_timed_dict(timed, config, size),
                 "context": timed.context,
                 "seconds": timed.decode.seconds,
                 "over_dense": timed.decode.ratio,
@@ -302,10 +309,7 @@ def save_auto(
         "seconds": searched.seconds,
     }
     write_json(folder / SEARCH_FILE, value)
-    picture = folder / PARETO_PICTURE
-    star = "chosen" if searched.plan == searched.chosen.plan else "best of these"
-    noisy = is_noisy(front)
-    save_front(searched.points, on_front, chosen, front, noisy, config, size, picture, star)
+    save_front(searched, pareto(searched, config), front, config, size, folder / PARETO_PICTURE)
 
 
 def _factored_dict(factored: Factored) -> dict[str, Any]:
@@ -335,14 +339,26 @@ def _candidate_dict(candidate: Candidate, config: LlamaConfig) -> dict[str, Any]
     return value
 
 
-def point_dict(point: Point, config: LlamaConfig, size: int) -> dict[str, Any]:
-    savings = point.plan.savings(config)
+def _timed_dict(timed: Timed, config: LlamaConfig, size: int) -> dict[str, Any]:
+    if timed.point is not None:
+        return point_dict(timed.point, config, size)
+    return {"plan": in_words(timed.plan), "origin": BASIS, **_stored_dict(timed.plan, config, size)}
+
+
+def _stored_dict(plan: SharingPlan, config: LlamaConfig, size: int) -> dict[str, Any]:
+    savings = plan.savings(config)
     return {
-        "plan": in_words(point.plan),
-        "origin": point.origin,
         "parameters_saved": savings.removed_parameters,
         "bytes": savings.bytes(size)[1],
         "cache_elements_per_token": savings.stored_cache,
+    }
+
+
+def point_dict(point: Point, config: LlamaConfig, size: int) -> dict[str, Any]:
+    return {
+        "plan": in_words(point.plan),
+        "origin": point.origin,
+        **_stored_dict(point.plan, config, size),
         "loss": point.loss,
         "expected_loss": point.expected,
         "perplexity": math.exp(point.expected),

@@ -17,11 +17,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import DynamicCache, LlamaConfig
 
+from sa_models.basis import FACTORED, SharedBasis
 from sa_models.convert import Leaders, convert
+from sa_models.factorize import with_factors
 from sa_models.heads import HeadLayout
 from sa_models.materialize import materialize_
 from sa_models.modeling import SharedLlamaForCausalLM
 from sa_models.plan import SharingPlan
+from sa_models.readers import compact_shapes
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -74,7 +77,19 @@ def decode_time(
 def compact_model(
     dense: LlamaForCausalLM, plan: SharingPlan, leaders: Leaders = "mean"
 ) -> SharedLlamaForCausalLM:
-    """The compact model of an untrained plan; the dense one stays as it is."""
+    """The compact model of an untrained plan; the dense one stays as it is.
+
+    The factors of a basis, which are found on calibration text, are zeros: the time that they take
+    does not depend on what they hold.
+    """
+    if plan.basis is not None:
+        names = dict(dense.named_parameters())
+        factors = {
+            name: torch.zeros(shape, dtype=dense.dtype, device=dense.device)
+            for name, shape in compact_shapes(dense.config, plan).items()
+            if name not in names
+        }
+        return with_factors(own_attention(dense), plan, factors).eval()
     model = own_attention(convert(dense, plan, leaders))
     materialize_(dict(model.named_parameters()), HeadLayout.from_config(model.config), plan)
     return SharedLlamaForCausalLM.from_materialized(model, plan).eval()
@@ -121,6 +136,18 @@ def bytes_read(plan: SharingPlan, config: Any, context: int, size: int) -> int:
     """
     savings = plan.savings(config)
     weights = savings.dense_parameters - savings.removed_unit_parameters
+    if plan.basis is not None:
+        weights += _read_of_basis(plan.basis, HeadLayout.from_config(config))
     if not config.tie_word_embeddings:
         weights -= config.vocab_size * config.hidden_size
     return (weights + context * savings.stored_cache) * size
+
+
+def _read_of_basis(basis: SharedBasis, layout: HeadLayout) -> int:
+    """Elements of the factors less those of the dense weights: each layer reads its basis anew."""
+    more = 0
+    for layer in range(layout.layers):
+        for p in FACTORED:
+            (rows, columns), (_, rank) = layout.shape(p), basis.place(layer, p)
+            more += rank * (rows + columns) - rows * columns
+    return more

@@ -284,6 +284,14 @@ def test_basis_sharing_at_as_many_bytes_is_measured_beside_them(
     dense = load_dense(alone.folder / "export" / "dense", "sdpa")
     loss = reference_loss(dense, SharingPlan(), tokens)
     assert factored["loss"] == pytest.approx(loss, abs=1e-5)
+    dense_loss = reference_loss(base_model(home), SharingPlan(), tokens)
+    assert search["dense_reconstructed_loss"] == pytest.approx(dense_loss, abs=1e-5)
+    last = search["decoding"][-1]
+    assert (last["origin"], last["parameters_saved"]) == ("Basis Sharing", factored["saved"])
+    assert last["seconds"] > 0
+    assert "loss" not in last  # it is that of another text
+    picture = image.imread(of.folder / "plan-pareto.png")
+    assert picture.shape[0] > 1.8 * picture.shape[1]  # three panels
     low, high = factored["above"]
     assert low < search["candidates"][0]["reconstructed_loss"] - factored["loss"] < high
     assert factored["taken"] == (low > 0)
@@ -511,6 +519,11 @@ def test_the_model_that_is_timed_is_the_plan_s_and_leaves_the_base(home: Path) -
         assert loss == pytest.approx(reference_loss(base, one, tokens), abs=1e-5)
         timed = decode_time(base, one, tokens)
         assert timed.seconds > 0
+    shared = saving_plan(base.config, 5 * UNIT)
+    assert shared is not None
+    stored = sum(p.numel() for p in compact_model(base, shared).parameters())
+    assert stored == shared.savings(base.config).stored_parameters
+    assert decode_time(base, shared, tokens).seconds > 0
     for name, parameter in base.named_parameters():
         assert torch.equal(parameter, before[name])
 
@@ -524,6 +537,12 @@ def test_a_tie_reads_what_it_does_not_store(home: Path) -> None:
     assert bytes_read(SharingPlan(), config, 10, 2) == dense
     assert bytes_read(tied, config, 10, 2) == dense
     assert bytes_read(gone, config, 10, 2) == dense - 2 * (UNIT + 10 * 2 * 8)
+    # Both layers of a group read its basis: 32 x 32 weights become 32 x rank and rank x 32.
+    shared = saving_plan(config, 5 * UNIT)
+    assert shared is not None
+    assert shared.basis is not None
+    ranks = 2 * sum(sum(shared.basis.ranks(p)) for p in "qkv")
+    assert bytes_read(shared, config, 10, 2) == dense + 2 * (64 * ranks - 3 * LAYERS * 32 * 32)
 
 
 def test_the_dry_run_states_the_passes(
