@@ -20,7 +20,7 @@ from sa_models.plan import SharingPlan
 from sa_models.plan_measure import Cache, identity
 from train.auto_budgets import REBUILT
 from train.auto_factors import Factored, may_take, rival
-from train.auto_planning import AutoSearched
+from train.auto_found import AutoSearched
 from train.data import Blocks
 from train.evaluate import BlockLosses, block_losses
 from train.intervals import interval

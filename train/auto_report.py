@@ -21,7 +21,7 @@ from rich.table import Table
 from sa_models.convert import Leaders
 from sa_models.plan import SharingPlan
 from train.auto_factors import BASIS, Factored
-from train.auto_planning import AutoSearched, Candidate, Point
+from train.auto_found import AutoSearched, Candidate, Point
 from train.decode_time import DecodeTime, bytes_read, decode_time
 from train.files import write_json
 from train.loss_planning import (

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from transformers import LlamaConfig
 
     from sa_models.plan import SharingPlan
-    from train.auto_planning import AutoSearched, Point
+    from train.auto_found import AutoSearched, Point
     from train.auto_report import Timed
 
 
