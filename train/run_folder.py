@@ -33,7 +33,7 @@ from train.planning import SIMILARITY_PICTURE, TIES_PICTURE, check_plan
 from train.provenance import record_start
 from train.recipe import Recipe, load_recipe
 from train.scoring import CHANCE_FILE
-from train.shared_folder import require_shared
+from train.shared_folder import SIGNS, require_shared
 from train.span_planning import ISOTROPY_PICTURE, SPANS_FILE
 from train.summary import SUMMARY_FILE
 from train.tokens import load_tokenizer
@@ -234,18 +234,22 @@ def begin(recipe: Recipe, needs_data: bool = True, trains: bool = False) -> Run:
 MERGED = "merged"
 """Folder of the weights that were materialized on calibration text: tied units made one, or the
 factors of a plan with a basis."""
+UNCLAIMED = (SEARCH_CACHE, SIGNS, f".{RECIPE_FILE}.*.tmp")
+"""What may lie in a folder that is no run's yet."""
 STARTED = ("run.json", "continued", MERGED, "residual", "heal", "export", SUMMARY_FILE)
 
 
 def check_folder(recipe: Recipe) -> None:
     """Refuse a folder that holds another run, or something that is no run at all.
 
-    What the search of another run has measured may lie there: every line names what it is of.
+    What the search of another run has measured may lie there: every line names what it is of. So
+    may what a start leaves that is killed before it has claimed the folder.
     """
     folder, file = recipe.folder, recipe.folder / RECIPE_FILE
     if not file.is_file():
         if folder.exists() and (
-            not folder.is_dir() or any(path.name != SEARCH_CACHE for path in folder.iterdir())
+            not folder.is_dir()
+            or not all(any(map(path.match, UNCLAIMED)) for path in folder.iterdir())
         ):
             raise PostshareError(
                 f"{folder} is not empty and is no run folder; choose another output_dir"

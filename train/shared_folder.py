@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 VISIBLE_SECONDS = 30.0
 """How long a file may take to be seen by another node: NFS caches directories."""
+SIGNS = ".started-*"
+"""The files that are looked for: one stays where the main process is killed meanwhile."""
 
 
 def require_shared(folder: Path, engine: Engine) -> None:
@@ -48,7 +50,7 @@ def require_shared(folder: Path, engine: Engine) -> None:
 
 
 def _sign(folder: Path, token: int) -> Path:
-    return folder / f".started-{token:012x}"
+    return folder / SIGNS.replace("*", f"{token:012x}")
 
 
 def _seen(folder: Path, token: int) -> bool:

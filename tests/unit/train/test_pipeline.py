@@ -151,6 +151,30 @@ def test_a_folder_of_something_else_is_not_touched(tmp_path: Path, text: Path) -
     assert [f.name for f in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+@pytest.mark.parametrize("where", ["train.shared_folder._seen", "train.recipe.os.replace"])
+def test_a_start_that_was_killed_before_it_had_a_recipe_is_started_again(
+    where: str, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found by a kill from outside: what it left made the folder that of something else."""
+
+    class KilledError(BaseException):
+        pass
+
+    def killed(*arguments: Any) -> None:
+        raise KilledError
+
+    of = recipe(tmp_path / "run", "demo-base", text, train={"steps": 0})
+    with monkeypatch.context() as patched:
+        patched.setattr(where, killed)
+        with pytest.raises(KilledError):
+            begin(of)
+    left = [path.name for path in of.folder.iterdir()]
+    assert len(left) == 1
+    assert left[0].startswith((".started-", ".recipe.yaml."))
+    begin(of)
+    assert (of.folder / "recipe.yaml").is_file()
+
+
 def test_directshare_without_training(tmp_path: Path, text: Path) -> None:
     made = recipe(
         tmp_path / "run",
