@@ -77,7 +77,8 @@ class AutoSearched:
         candidates: the chosen one first.
         structures: that were tried, measured alone.
         bound: of passes and estimates, stated before the search.
-        dense_rebuilt: nats per token of the dense model on the text of the reconstruction.
+        base_rebuilt: nats per token of the base on the text of the reconstruction, where there is
+            one; with the recipe's own structure, which is reconstructed then.
         factored: Basis Sharing beside them, see :mod:`train.auto_factors`.
     """
 
@@ -89,7 +90,7 @@ class AutoSearched:
     estimates: int
     bound: Passes
     seconds: float
-    dense_rebuilt: float | None = None
+    base_rebuilt: float | None = None
     factored: Factored | None = None
 
     @property

@@ -83,7 +83,7 @@ def compare_rebuilt(
 
     plans = list(dict.fromkeys(c.plan for c in searched.candidates))[:REBUILT]
     tried = {plan: losses_of(plan) for plan in plans}
-    dense = losses_of(SharingPlan()).perplexity.loss
+    base_loss = losses_of(searched.base.plan).perplexity.loss
     chosen = list(tried)[_chosen([*tried.values()])]
     factored = None
     if (basis := rival(recipe, chosen, config)) is not None:
@@ -102,7 +102,7 @@ def compare_rebuilt(
     return replace(
         searched,
         candidates=(*rebuilt, *rest),
-        dense_rebuilt=dense,
+        base_rebuilt=base_loss,
         factored=factored,
         seconds=searched.seconds + time.perf_counter() - started,
     )

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from train.auto_factors import BASIS
-from train.auto_report import is_noisy
+from train.auto_report import in_words
 from train.figures import (
     BLUE,
     FILE_STYLE,
@@ -78,6 +78,7 @@ def save_front(
     searched: AutoSearched,
     front: Sequence[Point],
     timed: Sequence[Timed],
+    noisy: bool,
     config: LlamaConfig,
     size: int,
     path: Path,
@@ -87,9 +88,10 @@ def save_front(
 
     Args:
         front: see :func:`~train.auto_report.pareto`.
+        noisy: whether the times are worth nothing: then the bytes that a token reads are drawn.
         size: bytes of one exported parameter.
     """
-    rebuilt = searched.dense_rebuilt is not None
+    rebuilt = searched.base_rebuilt is not None
     figure = Figure(figsize=(WIDTH, 10.8 if rebuilt else 7.4), layout="constrained")
     upper, lower, *more = figure.subplots(3 if rebuilt else 2, 1)
     lower.sharey(upper)
@@ -125,7 +127,7 @@ def save_front(
     star = "chosen" if searched.plan == chosen.plan else "best of these"
     upper.scatter(*place(chosen), marker="*", s=140, color=VERMILLION, zorder=3, label=star)
     figure.legend(loc="outside upper center", ncols=2)  # a point may lie anywhere in the axes
-    _draw_decoding(lower, timed, chosen)
+    _draw_decoding(lower, timed, chosen, noisy)
     for axes in (upper, lower):
         axes.set_ylabel("perplexity on calibration text,\nuntrained, without its slope")
     for axes in more:
@@ -141,10 +143,10 @@ def save_front(
     save(figure, path)
 
 
-def _draw_decoding(axes: Axes, timed: Sequence[Timed], chosen: Point) -> None:
+def _draw_decoding(axes: Axes, timed: Sequence[Timed], chosen: Point, noisy: bool) -> None:
     """Quality against the time of decoding a token, or against the bytes that it reads; a line
     where the quality is that of another text."""
-    context, noisy = timed[0].context, is_noisy(timed)
+    context = timed[0].context
     for item in timed:
         at = item.read / 1e6 if noisy else 1000 * item.decode.seconds
         if item.point is None:
@@ -174,7 +176,7 @@ def _draw_rebuilt(
     axes: Axes, searched: AutoSearched, stored: Callable[[SharingPlan], float]
 ) -> None:
     """Quality against bytes of the plans that were compared after reconstruction."""
-    assert searched.dense_rebuilt is not None
+    assert searched.base_rebuilt is not None
     factored = searched.factored
     shown = {c.plan: c.rebuilt for c in searched.candidates if c.rebuilt is not None}
     for plan, loss in shown.items():
@@ -192,7 +194,8 @@ def _draw_rebuilt(
         axes.plot([best, best], [low, high], color=VERMILLION, linewidth=0.8)  # its 95 % interval
         label = f"{BASIS}{', chosen' if factored.taken else ''}"
         axes.scatter(stored(factored.plan), at, marker="P", s=70, color=GREEN, label=label)
-    dense = math.exp(searched.dense_rebuilt)
-    axes.axhline(dense, color=MUTED, linewidth=0.8, linestyle="--", zorder=0, label="dense")
+    base = math.exp(searched.base_rebuilt)
+    name = in_words(searched.base.plan)
+    axes.axhline(base, color=MUTED, linewidth=0.8, linestyle="--", zorder=0, label=name)
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0)
     axes.set_ylabel("perplexity after reconstruction,\non its text")

@@ -47,7 +47,7 @@ from train.estimate import plan_savings
 from train.evaluate import BlockLosses
 from train.known_models import LlamaShape
 from train.loss_planning import SEARCH_CACHE
-from train.materializing import materialize_on_text, merged_folder
+from train.materializing import materialize_on_text, merged_folder, on_text
 from train.pipeline import plan, run
 from train.plan_section import PlanSection
 from train.recipe import Recipe
@@ -199,6 +199,9 @@ def check_front(search: dict, of: Recipe) -> None:
     timed = search["decoding"]
     assert timed[0]["plan"] == "none (dense)"
     assert all(entry["seconds"] > 0 for entry in timed)
+    dense_seconds = timed[0]["seconds"] / timed[0]["over_dense"]
+    for entry in timed:  # of one dense model, so that times are in the order of the ratios
+        assert entry["seconds"] == pytest.approx(entry["over_dense"] * dense_seconds)
     assert 2 <= len(timed) <= 7
     assert search["expected_loss"] in [entry["expected_loss"] for entry in timed]
     picture = image.imread(of.folder / "plan-pareto.png")
@@ -250,6 +253,26 @@ def test_plans_are_compared_after_reconstruction(
     assert [c["reconstructed_loss"] for c in again["candidates"]] == losses
 
 
+def test_the_recipe_s_own_structure_is_reconstructed_as_the_plans_are(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first row is one model in all columns: the base with the recipe's spans."""
+    spans = [{"leader": 2, "followers": [3]}]
+    of = made(home, tmp_path / "auto", 2 * 8 * 32 * 4 + 2 * UNIT, spans=spans, **REBUILT_ON)
+    plan(of)
+    said, search = " ".join(capsys.readouterr().out.split()), read(of.folder, "plan-search.json")
+    assert "none (dense)" not in said.partition("vs dense")[0]
+    structure = SharingPlan(spans=SharingPlan.load(of.folder / "plan.json").spans)
+    blocks = Run(of, start(of)).blocks[0]
+    model = on_text(of, structure, base_model(home), blocks, torch.device("cpu")).eval()
+    tokens = ids(of, len(blocks))[[index * len(blocks) // 4 for index in range(4)]]
+    with torch.no_grad():
+        logits = model(tokens).logits[:, :-1].log_softmax(-1)
+    loss = -float(logits.gather(-1, tokens[:, 1:, None]).mean())
+    assert search["base_reconstructed_loss"] == pytest.approx(loss, abs=1e-5)
+    assert abs(loss - reference_loss(base_model(home), SharingPlan(), tokens)) > 1e-3
+
+
 def basis_recipe(home: Path, folder: Path, parameters: int, blocks: int) -> Recipe:
     """Basis Sharing that saves at least so many parameters, untrained."""
     return recipe(
@@ -285,7 +308,7 @@ def test_basis_sharing_at_as_many_bytes_is_measured_beside_them(
     loss = reference_loss(dense, SharingPlan(), tokens)
     assert factored["loss"] == pytest.approx(loss, abs=1e-5)
     dense_loss = reference_loss(base_model(home), SharingPlan(), tokens)
-    assert search["dense_reconstructed_loss"] == pytest.approx(dense_loss, abs=1e-5)
+    assert search["base_reconstructed_loss"] == pytest.approx(dense_loss, abs=1e-5)
     last = search["decoding"][-1]
     assert (last["origin"], last["parameters_saved"]) == ("Basis Sharing", factored["saved"])
     assert last["seconds"] > 0
