@@ -82,15 +82,15 @@ test-faults: $(STAMP)
 test-harness: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 		--constraint constraints.txt --editable '.[dev,eval]'
-	$(BIN)/python -m pytest tests/unit/train/test_harness.py tests/unit/train/test_strided.py \
+	$(BIN)/python -m pytest tests/unit/train/evaluation/test_lm_eval_tasks.py tests/unit/train/evaluation/test_sliding_perplexity.py \
 		-rs $(PYTEST_ARGS)
 
 # Likewise: where torchao is installed, transformers imports it, and it warns.
 test-quantize: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 		--constraint constraints.txt --editable '.[dev,quantize]'
-	$(BIN)/python -m pytest tests/unit/sa_models/test_quantization.py \
-		tests/unit/train/test_quantize_command.py -rs $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests/unit/sa_models/export/test_quantize.py \
+		tests/unit/train/commands/test_quantize.py -rs $(PYTEST_ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .
@@ -110,8 +110,8 @@ build: $(STAMP)
 
 schema: docs/recipe.schema.json
 
-docs/recipe.schema.json: train/recipe.py train/*section*.py train/schema.py | $(STAMP)
-	$(BIN)/python -m train.schema > $@.tmp
+docs/recipe.schema.json: $(wildcard train/recipe/*.py train/recipe/sections/*.py) | $(STAMP)
+	$(BIN)/python -m train.recipe.schema > $@.tmp
 	mv $@.tmp $@
 
 # Warnings, such as a link that leads nowhere, are errors.

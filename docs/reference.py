@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from train.recipe import Recipe
-from train.recipe_errors import allowed_values, branches
-from train.recipe_source import description
-from train.shipped import shipped_recipes
+from train.recipe.explain import allowed_values, branches
+from train.recipe.load import description
+from train.recipe.recipe import Recipe
+from train.recipe.shipped import shipped_recipes
 
 Schema = dict[str, Any]
 MARKER = re.compile(r"^<!-- generated: ([a-z]+) -->$", re.MULTILINE)

@@ -6,9 +6,10 @@ Importing the package registers the compact model with transformers' Auto classe
 
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from sa_models.weights.structure import convert
+
 from .cache import cache_bytes
 from .configuration import SharedLlamaConfig
-from .convert import convert
 from .errors import PostshareError
 from .modeling import SharedLlamaForCausalLM
 from .plan import HeadTie, SharingPlan

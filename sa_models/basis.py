@@ -3,7 +3,8 @@
 The weights (out_features, hidden_size) of q of a group of layers are C_l B with one B (rank,
 hidden_size) for the group and coefficients C_l (out_features, rank) for every layer; likewise those
 of k and of v. o stays: the paper finds it worse to share. How the factors are found is
-:mod:`~sa_models.factorize`. This file imports no torch: it also travels inside compact exports.
+:mod:`~sa_models.materialize.shared_basis`. This file imports no torch: it also travels inside
+compact exports.
 """
 
 from __future__ import annotations

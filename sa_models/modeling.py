@@ -214,18 +214,18 @@ class SharedLlamaForCausalLM(LlamaForCausalLM):
         Own rows are copied; every other parameter is shared with ``model``.
 
         Args:
-            model: with the plan's structure (:func:`~sa_models.convert.convert`) and weights that
-                equal where they are tied. What it holds of removed units is left out.
+            model: with the plan's structure (:func:`~sa_models.weights.structure.convert`) and
+                weights that equal where they are tied. What it holds of removed units is left out.
 
         Raises:
             PostshareError: the model has another structure, or the plan a basis, whose factors
-                :func:`~sa_models.factorize.factorized` finds.
+                :func:`~sa_models.materialize.shared_basis.factorized` finds.
         """
         plan = plan.effective()
         if plan.basis is not None:
             raise PostshareError(
                 "the plan has a basis, whose factors calibration text decides; use "
-                "sa_models.factorize.factorized"
+                "sa_models.materialize.shared_basis.factorized"
             )
         config = compact_config(model.config, plan)
         compact = without_weights(cls, config, model)

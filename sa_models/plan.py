@@ -39,8 +39,9 @@ class SharingPlan:
     """What is shared, validated against a config with :meth:`validate`.
 
     KV heads and spans are the plan's *structure*: they are applied to the weights before training
-    (:mod:`~sa_models.convert`). Ties are made, and units removed, after it
-    (:mod:`~sa_models.materialize`), or weights factorized (:mod:`~sa_models.factorize`).
+    (:mod:`~sa_models.weights.structure`). Ties are made, and units removed, after it
+    (:mod:`~sa_models.materialize.ties`), or weights factorized
+    (:mod:`~sa_models.materialize.shared_basis`).
 
     Attributes:
         ties: every tie points at a root source (a unit that is itself no target for that

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
-from train.completion import complete_override, complete_recipe
-from train.exit_codes import ExitCode
-from train.interrupt import Interrupted, TrainingStopped, exit_code, watching
+from train.commands.completion import complete_override, complete_recipe
+from train.common.exit_codes import ExitCode
+from train.common.signals import Interrupted, TrainingStopped, exit_code, watching
 
 if TYPE_CHECKING:
-    from train.recipe import Recipe
+    from train.recipe.recipe import Recipe
 
 app = typer.Typer(
     name="postshare",
@@ -71,7 +71,7 @@ def run(
         raise typer.BadParameter("--gpus goes with --dry-run; accelerate launch sets the processes")
     loaded = _load(recipe, overrides)
     if dry_run:
-        from train.dry_run import print_dry_run
+        from train.estimate.dry_run import print_dry_run
 
         print_dry_run(loaded, gpus)
         return
@@ -152,12 +152,12 @@ def evaluate(
         "--limit": limit, "--fewshot": fewshot, "--batch-size": batch_size, "--dtype": dtype,
         "--device": device, "--output": output, "--cache": cache,
     }  # fmt: skip
-    from train.evaluate_command import is_stage
+    from train.commands.evaluate.command import is_stage
 
     if is_stage(arguments, given):
         _stage("evaluate", _load(arguments[0], arguments[1:]))
         return
-    from train.model_compare import compare_models, read_options
+    from train.commands.evaluate.side_by_side import compare_models, read_options
 
     compare_models(arguments, read_options(given))
 
@@ -177,7 +177,7 @@ def quantize(
     ] = None,
 ) -> None:
     """Round the projections of an export to int8 or int4; `evaluate` compares the result."""
-    from train.quantize_command import quantize_model
+    from train.commands.quantize import quantize_model
 
     quantize_model(model, output, to, group_size)
 
@@ -234,8 +234,8 @@ def analyze(
     ] = None,
 ) -> None:
     """Isotropy and similarity of any Llama, without training: a table, JSON, pictures."""
-    from train.analyze import Options
-    from train.analyze import analyze as run_analysis
+    from train.commands.analyze.command import Options
+    from train.commands.analyze.command import analyze as run_analysis
 
     options = Options(text, output, blocks, context, score, sensitivity, device)
     run_analysis(model, options)
@@ -254,7 +254,7 @@ def push(
     ] = False,
 ) -> None:
     """Upload an export and its model card to the hub, once every hash is that of its manifest."""
-    from train.push import push as upload
+    from train.commands.push import push as upload
 
     upload(folder, repo_id, private, dry_run)
 
@@ -271,7 +271,7 @@ def compare(
 ) -> None:
     """Train the recipe and its controls on the same tokens: one table, one Pareto plot."""
     loaded = _load(recipe, overrides)
-    from train.compare import compare
+    from train.commands.compare.command import compare
 
     compare(loaded, seeds, None if controls is None else controls.split(","))
 
@@ -285,7 +285,7 @@ def pack(
     ],
 ) -> None:
     """Store a residual's adapter in mixed precision, bits by singular value."""
-    from train.pack_command import pack_folder
+    from train.commands.pack import pack_folder
 
     typer.echo(pack_folder(adapter, output, size))
 
@@ -296,7 +296,7 @@ def unpack(
     output: Annotated[Path, typer.Argument(metavar="FOLDER", help="Not there yet.")],
 ) -> None:
     """Write a packed adapter as PEFT reads it."""
-    from train.pack_command import unpack_folder
+    from train.commands.pack import unpack_folder
 
     typer.echo(unpack_folder(packed, output))
 
@@ -344,7 +344,7 @@ def dashboard(
     ] = None,
 ) -> None:
     """Make the wandb workspace of a project: loss, penalty, pairs, systems, evaluation."""
-    from train.dashboard import dashboard
+    from train.commands.dashboard import dashboard
 
     typer.echo(dashboard(entity, project, json))
 
@@ -355,8 +355,8 @@ def recipes() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from train.recipe_source import description
-    from train.shipped import shipped_recipes
+    from train.recipe.load import description
+    from train.recipe.shipped import shipped_recipes
 
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(no_wrap=True)
@@ -366,14 +366,14 @@ def recipes() -> None:
 
 
 def _load(recipe: str, overrides: list[str] | None) -> Recipe:
-    from train.recipe import load_recipe
+    from train.recipe.recipe import load_recipe
 
     return load_recipe(recipe, overrides or [])
 
 
 def _stage(name: Literal["run", "plan", "export", "evaluate", "prepare"], recipe: Recipe) -> None:
-    """Call the function of `train.pipeline` of this name."""
-    from train import pipeline
+    """Call the function of `train.stages.pipeline` of this name."""
+    from train.stages import pipeline
 
     getattr(pipeline, name)(recipe)
 
@@ -392,7 +392,7 @@ def _main_process() -> bool:
 def main(arguments: list[str] | None = None) -> NoReturn:
     """The `postshare` command; every expected end is an exit code and one line on stderr.
 
-    See :class:`train.exit_codes.ExitCode`. A bug shows its traceback.
+    See :class:`train.common.exit_codes.ExitCode`. A bug shows its traceback.
     """
     with watching():
         sys.exit(_run(arguments))
@@ -407,7 +407,7 @@ def _run(arguments: list[str] | None) -> ExitCode:
     except Exception as error:
         # Imported late, so that --help stays fast: whatever raised it has imported it before.
         from sa_models.errors import PostshareError
-        from train.watchdog import START_AGAIN, RankLostError, lost_connection
+        from train.distributed.watchdog import START_AGAIN, RankLostError, lost_connection
 
         if isinstance(error, RankLostError):
             if error.speaks:

@@ -10,10 +10,10 @@ from timing import interleaved
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from sa_models.heads import HeadLayout
-from sa_models.materialize import materialize_
+from sa_models.materialize.ties import materialize_
 from sa_models.modeling import SharedLlamaForCausalLM
-from sa_models.selection import Budget, make_plan
-from sa_models.similarity import random_matches
+from sa_models.scores.weight_cosine import random_matches
+from sa_models.search.pairs import Budget, make_plan
 
 SHAPES = {
     "compact_hidden1024_16x16": {

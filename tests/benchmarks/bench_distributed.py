@@ -16,7 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from train.tracking import read_rows
+from train.tracking.metrics_log import read_rows
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 FIRST = 5

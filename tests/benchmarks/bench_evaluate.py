@@ -8,7 +8,7 @@ import torch
 from timing import interleaved
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from train.strided import window_losses
+from train.evaluation.sliding_perplexity import window_losses
 
 SHAPES = {
     "hidden512_vocab4096": {"vocab_size": 4096, "hidden_size": 512, "intermediate_size": 1376},

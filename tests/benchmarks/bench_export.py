@@ -27,7 +27,7 @@ def make_model(folder: Path) -> None:
     import torch
     from transformers import LlamaConfig
 
-    from sa_models.weights import ShardWriter, llama_shapes
+    from sa_models.weights.safetensors_folder import ShardWriter, llama_shapes
 
     config = LlamaConfig(
         hidden_size=2048,
@@ -54,9 +54,9 @@ def run_export(source: Path, folder: Path) -> dict[str, Any]:
 
     import torch
 
-    from sa_models.export import export_model
+    from sa_models.export.export import export_model
     from sa_models.plan import HeadTie, SharingPlan
-    from sa_models.weights import WeightsFolder
+    from sa_models.weights.safetensors_folder import WeightsFolder
 
     weights = WeightsFolder(source)
     imported = resident_peak()

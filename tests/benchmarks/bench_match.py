@@ -18,8 +18,8 @@ from torch.nn import functional
 from transformers import LlamaConfig
 
 from sa_models.heads import PROJECTIONS, HeadLayout
-from sa_models.similarity import InMemory, best_matches, unit_scores
-from sa_models.weights import ShardWriter, WeightsFolder
+from sa_models.scores.weight_cosine import InMemory, best_matches, unit_scores
+from sa_models.weights.safetensors_folder import ShardWriter, WeightsFolder
 
 Unit = tuple[int, int]
 

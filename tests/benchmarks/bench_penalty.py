@@ -14,11 +14,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from sa_models.heads import HeadLayout, unit_view
 from sa_models.plan import SharingPlan
-from sa_models.selection import Budget, make_plan
-from sa_models.similarity import random_matches
-from train.engine import start
-from train.recipe import Recipe, validate
-from train.regularizer import Penalty
+from sa_models.scores.weight_cosine import random_matches
+from sa_models.search.pairs import Budget, make_plan
+from train.distributed.engines.base import start
+from train.penalty.coupled import Penalty
+from train.recipe.recipe import Recipe, validate
 
 TOKENS = (4, 1024)
 

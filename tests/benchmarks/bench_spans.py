@@ -30,10 +30,10 @@ from transformers import (
 )
 
 from sa_models.cache import cache_bytes, fit_cache_
-from sa_models.convert import convert
 from sa_models.modeling import SharedLlamaForCausalLM
 from sa_models.plan import SharingPlan
 from sa_models.spans import AttentionSpan
+from sa_models.weights.structure import convert
 
 LAYERS = 16
 TRAINED_LAYERS = 8  # a step of 4 x 1,024 tokens takes half a minute as it is

@@ -13,16 +13,16 @@ from dataclasses import replace
 from pathlib import Path
 
 from sa_models.heads import HeadLayout
-from sa_models.materialize import materialize_
-from sa_models.merging import MEASURED
+from sa_models.materialize.merge import MEASURED
+from sa_models.materialize.merge_calibrated import merge_on_text_
+from sa_models.materialize.ties import materialize_
 from sa_models.plan import SharingPlan
-from sa_models.text_merging import merge_on_text_
-from train.base_model import load_dense
-from train.evaluate import perplexity
-from train.loss_planning import calibration_batches
-from train.plan_stage import make_plan
-from train.recipe import load_recipe
-from train.run_folder import Run, base_of, begin
+from train.evaluation.perplexity import perplexity
+from train.models.base_model import load_dense
+from train.planning.loss_search import calibration_batches
+from train.recipe.recipe import load_recipe
+from train.stages.plan import make_plan
+from train.stages.run import Run, base_of, begin
 
 SHARES = ("qkvo", "qkv", "v")
 MERGES = ("copy", "mean", "aligned_mean", "weighted_mean", "least_squares")

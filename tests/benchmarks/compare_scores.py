@@ -13,19 +13,19 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from sa_models.chance import LEVEL, chance, weight_terms
 from sa_models.heads import HeadLayout
-from sa_models.materialize import materialize_
+from sa_models.materialize.ties import materialize_
 from sa_models.plan import SharingPlan
-from sa_models.weights import WeightsFolder
-from train.base_model import load_dense
-from train.engine import start
-from train.evaluate import perplexity
-from train.plan_stage import measured_model
-from train.planning import find_ties
-from train.recipe import load_recipe
-from train.run_folder import Run, base_of
-from train.scoring import calibration_text, pair_chances
+from sa_models.scores.significance import LEVEL, chance, weight_terms
+from sa_models.weights.safetensors_folder import WeightsFolder
+from train.distributed.engines.base import start
+from train.evaluation.perplexity import perplexity
+from train.models.base_model import load_dense
+from train.planning.find import find_ties
+from train.planning.scores import calibration_text, pair_chances
+from train.recipe.recipe import load_recipe
+from train.stages.plan import measured_model
+from train.stages.run import Run, base_of
 
 SCORES = (
     "qk",

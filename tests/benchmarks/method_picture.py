@@ -11,7 +11,17 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from method_tables import BASES, Base, Line, above, controls_of, stored
 
-from train.figures import BLUE, FILE_STYLE, GREEN, MUTED, ORANGE, PURPLE, SKY, VERMILLION, WIDTH
+from train.common.figure_style import (
+    BLUE,
+    FILE_STYLE,
+    GREEN,
+    MUTED,
+    ORANGE,
+    PURPLE,
+    SKY,
+    VERMILLION,
+    WIDTH,
+)
 
 SHOWN = {
     "basis": ("Basis Sharing, distilled: what auto takes (whole cache)", SKY, "P-"),

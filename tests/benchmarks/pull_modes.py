@@ -19,20 +19,20 @@ from typing import Any
 import torch
 
 from sa_models.heads import HeadLayout
-from sa_models.materialize import materialize_
+from sa_models.materialize.ties import materialize_
 from sa_models.plan import SharingPlan
-from sa_models.weights import WeightsFolder
-from train.base_model import load_base, load_dense
-from train.data import prepare_data
-from train.evaluate import perplexity
-from train.loop import TrainJob, train
-from train.planning import find_ties
-from train.pulling import Pull
-from train.recipe import validate
-from train.recipe_source import override
-from train.regularizer import Penalty
-from train.tokens import load_tokenizer
-from train.tracking import read_rows
+from sa_models.weights.safetensors_folder import WeightsFolder
+from train.data.blocks import prepare_data
+from train.data.token_table import load_tokenizer
+from train.evaluation.perplexity import perplexity
+from train.models.base_model import load_base, load_dense
+from train.penalty.coupled import Penalty
+from train.penalty.decoupled import Pull
+from train.planning.find import find_ties
+from train.recipe.load import override
+from train.recipe.recipe import validate
+from train.tracking.metrics_log import read_rows
+from train.training.loop import TrainJob, train
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 MODES: dict[str, dict[str, Any]] = {

@@ -3,9 +3,9 @@
     python tests/benchmarks/rank_sensitivity.py MODEL TEXT.jsonl [--blocks 8] [--pairs 250]
 
 Every removal is measured, and of the ties a seeded sample. Compared are the estimates of
-``sa_models.sensitivity`` (first order; with the Fisher term by token), and for ties what gradients
-of the weights say: <G_target, W_source - W_target>, without and with half the square of every
-block's.
+``sa_models.scores.fisher`` (first order; with the Fisher term by token), and for ties what
+gradients of the weights say: <G_target, W_source - W_target>, without and with half the square of
+every block's.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from sa_models.heads import HeadLayout, unit_view
-from sa_models.plan_actions import Action
-from sa_models.plan_measure import MeasuredLoss
-from sa_models.plan_ranking import spearman
-from sa_models.sensitivity import Rise, estimate_sensitivity
+from sa_models.scores.fisher import Rise, estimate_sensitivity
+from sa_models.search.actions import Action
+from sa_models.search.measured_loss import MeasuredLoss
+from sa_models.search.ranking import spearman
 
 SHARES = [("q", "k", "v", "o"), ("q", "k", "v")]
 

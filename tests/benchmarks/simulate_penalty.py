@@ -1,7 +1,8 @@
 """What the penalty costs under ZeRO-3 at scale: bytes and seconds per step, from the plan alone.
 
-Nothing is measured: bytes come from the routes that training itself uses (train/exchange.py),
-seconds from published figures. Run it with `python tests/benchmarks/simulate_penalty.py`.
+Nothing is measured: bytes come from the routes that training itself uses
+(train/penalty/sharded_exchange.py), seconds from published figures. Run it with `python
+tests/benchmarks/simulate_penalty.py`.
 
 Figures, per H100 SXM in a DGX H100 (NVIDIA, "H100 Tensor Core GPU" and "DGX H100" datasheets):
   bf16 dense 989.4 TFLOPS, HBM3 3.35 TB/s, NVLink 4 900 GB/s in both directions together, one
@@ -26,12 +27,12 @@ from torch import Tensor
 from sa_models.heads import HeadLayout
 from sa_models.plan import HeadTie, SharingPlan
 from sa_models.savings import llama_parameters
-from sa_models.selection import Budget, make_plan
-from sa_models.similarity import random_matches
-from train.distances import reduced_values
-from train.exchange import Pair, Routes, route, unit_shape
-from train.known_models import KNOWN, LlamaShape
-from train.regularizer import CHUNK_ELEMENTS
+from sa_models.scores.weight_cosine import random_matches
+from sa_models.search.pairs import Budget, make_plan
+from train.estimate.llama_shapes import KNOWN, LlamaShape
+from train.penalty.coupled import CHUNK_ELEMENTS
+from train.penalty.distances import reduced_values
+from train.penalty.sharded_exchange import Pair, Routes, route, unit_shape
 
 FLOPS = 989.4e12
 MEMORY = 3.35e12  # bytes/s

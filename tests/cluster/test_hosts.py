@@ -13,8 +13,8 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.cluster.hosts import NAMES, on
-from train.checkpoint import steps_in
-from train.tracking import read_rows
+from train.tracking.metrics_log import read_rows
+from train.training.checkpoint import steps_in
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RECIPE = (

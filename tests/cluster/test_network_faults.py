@@ -19,7 +19,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.cluster.hosts import ADDRESSES, NAMES, on
-from train.tracking import read_rows
+from train.tracking.metrics_log import read_rows
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PORT = 29541

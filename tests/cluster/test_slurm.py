@@ -10,8 +10,8 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.cluster.slurm import ENDED, Slurm
-from train.checkpoint import steps_in
-from train.tracking import TIMING_KEYS, read_rows
+from train.tracking.metrics_log import TIMING_KEYS, read_rows
+from train.training.checkpoint import steps_in
 
 STEPS = 400  # long enough for a warning, which Slurm looks for every 30 seconds
 RECIPE = (

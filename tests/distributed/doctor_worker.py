@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-from train import engine
 from train.cli import main
-from train.recipe import Recipe
+from train.distributed.engines import base as engine
+from train.recipe.recipe import Recipe
 
 RANK = os.environ["RANK"]
 

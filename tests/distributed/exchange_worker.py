@@ -15,12 +15,12 @@ import torch.distributed as dist
 
 from sa_models.heads import PROJECTIONS, HeadLayout, unit_view
 from sa_models.plan import SharingPlan
-from tests.unit.train.pulled import LAYOUTS, Weights, chained_plan, star_plan
-from train.distances import DISTANCES
-from train.engine import Shard
-from train.pulling import Pull
-from train.recipe import PenaltySection
-from train.regularizer import Penalty, PenaltyResult
+from tests.support.pulled import LAYOUTS, Weights, chained_plan, star_plan
+from train.distributed.engines.base import Shard
+from train.penalty.coupled import Penalty, PenaltyResult
+from train.penalty.decoupled import Pull
+from train.penalty.distances import DISTANCES
+from train.recipe.recipe import PenaltySection
 
 RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 WEIGHT = 0.7

@@ -12,8 +12,8 @@ import time
 
 from transformers import LlamaModel
 
-from train import loop, objective
 from train.cli import launched
+from train.training import loop, objective
 
 RANK = int(os.environ.get("RANK", "0"))
 LAST = int(os.environ.get("WORLD_SIZE", "1")) - 1

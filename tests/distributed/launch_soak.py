@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tests.distributed.harness import launch
+from tests.support.launcher import launch
 
 
 def main() -> int:

@@ -14,16 +14,16 @@ from typing import Any
 
 import torch
 
-from sa_models.convert import convert
 from sa_models.plan import SharingPlan
 from sa_models.spans import AttentionSpan
-from tests.distributed.training import LENGTH
-from train.base_model import load_dense
-from train.engine import Engine, start
-from train.loop import TrainJob, prepare
-from train.objective import token_losses
-from train.recipe import Recipe, validate
-from train.streaming import base_source
+from sa_models.weights.structure import convert
+from tests.support.training import LENGTH
+from train.distributed.engines.base import Engine, start
+from train.models.base_model import load_dense
+from train.models.sharded_source import base_source
+from train.recipe.recipe import Recipe, validate
+from train.training.loop import TrainJob, prepare
+from train.training.objective import token_losses
 
 PLANS = {
     "none": SharingPlan(),

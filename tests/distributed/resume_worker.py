@@ -11,9 +11,9 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from tests.distributed.training import Setting, build, train
-from train.checkpoint import Checkpoints, Position
-from train.engine import start
+from tests.support.training import Setting, build, train
+from train.distributed.engines.base import start
+from train.training.checkpoint import Checkpoints, Position
 
 SETTING = Setting(clip_norm=0.5, steps=8)
 

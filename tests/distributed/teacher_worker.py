@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from tests.distributed.training import LENGTH, VOCABULARY
-from train.data import Blocks
-from train.engine import Engine, start
-from train.objective import Lessons
-from train.recipe import Recipe, validate
-from train.teacher import Teacher
+from tests.support.training import LENGTH, VOCABULARY
+from train.data.blocks import Blocks
+from train.distributed.engines.base import Engine, start
+from train.recipe.recipe import Recipe, validate
+from train.training.objective import Lessons
+from train.training.teacher import Teacher
 
 BLOCKS = 70  # two chunks of 32 and one of 6: of two ranks one has nothing to ask in the end
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tests.distributed.harness import run
+from tests.support.launcher import run
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1800)]
 

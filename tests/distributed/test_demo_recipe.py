@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sa_models.adapters import load_adapter
-from tests.distributed.harness import launch, run
-from train import pipeline
-from train.recipe import load_recipe
-from train.tracking import read_rows
+from sa_models.export.peft_adapter import load_adapter
+from tests.support.launcher import launch, run
+from train.recipe.recipe import load_recipe
+from train.stages import pipeline
+from train.tracking.metrics_log import read_rows
 
 pytestmark = pytest.mark.distributed
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.harness import Launch, launch
+from tests.support.launcher import Launch, launch
 
 pytestmark = pytest.mark.distributed
 WORKER = Path(__file__).with_name("doctor_worker.py")

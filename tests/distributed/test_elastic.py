@@ -15,9 +15,9 @@ import pytest
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.distributed.harness import REPOSITORY, run
 from tests.distributed.test_signals import ranks_of
-from train.tracking import read_rows
+from tests.support.launcher import REPOSITORY, run
+from train.tracking.metrics_log import read_rows
 
 pytestmark = pytest.mark.distributed
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.harness import run
+from tests.support.launcher import run
 
 pytestmark = pytest.mark.distributed
 

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.harness import REPOSITORY, Launch, launch
 from tests.distributed.test_signals import ranks_of
-from train.exit_codes import ExitCode
-from train.tracking import read_rows
+from tests.support.launcher import REPOSITORY, Launch, launch
+from train.common.exit_codes import ExitCode
+from train.tracking.metrics_log import read_rows
 
 pytestmark = pytest.mark.distributed
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.distributed.harness import run
+from tests.support.launcher import run
 
 pytestmark = pytest.mark.distributed
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.harness import Launch, launch
-from train.checkpoint import steps_in
-from train.tracking import read_rows
+from tests.support.launcher import Launch, launch
+from train.tracking.metrics_log import read_rows
+from train.training.checkpoint import steps_in
 
 pytestmark = pytest.mark.distributed
 

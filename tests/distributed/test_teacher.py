@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.harness import run
 from tests.distributed.teacher_worker import blocks, recipe
-from tests.distributed.training import teacher_folder
-from train.engine import start
-from train.objective import Lessons
+from tests.support.launcher import run
+from tests.support.training import teacher_folder
+from train.distributed.engines.base import start
+from train.training.objective import Lessons
 
 WORKER = Path(__file__).with_name("teacher_worker.py")
 

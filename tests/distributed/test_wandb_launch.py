@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.harness import run
 from tests.distributed.wandb_file import history, records, values
 from tests.distributed.wandb_server import serving
 from tests.distributed.wandb_worker import GROUP
-from tests.unit.train import tiny
-from train.metrics import SECTIONS, keys
+from tests.support import tiny
+from tests.support.launcher import run
+from train.tracking.dashboard_panels import SECTIONS, keys
 
 pytestmark = pytest.mark.distributed
 

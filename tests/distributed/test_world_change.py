@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tests.distributed.harness import run
 from tests.distributed.resume_worker import SETTING
-from tests.distributed.training import build
+from tests.support.launcher import run
+from tests.support.training import build
 
 pytestmark = pytest.mark.distributed
 

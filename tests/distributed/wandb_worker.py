@@ -10,16 +10,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import train.loop as loop
+import train.training.loop as loop
 from sa_models.errors import PostshareError
-from tests.unit.train import tiny
-from train.engine import shutdown
-from train.evaluate import Perplexity
-from train.loop import train
-from train.recipe import DistillSection, Recipe, WandbSection
-from train.summary import Training, summarize
-from train.wandb_outcome import log_outcome
-from train.wandb_run import plan_group
+from tests.support import tiny
+from train.distributed.engines.base import shutdown
+from train.evaluation.perplexity import Perplexity
+from train.evaluation.summary import Training, summarize
+from train.recipe.recipe import DistillSection, Recipe, WandbSection
+from train.tracking.wandb_evaluation import log_outcome
+from train.tracking.wandb_run import plan_group
+from train.training.loop import train
 
 GROUP = plan_group("tiny", tiny.PLAN, tiny.model().config)
 

@@ -13,11 +13,11 @@ import pytest
 from safetensors.torch import load_file
 
 from sa_models.errors import PostshareError
-from tests.unit.train import tiny
-from train import loop
-from train.checkpoint import steps_in
-from train.loop import train
-from train.recipe import Recipe
+from tests.support import tiny
+from train.recipe.recipe import Recipe
+from train.training import loop
+from train.training.checkpoint import steps_in
+from train.training.loop import train
 
 STEPS = 14
 

@@ -11,12 +11,12 @@ import torch
 from transformers import LlamaForCausalLM
 
 from sa_models.heads import HeadLayout
-from sa_models.materialize import copy_ties_, materialize_
+from sa_models.materialize.ties import copy_ties_, materialize_
 from sa_models.modeling import SharedLlamaForCausalLM
 from sa_models.plan import HeadTie, SharingPlan, resolve_roots
-from sa_models.selection import Budget, make_plan, select_pairs
-from sa_models.similarity import best_matches, unit_scores
-from sa_models.weights import WeightsFolder
+from sa_models.scores.weight_cosine import best_matches, unit_scores
+from sa_models.search.pairs import Budget, make_plan, select_pairs
+from sa_models.weights.safetensors_folder import WeightsFolder
 
 
 @pytest.fixture(scope="module")

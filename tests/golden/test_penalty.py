@@ -13,10 +13,10 @@ from torch.optim import SGD
 
 from sa_models.heads import HeadLayout
 from sa_models.plan import HeadTie, SharingPlan
-from sa_models.weights import WeightsFolder
-from train.engine import Shard
-from train.plain import PlainShard
-from train.regularizer import Penalty
+from sa_models.weights.safetensors_folder import WeightsFolder
+from train.distributed.engines.base import Shard
+from train.distributed.engines.ddp import PlainShard
+from train.penalty.coupled import Penalty
 
 KINDS = {"norm": "l2", "MSE": "mse", "KL": "kl", "JS": "js"}
 

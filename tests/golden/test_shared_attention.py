@@ -11,7 +11,8 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from sa_models import AttentionSpan, SharingPlan, cache_bytes, convert
+from sa_models import AttentionSpan, SharingPlan, cache_bytes
+from sa_models.weights.structure import convert
 
 PLAN = SharingPlan(spans=(AttentionSpan(1, (2, 3)),))
 HIDDEN = 64

@@ -11,11 +11,11 @@ from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 from sa_models.plan import HeadTie, SharingPlan
-from train.checkpoint import PART
-from train.data import Blocks
-from train.loop import TrainJob, train
-from train.recipe import validate
-from train.tracking import read_rows
+from train.data.blocks import Blocks
+from train.recipe.recipe import validate
+from train.tracking.metrics_log import read_rows
+from train.training.checkpoint import PART
+from train.training.loop import TrainJob, train
 
 STEPS = 30
 

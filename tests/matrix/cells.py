@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 from dataclasses import replace
 
-from tests.distributed.training import Setting
-from train.recipe import PenaltySection
+from tests.support.training import Setting
+from train.recipe.recipe import PenaltySection
 
 BACKENDS = (
     "ddp",

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from tests.distributed.harness import run
-from tests.distributed.training import build, teacher_folder
 from tests.matrix.cells import CELLS, exact
+from tests.support.launcher import run
+from tests.support.training import build, teacher_folder
 
 WORKER = Path(__file__).with_name("worker.py")
 FP32 = {"lm": 1e-4, "penalty": 1e-4, "norm": 1e-4, "weights": 1e-4, "moved": 1e-2}

@@ -20,10 +20,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sa_models.errors import PostshareError
 from sa_models.heads import PROJECTIONS
-from sa_models.materialize import unit
-from tests.distributed.training import MODELS, Setting, build, train
+from sa_models.materialize.ties import unit
 from tests.matrix.cells import CELLS, PROGRESSIVE, RESUMED
-from train.engine import Engine, start
+from tests.support.training import MODELS, Setting, build, train
+from train.distributed.engines.base import Engine, start
 
 State = dict[str, tuple[torch.Tensor, dict[str, torch.Tensor]]]
 

@@ -24,7 +24,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from sa_models.errors import PostshareError
-from train import engine
+from train.distributed.engines import base as engine
+from train.distributed.launch_env import launched_fsdp, launched_offload
 from train.doctor import devices, network, ranks
 from train.doctor.builds import release_own
 from train.doctor.facts import Facts, TooLate, collect, limited
@@ -38,9 +39,8 @@ from train.doctor.probes import (
     probe_folder,
     probe_links,
 )
-from train.known_models import LlamaShape, find_shape
-from train.launched import launched_fsdp, launched_offload
-from train.recipe import Recipe
+from train.estimate.llama_shapes import LlamaShape, find_shape
+from train.recipe.recipe import Recipe
 
 PATIENCE = 60.0
 """Seconds that a rank may be late, unless the command line says otherwise."""

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from sa_models.savings import llama_parameters
-from train import memory
+from train.distributed.launch_env import Offload
 from train.doctor.findings import Finding, Level, Situation, bad, ok, warn
-from train.dry_run import size
-from train.known_models import LlamaShape
-from train.launched import Offload
-from train.recipe import Recipe
+from train.estimate import gpu_memory
+from train.estimate.dry_run import size
+from train.estimate.llama_shapes import LlamaShape
+from train.recipe.recipe import Recipe
 
 GPU_ALLOWANCE = 2 * 10**9
 """Bytes on a GPU for CUDA and communication buffers, which no estimate counts."""
@@ -93,7 +93,7 @@ def check_whole_models(s: Situation) -> Iterator[Finding]:
     gpu = next((f.gpu for f in s.facts if f.rank == 0), None)
     if gpu is None or s.recipe is None or s.shape is None:
         return
-    whole = memory.whole_models(s.recipe, s.shape)
+    whole = gpu_memory.whole_models(s.recipe, s.shape)
     if whole.bytes + GPU_ALLOWANCE <= gpu.total:
         return
     models = f"{whole.count} fp32 model{'s' * (whole.count > 1)}"
@@ -124,7 +124,7 @@ def memory_needed(
         other: replaces fields of `train`.
     """
     section = recipe.train.model_copy(update=other)
-    needed = memory.memory_per_gpu(
+    needed = gpu_memory.memory_per_gpu(
         shape,
         section,
         stage=stage,

@@ -10,11 +10,11 @@ from typing import Any
 
 from sa_models.errors import PostshareError
 from sa_models.spans import ranges
+from train.distributed.launch_env import Offload
 from train.doctor.facts import Facts
 from train.doctor.probes import BrokenLink, Clock, FolderProbe, Reduction
-from train.known_models import LlamaShape
-from train.launched import Offload
-from train.recipe import Recipe
+from train.estimate.llama_shapes import LlamaShape
+from train.recipe.recipe import Recipe
 
 LEFT_WAITING = "left waiting when another rank failed"
 """Why a rank did not join that has no trouble of its own."""

@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from sa_models.errors import PostshareError
-from train import engine
-from train.base_model import NEEDED_FILES, base_folder
 from train.demo import DEMO_BASE
+from train.distributed.engines import base as engine
 from train.doctor.facts import TooLate, limited
 from train.doctor.findings import Finding, bad, from_error, ok, warn
-from train.recipe import DataSource, Recipe, load_recipe
+from train.models.base_model import NEEDED_FILES, base_folder
+from train.recipe.recipe import DataSource, Recipe, load_recipe
 
 LIMIT = 30.0
 """Seconds for looking up one model or data set in the cache."""
@@ -28,9 +28,9 @@ def resolve(name: str, overrides: Sequence[str]) -> tuple[Recipe | None, list[Fi
 
 def check_start(recipe: Recipe, world: int) -> Iterator[Finding]:
     """What a run of the recipe refuses before it starts: launch settings, batch, folder, wandb."""
-    from train.lora import check_gpu
-    from train.run_folder import check_folder
-    from train.wandb_run import check_wandb
+    from train.models.lora import check_gpu
+    from train.stages.run import check_folder
+    from train.tracking.wandb_run import check_wandb
 
     refusals: tuple[tuple[str, Callable[[], object]], ...] = (
         ("launch", lambda: engine.check_launch(recipe, engine.launched_stage())),
@@ -99,7 +99,7 @@ def find_model(recipe: Recipe) -> str | None:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
-    from sa_models.weights import WeightsFolder
+    from sa_models.weights.safetensors_folder import WeightsFolder
 
     model = recipe.model
     is_local = model.path == DEMO_BASE or Path(model.path).expanduser().is_dir()
@@ -122,7 +122,7 @@ def find_data(source: DataSource) -> str | None:
     Raises:
         PostshareError: it is not there, or not to be had without network.
     """
-    from train.sources import STDLIB, load_rows, on_hub
+    from train.data.sources import STDLIB, load_rows, on_hub
 
     if source.path == STDLIB:
         return "here"

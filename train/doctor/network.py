@@ -7,10 +7,10 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 from sa_models.errors import PostshareError
-from train import estimate
 from train.doctor.facts import Facts
 from train.doctor.findings import Finding, Situation, bad, ok, warn
-from train.dry_run import size
+from train.estimate import parameters
+from train.estimate.dry_run import size
 
 CLOCK_LIMIT = 1.0
 """Seconds that clocks may differ."""
@@ -156,7 +156,7 @@ def check_bandwidth(s: Situation) -> Iterator[Finding]:
     said = f"all-reduce of {listed}: {size(best)}/s over each link"
     if s.recipe is not None and s.shape is not None and s.recipe.train.steps != 0:
         try:
-            traffic = estimate.step_traffic(
+            traffic = parameters.step_traffic(
                 s.shape, s.recipe.train, s.sharding, s.world, s.recipe.lora
             )
         except PostshareError:  # the batch does not divide: `launch` says so

@@ -8,9 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from sa_models.errors import PostshareError
-from train import estimate
 from train.doctor.findings import LEFT_WAITING, Finding, Situation, bad, from_error, ok, warn
-from train.dry_run import size
+from train.estimate import parameters
+from train.estimate.dry_run import size
 
 BUILD_SECONDS = 900.0
 """Age of a lock that belongs to no build any more, wherever it ran."""
@@ -205,7 +205,7 @@ def check_disk(s: Situation) -> Iterator[Finding]:
         yield ok(topic, f"{size(f.disk)} free")
         return
     try:
-        need = estimate.disk_space(s.recipe, s.shape)
+        need = parameters.disk_space(s.recipe, s.shape)
     except PostshareError as error:
         yield from_error("plan", error)
         return

@@ -16,11 +16,11 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from sa_models.errors import PostshareError
+from train.evaluation.summary import model_names
 from train.report import plots, runs, tables, verdict
 from train.report.data import RunData, read_run, require_run
 from train.report.rivals import Rivals, find_rivals
 from train.report.svg import Picture, render
-from train.summary import model_names
 
 REPORT_FILE = "report.html"
 TEMPLATE = "page.html.jinja"

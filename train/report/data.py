@@ -20,15 +20,15 @@ from numpy.typing import NDArray
 from sa_models.errors import PostshareError
 from sa_models.heads import HeadLayout
 from sa_models.plan import SharingPlan
-from train.evaluate import BlockLosses
-from train.loss_planning import SEARCH_FILE
-from train.provenance import PROVENANCE_FILE
-from train.recipe import Recipe, load_recipe
-from train.run_folder import PLAN_FILE, RECIPE_FILE
-from train.run_scores import SCORES_FILE, VERSION, export_hash
-from train.scoring import CHANCE_FILE
-from train.span_planning import SPANS_FILE
-from train.summary import BLOCKS_FILE, SUMMARY_FILE
+from train.evaluation.perplexity import BlockLosses
+from train.evaluation.run_scores import SCORES_FILE, VERSION, export_hash
+from train.evaluation.summary import BLOCKS_FILE, SUMMARY_FILE
+from train.planning.loss_search import SEARCH_FILE
+from train.planning.scores import CHANCE_FILE
+from train.planning.spans import SPANS_FILE
+from train.recipe.recipe import Recipe, load_recipe
+from train.stages.provenance import PROVENANCE_FILE
+from train.stages.run import PLAN_FILE, RECIPE_FILE
 
 Json = dict[str, Any]
 TRAININGS = {"continued": "continued", "post": ".", "heal": "heal"}

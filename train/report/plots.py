@@ -14,10 +14,20 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from sa_models.heads import HeadLayout
-from train.figures import BLUE, DIVERGING, GREEN, INK, MUTED, ORANGE, PALE, SKY, VERMILLION
-from train.loss_planning import PARETO_PICTURE
-from train.pictures import draw_isotropy, draw_plan_map
-from train.planning import SIMILARITY_PICTURE
+from train.common.figure_style import (
+    BLUE,
+    DIVERGING,
+    GREEN,
+    INK,
+    MUTED,
+    ORANGE,
+    PALE,
+    SKY,
+    VERMILLION,
+)
+from train.planning.find import SIMILARITY_PICTURE
+from train.planning.loss_search import PARETO_PICTURE
+from train.planning.plan_maps import draw_isotropy, draw_plan_map
 from train.report.curves import shorten, trend
 from train.report.data import Pairs, RunData, Training
 from train.report.svg import Picture, data_uri, render

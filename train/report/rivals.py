@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from sa_models.errors import PostshareError
-from train.comparison import COMPARISON_FILE
-from train.controls import RECIPE
-from train.evaluate import BlockLosses
-from train.intervals import Interval, interval, mean_loss
-from train.recipe import Recipe, load_recipe
+from train.commands.compare.controls import RECIPE
+from train.commands.compare.results import COMPARISON_FILE
+from train.evaluation.bootstrap import Interval, interval, mean_loss
+from train.evaluation.perplexity import BlockLosses
+from train.evaluation.summary import read_block_losses
+from train.recipe.recipe import Recipe, load_recipe
 from train.report.data import Reader
-from train.run_folder import RECIPE_FILE, run_identity
-from train.summary import read_block_losses
+from train.stages.run import RECIPE_FILE, run_identity
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Rivals:
     """comparison.json of the run's own recipe.
 
     Attributes:
-        rows: as :func:`train.comparison.as_json` writes them.
+        rows: as :func:`train.commands.compare.results.as_json` writes them.
     """
 
     folder: Path

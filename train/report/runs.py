@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from train.comparison import pareto
-from train.figures import GRID, MUTED, SERIES, color_and_mark
+from train.commands.compare.results import pareto
+from train.common.figure_style import GRID, MUTED, SERIES, color_and_mark
+from train.evaluation.summary import bytes_of
 from train.report.data import RunData
 from train.report.plots import SIZE, draw_curve, draw_trend
 from train.report.svg import Picture, render
 from train.report.tables import Table
 from train.report.verdict import difference, spread
-from train.summary import bytes_of
-from train.tracking import clock
+from train.tracking.metrics_log import clock
 
 LINES = ("-", "--", ":", "-.")
 CURVES = (

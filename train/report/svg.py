@@ -16,7 +16,7 @@ import matplotlib
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from train.figures import (
+from train.common.figure_style import (
     BLUE,
     DARK_GREY,
     GREEN,

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 
 from sa_models.basis import FACTORED, factor_sizes
-from train.model_compare import PERPLEXITY
+from train.commands.evaluate.side_by_side import PERPLEXITY
+from train.evaluation.speed import TASK as SPEED
+from train.evaluation.summary import summary_cells
 from train.report.data import RunData, Training
 from train.report.rivals import Rivals
 from train.report.verdict import difference, megabytes, spread
-from train.speed import TASK as SPEED
-from train.summary import summary_cells
-from train.tracking import clock
+from train.tracking.metrics_log import clock
 
 MOST_ROWS = 400
 """Of a table of pairs; plan.json has them all."""

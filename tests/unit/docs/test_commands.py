@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import typer.main
-from pages import DOCS, PAGES, REPOSITORY, Command, blocks, commands, mentioned
 from typer.exceptions import TyperException
 
 from sa_models.errors import PostshareError
-from train import strict_yaml
+from tests.support.pages import DOCS, PAGES, REPOSITORY, Command, blocks, commands, mentioned
 from train.cli import app
-from train.recipe import load_recipe, validate
+from train.recipe import yaml12
+from train.recipe.recipe import load_recipe, validate
 
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 # What a reader puts a recipe or overrides of his own for.
@@ -86,7 +86,7 @@ def test_whole_recipes_in_the_pages_are_valid() -> None:
     found = [block for page in PAGES for block in blocks(page, "yaml") if "name: " in block.code]
     assert {"README.md", "recipe.md"} <= {block.page.name for block in found}
     for block in found:
-        validate(strict_yaml.parse(block.code, block.page.name))
+        validate(yaml12.parse(block.code, block.page.name))
 
 
 FILES = re.compile(r"(?<![\w/.-])((?:train|sa_models|recipes|launch|tests|docs)/[\w./-]+\.\w+)")

@@ -7,14 +7,15 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from pages import DOCS, blocks
 
-from sa_models import similarity
 from sa_models.heads import HeadLayout
-from sa_models.similarity import InMemory
-from tests.unit.train.pulled import LAYOUTS, Weights, star_plan
-from train import distances, optimizer
-from train.regularizer import Penalty
+from sa_models.scores import weight_cosine
+from sa_models.scores.weight_cosine import InMemory
+from tests.support.pages import DOCS, blocks
+from tests.support.pulled import LAYOUTS, Weights, star_plan
+from train.penalty import distances
+from train.penalty.coupled import Penalty
+from train.training import optimizer
 
 PENALTY, SCORE, SCHEDULER = (block.code for block in blocks(DOCS / "extending.md", "python"))
 
@@ -34,7 +35,7 @@ def unit_slice(
 def test_the_penalty_is_the_divergence_and_its_gradient(
     monkeypatch: pytest.MonkeyPatch, sharded: bool
 ) -> None:
-    assert PENALTY.startswith("# train/distances.py\n")
+    assert PENALTY.startswith("# train/penalty/distances.py\n")
     tables = ("DISTANCES", "_TERMS", "_SUMS", "_WEIGHTS", "_GRADIENTS")
     for table in tables:  # and it is gone from them again afterwards
         monkeypatch.setitem(getattr(distances, table), "reverse_kl", None)
@@ -62,8 +63,8 @@ def test_the_penalty_is_the_divergence_and_its_gradient(
 
 @pytest.mark.parametrize("shape", sorted(LAYOUTS))
 def test_the_score_is_the_cosine_of_every_two_units(shape: str) -> None:
-    assert SCORE.startswith("# sa_models/similarity.py\n")
-    module = dict(vars(similarity))
+    assert SCORE.startswith("# sa_models/scores/weight_cosine.py\n")
+    module = dict(vars(weight_cosine))
     exec(SCORE, module)
     layout = LAYOUTS[shape]
     weights = Weights(layout)
@@ -78,7 +79,7 @@ def test_the_score_is_the_cosine_of_every_two_units(shape: str) -> None:
 
 
 def test_the_scheduler_goes_on_where_the_warm_up_ends() -> None:
-    assert SCHEDULER.startswith("# train/optimizer.py\n")
+    assert SCHEDULER.startswith("# train/training/optimizer.py\n")
     module = dict(vars(optimizer))
     exec(SCHEDULER, module)
     factors = [module["inverse_sqrt"](step, 4) for step in (3, 4, 15, 63)]

@@ -7,7 +7,8 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from pages import PAGES
+
+from tests.support.pages import PAGES
 
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 

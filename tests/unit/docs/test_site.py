@@ -12,11 +12,11 @@ from types import ModuleType
 from typing import get_args
 
 import pytest
-from pages import DOCS, PAGES, REPOSITORY, blocks
 from pydantic import BaseModel
 
+from tests.support.pages import DOCS, PAGES, REPOSITORY, blocks
 from train.cli import app
-from train.recipe import Recipe
+from train.recipe.recipe import Recipe
 
 
 def module_of_docs(name: str) -> ModuleType:

@@ -6,7 +6,7 @@ import ast
 import re
 from pathlib import Path
 
-from pages import DOCS, REPOSITORY, blocks
+from tests.support.pages import DOCS, REPOSITORY, blocks
 
 GAP = "…"
 

@@ -12,7 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from pages import DOCS, REPOSITORY, blocks, lines
+
+from tests.support.pages import DOCS, REPOSITORY, blocks, lines
 
 PAGE = DOCS / "tutorial.md"
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from train.recipe import load_recipe
+from train.recipe.recipe import load_recipe
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 FILES = sorted((REPOSITORY / "launch" / "slurm").glob("*.sbatch"))

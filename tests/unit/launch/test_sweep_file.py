@@ -9,8 +9,8 @@ from typing import Any
 import yaml
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
-from train.metrics import SECTIONS, keys
-from train.recipe import load_recipe
+from train.recipe.recipe import load_recipe
+from train.tracking.dashboard_panels import SECTIONS, keys
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 

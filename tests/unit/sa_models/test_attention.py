@@ -8,7 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from reference import (
+from torch.nn.attention.flex_attention import flex_attention
+from transformers import LlamaForCausalLM, StaticCache
+from transformers.integrations import flex_attention as library_flex
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from sa_models import AttentionSpan, PostshareError, SharingPlan
+from sa_models.attention import attention_weights, mix_values
+from tests.support.reference import (
     PLANS,
     SHAPES,
     SPAN_PLANS,
@@ -19,14 +26,7 @@ from reference import (
     tokens,
     use,
 )
-from reference import shared as compact_of
-from torch.nn.attention.flex_attention import flex_attention
-from transformers import LlamaForCausalLM, StaticCache
-from transformers.integrations import flex_attention as library_flex
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
-
-from sa_models import AttentionSpan, PostshareError, SharingPlan
-from sa_models.attention import attention_weights, mix_values
+from tests.support.reference import shared as compact_of
 
 MODES = [0, 16]
 """``reuse_rows``: replay, and reuse of the attention weights."""

@@ -18,15 +18,15 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from sa_models.basis import SharedBasis, basis_of, factor_sizes, parameter_range
 from sa_models.errors import PostshareError
-from sa_models.export import ExportResult, export_model
-from sa_models.factorize import factorize, factorized
+from sa_models.export.export import ExportResult, export_model
+from sa_models.export.manifest import read_manifest
 from sa_models.heads import HeadLayout
-from sa_models.manifest import read_manifest
+from sa_models.materialize.shared_basis import factorize, factorized
 from sa_models.modeling import SharedLlamaForCausalLM
 from sa_models.plan import HeadTie, SharingPlan
-from sa_models.readers import CompactFolder, ExpandedFolder
-from sa_models.weights import ShardWriter, WeightsFolder
-from tests.unit.sa_models.gauge import tiny, tokens
+from sa_models.weights.compact_folder import CompactFolder, ExpandedFolder
+from sa_models.weights.safetensors_folder import ShardWriter, WeightsFolder
+from tests.support.gauge import tiny, tokens
 
 
 def text(blocks: int = 9) -> list[dict[str, torch.Tensor]]:
@@ -309,7 +309,7 @@ def test_a_layer_that_computes_something_else_fails_the_verification(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The basis of another group."""
-    from sa_models import verify
+    from sa_models.export import verify
 
     real = ExpandedFolder.factor_names
 

@@ -8,16 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from reference import (
-    PLANS,
-    SPAN_PLANS,
-    Reference,
-    dense,
-    shared,
-    some_plan,
-    tokens,
-    use,
-)
 from transformers import Cache, DynamicCache, StaticCache
 from transformers.cache_utils import (
     DynamicLayer,
@@ -28,6 +18,16 @@ from transformers.cache_utils import (
 
 from sa_models import AttentionSpan, PostshareError, SharingPlan, cache_bytes
 from sa_models.cache import fit_cache_
+from tests.support.reference import (
+    PLANS,
+    SPAN_PLANS,
+    Reference,
+    dense,
+    shared,
+    some_plan,
+    tokens,
+    use,
+)
 
 
 @lru_cache

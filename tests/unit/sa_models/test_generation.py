@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from reference import SPAN_PLANS, Reference, dense, shared, some_plan, tokens, use
 from transformers import DynamicCache, StaticCache
+
+from tests.support.reference import SPAN_PLANS, Reference, dense, shared, some_plan, tokens, use
 
 COUNT = 10
 

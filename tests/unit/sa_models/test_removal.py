@@ -12,20 +12,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from reference import LAYERS, SHAPES, Reference, dense, shared, tokens, use
 from torch.nn.attention.flex_attention import flex_attention
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaForCausalLM, StaticCache
 from transformers.integrations import flex_attention as library_flex
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from sa_models import AttentionSpan, HeadTie, PostshareError, SharingPlan, cache_bytes, convert
-from sa_models.export import export_model
+from sa_models import AttentionSpan, HeadTie, PostshareError, SharingPlan, cache_bytes
+from sa_models.export.export import export_model
+from sa_models.export.verify import verify_equal
 from sa_models.heads import HeadLayout
-from sa_models.materialize import materialize_
+from sa_models.materialize.ties import materialize_
 from sa_models.modeling import SharedLlamaForCausalLM
-from sa_models.readers import ExpandedFolder
-from sa_models.verify import verify_equal
-from sa_models.weights import WeightsFolder
+from sa_models.weights.compact_folder import ExpandedFolder
+from sa_models.weights.safetensors_folder import WeightsFolder
+from sa_models.weights.structure import convert
+from tests.support.reference import LAYERS, SHAPES, Reference, dense, shared, tokens, use
 
 ALL = ("q", "k", "v", "o")
 KINDS = ("removed", "ties", "spans")

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from reference import PLANS, SHAPES, dense, shared, some_plan, tokens, use
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from sa_models import AttentionSpan, HeadTie, PostshareError, SharingPlan
 from sa_models.configuration import SharedLlamaConfig
 from sa_models.modeling import compact_config
+from tests.support.reference import PLANS, SHAPES, dense, shared, some_plan, tokens, use
 
 
 def config(**fields: Any) -> LlamaConfig:

@@ -13,15 +13,15 @@ import pytest
 import train
 from sa_models.errors import PostshareError
 from train.cli import app, launched, main
-from train.interrupt import TrainingStopped
-from train.recipe import Recipe
+from train.common.signals import TrainingStopped
+from train.recipe.recipe import Recipe
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 STAGES = ("run", "plan", "export", "evaluate", "prepare")
 
 
 class FakePipeline(SimpleNamespace):
-    """Stands in for train.pipeline: notes what is called, or raises."""
+    """Stands in for train.stages.pipeline: notes what is called, or raises."""
 
     def __init__(self, raises: BaseException | None = None) -> None:
         self.calls: list[tuple[str, Recipe]] = []
@@ -40,7 +40,7 @@ def pipeline(monkeypatch: pytest.MonkeyPatch) -> FakePipeline:
 
 
 def install(monkeypatch: pytest.MonkeyPatch, fake: FakePipeline) -> FakePipeline:
-    monkeypatch.setitem(sys.modules, "train.pipeline", fake)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "train.stages.pipeline", fake)  # type: ignore[arg-type]
     monkeypatch.setattr(train, "pipeline", fake, raising=False)
     monkeypatch.delenv("RANK", raising=False)
     return fake
@@ -220,7 +220,7 @@ def test_the_wheel_carries_all_that_a_user_needs(tmp_path: Path) -> None:
     assert "postshare = train.cli:main" in next(site.glob("*/entry_points.txt")).read_text()
     # Outside a checkout; the unpacked wheel comes before the editable installation.
     code = (
-        "from train import cli, recipe_source\n"
+        "from train import cli\nfrom train.recipe import load as recipe_source\n"
         "print(recipe_source.locate('recipes/demo.yaml'))\n"
         "cli.main(['recipes'])"
     )

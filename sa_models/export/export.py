@@ -1,0 +1,406 @@
+"""Export: a compact and a dense folder from dense weights and a plan.
+
+Tensors are read, materialized, written and verified one at a time, so that the memory is that of
+about one shard. A folder is written beside, verified from its own files, then renamed into place:
+either it is whole, or it is not there.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from threading import Event, Lock
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from transformers import LlamaConfig, PreTrainedTokenizerBase
+
+from sa_models.errors import PostshareError
+from sa_models.export.manifest import (
+    Identity,
+    describe,
+    read_manifest,
+    recognize,
+    seal,
+    write_manifest,
+)
+from sa_models.export.peft_adapter import AdaptedReader, Pairs, load_adapter, rounded, save_adapter
+from sa_models.export.verify import verify_bytes, verify_equal, verify_stored
+from sa_models.heads import HeadLayout
+from sa_models.materialize.low_rank_residual import pairs_hash
+from sa_models.materialize.merge import Merge
+from sa_models.modeling import compact_config, select_units
+from sa_models.plan import SharingPlan
+from sa_models.savings import PlanSavings
+from sa_models.weights.atomic_files import flush
+from sa_models.weights.compact_folder import (
+    DenseReader,
+    ExpandedFolder,
+    MaterializedReader,
+    dense_config,
+)
+from sa_models.weights.companion_files import (
+    copy_code,
+    copy_companions,
+    tokenizer_folder,
+    write_configs,
+)
+from sa_models.weights.safetensors_folder import ShardWriter, WeightsFolder
+from sa_models.weights.structure import Leaders, converted
+
+Format = Literal["compact", "dense"]
+FORMATS: tuple[Format, ...] = ("compact", "dense")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done ("write", "verify"), bytes done, bytes in all."""
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """The finished folders, and the bytes of their tensors on disk (headers left out)."""
+
+    paths: dict[str, Path]
+    bytes: dict[str, int]
+
+
+def export_model(
+    source: DenseReader,
+    plan: SharingPlan,
+    folder: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype,
+    shard_bytes: int,
+    formats: Sequence[Format] = FORMATS,
+    merge: Merge = "copy",
+    leaders: Leaders = "mean",
+    residual: Pairs | None = None,
+    base_config: LlamaConfig | None = None,
+    tokenizer: Path | PreTrainedTokenizerBase | None = None,
+    recipe: Mapping[str, Any] | None = None,
+    notes: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> ExportResult:
+    """Write ``folder/compact`` and ``folder/dense`` (a plan with spans has no dense form).
+
+    Of a plan with a basis the compact folder has the factors, the dense one their products, rounded
+    once: they compute the same to rounding.
+
+    With residuals the compact folder goes with ``folder/adapter``, a PEFT adapter, and the dense
+    one is what the two compute: compact expanded + B A, of the values that are stored.
+
+    A finished folder of the same export is left as it is; what an interrupted export left is
+    removed and made again.
+
+    Args:
+        source: dense weights before materializing (a ``WeightsFolder``), a folder trained with the
+            plan's structure, or a healed compact folder (an ``ExpandedFolder``, with the same plan
+            and ``merge="copy"``). What lacks the plan's structure is converted to it. Of a plan
+            with a basis: the ``ExpandedFolder`` of its factors.
+        plan: what to share; of a ``released`` plan the effective ties.
+        dtype: of all exported tensors.
+        shard_bytes: largest size of a weight file, in bytes.
+        merge: whether a shared unit is its source's, or the mean of all units that share it; see
+            :mod:`sa_models.materialize.merge` for the others.
+        leaders: see :mod:`~sa_models.weights.structure`; of a source that is converted.
+        residual: of the plan's tied units, see :mod:`~sa_models.materialize.low_rank_residual`.
+        base_config: of the model that the savings are counted from; None: the source's.
+        tokenizer: a tokenizer, or the folder of one, whose generation config and licence files
+            are copied as well; None exports a model without a tokenizer.
+        recipe: the resolved recipe, for the model card and the manifest (JSON values).
+        notes: likewise: "name" (str), "base_model" (str), "numbers" ({what: value}). Numbers that
+            are measured later are added with :func:`~sa_models.export.manifest.update_notes`.
+        progress: see :data:`Progress`.
+
+    Raises:
+        PostshareError: the plan does not fit; the folder holds something else; the disk is full;
+            fp16 cannot hold a weight; or the verification fails. Nothing half written stays.
+    """
+    folder = Path(folder)
+    _check_arguments(formats, dtype, plan)
+    plan.validate(source.config)
+    serves = any(span.share == "kv" for span in plan.spans)
+    weights: MaterializedReader | ExpandedFolder
+    if plan.basis is None:
+        weights = MaterializedReader(converted(source, plan, leaders), plan, merge, dtype)
+    elif isinstance(source, ExpandedFolder) and source.plan == plan:
+        weights = ExpandedFolder(source.path, dtype)
+    else:
+        raise PostshareError(
+            f"{source.path} has not the plan's factors, which calibration text decides; give the "
+            "folder of the factorized model"
+        )
+    job = _Job(
+        folder=folder,
+        weights=weights,
+        residual=None if residual is None else rounded(residual, dtype),
+        plan=plan.effective(),
+        savings=plan.savings(base_config or source.config),
+        identity=Identity(
+            plan.effective().hash(),
+            merge,
+            str(dtype)[6:],
+            shard_bytes,
+            leaders=leaders if serves else None,
+            residual_sha256=None if residual is None else pairs_hash(residual),
+        ),
+        dtype=dtype,
+        shard_bytes=shard_bytes,
+        tokenizer=tokenizer,
+        notes={**(notes or {}), "recipe": recipe},
+        progress=progress or (lambda stage, done, total: None),
+    )
+    kinds = [*formats, *(["adapter"] if residual and "compact" in formats else [])]
+    todo = [name for name in kinds if not job.is_finished(name)]
+    if todo:
+        job.check_space(todo)
+        with one_thread(), job.beside(todo) as beside:
+            job.make(beside)
+            for name, path in beside.items():
+                os.rename(path, folder / name)
+            flush(folder)
+    return ExportResult(
+        paths={name: folder / name for name in kinds},
+        bytes={name: read_manifest(folder / name)["tensors"]["bytes"] for name in kinds},
+    )
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Run torch's operators in the calling thread.
+
+    Memory and disk bound the work, which is divided by files: on two busy cores, operators that
+    wait for one another's threads took 2.5 times as long.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _check_arguments(formats: Sequence[str], dtype: torch.dtype, plan: SharingPlan) -> None:
+    unknown = [name for name in formats if name not in FORMATS]
+    if unknown or not formats:
+        raise PostshareError(f"unknown export formats {list(formats)}; use {list(FORMATS)}")
+    if "dense" in formats and not plan.has_stock_form:
+        raise PostshareError(
+            "a plan with spans has no dense form: no stock Llama computes it; export with "
+            "formats [compact]"
+        )
+    if dtype not in DTYPES:
+        raise PostshareError(f"cannot export as {dtype}; use float32, bfloat16 or float16")
+
+
+@dataclass
+class _Job:
+    """One call of :func:`export`."""
+
+    folder: Path
+    weights: MaterializedReader | ExpandedFolder
+    residual: Pairs | None
+    plan: SharingPlan
+    savings: PlanSavings
+    identity: Identity
+    dtype: torch.dtype
+    shard_bytes: int
+    tokenizer: Path | PreTrainedTokenizerBase | None
+    notes: dict[str, Any]
+    progress: Progress
+
+    @cached_property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of the tensors of each format, as the plan predicts them."""
+        size = self.dtype.itemsize
+        return {
+            "compact": self.savings.stored_parameters * size,
+            "dense": self.savings.dense_parameters * size,
+            "adapter": sum(pair.parameters for pair in (self.residual or {}).values()) * size,
+        }
+
+    @cached_property
+    def dense(self) -> DenseReader:
+        """The tensors of the dense form."""
+        return self._adapted(self.weights, self.residual)
+
+    def _adapted(self, source: DenseReader, residual: Pairs | None) -> DenseReader:
+        return source if residual is None else AdaptedReader(source, residual, self.plan)
+
+    def is_finished(self, name: str) -> bool:
+        """Whether this very export is there. Raises PostshareError when another one is."""
+        path = self.folder / name
+        if not path.exists():
+            return False
+        if recognize(path, self.identity, self.weights.shards()) or name == "adapter":
+            return True  # the identity has the hash of an adapter's values
+        # The source files are others, or were touched since: only the weights can tell.
+        exported = ExpandedFolder(path) if name == "compact" else WeightsFolder(path)
+        try:
+            verify_equal(exported, self.dense if name == "dense" else self.weights)
+        except PostshareError:
+            raise PostshareError(
+                f"{path} holds an export of other weights; choose another folder or delete it"
+            ) from None
+        return True
+
+    def check_space(self, names: Sequence[str]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for name in self.sizes:
+            shutil.rmtree(self._beside(name), ignore_errors=True)
+        needed = sum(self.sizes[name] for name in names)
+        free = shutil.disk_usage(self.folder).free
+        if needed > free:
+            raise PostshareError(
+                f"the export needs {needed / 1e9:.3f} GB in {self.folder}, where "
+                f"{free / 1e9:.3f} GB are free; free disk space or choose another folder"
+            )
+
+    def _beside(self, name: str) -> Path:
+        return self.folder / f"{name}.tmp"
+
+    @contextmanager
+    def beside(self, names: Sequence[str]) -> Iterator[dict[str, Path]]:
+        """New folders beside the final ones; whatever happens, none is left half written."""
+        folders = {name: self._beside(name) for name in names}
+        try:
+            for path in folders.values():
+                path.mkdir()
+            yield folders
+        except (OSError, SafetensorError) as error:
+            reason = " ".join(str(error).split())
+            raise PostshareError(
+                f"the export could not be written to {self.folder} ({reason}); free disk space or "
+                "choose another folder, then export again"
+            ) from error
+        finally:
+            for path in folders.values():
+                shutil.rmtree(path, ignore_errors=True)
+
+    def make(self, beside: dict[str, Path]) -> None:
+        """Write the formats, one after the other; then hash them while they are verified."""
+        with ThreadPoolExecutor(1) as pool:  # one shard in memory, not one for each format
+            stop = Event()
+            try:
+                advance = self._advance("write", sum(map(self._read_for, beside)))
+                tasks = [
+                    pool.submit(self._write_weights, kind, path, advance, stop)
+                    for kind, path in beside.items()
+                ]
+                for task in tasks:
+                    task.result()
+                for kind, path in beside.items():
+                    self._write_companions(kind, path)
+                sums = {kind: pool.submit(seal, path) for kind, path in beside.items()}
+                self._verify(beside)
+                for kind, path in beside.items():
+                    parameters = self.sizes[kind] // self.dtype.itemsize
+                    facts = describe(kind, self.plan, self.savings, self.identity, parameters)
+                    files = sums[kind].result()
+                    write_manifest(path, facts, files, self.weights.shards(), self.notes)
+            finally:
+                stop.set()
+
+    def _write_weights(
+        self, kind: str, path: Path, advance: Callable[[int], None], stop: Event
+    ) -> None:
+        if kind == "adapter":
+            assert self.residual is not None
+            save_adapter(path, self.residual)
+            return
+        writer = ShardWriter(path, self.shard_bytes)
+        for name, tensor, read in self._compact() if kind == "compact" else _whole(self.dense):
+            if stop.is_set():
+                return
+            writer.add(name, tensor)
+            advance(read)
+        writer.close()
+
+    def _compact(self) -> Iterator[tuple[str, torch.Tensor, int]]:
+        """Name and value of every compact tensor, and the bytes that were read for it."""
+        if isinstance(self.weights, ExpandedFolder):
+            for name in self.weights.files.names():
+                tensor = self.weights.stored(name)
+                yield name, tensor, tensor.nbytes
+            return
+        config = self.weights.config
+        own = self.plan.own_units(self.plan.layout(config))
+        for name, tensor, read in _whole(self.weights):
+            where = HeadLayout.parse_name(name)
+            if where is not None:
+                layer, p = where
+                tensor = select_units(tensor, own[layer][p], config, p)
+            yield name, tensor, read
+
+    def _write_companions(self, kind: str, path: Path) -> None:
+        if kind == "adapter":
+            return
+        config = dense_config(self.weights.config)
+        config.dtype = self.dtype
+        if kind == "compact":
+            config = compact_config(config, self.plan)
+            copy_code(config, path)
+        origin = tokenizer_folder(self.tokenizer)
+        write_configs(config, path, [self.weights.path, origin])
+        if origin is not None:
+            copy_companions(origin, path)
+        elif isinstance(self.tokenizer, PreTrainedTokenizerBase):
+            self.tokenizer.save_pretrained(path)
+
+    def _verify(self, beside: dict[str, Path]) -> None:
+        readers: dict[str, DenseReader] = {
+            kind: ExpandedFolder(path) if kind == "compact" else WeightsFolder(path)
+            for kind, path in beside.items()
+            if kind != "adapter"
+        }
+        for kind, reader in readers.items():
+            verify_bytes(reader.path, reader.shards(), self.sizes[kind])
+        passes = 1 if self.residual is None else len(readers)
+        advance = self._advance("verify", passes * self.sizes["dense"])
+        residual = self.residual
+        if "adapter" in beside:
+            files = sorted(beside["adapter"].glob("*.safetensors"))
+            verify_bytes(beside["adapter"], files, self.sizes["adapter"])
+            residual = load_adapter(beside["adapter"])
+        if isinstance(self.weights, ExpandedFolder) and "compact" in beside:
+            verify_stored(ExpandedFolder(beside["compact"]), self.weights)
+        if residual is None:
+            exported = readers.pop("compact", None) or readers.pop("dense")
+            verify_equal(exported, readers.get("dense", self.weights), advance)
+            return
+        # Ties hold in the compact folder alone; what is added to it, in the dense one.
+        compact, dense = readers.get("compact"), readers.get("dense")
+        if compact is not None:
+            verify_equal(compact, self.weights, advance)
+        if dense is not None:
+            verify_equal(dense, self._adapted(compact or self.weights, residual), advance)
+
+    def _read_for(self, kind: str) -> int:
+        """Bytes that are read to write a format."""
+        factors = kind == "compact" and self.plan.basis is not None
+        return self.sizes["compact" if factors else "dense"]
+
+    def _advance(self, stage: str, total: int) -> Callable[[int], None]:
+        """A counter of bytes, for any thread."""
+        done, lock = 0, Lock()
+
+        def advance(size: int) -> None:
+            nonlocal done
+            with lock:
+                done += size
+                self.progress(stage, done, total)
+
+        return advance
+
+
+def _whole(weights: DenseReader) -> Iterator[tuple[str, torch.Tensor, int]]:
+    for name in weights.names():
+        tensor = weights.read(name)
+        yield name, tensor, tensor.nbytes

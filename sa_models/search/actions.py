@@ -1,0 +1,283 @@
+"""What a search may do to units: tie one to a source, or remove it; and what that saves.
+
+A state is a set of actions: each unit is removed, or tied, perhaps twice (q and k to one source, v
+and o to another). Sources are units that are themselves not changed, so that a state is a valid
+plan without any chain to resolve.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from sa_models.heads import PROJECTIONS, HeadLayout
+from sa_models.plan import HeadTie, SharingPlan
+from sa_models.ties import Unit
+
+KINDS = ("tie", "remove")
+Projections = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Action:
+    """One unit is tied to ``source`` for the named projections, or removed (no source)."""
+
+    target: Unit
+    source: Unit | None = None
+    projections: Projections = ()
+
+    @property
+    def kind(self) -> str:
+        return "remove" if self.source is None else "tie"
+
+    @property
+    def key(self) -> tuple[Unit, Unit, Projections]:
+        """Sorts actions, removals first."""
+        return (self.target, self.source or (-1, -1), self.projections)
+
+    def __str__(self) -> str:
+        if self.source is None:
+            return f"remove {list(self.target)}"
+        return str(HeadTie(self.target, self.source, self.projections))
+
+    def to_list(self) -> list[Any]:
+        source = None if self.source is None else list(self.source)
+        return [list(self.target), source, "".join(self.projections)]
+
+    @classmethod
+    def from_list(cls, value: list[Any]) -> Action:
+        target, source, projections = value
+        return cls(
+            (target[0], target[1]),
+            None if source is None else (source[0], source[1]),
+            tuple(projections),
+        )
+
+
+State = frozenset[Action]
+
+
+def ordered(state: Iterable[Action]) -> list[Action]:
+    """The actions in their canonical order."""
+    return sorted(state, key=lambda action: action.key)
+
+
+def as_plan(state: Iterable[Action]) -> SharingPlan:
+    """The plan of a state; two ties of a unit to one source are one tie of the plan."""
+    actions = ordered(state)
+    ties: dict[tuple[Unit, Unit], set[str]] = {}
+    for a in actions:
+        if a.source is not None:
+            ties.setdefault((a.target, a.source), set()).update(a.projections)
+    return SharingPlan(
+        ties=tuple(
+            HeadTie(target, source, tuple(p for p in PROJECTIONS if p in shared))
+            for (target, source), shared in ties.items()
+        ),
+        removed=tuple(a.target for a in actions if a.source is None),
+    )
+
+
+@dataclass(frozen=True)
+class Space:
+    """The actions that a search chooses from, and how much they have to save.
+
+    Attributes:
+        targets: units that may be tied.
+        removable: units that may be removed; every layer keeps at least one unit.
+        sources: units that may be sources, of targets in later layers.
+        shares: the sets of projections that a tie may share, and what it saves then, in whatever
+            the budget counts.
+        removal_saves: what a removal saves; no less than the ties of a unit.
+        needed: what a state has to save at least.
+        twice: whether a tied unit may be tied again, for projections that it still has.
+    """
+
+    layout: HeadLayout
+    targets: tuple[Unit, ...]
+    removable: tuple[Unit, ...]
+    sources: frozenset[Unit]
+    shares: dict[Projections, int]
+    removal_saves: int
+    needed: int
+    twice: bool = False
+    _most: dict[State, int] = field(default_factory=dict, compare=False, repr=False)
+    _left: dict[Projections, int] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def tie_saves(self) -> int:
+        """What ties of one unit save at most."""
+        return self._still_saves(())
+
+    def saves(self, action: Action) -> int:
+        return self.shares[action.projections] if action.kind == "tie" else self.removal_saves
+
+    def saved(self, state: Iterable[Action]) -> int:
+        return sum(map(self.saves, state))
+
+    def is_met(self, state: Iterable[Action]) -> bool:
+        return self.saved(state) >= self.needed
+
+    @property
+    def largest(self) -> int:
+        """Actions of a state that meets the budget, at most."""
+        smallest = min(saved for saved in (*self.shares.values(), self.removal_saves) if saved > 0)
+        return math.ceil(self.needed / smallest)
+
+    def most(self, state: State = frozenset()) -> int:
+        """The most that can be saved, going on from a state."""
+        if state not in self._most:
+            self._most[state] = self._count_most(state)
+        return self._most[state]
+
+    def _still_saves(self, tied: Projections) -> int:
+        """The most that further ties of a unit save, of which some projections are tied."""
+        if tied not in self._left:
+            more = self.twice or not tied
+            self._left[tied] = max(
+                (
+                    saved + self._still_saves((*tied, *share))
+                    for share, saved in self.shares.items()
+                    if more and not set(share) & set(tied)
+                ),
+                default=0,
+            )
+        return self._left[tied]
+
+    def _count_most(self, state: State) -> int:
+        fixed = {a.target for a in state} | {a.source for a in state if a.source}
+        removed = Counter(a.target[0] for a in state if a.source is None)
+        tied, gone = set(self.targets), set(self.removable)
+        total = self.saved(state)
+        for unit in {a.target for a in state if a.source}:
+            total += self._still_saves(tied_projections(state, unit))
+        for layer in {unit[0] for unit in tied | gone}:
+            here = [unit for unit in tied | gone if unit[0] == layer and unit not in fixed]
+            room = self.layout.units - 1 - removed[layer]
+            removals = min(room, sum(unit in gone for unit in here))
+            ties = sum(unit in tied for unit in here)
+            # No removal saves less than a tie: as many removals as there may be, ties otherwise.
+            total += removals * self.removal_saves
+            total += min(ties, len(here) - removals) * self.tie_saves
+        return total
+
+    def allows(self, state: State, action: Action) -> bool:
+        """Whether a state with this action is valid, and can still meet the budget."""
+        changed = {a.target for a in state}
+        if action.target in {a.source for a in state}:
+            return False
+        if action.target in changed and not (
+            action.source and self.may_tie_again(state, action.target, action.projections)
+        ):
+            return False
+        if action.source is None:
+            gone = sum(a.source is None and a.target[0] == action.target[0] for a in state)
+            if action.target not in self.removable or gone + 1 >= self.layout.units:
+                return False
+        elif (
+            action.source in changed
+            or action.target not in self.targets
+            or action.source not in self.sources
+            or action.source[0] >= action.target[0]
+        ):
+            return False
+        # It takes no more than two units, its target and its source, away from what can be saved.
+        if self.most(state) - 2 * max(self.tie_saves, self.removal_saves) >= self.needed:
+            return True
+        return self.most(state | {action}) >= self.needed
+
+    def may_tie_again(self, state: State, unit: Unit, share: Projections) -> bool:
+        """Whether the unit is tied, and has all projections of ``share`` still."""
+        tied = tied_projections(state, unit)
+        return self.twice and bool(tied) and not set(tied) & set(share)
+
+    def actions(self) -> Iterator[Action]:
+        """Every action, in canonical order of targets."""
+        for unit in sorted({*self.targets, *self.removable}):
+            if unit in self.removable:
+                yield Action(unit)
+            if unit in self.targets:
+                for source in sorted(self.sources):
+                    if source[0] < unit[0]:
+                        for share in self.shares:
+                            yield Action(unit, source, share)
+
+
+def tied_projections(state: Iterable[Action], unit: Unit) -> Projections:
+    """The projections that a unit takes from sources, in a state."""
+    return tuple(p for a in state if a.target == unit for p in a.projections)
+
+
+def make_space(
+    layout: HeadLayout,
+    kinds: Iterable[str],
+    share: Iterable[str],
+    targets: Iterable[Unit],
+    removable: Iterable[Unit],
+    without: Iterable[int],
+    unit_saves: tuple[int, int],
+    needed: int,
+) -> Space:
+    """A space with ties of one set of projections, removals, or both.
+
+    Args:
+        kinds: tie, remove, or both.
+        targets, removable: units that may be tied, and removed.
+        without: layers whose units are no sources.
+        unit_saves: what a tie and a removal save.
+        needed: more than :meth:`Space.most` can never be met.
+    """
+    kinds, saved = {*kinds}, unit_saves[0]
+    shared = tuple(p for p in PROJECTIONS if p in set(share))
+    return Space(
+        layout=layout,
+        targets=tuple(sorted(targets)) if "tie" in kinds and saved else (),
+        removable=tuple(sorted(removable)) if "remove" in kinds and unit_saves[1] else (),
+        sources=_units(layout, without),
+        shares={shared: saved},
+        removal_saves=unit_saves[1],
+        needed=needed,
+    )
+
+
+def make_full_space(
+    layout: HeadLayout,
+    shares: dict[Projections, int],
+    targets: Iterable[Unit],
+    removable: Iterable[Unit],
+    without: Iterable[int],
+    removal_saves: int,
+    needed: int,
+    twice: bool,
+) -> Space:
+    """A space with ties of several sets of projections, and removals.
+
+    Args:
+        shares: of them, those that save something count.
+        twice: whether what two ties of a unit save adds up.
+        targets, removable, without, needed: see :func:`make_space`.
+    """
+    saving = {share: saved for share, saved in shares.items() if saved}
+    return Space(
+        layout=layout,
+        targets=tuple(sorted(targets)) if saving else (),
+        removable=tuple(sorted(removable)) if removal_saves else (),
+        sources=_units(layout, without),
+        shares=saving,
+        removal_saves=removal_saves,
+        needed=needed,
+        twice=twice,
+    )
+
+
+def _units(layout: HeadLayout, without: Iterable[int]) -> frozenset[Unit]:
+    left_out = {*without}
+    return frozenset(
+        (layer, unit)
+        for layer in range(layout.layers)
+        if layer not in left_out
+        for unit in range(layout.units)
+    )

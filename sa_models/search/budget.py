@@ -1,0 +1,159 @@
+"""What a budget asks for, in units, parameters, bytes or cache, and what one unit gives.
+
+A share such as ``-10%`` is of the whole model before the plan. Spans and fewer KV heads count:
+only what they leave is asked of the units. Every exported parameter takes the same bytes, so that
+a share of the bytes is that share of the parameters.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fractions import Fraction
+from math import ceil
+from typing import Any, Literal
+
+from sa_models.errors import PostshareError
+from sa_models.heads import PROJECTIONS, HeadLayout
+from sa_models.plan import SharingPlan
+
+Counted = Literal["units", "parameters", "bytes", "cache"]
+
+
+def parse_share(text: str) -> Fraction:
+    """``-10%`` as 1/10. Raises ValueError for anything but a share below 0 and above -100 %."""
+    match = re.fullmatch(r"-(\d+(?:\.\d+)?)\s?%", text.strip())
+    if not match or not 0 < Fraction(match[1]) < 100:
+        raise ValueError(f"{text!r} is no share to save; write for example -10% or -2.5%")
+    return Fraction(match[1]) / 100
+
+
+def share_of(saved: int, total: int) -> str:
+    """The shortest share of ``total`` that asks for just ``saved``, see :func:`amount_of_share`."""
+    decimals = 0
+    while True:
+        # Rounded down: what a share asks for is rounded up.
+        whole, part = divmod(saved * 100 * 10**decimals // total, 10**decimals)
+        text = f"{whole}.{part:0{decimals}}" if decimals else str(whole)
+        if ceil(Fraction(text) / 100 * total) == saved:
+            return f"-{text}%"
+        decimals += 1
+
+
+@dataclass(frozen=True)
+class Amount:
+    """What the units have to save.
+
+    Attributes:
+        counted: what is counted: units, or elements of weights or of the cache of a token.
+        needed: of the units, at least 1.
+        tie_saves, removal_saves: by one unit.
+        total: of the whole model before the plan.
+        given: what spans and KV heads save already.
+    """
+
+    counted: Counted
+    needed: int
+    tie_saves: int
+    removal_saves: int
+    total: int
+    given: int = 0
+
+    def saves(self, kind: str) -> int:
+        return self.tie_saves if kind == "tie" else self.removal_saves
+
+    def units(self, kind: str) -> int:
+        """Units that one kind of action (tie, remove) needs.
+
+        Raises:
+            PostshareError: it saves none of what is counted.
+        """
+        if not self.saves(kind):
+            raise PostshareError(
+                "plan.budget.cache: a tied unit still caches keys and values of its own, ties save "
+                "0 %; set plan.action=remove, or use spans or heads.kv_heads"
+            )
+        return ceil(Fraction(self.needed, self.saves(kind)))
+
+    def share(self, saved: int) -> str:
+        """A saving by the units as a budget would state it, with what is given."""
+        return f"-{100 * (saved + self.given) / self.total:.2f}%"
+
+    def check(self, most: int, what: str = "the units that may change") -> None:
+        """Raises PostshareError, with the nearest budget, when at most ``most`` can be saved.
+
+        Args:
+            what: saves it.
+        """
+        if 1 <= self.needed <= most:
+            return
+        if self.counted == "units":
+            raise PostshareError(
+                f"plan.budget asks for {self.needed} of {self.total} units, possible are 1 to "
+                f"{most}; set plan.budget.ratio to at most {most / self.total:.4f}"
+            )
+        # Rounded down: the nearest that the user can ask for.
+        nearest = int(10_000 * Fraction(most + self.given, self.total)) / 100
+        raise PostshareError(
+            f"plan.budget.{self.counted} asks for {self.share(self.needed)}; {what} save "
+            f"{self.share(most)} at most: the nearest is plan.budget.{self.counted}=-{nearest}%"
+        )
+
+
+def amount_of_units(count: int, layout: HeadLayout) -> Amount:
+    """So many units, whether tied or removed."""
+    return Amount("units", count, 1, 1, layout.layers * layout.units)
+
+
+def amount_of_share(
+    counted: Counted,
+    share: Fraction,
+    config: Any,
+    structure: SharingPlan,
+    projections: Iterable[str],
+) -> Amount:
+    """A share of the whole model's parameters, bytes or cache.
+
+    Args:
+        config: of the base model.
+        structure: KV heads and spans.
+        projections: that a tie shares.
+
+    Raises:
+        PostshareError: the structure alone saves as much.
+    """
+    asked = amount_beyond(counted, share, config, structure, projections)
+    if asked.needed <= 0:
+        raise PostshareError(
+            f"plan.budget.{counted}: spans and KV heads alone save {asked.given / asked.total:.2%},"
+            f" which is the {float(share):.2%} asked for; raise it, or set plan.strategy=none and "
+            "plan.budget=null"
+        )
+    return asked
+
+
+def amount_beyond(
+    counted: Counted,
+    share: Fraction,
+    config: Any,
+    structure: SharingPlan,
+    projections: Iterable[str],
+) -> Amount:
+    """:func:`amount_of_share`, which may leave nothing to the units (``needed`` 0 or less)."""
+    savings, layout = structure.savings(config), structure.layout(config)
+    if counted == "cache":
+        total, given = savings.base_cache, savings.base_cache - savings.stored_cache
+        removal = 2 * layout.head_dim
+    else:
+        total, given = savings.base_parameters, savings.removed_parameters
+        removal = sum(map(layout.unit_parameters, PROJECTIONS))
+    tie = tie_saves(counted, layout, projections)
+    return Amount(counted, ceil(share * total) - given, tie, removal, total, given)
+
+
+def tie_saves(counted: Counted, layout: HeadLayout, projections: Iterable[str]) -> int:
+    """What a tie of these projections saves; a tied unit keeps its part of the cache."""
+    if counted == "cache":
+        return 0
+    return 1 if counted == "units" else sum(map(layout.unit_parameters, projections))

@@ -1,0 +1,229 @@
+"""Which layers reuse which layer's attention: spans from scores, or by the published rule.
+
+Spans here are contiguous (leader l, followers l+1 to l+k) and do not overlap: a layer belongs to at
+most one span, as leader or as follower. Scores are additive over spans; for measured losses that is
+an assumption, since each span is measured alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from fractions import Fraction
+from itertools import pairwise
+from math import isfinite
+from typing import NamedTuple
+
+import torch
+
+from sa_models.errors import PostshareError
+from sa_models.scores.weight_cosine import Progress
+
+
+class SpanChoice(NamedTuple):
+    """A span that was found: 0-based layers, followers ascending."""
+
+    leader: int
+    followers: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"span {self.leader} -> {list(self.followers)}"
+
+
+Score = Callable[[int, tuple[int, ...]], float]
+"""Called with (leader, followers); higher is better."""
+
+
+def candidate_spans(
+    layers: int, max_followers: int, skip_layers: Sequence[int] = ()
+) -> list[SpanChoice]:
+    """Every possible span, by leader, then by the number of followers.
+
+    Args:
+        layers: of the model.
+        max_followers: of one span, at least 1.
+        skip_layers: layers that are neither leader nor follower.
+
+    Raises:
+        PostshareError: max_followers below 1, or a layer to skip that the model does not have.
+    """
+    return [
+        _span(leader, count)
+        for start, stop in _runs(layers, max_followers, skip_layers)
+        for leader in range(start, stop - 1)
+        for count in range(1, min(max_followers, stop - 1 - leader) + 1)
+    ]
+
+
+def best_spans(
+    score: Score | Mapping[SpanChoice, float],
+    layers: int,
+    followers: int,
+    max_followers: int,
+    skip_layers: Sequence[int] = (),
+) -> list[SpanChoice]:
+    """The spans with exactly ``followers`` followers and the highest sum of scores.
+
+    Dynamic programming over the layers, in exact arithmetic. Of equal sums, the one whose followers
+    lie later wins: the highest follower that only one of them has decides.
+
+    Args:
+        score: of every candidate, see :func:`candidate_spans`: a function, or its values.
+        followers: in all spans together.
+
+    Returns:
+        Spans by leader, ascending.
+
+    Raises:
+        PostshareError: the budget cannot be met, or a score is missing or not finite.
+    """
+    _check_budget(followers, layers, max_followers, skip_layers)
+    ending: dict[int, list[tuple[SpanChoice, Fraction]]] = {layer: [] for layer in range(layers)}
+    for span in candidate_spans(layers, max_followers, skip_layers):
+        ending[span.followers[-1]].append((span, _exact(score, span)))
+    # best[n][count]: the best partial solution in layers 0 to n-1 with that many followers. The
+    # comparison is (sum, followers from the highest down): adding the same span to two solutions
+    # keeps their order, so the best of the parts are part of the best.
+    best: list[dict[int, _Partial]] = [{0: _Partial(Fraction(0), (), ())}]
+    for layer in range(layers):
+        here = dict(best[layer])
+        for span, value in ending[layer]:
+            for count, below in best[span.leader].items():
+                partial = below.plus(span, value)
+                count += len(span.followers)
+                if count <= followers and (count not in here or partial > here[count]):
+                    here[count] = partial
+        best.append(here)
+    return list(best[layers][followers].spans)
+
+
+def late_spans(
+    layers: int, followers: int, max_followers: int, skip_layers: Sequence[int] = ()
+) -> list[SpanChoice]:
+    """The rule of the published Shared Attention models: late layers, the last one left alone.
+
+    The layers just below the last follow, in spans of at most ``max_followers``, each led by the
+    layer below it: 4 followers of 32 layers are 27-30, led by 26. The next span begins below that
+    leader. (The release's second span, 23-26 led by 22, makes the first span's leader a follower;
+    spans do not overlap here, so of 8 followers the others are 22-25, led by 21.)
+
+    Returns:
+        Spans by leader, ascending.
+
+    Raises:
+        PostshareError: the budget cannot be met.
+    """
+    skip_layers = sorted({*skip_layers, layers - 1})
+    _check_budget(followers, layers, max_followers, skip_layers)
+    spans: list[SpanChoice] = []
+    wanted = followers
+    for start, stop in reversed(_runs(layers, max_followers, skip_layers)):
+        while wanted and stop - start >= 2:
+            count = min(max_followers, wanted, stop - start - 1)
+            stop -= count + 1
+            wanted -= count
+            spans.insert(0, _span(stop, count))
+    return spans
+
+
+def most_followers(layers: int, max_followers: int, skip_layers: Sequence[int] = ()) -> int:
+    """The largest number of followers that non-overlapping spans can have."""
+    # Of a run of n layers, one in every max_followers + 1, rounded up, does not follow.
+    return sum(
+        stop - start - -(-(stop - start) // (max_followers + 1))
+        for start, stop in _runs(layers, max_followers, skip_layers)
+    )
+
+
+def isotropy_score(isotropy: torch.Tensor) -> Score:
+    """Score of a span: the isotropy of each follower with the leader, summed.
+
+    Args:
+        isotropy: (layers, layers), ``maps`` or ``without_sink`` of
+            :class:`~sa_models.scores.attention_maps.Isotropy`.
+    """
+    values = isotropy.tolist()
+    return lambda leader, followers: sum(values[leader][follower] for follower in followers)
+
+
+def measure_candidates(
+    candidates: Iterable[SpanChoice],
+    loss_of: Callable[[int, tuple[int, ...]], float],
+    base_loss: float,
+    progress: Progress | None = None,
+) -> dict[SpanChoice, float]:
+    """Score of every candidate: minus the loss increase when that span alone is shared.
+
+    Args:
+        loss_of: called with (leader, followers): the loss of the model with that one span.
+        base_loss: the loss of the model without spans, on the same text.
+        progress: called with (done, total) after every candidate.
+
+    Raises:
+        PostshareError: a loss that is not finite.
+    """
+    candidates = list(candidates)
+    scores = {}
+    for done, span in enumerate(candidates, start=1):
+        loss = loss_of(*span)
+        if not isfinite(loss - base_loss):
+            raise PostshareError(
+                f"the calibration loss is {loss} with {span} and {base_loss} without; load the "
+                "model in float32, or choose spans by isotropy"
+            )
+        scores[span] = base_loss - loss
+        if progress is not None:
+            progress(done, len(candidates))
+    return scores
+
+
+class _Partial(NamedTuple):
+    """Some spans; compared by the sum of their scores, then by their followers, highest first."""
+
+    total: Fraction
+    latest: tuple[int, ...]
+    spans: tuple[SpanChoice, ...]
+
+    def plus(self, span: SpanChoice, score: Fraction) -> _Partial:
+        latest = span.followers[::-1] + self.latest
+        return _Partial(self.total + score, latest, (*self.spans, span))
+
+
+def _exact(score: Score | Mapping[SpanChoice, float], span: SpanChoice) -> Fraction:
+    """The score of a span as a fraction: sums of floats would depend on their order."""
+    value = score(*span) if callable(score) else score.get(span)
+    if value is None or not isfinite(value):
+        raise PostshareError(
+            f"the score of {span} is {'missing' if value is None else value}; measure every "
+            "candidate span, on text that is long enough"
+        )
+    return Fraction(float(value))
+
+
+def _span(leader: int, followers: int) -> SpanChoice:
+    return SpanChoice(leader, tuple(range(leader + 1, leader + 1 + followers)))
+
+
+def _runs(layers: int, max_followers: int, skip_layers: Sequence[int]) -> list[tuple[int, int]]:
+    """The ranges (start, stop) of layers between those that are skipped."""
+    if max_followers < 1:
+        raise PostshareError(f"a span has at most {max_followers} followers; allow at least 1")
+    for layer in skip_layers:
+        if not 0 <= layer < layers:
+            raise PostshareError(
+                f"spans are to skip layer {layer}; the model has layers 0 to {layers - 1}"
+            )
+    edges = [-1, *sorted(set(skip_layers)), layers]
+    return [(a + 1, b) for a, b in pairwise(edges) if b > a + 1]
+
+
+def _check_budget(
+    followers: int, layers: int, max_followers: int, skip_layers: Sequence[int]
+) -> None:
+    most = most_followers(layers, max_followers, skip_layers)
+    if not 1 <= followers <= most:
+        limits = f"{layers} layers, {sorted(set(skip_layers))} left alone, at most {max_followers}"
+        cure = "ask for a number in that range" if most else "leave fewer layers alone"
+        possible = f"1 to {most} are possible" if most else "none is possible"
+        raise PostshareError(
+            f"spans are to have {followers} followers, {possible} ({limits} in a span); {cure}"
+        )

@@ -1,0 +1,368 @@
+"""Dense Llama weights that lie in no file as such, read tensor by tensor.
+
+:class:`MaterializedReader` is a dense folder with a plan written into it; :class:`ExpandedFolder`
+is a compact folder with its shared units put back everywhere they are used, and zeros where units
+were removed. Both read like a :class:`~sa_models.weights.safetensors_folder.WeightsFolder`, hold
+one tensor at a time, and know nothing of modules: the arithmetic of where a unit lies is written
+here a second time, so that comparing the two verifies an export.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from transformers import LlamaConfig
+
+from sa_models.basis import FACTORED, basis_name, coefficients_name
+from sa_models.configuration import SharedLlamaConfig
+from sa_models.errors import PostshareError
+from sa_models.heads import PROJECTIONS, HeadLayout
+from sa_models.materialize.merge import GAUGED, Group, Merge, groups, merge_group
+from sa_models.materialize.ties import merge_slices, shared_slices
+from sa_models.plan import SharingPlan, Unit
+from sa_models.weights.safetensors_folder import (
+    WeightsFolder,
+    llama_shapes,
+    read_config,
+    read_model_type,
+)
+
+
+class DenseReader(Protocol):
+    """Dense Llama weights by name, in the order of the layers."""
+
+    path: Path
+    config: LlamaConfig
+
+    def names(self) -> list[str]: ...
+    def shape(self, name: str) -> tuple[int, ...]: ...
+    def dtype(self, name: str) -> torch.dtype: ...
+    def read(self, name: str) -> torch.Tensor: ...
+    def slice(self, name: str) -> Any: ...
+    def shards(self) -> list[Path]: ...
+
+
+def open_weights(path: str | os.PathLike[str]) -> WeightsFolder | ExpandedFolder:
+    """Open a dense or a compact folder as dense weights. Raises PostshareError as they do."""
+    if read_model_type(path) == SharedLlamaConfig.model_type:
+        return ExpandedFolder(path)
+    return WeightsFolder(path)
+
+
+def cast(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
+    """The tensor in ``dtype``. Raises PostshareError where fp16 would turn a value infinite."""
+    value = tensor.to(dtype)
+    if dtype == torch.float16 and not bool(torch.isfinite(value).all()):
+        raise PostshareError(
+            f"{name} has values that float16 cannot hold; export with dtype bfloat16 or float32"
+        )
+    return value
+
+
+class MaterializedReader:
+    """Dense weights with the ties and removed units of a plan written in, in one dtype.
+
+    Args:
+        source: the weights before materializing.
+        plan: validated; a ``released`` plan is reduced to its effective ties.
+        merge: see :func:`~sa_models.materialize.ties.merge_slices`, whose value, rounded to the
+            source's dtype, is then cast to ``dtype``: what
+            :func:`~sa_models.materialize.ties.materialize_` and a cast compute.
+    """
+
+    def __init__(
+        self,
+        source: DenseReader,
+        plan: SharingPlan,
+        merge: Merge = "copy",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.path = source.path
+        self.config = source.config
+        self._source = source
+        self._merge = merge
+        self._dtype = dtype
+        self._layout = plan.layout(source.config)
+        # {(layer, projection): {unit that changes: the units whose slices are merged into it}}; of
+        # a removed unit none.
+        self._changes: dict[tuple[int, str], dict[int, list[Unit]]] = {}
+        # {(layer, projection): groups of units that may change in it}, for the other merges
+        self._groups: dict[tuple[int, str], list[Group]] = {}
+        ties = plan.effective().ties
+        for group in groups(ties) if merge in GAUGED else ():
+            for where in {(layer, p) for layer, _ in group.units for p in group.pair}:
+                self._groups.setdefault(where, []).append(group)
+        for (p, layer, unit), targets in shared_slices(ties if merge not in GAUGED else ()).items():
+            members = [(layer, unit)] if merge == "copy" else [(layer, unit), *targets]
+            changed = targets if merge == "copy" else members
+            for target_layer, target_unit in changed:
+                self._changes.setdefault((target_layer, p), {})[target_unit] = members
+        for layer, unit in plan.removed:  # nothing is merged into it
+            for p in PROJECTIONS:
+                self._changes.setdefault((layer, p), {})[unit] = []
+
+    def names(self) -> list[str]:
+        return self._source.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._source.shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._dtype
+
+    def shards(self) -> list[Path]:
+        return self._source.shards()
+
+    def read(self, name: str) -> torch.Tensor:
+        """The materialized tensor. Raises PostshareError when float16 cannot hold it."""
+        where = HeadLayout.parse_name(name)
+        changes = self._changes.get(where, {}) if where else {}
+        merged_groups = self._groups.get(where, []) if where else []
+        if where is None or not (changes or merged_groups):
+            return cast(self._source.read(name), self._dtype, name)
+        layer, p = where
+        weight = self._source.read(name).to(self._dtype, copy=True)
+        width, axis = self._layout.width(p), self._layout.axis(p)
+        for unit, members in changes.items():
+            changed = weight.narrow(axis, unit * width, width)
+            if members:
+                slices = [self._unit(p, *member) for member in members]
+                changed.copy_(merge_slices(slices, self._merge))
+            else:
+                changed.zero_()
+        for group in merged_groups:
+            for unit, value in self._merged(group, layer, p).items():
+                weight.narrow(axis, unit * width, width).copy_(value)
+        return cast(weight, self._dtype, name)
+
+    def _merged(self, group: Group, layer: int, projection: str) -> dict[int, torch.Tensor]:
+        """{unit of the layer: its rows (o: columns) of the projection}, of a merged group."""
+        new = merge_group(
+            group,
+            self._merge,
+            self._layout.head_dim,
+            lambda p, u: self._unit(p, *u).t() if p == "o" else self._unit(p, *u),
+        )
+        return {
+            unit: value.t() if p == "o" else value
+            for (p, (at, unit)), value in new.items()
+            if (at, p) == (layer, projection)
+        }
+
+    def slice(self, name: str) -> Any:
+        return self.read(name)
+
+    def _unit(self, projection: str, layer: int, unit: int) -> torch.Tensor:
+        """One unit's rows (o: columns) of the source."""
+        view = self._source.slice(self._layout.parameter_name(layer, projection))
+        width = self._layout.width(projection)
+        return _features(view, self._layout.axis(projection), unit * width, (unit + 1) * width)
+
+
+def _features(view: Any, axis: int, start: int, stop: int) -> torch.Tensor:
+    return view[:, start:stop] if axis else view[start:stop]
+
+
+class CompactFolder(WeightsFolder):
+    """The safetensors of a compact folder as they are stored: own units only.
+
+    Raises:
+        PostshareError: as :class:`~sa_models.weights.safetensors_folder.WeightsFolder`; or a plan
+        that does not fit.
+    """
+
+    config: SharedLlamaConfig
+
+    def _read_config(self) -> SharedLlamaConfig:
+        config = read_config(self.path, SharedLlamaConfig.model_type)
+        assert isinstance(config, SharedLlamaConfig)
+        return config
+
+    def _expected_shapes(self) -> dict[str, tuple[int, ...]]:
+        return compact_shapes(self.config, self.config.plan)
+
+
+def compact_shapes(config: Any, plan: SharingPlan) -> dict[str, tuple[int, ...]]:
+    """{parameter name: shape} of a compact model; a layer may own nothing: (0, hidden)."""
+    layout, own = plan.layout(config), plan.own_units(plan.layout(config))
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, shape in expanded_shapes(config, plan).items():
+        where = HeadLayout.parse_name(name)
+        if where is None:
+            shapes[name] = shape
+        elif plan.basis is not None and where[1] in FACTORED:
+            first, rank = plan.basis.place(*where)
+            rows, hidden = shape
+            if first == where[0]:
+                shapes[basis_name(*where)] = (rank, hidden)
+            shapes[coefficients_name(*where)] = (rows, rank)
+        else:
+            layer, p = where
+            features, hidden = len(own[layer][p]) * layout.width(p), layout.hidden_size
+            shapes[name] = (hidden, features) if p == "o" else (features, hidden)
+    return shapes
+
+
+def expanded_shapes(config: Any, plan: SharingPlan) -> dict[str, tuple[int, ...]]:
+    """{parameter name: shape} of the dense form, without what followers do not have."""
+    absent = plan.absent()
+    shapes = llama_shapes(config)
+    return {n: shape for n, shape in shapes.items() if HeadLayout.parse_name(n) not in absent}
+
+
+class Run(NamedTuple):
+    """Consecutive features ``start:stop`` of a dense projection, stored from ``first`` on in the
+    compact tensor of layer ``owner``."""
+
+    owner: int
+    start: int
+    stop: int
+    first: int
+
+    def continues(self, owner: int, start: int, first: int) -> bool:
+        """Whether features from ``start`` on, stored there, go on where this run ends."""
+        return (owner, start, first) == (self.owner, self.stop, self.first + self.stop - self.start)
+
+
+class ExpandedFolder:
+    """A compact folder read as the dense Llama that it equals (with spans: without what followers
+    do not have).
+
+    Of a plan with a basis the dense weights are the products of the factors, computed in float64
+    and rounded once: they equal what the two factors compute to rounding.
+
+    Args:
+        dtype: that the stored tensors are rounded to before anything is made of them; None: as they
+            are stored.
+
+    Attributes:
+        files: the compact tensors as they are stored.
+        plan: the plan of its config.
+        config: the dense ``LlamaConfig``.
+
+    Raises:
+        PostshareError: as :class:`CompactFolder`.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
+        self.path = Path(path)
+        self._dtype = dtype
+        self.files = CompactFolder(path)
+        self.plan = self.files.config.plan
+        self.config = dense_config(self.files.config)
+        self._layout = HeadLayout.from_config(self.config)
+        self._shapes = expanded_shapes(self.config, self.plan)
+        self._source_of = self.plan.sources()
+        self._removed = set(self.plan.removed)
+        self._own = self.plan.own_units(self._layout)
+
+    def names(self) -> list[str]:
+        return list(self._shapes)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._shapes[name]
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._dtype or self.files.dtype((self.factor_names(name) or (name,))[0])
+
+    def shards(self) -> list[Path]:
+        return self.files.shards()
+
+    def read(self, name: str) -> torch.Tensor:
+        """The dense tensor, in the dtype of the folder or of this reader."""
+        if self.factor_names(name) is not None:
+            return self.product(name).to(self.dtype(name))
+        where = HeadLayout.parse_name(name)
+        if where is None or self.files.shape(name) == self.shape(name):
+            return self.stored(name)
+        return self._assemble(*where, 0, self._layout.units)
+
+    def stored(self, name: str) -> torch.Tensor:
+        """A compact tensor. Raises PostshareError when float16 cannot hold it."""
+        tensor = self.files.read(name)
+        return tensor if self._dtype is None else cast(tensor, self._dtype, name)
+
+    def product(self, name: str) -> torch.Tensor:
+        """The product of a dense weight's factors, float64."""
+        coefficients, basis = (self.stored(n).double() for n in self.factor_names(name) or ())
+        return coefficients @ basis
+
+    def factor_names(self, name: str) -> tuple[str, str] | None:
+        """Coefficients and basis of a dense weight, by their names; None where it is stored."""
+        where = HeadLayout.parse_name(name)
+        if self.plan.basis is None or where is None or where[1] not in FACTORED:
+            return None
+        first, _ = self.plan.basis.place(*where)
+        return coefficients_name(*where), basis_name(first, where[1])
+
+    def slice(self, name: str) -> Any:
+        """As ``safetensors``' slice: index it to read a part only (whole units are read)."""
+        where = HeadLayout.parse_name(name)
+        if self._dtype is not None or self.factor_names(name) is not None:
+            return self.read(name)
+        return self.files.slice(name) if where is None else _ExpandedSlice(self, *where)
+
+    def _assemble(self, layer: int, projection: str, first: int, last: int) -> torch.Tensor:
+        """The rows (o: columns) of units ``first`` to ``last`` (exclusive); zeros of removed."""
+        axis = self._layout.axis(projection)
+        runs = self._runs(layer, projection, first, last)
+        shape = list(self._layout.shape(projection))
+        shape[axis] = (last - first) * self._layout.width(projection)
+        name = self._layout.parameter_name(layer, projection)
+        dense = torch.zeros(shape, dtype=self.dtype(name))
+        stored = {
+            owner: self.files.slice(self._layout.parameter_name(owner, projection))
+            for owner in {run.owner for run in runs}
+        }
+        for owner, start, stop, begin in runs:
+            part = _features(stored[owner], axis, begin, begin + stop - start)
+            dense.narrow(axis, start, stop - start).copy_(cast(part, dense.dtype, name))
+        return dense
+
+    def _runs(self, layer: int, projection: str, first: int, last: int) -> list[Run]:
+        width = self._layout.width(projection)
+        runs: list[Run] = []
+        for unit in range(first, last):
+            if (layer, unit) in self._removed:
+                continue
+            owner, stored = self._source_of.get((layer, unit, projection), (layer, unit))
+            start = (unit - first) * width
+            at = self._own[owner][projection].index(stored) * width
+            last_run = runs[-1] if runs else None
+            if last_run and last_run.continues(owner, start, at):
+                runs[-1] = last_run._replace(stop=start + width)
+            else:
+                runs.append(Run(owner, start, start + width, at))
+        return runs
+
+
+class _ExpandedSlice:
+    """Part of one expanded projection: ``[start:stop]`` of q, k, v, ``[:, start:stop]`` of o."""
+
+    def __init__(self, folder: ExpandedFolder, layer: int, projection: str) -> None:
+        self._folder, self._where = folder, (layer, projection)
+        self._width = folder._layout.width(projection)
+        self._axis = folder._layout.axis(projection)
+        self._features = folder._layout.units * self._width
+
+    def __getitem__(self, key: slice | tuple[slice, slice]) -> torch.Tensor:
+        if isinstance(key, tuple) != bool(self._axis):
+            raise IndexError(f"{self._where}: only whole features can be sliced, not {key}")
+        start, stop, _ = (key[1] if isinstance(key, tuple) else key).indices(self._features)
+        first, last = start // self._width, -(-stop // self._width)
+        part = self._folder._assemble(*self._where, first, last)
+        return part.narrow(self._axis, start - first * self._width, stop - start)
+
+
+DROPPED = ("model_type", "auto_map", "sharing", "reuse_rows", "transformers_version")
+
+
+def dense_config(config: LlamaConfig) -> LlamaConfig:
+    """The stock ``LlamaConfig`` of a compact model's config (or a copy of a dense one's)."""
+    values = config.to_dict()
+    for key in DROPPED:
+        values.pop(key, None)
+    return LlamaConfig(**{**values, "architectures": ["LlamaForCausalLM"]})

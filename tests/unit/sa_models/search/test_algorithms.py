@@ -1,0 +1,297 @@
+"""Searches against brute force, over losses that are known, and over a real model."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from sa_models.errors import PostshareError
+from sa_models.heads import HeadLayout
+from sa_models.search.actions import Action, Space, State, as_plan, make_space
+from sa_models.search.algorithms import (
+    EvolutionOptions,
+    Found,
+    GreedyOptions,
+    Ranked,
+    evolution_passes,
+    evolve,
+    greedy,
+    greedy_passes,
+)
+from sa_models.search.measured_loss import MeasuredLoss, state_key
+from sa_models.search.ranking import Agreement, EstimatedRanking, spearman
+from tests.support.reference import VOCABULARY, dense
+
+LAYOUT = HeadLayout(layers=4, hidden_size=8, heads=2, kv_heads=2, head_dim=4)
+UNITS = [(layer, unit) for layer in range(1, 4) for unit in range(2)]
+
+
+def space(
+    kinds: tuple[str, ...] = ("tie", "remove"), needed: int = 3, saves: tuple[int, int] = (1, 1)
+) -> Space:
+    return make_space(LAYOUT, kinds, "qkv", UNITS, UNITS, (), saves, needed)
+
+
+class Table:
+    """A loss that is a sum over actions, with a term for every pair."""
+
+    def __init__(self, among: Space, seed: int = 0, pairs: float = 0.3) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.actions = list(among.actions())
+        self.one = torch.rand(len(self.actions), generator=generator, dtype=torch.float64)
+        self.two = pairs * torch.rand(len(self.one), len(self.one), generator=generator)
+        self.asked: list[State] = []
+        self.slopes: dict[Action, float] = {}
+
+    def __call__(self, state: State) -> float:
+        self.asked.append(state)
+        at = sorted(map(self.actions.index, state))
+        pairs = sum(float(self.two[i, j]) for i, j in itertools.combinations(at, 2))
+        noise = sum(self.slopes.get(action, 0.0) for action in state)
+        return 2.0 + sum(float(self.one[i]) for i in at) + pairs + noise
+
+    def rebase(self, state: State) -> None:
+        pass
+
+    def ranking(self, among: Space):
+        def rank(state: State, count: int) -> list[Ranked]:
+            rises = [
+                Ranked(a, float(self.one[i]), self.slopes.get(a, 0.0))
+                for i, a in enumerate(self.actions)
+            ]
+            allowed = [item for item in rises if among.allows(state, item.action)]
+            return sorted(allowed, key=lambda item: item.rise)[:count]
+
+        return rank
+
+
+def valid_states(among: Space, size: int) -> list[State]:
+    """Every set of so many actions that is a plan, written out from the definition."""
+    found = []
+    for actions in itertools.combinations(among.actions(), size):
+        targets = [a.target for a in actions]
+        sources = [a.source for a in actions if a.source]
+        gone = [a.target[0] for a in actions if not a.source]
+        apart = len(set(targets)) == size and not set(targets) & set(sources)
+        if apart and all(gone.count(layer) < LAYOUT.units for layer in gone):
+            found.append(frozenset(actions))
+    return found
+
+
+@pytest.mark.parametrize("kinds", [("tie",), ("remove",), ("tie", "remove")])
+def test_what_is_allowed_is_every_valid_state(kinds: tuple[str, ...]) -> None:
+    among = space(kinds, needed=1)
+    reached: set[State] = {frozenset()}
+    for size in (1, 2, 3):
+        reached = {s | {a} for s in reached for a in among.actions() if among.allows(s, a)}
+        assert reached == set(valid_states(among, size))
+        for state in reached:
+            as_plan(state)
+
+
+@pytest.mark.parametrize("kinds", [("tie",), ("remove",), ("tie", "remove")])
+def test_no_choice_leads_into_a_dead_end(kinds: tuple[str, ...]) -> None:
+    """With the largest budget, every allowed step must leave a way to meet it."""
+    most = space(kinds, needed=1).most()
+    assert most == {("tie",): 6, ("remove",): 3, ("tie", "remove"): 6}[kinds]
+    among = space(kinds, needed=most)
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        state: State = frozenset()
+        while not among.is_met(state):
+            allowed = [a for a in among.actions() if among.allows(state, a)]
+            state |= {allowed[int(torch.randint(len(allowed), (), generator=generator))]}
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("kinds", [("tie",), ("remove",), ("tie", "remove")])
+def test_greedy_takes_the_best_at_every_step(seed: int, kinds: tuple[str, ...]) -> None:
+    among = space(kinds)
+    table = Table(among, seed)
+    found = greedy(among, table, table.ranking(among), GreedyOptions(shortlist=1000))
+    state: State = frozenset()
+    for step in found.path:
+        options = [state | {a} for a in among.actions() if among.allows(state, a)]
+        (taken,) = step.actions
+        state |= {taken}
+        # SOURCES_PER_TARGET limits a shortlist: the best of the single step must still be in it
+        assert step.loss == table(state)
+        best = min(options, key=table)
+        assert step.loss <= table(best) + 0.35
+    first = min(valid_states(among, 1), key=table)
+    assert frozenset(found.path[0].actions) == first
+    assert found.loss == table(found.state) == found.path[-1].loss
+    assert found.base_loss == 2.0
+    assert [step.saved for step in found.path] == [1, 2, 3]
+
+
+def test_a_short_list_is_measured_and_estimates_are_made_anew() -> None:
+    among = space(("tie",), needed=4)
+    table = Table(among)
+    asked: list[State] = []
+
+    def rank(state: State, count: int) -> list[Ranked]:
+        asked.append(state)
+        return table.ranking(among)(state, count)
+
+    options = GreedyOptions(shortlist=2, estimate_every=2)
+    found = greedy(among, table, rank, options)
+    assert [len(state) for state in asked] == [0, 2]
+    bound = greedy_passes(4, options)
+    assert found.measured <= bound.forward
+    assert len(set(table.asked)) <= bound.forward
+
+
+def test_many_units_are_taken_in_few_rounds() -> None:
+    options = GreedyOptions(shortlist=4, rounds=2)
+    among = space(("tie",), needed=5)
+    table = Table(among)
+    found = greedy(among, table, table.ranking(among), options)
+    assert len(found.path) == 2
+    assert [len(step.actions) for step in found.path] == [3, 2]
+    assert found.path[0].loss == table(frozenset(found.path[0].actions))
+    assert greedy_passes(307).forward == 683  # Llama-2-7B at 30 %
+    assert greedy_passes(19).forward == 172
+    assert evolution_passes(19).forward == 1 + 16 * 21 + 38
+
+
+def test_an_action_that_saves_more_may_cost_more() -> None:
+    """In parameters a removal saves 4 and a tie 3: the rise is weighed by it."""
+    among = space(needed=4, saves=(3, 4))
+
+    def loss(state: State) -> float:
+        return 1.0 + sum({"tie": 0.31, "remove": 0.4}[a.kind] for a in state)
+
+    loss.rebase = lambda state: None  # type: ignore[attr-defined]
+
+    def rank(state: State, count: int) -> list[Ranked]:
+        return [Ranked(a, loss(state | {a}) - loss(state), 0.0) for a in among.actions()]
+
+    found = greedy(among, loss, rank)  # type: ignore[arg-type]
+    assert [a.kind for a in found.state] == ["remove"]
+
+
+@pytest.mark.parametrize("search", [greedy, evolve])
+def test_the_slopes_of_the_text_choose_nothing(search: Callable[..., Found]) -> None:
+    """They change every measured loss, and none of the choices."""
+    among = space()
+    table = Table(among)
+    plain = search(among, table, table.ranking(among))
+    generator = torch.Generator().manual_seed(5)
+    table.slopes = {a: float(torch.randn((), generator=generator)) for a in table.actions}
+    found = search(among, table, table.ranking(among))
+    assert found.state == plain.state
+    assert found.rises == pytest.approx(plain.rises)
+    noise = sum(table.slopes[a] for a in found.state)
+    assert found.loss == pytest.approx(plain.loss + noise)
+    assert [step.loss for step in found.path] != [step.loss for step in plain.path]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_evolution_finds_what_brute_force_finds(seed: int) -> None:
+    among = space()
+    table = Table(among, seed)
+    options = EvolutionOptions(population=20, generations=20, seed=seed, pool=20)
+    found = evolve(among, table, table.ranking(among), options)
+    best = min(valid_states(among, 3), key=table)
+    assert found.loss == pytest.approx(table(best), abs=1e-12)
+    assert among.is_met(found.state)
+    assert found.path[-1].loss == found.loss
+    assert found == evolve(among, table, table.ranking(among), options)
+    other = EvolutionOptions(population=20, generations=1, seed=seed + 1, pool=20)
+    assert evolve(among, table, table.ranking(among), other).loss >= found.loss
+
+
+# --- with a model ---------------------------------------------------------------------------------
+
+
+def batches(seed: int = 1) -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [{"input_ids": torch.randint(VOCABULARY, (4, 9), generator=generator)}]
+
+
+def searched(
+    path: Path | None, kinds: tuple[str, ...] = ("tie", "remove"), seed: int = 1
+) -> tuple[Found, MeasuredLoss, EstimatedRanking]:
+    model = dense("gqa")
+    layout = HeadLayout.from_config(model.config)
+    units = [(layer, unit) for layer in range(1, 6) for unit in range(layout.units)]
+    among = make_space(layout, kinds, "qkvo", units, units, (), (1, 1), 5)
+    measured = MeasuredLoss(model, batches(seed), path)
+    ranking = EstimatedRanking(among, measured)
+    options = GreedyOptions(shortlist=4, estimate_every=2)
+    return greedy(among, measured, ranking, options), measured, ranking
+
+
+@pytest.mark.parametrize("kinds", [("tie",), ("remove",), ("tie", "remove")])
+def test_the_losses_of_a_path_are_the_real_ones(kinds: tuple[str, ...]) -> None:
+    found, measured, ranking = searched(None, kinds)
+    state: State = frozenset()
+    fresh = MeasuredLoss(dense("gqa"), batches())
+    for step in found.path:
+        state |= set(step.actions)
+        assert step.loss == pytest.approx(fresh(state), abs=1e-6)
+    assert state == found.state
+    assert ranking.agreement is not None
+    assert 0 <= ranking.agreement.common <= ranking.agreement.units == 5
+    as_plan(found.state)
+    # A search that goes on from where it was computes less than as many full passes.
+    assert measured.passes < found.measured
+
+
+def test_a_second_search_measures_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "cache.jsonl"
+    first, measured, ranking = searched(file)
+    assert measured.passes > 0
+    assert ranking.estimates == 3
+    text = file.read_text()
+    again, idle, still = searched(file)
+    assert again == first
+    assert (idle.passes, still.estimates) == (0, 0)
+    assert file.read_text() == text
+    assert still.agreement == ranking.agreement
+    # Killed in the middle, in the middle of a line.
+    lines = text.splitlines(keepends=True)
+    file.write_text("".join(lines[: len(lines) // 2]) + lines[len(lines) // 2][:20])
+    resumed, some, _ = searched(file)
+    assert resumed == first
+    assert 0 < some.passes < measured.passes
+    assert sorted(file.read_text().splitlines()) == sorted(text.splitlines())
+    # Another text is another search; what is known of this one stays.
+    other, anew, _ = searched(file, seed=2)
+    assert anew.passes > 0
+    assert other.base_loss != first.base_loss
+    assert searched(file)[1].passes == 0
+
+
+def test_a_cache_that_is_none_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "cache.jsonl"
+    file.write_text('{"key": 1}\n')
+    with pytest.raises(PostshareError, match=r"line 1 is no measurement; delete the file"):
+        searched(file)
+
+
+def test_names_of_states_are_canonical() -> None:
+    a, b = Action((3, 1), (0, 1), ("q", "k")), Action((2, 0))
+    assert state_key([a, b]) == state_key([b, a]) != state_key([a])
+    listed = json.loads(state_key([a, b]).removeprefix("loss "))
+    assert [Action.from_list(value) for value in listed] == [b, a]
+
+
+def test_halves_tell_whether_the_text_is_enough() -> None:
+    assert Agreement(19, 12, 0.5).is_stable is False
+    assert Agreement(19, 13, 0.9).is_stable is True
+    one = [{"input_ids": batches()[0]["input_ids"][:1]}]
+    measured = MeasuredLoss(dense("gqa"), one)
+    with pytest.raises(PostshareError, match="a single block"):
+        EstimatedRanking(space(), measured)
+    values = torch.tensor([3.0, 1.0, 2.0, 9.0])
+    assert spearman(values, values.exp()) == pytest.approx(1)
+    assert spearman(values, -values) == pytest.approx(-1)
+    assert not math.isnan(spearman(values[:1], values[:1]))

@@ -1,0 +1,101 @@
+"""What `postshare evaluate RUN` leaves for the report, and what the report makes of it."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.support import small_models
+from tests.support.report_run import make_run, write
+from train.cli import main
+from train.evaluation.run_scores import SCORES_FILE, add_scores
+from train.evaluation.score import Score
+from train.report import write_report
+
+FACTS = {"device": "a CPU", "dtype": "float32", "torch": "2"}
+
+
+def speed(decode: list[float], cache: float) -> list[Score]:
+    stated = {"device": "a CPU", "dtype": "float32", "prompt": 256, "rounds": 3}
+    rounds = {
+        "prefill tokens/s": [25000.0, 25000.0, 25000.0],
+        "first token, ms": [51.2, 51.2, 51.2],
+        "decode tokens/s": decode,
+    }
+    sizes = {"cache bytes/token": cache, "resident bytes": 2e9}
+    return [Score.of_rounds("speed", n, v, stated) for n, v in rounds.items()] + [
+        Score("speed", n, "size", v, stated=stated) for n, v in sizes.items()
+    ]
+
+
+def answers(right: int) -> list[Score]:
+    sums = [1.0] * right + [0.0] * (4 - right)
+    return [Score.of_items("sst2", "acc", "mean", sums, [1.0] * 4, "same", {})]
+
+
+def finished(folder: Path) -> Path:
+    run = make_run(folder)
+    files = {"model.safetensors": {"sha256": "one", "bytes": 1}}
+    write(run / "export" / "compact" / "manifest.json", {"version": 1, "files": files})
+    return run
+
+
+def words(page: str) -> str:
+    """The text of a page, one space between words."""
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", page))
+
+
+def test_a_later_call_replaces_its_tasks_and_the_report_shows_all(tmp_path: Path) -> None:
+    run = finished(tmp_path / "run")
+    assert "speed of answers not measured" in words(write_report([run]).read_text())
+    add_scores(run, {"base": answers(1), "post": answers(1)}, FACTS)
+    add_scores(
+        run,
+        {"base": speed([100, 200, 400], 8192.0), "post": speed([110, 180, 600], 6144.0)},
+        FACTS,
+    )
+    add_scores(run, {"base": answers(2), "post": answers(3)}, FACTS)
+    assert set(json.loads((run / SCORES_FILE).read_text())["tasks"]) == {"sst2", "speed"}
+    page = words(write_report([run]).read_text())
+    # Medians; the change is the median of 1.1, 0.9 and 1.5: of the same rounds.
+    assert "decode tokens/s (against base) 180 (+10.0%)" in page
+    assert "prefill 25,000/s (+0.0%), first token 51.2 ms (+0.0%)" in page
+    assert "cache 6,144 bytes a token (-25.0%), resident 2 GB (+0.0%)" in page
+    assert "task base post last vs first 95 %" in page
+    assert "speed: decode tokens/s 200 180 +10.0% +0.0% to +30.0%" in page
+    assert "sst2: acc 0.5 0.75 +0.2500 -0.2400 to +0.7400" in page  # sd of (0, 0, 1, 0) is 0.5
+
+
+def test_numbers_of_another_export_are_left_out_and_said(tmp_path: Path) -> None:
+    run = finished(tmp_path / "run")
+    add_scores(run, {"base": answers(1), "post": answers(4)}, FACTS)
+    files = {"model.safetensors": {"sha256": "another", "bytes": 1}}
+    write(run / "export" / "compact" / "manifest.json", {"version": 1, "files": files})
+    page = words(write_report([run]).read_text())
+    assert f"{SCORES_FILE} is of another export, and is left out" in page
+    assert "sst2" not in page
+    add_scores(run, {"base": speed([1.0], 8.0), "post": speed([1.0], 8.0)}, FACTS)
+    assert set(json.loads((run / SCORES_FILE).read_text())["tasks"]) == {"speed"}
+
+
+def test_evaluate_of_a_run_alone_writes_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = small_models.run(tmp_path)
+    options = ["--context", "64", "--text", str(tmp_path / "text.txt")]
+    options += ["--cache", str(tmp_path / "cache")]
+
+    def evaluate(*models: str) -> None:
+        with pytest.raises(SystemExit) as caught:
+            main(["evaluate", *models, *options])
+        assert caught.value.code == 0
+
+    evaluate(str(run), str(run / "export" / "dense"))
+    assert not (run / SCORES_FILE).exists()
+    evaluate(str(run))
+    assert f"{run / SCORES_FILE}" in capsys.readouterr().out
+    (task,) = (t for t in json.loads((run / SCORES_FILE).read_text())["tasks"] if t != "model")
+    assert task == "perplexity"

@@ -1,0 +1,350 @@
+"""Plans chosen on calibration text, through recipe and pipeline."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from matplotlib import image
+
+from sa_models import HeadTie, SharingPlan
+from sa_models.errors import PostshareError
+from sa_models.heads import PROJECTIONS
+from sa_models.scores.fisher import estimate_sensitivity
+from sa_models.search.algorithms import EvolutionOptions
+from sa_models.search.budget import parse_share
+from sa_models.weights.safetensors_folder import WeightsFolder
+from tests.support.spans_base import (
+    HEADS,
+    LAYERS,
+    base_model,
+    ids,
+    read,
+    recipe,
+    reference_loss,
+    write_base,
+    write_text,
+)
+from train.distributed.engines.base import start
+from train.estimate.parameters import plan_savings
+from train.planning import loss_search
+from train.planning.budget import amount, search_space
+from train.planning.find import find_ties
+from train.planning.loss_search import SEARCH_CACHE, choose_by_gradient
+from train.recipe.recipe import Recipe
+from train.recipe.sections.plan import PlanSection
+from train.stages.pipeline import plan, run
+from train.stages.run import Run
+
+BLOCKS = 3
+LOSS = {"strategy": "loss", "budget": {"ratio": 0.2}, "calibration_blocks": BLOCKS}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("home")
+    write_base(folder / "base")
+    write_text(folder / "text.jsonl")
+    return folder
+
+
+def calibration(made: Recipe) -> torch.Tensor:
+    """The blocks at equal distances, (BLOCKS, length)."""
+    count = len(Run(made, start(made)).blocks[0])
+    return ids(made, count)[[0, count // 3, 2 * count // 3]]
+
+
+def test_the_plan_is_the_best_of_what_was_measured(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One unit. What was measured is measured again by another implementation."""
+    section = LOSS | {"budget": {"heads": 1}, "share": ["q", "k", "v", "o"]}
+    made = recipe(home, tmp_path / "run", plan=section)
+    plan(made)
+    found = SharingPlan.load(made.folder / "plan.json")
+    (tie,) = found.ties
+    tokens, base = calibration(made), base_model(home)
+    search = read(made.folder, "plan-search.json")
+    dense = reference_loss(base, SharingPlan(), tokens)
+    assert search["base_loss"] == pytest.approx(dense, abs=1e-5)
+    assert search["loss"] == pytest.approx(reference_loss(base, found, tokens), abs=1e-5)
+    batches = [{"input_ids": row[None]} for row in tokens]
+    slopes = estimate_sensitivity(base, batches, [PROJECTIONS]).ties[PROJECTIONS].first
+    rises = {}
+    for line in (made.folder / SEARCH_CACHE).read_text().splitlines():
+        entry = json.loads(line)
+        actions = json.loads(entry["key"].split(" ")[1]) if entry["key"][0] == "l" else []
+        if actions:
+            ((target, source, projections),) = actions
+            other = SharingPlan(ties=(HeadTie(tuple(target), tuple(source), tuple(projections)),))
+            loss = reference_loss(base, other, tokens)
+            assert entry["value"] == pytest.approx(loss, abs=1e-5)
+            rises[tuple(target), tuple(source)] = loss - dense - float(slopes[(*target, *source)])
+    assert len(rises) == 8
+    best = min(rises, key=rises.__getitem__)
+    assert (tie.target, tie.source) == best
+    (rise,) = search["loss_rises"]
+    assert rise["loss_rise"] == pytest.approx(rises[best], abs=2e-5)
+    (step,) = search["path"]
+    assert step["actions"] == [
+        {
+            "action": "tie",
+            "target": list(tie.target),
+            "source": list(tie.source),
+            "projections": list("qkvo"),
+        }
+    ]
+    savings = found.savings(base.config)
+    assert step["parameters_saved"] == savings.removed_parameters
+    assert step["perplexity"] == pytest.approx(math.exp(search["loss"]))
+    assert search["forward_passes"] <= search["forward_passes_at_most"]
+    picture = image.imread(made.folder / "plan-pareto.png")
+    assert picture.shape[0] > 300
+    assert picture[..., :3].std() > 0.05
+    shown = capsys.readouterr()
+    assert f"tie [{tie.target[0]}, {tie.target[1]}] <- " in shown.out
+    assert f"{math.exp(dense):.2f}" in shown.out
+    assert "plan-search.json" in shown.out.replace("\n", "")
+
+
+@pytest.mark.parametrize("search", ["greedy", "evolutionary"])
+def test_plans_are_the_same_every_time_and_resume(
+    home: Path, tmp_path: Path, search: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        loss_search,
+        "EvolutionOptions",
+        lambda seed: EvolutionOptions(population=4, generations=2, seed=seed),
+    )
+    section = LOSS | {"search": search, "seed": 3 if search == "evolutionary" else 0}
+    plans = []
+    for folder in ("one", "two"):
+        made = recipe(home, tmp_path / folder, plan=section)
+        plan(made)
+        plans.append(SharingPlan.load(made.folder / "plan.json"))
+        found = read(made.folder, "plan-search.json")
+        assert found["forward_passes"] > 0
+        losses = [step["loss"] for step in found["path"]]
+        assert losses[-1] == found["loss"]
+    assert plans[0] == plans[1]
+    assert len({tie.target for tie in plans[0].ties}) == int(0.2 * LAYERS * HEADS)
+    # Stopped before the plan was written: nothing is measured again.
+    (made.folder / "plan.json").unlink()
+    plan(made)
+    assert SharingPlan.load(made.folder / "plan.json") == plans[0]
+    again = read(made.folder, "plan-search.json")
+    assert (again["forward_passes"], again["estimates"]) == (0, 0)
+    assert again["path"] == found["path"]
+
+
+def test_the_whole_pipeline(home: Path, tmp_path: Path) -> None:
+    made = recipe(home, tmp_path / "run", plan=LOSS, train={"steps": 1})
+    run(made)
+    summary = read(made.folder, "summary.json")
+    assert summary["heads"]["effective_ratio"] == int(0.2 * LAYERS * HEADS) / (LAYERS * HEADS)
+
+
+def test_spans_stay_as_they_are(home: Path, tmp_path: Path) -> None:
+    spans = [{"leader": 2, "followers": [3]}]
+    made = recipe(home, tmp_path / "run", plan=LOSS, spans=spans)
+    plan(made)
+    found = SharingPlan.load(made.folder / "plan.json")
+    assert [(s.leader, s.followers) for s in found.spans] == [(2, (3,))]
+    layers = {layer for tie in found.ties for layer, _ in (tie.target, tie.source)}
+    assert 3 not in layers
+    search = read(made.folder, "plan-search.json")
+    for part, loss in ((SharingPlan(spans=found.spans), "base_loss"), (found, "loss")):
+        measured = reference_loss(base_model(home), part, calibration(made))
+        assert search[loss] == pytest.approx(measured, abs=1e-5)
+
+
+def test_little_text_is_said(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = recipe(home, tmp_path / "run", plan=LOSS | {"calibration_blocks": 2})
+    plan(made)
+    halves = read(made.folder, "plan-search.json")["halves"]
+    lines = [line for line in capsys.readouterr().err.splitlines() if "not stable" in line]
+    if halves["common"] >= 2 / 3 * halves["units"]:
+        assert lines == []
+    else:
+        (line,) = lines
+        assert f"agree on {halves['common']} of {halves['units']} units" in line
+        assert "raise plan.calibration_blocks" in line
+
+
+# --- pruning controls -----------------------------------------------------------------------------
+
+
+def test_magnitude_and_gradient_remove_the_least(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SharingPlan, "validate", lambda plan, config: None)
+    base = base_model(home)
+    section = {"strategy": "magnitude", "action": "remove", "budget": {"ratio": 0.2}}
+    made = recipe(home, tmp_path / "run", plan=section)
+    reader = WeightsFolder(home / "base")
+    found, _ = find_ties(made.plan, reader, SharingPlan())
+
+    def value(layer: int, unit: int, name: str) -> float:
+        rows = slice(unit * 8, unit * 8 + 8)
+        total = 0.0
+        for p in PROJECTIONS:
+            weight = getattr(base.model.layers[layer].self_attn, f"{p}_proj").weight
+            part = weight[:, rows] if p == "o" else weight[rows]
+            if name == "magnitude":
+                total += part.square().sum().item()
+            else:
+                slope = weight.grad[:, rows] if p == "o" else weight.grad[rows]
+                total += (part * slope).sum().item()
+        return abs(total)
+
+    units = [(layer, unit) for layer in range(1, LAYERS) for unit in range(HEADS)]
+    least = sorted(units, key=lambda u: value(*u, "magnitude"))[:4]
+    assert found.removed == tuple(sorted(least))
+
+    section |= {"strategy": "gradient", "calibration_blocks": BLOCKS}
+    made = recipe(home, tmp_path / "run", plan=section)
+    blocks = Run(made, start(made)).blocks[0]
+    found = choose_by_gradient(made, base_model(home), blocks, SharingPlan(), base.config)
+    tokens = calibration(made)
+    base(tokens, labels=tokens, use_cache=False).loss.backward()
+    least = sorted(units, key=lambda u: value(*u, "gradient"))[:4]
+    assert found.removed == tuple(sorted(least))
+
+
+# --- budgets --------------------------------------------------------------------------------------
+
+
+def section(**fields: Any) -> PlanSection:
+    return PlanSection.model_validate(fields)
+
+
+@pytest.mark.parametrize("counted", ["parameters", "bytes"])
+@pytest.mark.parametrize("share", ["-1%", "-3.5%", "-6%"])
+@pytest.mark.parametrize("strategy", ["cosine", "random", "loss"])
+def test_a_budget_in_parameters_is_met_and_not_by_more_than_a_unit(
+    home: Path, tmp_path: Path, counted: str, share: str, strategy: str
+) -> None:
+    config = base_model(home).config
+    asked = section(strategy=strategy, budget={counted: share}, share=["q", "v"])
+    wanted = parse_share(share)
+    predicted = plan_savings(asked, config)  # type: ignore[arg-type]
+    saved = predicted.removed_parameters
+    unit = 2 * 8 * config.hidden_size
+    assert wanted <= saved / predicted.base_parameters
+    assert (saved - unit) / predicted.base_parameters < wanted
+    if strategy == "cosine":
+        found, _ = find_ties(asked, WeightsFolder(home / "base"), SharingPlan())
+        assert found.savings(config).removed_parameters == saved
+    if strategy == "loss":
+        space = search_space(asked, config, SharingPlan())
+        assert (space.tie_saves, space.removal_saves) == (unit, 2 * unit)
+        assert space.needed == math.ceil(wanted * predicted.base_parameters)
+
+
+def test_spans_and_kv_heads_count_towards_a_share(home: Path) -> None:
+    config = base_model(home).config
+    structure = SharingPlan(kv_heads=2)
+    given = structure.savings(config).removed_parameters
+    base = structure.savings(config).base_parameters
+    asked = amount(section(budget={"bytes": "-20%"}), config, structure)
+    assert asked.needed + given == math.ceil(base / 5)
+    low = f"-{100 * given / base - 0.01:.2f}%"
+    with pytest.raises(PostshareError, match="spans and KV heads alone save"):
+        amount(section(budget={"parameters": low}), config, structure)
+    cache = section(strategy="loss", action="remove", budget={"cache": "-60%"})
+    space = search_space(cache, config, structure)
+    assert (space.tie_saves, space.removal_saves) == (0, 16)
+    assert space.needed == math.ceil(0.6 * 2 * LAYERS * 32) - 2 * LAYERS * 16
+
+
+@pytest.mark.parametrize(
+    ("fields", "part"),
+    [
+        ({"strategy": "cosine", "budget": {"parameters": "-40%"}}, r"the nearest is .*=-\d"),
+        ({"strategy": "loss", "budget": {"bytes": "-40%"}}, r"the nearest is .*bytes=-\d"),
+        (
+            {"strategy": "loss", "action": "remove", "budget": {"cache": "-90%"}},
+            r"cache asks for -90.10%.*save -62.50% at most.*cache=-62.5%",
+        ),
+        (
+            {"strategy": "magnitude", "action": "remove", "budget": {"ratio": 0.7}},
+            "asks for 16 of 24 units, possible are 1 to 15",
+        ),
+    ],
+)
+def test_the_nearest_budget_is_said_and_can_be_met(
+    home: Path, tmp_path: Path, fields: dict[str, Any], part: str
+) -> None:
+    made = recipe(home, tmp_path / "run", plan=fields)
+    with pytest.raises(PostshareError, match=part) as caught:
+        plan(made)
+    assert "\n" not in str(caught.value)
+    assert not made.folder.exists()
+    if "=-" in str(caught.value):
+        (counted,) = fields["budget"]
+        nearest = str(caught.value).rsplit("=", 1)[1]
+        met = section(**(fields | {"budget": {counted: nearest}}))
+        plan_savings(met, base_model(home).config)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("fields", "part"),
+    [
+        ({"budget": {"bytes": "10%"}}, "'10%' is no share to save; write for example -10%"),
+        ({"budget": {"bytes": "-100%"}}, "no share"),
+        ({"budget": {"parameters": "-0%"}}, "no share"),
+        ({"budget": {"bytes": "-1%", "ratio": 0.1}}, "exactly one of"),
+        ({"budget": {"cache": "-1%"}}, "tied unit still caches"),
+        ({"strategy": "magnitude"}, "set plan.action=remove"),
+        ({"strategy": "gradient", "action": "any"}, "set plan.action=remove"),
+        ({"action": "any"}, "set plan.strategy=loss"),
+        ({"strategy": "released", "action": "remove"}, "released ignores action"),
+        ({"search": "evolutionary"}, "cosine ignores search"),
+        ({"calibration_blocks": 3}, "cosine ignores calibration_blocks"),
+        ({"strategy": "loss", "score": "k"}, "loss ignores score"),
+        ({"strategy": "loss", "calibration_blocks": 1}, "greater than or equal to 2"),
+        ({"strategy": "loss", "action": "remove", "share": ["q"]}, "ignores share"),
+        ({"strategy": "loss", "budget": None}, "loss needs a budget"),
+    ],
+)
+def test_options_without_effect_are_refused(fields: dict[str, Any], part: str) -> None:
+    with pytest.raises(ValueError, match=part):
+        section(**({"budget": {"ratio": 0.1}} | fields))
+
+
+def test_the_cache_survives_another_budget(home: Path, tmp_path: Path) -> None:
+    """What one search measured, the next one does not measure again."""
+    made = recipe(home, tmp_path / "run", plan=LOSS | {"budget": {"heads": 2}})
+    plan(made)
+    before = (made.folder / SEARCH_CACHE).read_text()
+    made = recipe(home, tmp_path / "run", plan=LOSS | {"budget": {"heads": 3}})
+    plan(made)
+    after = (made.folder / SEARCH_CACHE).read_text()
+    assert after.startswith(before)
+    assert len(SharingPlan.load(made.folder / "plan.json").ties) == 3
+
+
+def test_the_cache_of_another_run_is_used(home: Path, tmp_path: Path) -> None:
+    """It may lie in a new folder; anything else there is refused."""
+    first = recipe(home, tmp_path / "first", plan=LOSS | {"budget": {"heads": 2}})
+    plan(first)
+    second = recipe(home, tmp_path / "second", plan=LOSS | {"budget": {"heads": 2}})
+    second.folder.mkdir()
+    shutil.copyfile(first.folder / SEARCH_CACHE, second.folder / SEARCH_CACHE)
+    plan(second)
+    assert SharingPlan.load(second.folder / "plan.json") == SharingPlan.load(
+        first.folder / "plan.json"
+    )
+    assert read(second.folder, "plan-search.json")["forward_passes"] == 0
+    third = recipe(home, tmp_path / "third", plan=LOSS | {"budget": {"heads": 2}})
+    third.folder.mkdir()
+    (third.folder / "notes.txt").write_text("mine")
+    with pytest.raises(PostshareError, match="is not empty and is no run folder"):
+        plan(third)

@@ -1,0 +1,138 @@
+"""Scores in the recipe and through the plan stage: what is measured, and what is said of chance."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from sa_models.errors import PostshareError
+from sa_models.heads import HeadLayout
+from sa_models.plan import SharingPlan
+from sa_models.scores.activations import HeadOutputs, output_scores
+from sa_models.scores.gauge_invariant import FoldedNorm, aligned_scores
+from sa_models.scores.significance import chance, weight_terms
+from sa_models.scores.weight_cosine import best_matches
+from sa_models.search.pairs import Budget, make_plan
+from sa_models.weights.safetensors_folder import WeightsFolder
+from tests.support.spans_base import (
+    LAYERS,
+    base_model,
+    ids,
+    read,
+    recipe,
+    write_base,
+    write_text,
+)
+from train.stages import pipeline
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("scores")
+    write_base(folder / "base")
+    write_text(folder / "text.jsonl")
+    return folder
+
+
+def planned(home: Path, folder: Path, **plan) -> tuple[SharingPlan, dict]:
+    made = recipe(home, folder, plan={"budget": {"ratio": 0.3}, **plan})
+    pipeline.plan(made)
+    found = SharingPlan.load(folder / "plan.json")
+    return found, read(folder, "chance.json") if (folder / "chance.json").is_file() else {}
+
+
+def test_aligned_weights_with_the_norm_folded(home: Path, tmp_path: Path, capsys) -> None:
+    plan, said = planned(home, tmp_path, score="qk_aligned", fold_norm=True, seed=4)
+    folder = WeightsFolder(home / "base")
+    layout = HeadLayout.from_config(folder.config)
+    scores = aligned_scores(FoldedNorm(folder), layout, "qk_aligned")
+    matches = best_matches(scores, layout)
+    assert plan == make_plan(matches, layout, Budget(ratio=0.3), "qkv")
+    pairs = {(tie.target, tie.source) for tie in plan.ties}
+    terms = weight_terms(FoldedNorm(folder), layout, "qk_aligned")
+    for pair in said["pairs"]:
+        target, source = tuple(pair["target"]), tuple(pair["source"])
+        pairs.remove((target, source))
+        expected = chance(terms(target, source), target[0] * layout.units, 4)
+        assert pair["corrected"] == pytest.approx(expected.corrected, rel=1e-6)
+        assert pair["score"] == pytest.approx(expected.score)
+    assert not pairs
+    count = sum(pair["corrected"] <= 0.05 for pair in said["pairs"])
+    assert said["significant"] == count <= 2  # the base's weights are random
+    line = f"chance: {count} of 7 pairs beat the best of as many scrambled sources (qk_aligned, 5%)"
+    assert line in capsys.readouterr().out
+
+
+def test_outputs_on_the_first_training_blocks(home: Path, tmp_path: Path) -> None:
+    plan, said = planned(home, tmp_path, score="output", calibration_blocks=3)
+    made = recipe(home, tmp_path, plan={"budget": {"ratio": 0.3}})
+    outputs = HeadOutputs.measure(base_model(home), [{"input_ids": ids(made, 3)}])
+    layout = outputs.layout
+    expected = make_plan(
+        best_matches(output_scores(outputs), layout), layout, Budget(ratio=0.3), "qkv"
+    )
+    assert [(t.target, t.source) for t in plan.ties] == [
+        (t.target, t.source) for t in expected.ties
+    ]
+    assert len(said["pairs"]) == 7
+
+
+def test_too_few_blocks_to_shuffle_are_said(home: Path, tmp_path: Path, capsys) -> None:
+    plan, said = planned(home, tmp_path, score="attention", calibration_blocks=2)
+    assert len(plan.ties) == 7
+    assert said == {}
+    out = capsys.readouterr().out
+    assert "chance: score attention needs 6 calibration blocks for p-values" in out
+
+
+def test_pooled_heads_and_followers(home: Path, tmp_path: Path) -> None:
+    """Two KV heads of four; layer 3 reuses maps of layer 2, so it has no units to choose."""
+    made = recipe(
+        home,
+        tmp_path,
+        plan={"budget": {"ratio": 0.3}, "score": "output_map", "calibration_blocks": 6},
+        heads={"kv_heads": 2},
+        spans=[{"leader": 2, "followers": [3]}],
+        export={"formats": ["compact"]},
+    )
+    pipeline.plan(made)
+    plan, said = SharingPlan.load(tmp_path / "plan.json"), read(tmp_path, "chance.json")
+    assert len(plan.ties) == len(said["pairs"]) == int(0.3 * LAYERS * 2)
+    assert all(3 not in (tie.target[0], tie.source[0]) for tie in plan.ties)
+    for pair in said["pairs"]:
+        layers = pair["target"][0] - (pair["target"][0] > 3)
+        assert pair["corrected"] == pytest.approx(1 - (1 - pair["p"]) ** (2 * layers), abs=1e-9)
+
+
+def test_random_plans_are_not_compared(home: Path, tmp_path: Path, capsys) -> None:
+    _, said = planned(home, tmp_path, strategy="random")
+    assert said == {}
+    assert "chance" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        ({"strategy": "random", "fold_norm": True}, "strategy random ignores fold_norm"),
+        ({"score": "output", "fold_norm": True}, "score output is measured on text"),
+        ({"score": "vo", "calibration_blocks": 4}, "remove plan.calibration_blocks"),
+        ({"score": "qk_algned"}, "qk_aligned"),
+    ],
+)
+def test_options_without_effect(home: Path, tmp_path: Path, plan: dict, message: str) -> None:
+    with pytest.raises(PostshareError, match=re.escape(message)):
+        recipe(home, tmp_path, plan={"budget": {"ratio": 0.3}, **plan})
+
+
+def test_a_merge_without_effect_is_refused_before_training(home: Path, tmp_path: Path) -> None:
+    made = recipe(
+        home,
+        tmp_path,
+        plan={"budget": {"ratio": 0.3}, "share": ["q", "k", "v", "o"]},
+        materialize={"merge": "absorb"},
+    )
+    with pytest.raises(PostshareError, match="changes o where v is shared and o kept"):
+        pipeline.plan(made)
+    assert not (tmp_path / "plan.json").exists()

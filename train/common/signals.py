@@ -1,0 +1,169 @@
+"""Signals: finish the step, save, say how to go on; outside a training, end cleanly.
+
+SIGINT (Ctrl-C), SIGTERM (a scheduler) and SIGUSR1 (Slurm's warning) are *stop signals*. Within a
+:class:`StopSignal`, which a training is, the first one only sets a flag. Elsewhere it raises
+:class:`Interrupted` where the program stands: what is written then is written beside, and stays
+there.
+
+A second SIGINT or SIGTERM kills at once. Two exceptions: SIGUSR1 is a warning and never counts; and
+below a launcher each signal comes twice, from its sender and from the launcher, so that what
+follows the first one within `ECHO` seconds is taken for its echo.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from train.common.exit_codes import ExitCode
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+ECHO = 5.0
+"""Seconds after the first signal in which, below a launcher, another one is its echo."""
+
+
+class Interrupted(BaseException):
+    """A stop signal arrived outside a training. Like KeyboardInterrupt, no library swallows it."""
+
+    def __init__(self, number: signal.Signals) -> None:
+        self.number = number
+        super().__init__(
+            f"stopped by {number.name}; what was finished is kept, go on with: "
+            f"{resume_command(int(os.environ.get('WORLD_SIZE', '1')))}"
+        )
+
+
+class TrainingStopped(Exception):  # noqa: N818 - nothing went wrong
+    """A stop signal ended the training after a complete step, and a checkpoint was written.
+
+    Its text is one line: where the training stands, and the command that resumes it.
+    """
+
+    def __init__(self, step: int, steps: int, checkpoint: Path, world: int) -> None:
+        self.step, self.steps, self.checkpoint = step, steps, checkpoint
+        super().__init__(
+            f"stopped after step {step} of {steps}, saved {checkpoint}; "
+            f"resume with: {resume_command(world)}"
+        )
+
+
+def resume_command(world: int) -> str:
+    """The command line of this process again: the run folder knows where it stopped."""
+    program, arguments = Path(sys.argv[0]), sys.argv[1:]
+    if world > 1:  # the launcher's own options are not ours to know
+        return f"accelerate launch <the same options> -m train {shlex.join(arguments)}"
+    if program.name == "__main__.py":
+        return f"python -m {program.parent.name} {shlex.join(arguments)}"
+    return shlex.join([program.name, *arguments])
+
+
+# --- one watch a process, as signals are the process's --------------------------------------------
+
+
+class _Watch:
+    """The handlers, and what they have heard."""
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self.deferring = 0
+        self._urged_at: float | None = None
+        self._before: dict[signal.Signals, Any] = {}
+        os.register_at_fork(after_in_child=self._stop)  # a pool ends its workers by SIGTERM
+
+    @property
+    def running(self) -> bool:
+        return bool(self._before)
+
+    def start(self) -> None:
+        self.received = self._urged_at = None
+        for number in SIGNALS:
+            self._before[number] = signal.signal(number, self._handle)
+
+    def stop(self) -> None:
+        """Restore the handlers; once a signal has come the process is ending, and they stay."""
+        if self.received is None:
+            self._stop()
+
+    def forget(self) -> None:
+        self.received = None
+        self._stop()
+
+    def _stop(self) -> None:
+        while self._before:
+            signal.signal(*self._before.popitem())
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number != signal.SIGUSR1:
+            self._urge(number)
+        if self.received is None:
+            self.received = signal.Signals(number)
+            if not self.deferring:
+                raise Interrupted(self.received)
+
+    def _urge(self, number: int) -> None:
+        """Make the next SIGINT or SIGTERM deadly."""
+        if "TORCHELASTIC_RUN_ID" not in os.environ:
+            # The system's own doing: it works inside a long call of a library as well.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        elif self._urged_at is None:
+            self._urged_at = time.monotonic()
+        elif time.monotonic() - self._urged_at > ECHO:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+
+
+_watch = _Watch()
+
+
+@contextlib.contextmanager
+def watching() -> Iterator[None]:
+    """Around a whole command: a stop signal that meets no training raises Interrupted."""
+    _watch.start()
+    try:
+        yield
+    finally:
+        _watch.stop()
+
+
+def exit_code() -> ExitCode | None:
+    """The exit code of the stop signal that this process has received, if it has."""
+    if _watch.received is None:
+        return None
+    by_hand = _watch.received == signal.SIGINT
+    return ExitCode.INTERRUPTED if by_hand else ExitCode.STOPPED
+
+
+class StopSignal:
+    """Within `with`, the first stop signal only sets `received`.
+
+    Raises Interrupted at its end when one has come and the training took no notice: it came after
+    the last step.
+    """
+
+    @property
+    def received(self) -> bool:
+        return _watch.received is not None
+
+    def __enter__(self) -> StopSignal:
+        self._alone = not _watch.running  # a training that no command watches over
+        if self._alone:
+            _watch.start()
+        _watch.deferring += 1
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        _watch.deferring -= 1
+        received = _watch.received
+        if self._alone:
+            _watch.forget()
+        if received is not None and kind is None:
+            raise Interrupted(received)

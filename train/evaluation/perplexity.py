@@ -1,0 +1,98 @@
+"""Perplexity on held-out blocks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch.utils.data import default_collate
+
+from sa_models.calibration.token_losses import IGNORED, row_losses
+from sa_models.errors import PostshareError
+from train.data.blocks import Block, Blocks
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """Mean negative log-likelihood in nats per token, its exponential, and the tokens predicted."""
+
+    loss: float
+    perplexity: float
+    tokens: int
+
+
+@dataclass(frozen=True)
+class BlockLosses:
+    """What each block contributes: sums of token losses in nats, and the tokens predicted."""
+
+    nats: tuple[float, ...]
+    tokens: tuple[int, ...]
+
+    @property
+    def perplexity(self) -> Perplexity:
+        """Token-weighted over the blocks. Raises PostshareError as :func:`block_losses`."""
+        tokens = sum(self.tokens)
+        if tokens == 0:
+            raise PostshareError("no token to evaluate; add text to data.validation")
+        loss = sum(self.nats) / tokens
+        if not math.isfinite(loss):
+            raise PostshareError(
+                f"the evaluation loss is {loss}; look for the step where it first appears in "
+                "metrics.jsonl and lower train.learning_rate"
+            )
+        return Perplexity(loss=loss, perplexity=math.exp(loss), tokens=tokens)
+
+
+def perplexity(
+    model: torch.nn.Module,
+    blocks: Blocks,
+    batch_size: int,
+    limit: int | None = None,
+    progress: bool = True,
+) -> Perplexity:
+    """Token-weighted perplexity over the blocks; see :func:`block_losses`."""
+    return block_losses(model, blocks, batch_size, limit, progress).perplexity
+
+
+@torch.no_grad()
+def block_losses(
+    model: torch.nn.Module,
+    blocks: Blocks | Sequence[Block],
+    batch_size: int,
+    limit: int | None = None,
+    progress: bool = True,
+) -> BlockLosses:
+    """Losses of the first `limit` blocks (None = all), in order, without dropout.
+
+    Every token but the first of a block is predicted; with document masks, the first of each
+    document is not. Losses are computed in fp32 whatever the model's dtype, and summed in float64,
+    so the result does not depend on `batch_size` beyond rounding inside the model. The model's
+    training mode is restored. Nothing to predict, or a loss that is not finite, is an error
+    of :attr:`BlockLosses.perplexity`.
+    """
+    count = len(blocks) if limit is None else min(limit, len(blocks))
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    nats: list[float] = []
+    tokens: list[int] = []
+    try:
+        starts = range(0, count, batch_size)
+        console = Console(stderr=True)
+        quiet = not (progress and console.is_terminal)
+        for start in track(starts, "evaluating", console=console, disable=quiet, transient=True):
+            batch = default_collate(
+                [blocks[index] for index in range(start, min(start + batch_size, count))]
+            )
+            labels = batch.pop("labels")[:, 1:].to(device)
+            inputs = {name: tensor.to(device) for name, tensor in batch.items()}
+            logits = model(**inputs, use_cache=False).logits[:, :-1]
+            nats += row_losses(logits, labels)
+            tokens += (labels != IGNORED).sum(1).tolist()
+    finally:
+        model.train(was_training)
+    return BlockLosses(tuple(nats), tuple(tokens))

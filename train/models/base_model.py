@@ -1,0 +1,148 @@
+"""The base model of a recipe: found, checked, loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, set_seed
+
+from sa_models.configuration import SharedLlamaConfig
+from sa_models.errors import PostshareError
+from sa_models.heads import HeadLayout
+from sa_models.materialize.merge import Merge
+from sa_models.materialize.ties import materialize_
+from sa_models.modeling import SharedLlamaForCausalLM
+from sa_models.plan import SharingPlan
+from sa_models.weights.compact_folder import CompactFolder
+from sa_models.weights.safetensors_folder import WeightsFolder, read_model_type
+from sa_models.weights.structure import convert
+from train.demo import DEMO_BASE, demo_base_path
+
+if TYPE_CHECKING:
+    from train.recipe.recipe import ModelSection, Recipe
+
+NEEDED_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer*", "*.model"]
+
+
+def base_folder(model: ModelSection, key: str = "model.path") -> Path:
+    """The local folder of ``model.path``; a hub model comes from the cache or is downloaded.
+
+    Args:
+        key: the recipe's name for the path, for messages.
+
+    Raises:
+        PostshareError: it exists neither here nor on the hub, is gated, or cannot be reached.
+    """
+    if model.path == DEMO_BASE:
+        return demo_base_path()
+    local = Path(model.path).expanduser()
+    if local.is_dir():
+        return local
+    if model.path.startswith(("/", ".", "~")) or model.path.count("/") != 1:
+        raise PostshareError(
+            f"{key} {model.path!r} is no folder here and no hub name (owner/name); correct it"
+        )
+    return _snapshot(model, key)
+
+
+def _snapshot(model: ModelSection, key: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    name = model.path
+    try:
+        return Path(snapshot_download(name, revision=model.revision, allow_patterns=NEEDED_FILES))
+    except GatedRepoError:
+        cure = "it is gated: accept its licence on its hub page, then run `hf auth login`"
+    except RevisionNotFoundError:
+        cure = f"it has no revision {model.revision!r}; correct model.revision"
+    except RepositoryNotFoundError:
+        cure = "the hub has no such model (or it is private: run `hf auth login`); correct the name"
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError):
+        cure = (
+            "it is not in the cache and the hub cannot be reached; run `postshare prepare RECIPE` "
+            "once on this node with network, or give a local folder"
+        )
+    raise PostshareError(f"{key} {name!r} cannot be had: {cure}")
+
+
+def load_base(recipe: Recipe) -> LlamaForCausalLM:
+    """The model that training starts from, with fp32 parameters, on the CPU.
+
+    Raises:
+        PostshareError: see :func:`base_folder` and :class:`WeightsFolder`.
+    """
+    if recipe.model.config is not None:
+        set_seed(recipe.seed)
+        config = fresh_config(recipe.model)
+        config._attn_implementation = recipe.model.attention
+        return LlamaForCausalLM(config)
+    return load_dense(base_folder(recipe.model), recipe.model.attention)
+
+
+def fresh_config(model: ModelSection) -> LlamaConfig:
+    """The config of a model that is trained from random weights.
+
+    Raises:
+        PostshareError: ``model.config`` has a field that LlamaConfig does not know, or a value
+            that it refuses.
+    """
+    assert model.config is not None
+    known = set(LlamaConfig().to_dict())
+    for key in model.config:
+        if key not in known:
+            raise PostshareError(f"model.config.{key} is no field of LlamaConfig; correct its name")
+    try:
+        return LlamaConfig(**model.config)
+    except (ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise PostshareError(f"model.config is no valid LlamaConfig: {reason}") from None
+
+
+def load_dense(
+    folder: Path, attention: str, through: torch.dtype | None = None
+) -> LlamaForCausalLM:
+    """A dense Llama folder as an fp32 model on the CPU, every weight checked to be there.
+
+    Args:
+        through: round the weights to this dtype first, as an export would store them.
+    """
+    WeightsFolder(folder)
+    model = LlamaForCausalLM.from_pretrained(
+        folder, dtype=through or torch.float32, attn_implementation=attention
+    )
+    return model.float()
+
+
+def load_model(folder: Path, attention: str) -> LlamaForCausalLM:
+    """A dense or a compact folder as an fp32 model on the CPU, every weight checked to be there."""
+    if read_model_type(folder) != SharedLlamaConfig.model_type:
+        return load_dense(folder, attention)
+    CompactFolder(folder)
+    model = SharedLlamaForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation=attention
+    )
+    return model.float()
+
+
+def tie_model(
+    model: LlamaForCausalLM, plan: SharingPlan, recipe: Recipe, merge: Merge
+) -> LlamaForCausalLM:
+    """The model with the plan's structure, where it lacks it, and the plan materialized.
+
+    Of a plan with a basis it is made of factors already.
+    """
+    if plan.basis is not None:
+        return model
+    model = convert(model, plan, recipe.leaders)
+    layout = HeadLayout.from_config(model.config)
+    materialize_(dict(model.named_parameters()), layout, plan, merge)
+    return model

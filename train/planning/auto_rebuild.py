@@ -1,0 +1,117 @@
+"""Strategy auto, where the recipe reconstructs: the best plans are compared after it.
+
+Untrained, a tie costs less than a removal. Reconstruction, which solves the columns of o that are a
+layer's own, makes up for a removal better: it leaves all other columns free, a tie of o does not.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sa_models.plan import SharingPlan
+from sa_models.search.measured_loss import Cache, identity
+from train.data.blocks import Blocks
+from train.evaluation.bootstrap import interval
+from train.evaluation.perplexity import BlockLosses, block_losses
+from train.planning.auto_factors import Factored, may_take, rival
+from train.planning.auto_result import AutoSearched
+from train.planning.auto_space import REBUILT
+from train.planning.loss_search import SEARCH_CACHE, calibration_batches, spread_blocks
+from train.stages.materialize import on_text
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
+
+    from train.recipe.recipe import Recipe
+
+
+def compare_rebuilt(
+    searched: AutoSearched,
+    recipe: Recipe,
+    load: Callable[[], LlamaForCausalLM],
+    blocks: Blocks,
+    device: torch.device,
+    folder: Path,
+) -> AutoSearched:
+    """The best few candidates again, with their loss after reconstruction, the chosen one first.
+
+    That is the best one as it is, of those whose loss then cannot be told from the lowest: a 95 %
+    interval of the difference, over blocks, reaches 0. The others follow by their loss, and behind
+    them those that were not reconstructed. Searches that ended with one plan count once.
+
+    The loss is that of the text of the reconstruction, ``materialize.calibration_blocks``. One
+    reconstruction of the base each: two models are held. What has been measured stays in the run
+    folder's cache.
+
+    Basis Sharing at as many parameters as the chosen one is measured beside them, where it is a
+    rival, and taken where it is better: `factored` of the result.
+
+    Args:
+        load: the base, fp32, on the CPU.
+        folder: of the run.
+
+    Raises:
+        PostshareError: as :func:`~sa_models.materialize.reconstruct_o.reconstruct_`: too little
+        text.
+    """
+    started, section = time.perf_counter(), recipe.materialize
+    text = calibration_batches(blocks, section.calibration_blocks, 1, torch.device("cpu"))
+    base = load()
+    cache, config = Cache(folder / SEARCH_CACHE, identity(base, text)), base.config
+    del base
+
+    def measure(plan: SharingPlan) -> dict[str, Any]:
+        model = load()
+        if plan != SharingPlan():
+            model = on_text(recipe, plan, model, blocks, device)
+        model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides it
+        measured = spread_blocks(blocks, section.calibration_blocks)
+        return asdict(block_losses(model, measured, recipe.evaluate.batch_size, progress=False))
+
+    def losses_of(plan: SharingPlan) -> BlockLosses:
+        options = {"plan": plan.to_dict(), "merge": section.merge, "leaders": recipe.leaders}
+        key = "rebuilt blocks " + json.dumps(options, separators=(",", ":"))
+        found = cache.get(key, partial(measure, plan))
+        return BlockLosses(tuple(found["nats"]), tuple(found["tokens"]))
+
+    plans = list(dict.fromkeys(c.plan for c in searched.candidates))[:REBUILT]
+    tried = {plan: losses_of(plan) for plan in plans}
+    base_loss = losses_of(searched.base.plan).perplexity.loss
+    chosen = list(tried)[_chosen([*tried.values()])]
+    factored = None
+    if (basis := rival(recipe, chosen, config)) is not None:
+        losses = losses_of(basis)
+        saved = basis.savings(config).removed_parameters
+        above = interval([tried[chosen]], [losses]) if len(losses.tokens) > 1 else (0.0, 0.0)
+        taken = above[0] > 0 and may_take(recipe)
+        factored = Factored(basis, saved, losses.perplexity.loss, above, taken)
+    rebuilt = [
+        replace(c, rebuilt=tried[c.plan].perplexity.loss)
+        for c in searched.candidates
+        if c.plan in tried
+    ]
+    rebuilt.sort(key=lambda c: (c.plan != chosen, c.rebuilt))
+    rest = [c for c in searched.candidates if c.plan not in tried]
+    return replace(
+        searched,
+        candidates=(*rebuilt, *rest),
+        base_rebuilt=base_loss,
+        factored=factored,
+        seconds=searched.seconds + time.perf_counter() - started,
+    )
+
+
+def _chosen(tried: Sequence[BlockLosses]) -> int:
+    """The first that cannot be told from the one of the lowest loss; one block tells nothing."""
+    lowest = min(tried, key=lambda losses: losses.perplexity.loss)
+    if len(lowest.tokens) < 2:
+        return 0
+    return next(at for at, losses in enumerate(tried) if interval([losses], [lowest])[0] <= 0)

@@ -1,0 +1,368 @@
+"""What strategy auto compared: tables, plan-search.json, and the front as a picture.
+
+Quality is the perplexity on calibration text, untrained, without the slope of that text: what
+plans are compared by. The front holds every measured plan that no other beats in both bytes and
+quality; a few of its plans are timed.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich import box
+from rich.table import Table
+
+from sa_models.plan import SharingPlan
+from sa_models.weights.structure import Leaders
+from train.common.files import write_json
+from train.evaluation.decode_time import DecodeTime, bytes_read, decode_time
+from train.planning.auto_factors import BASIS, Factored
+from train.planning.auto_result import AutoSearched, Candidate, Point
+from train.planning.loss_search import (
+    PARETO_PICTURE,
+    SEARCH_FILE,
+    halves_dict,
+    parameters_of,
+    rises_list,
+    search_table,
+    step_dict,
+)
+from train.planning.spans import bar
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+TIMED = 6
+"""Plans of the front that are timed, at most, beside the dense model."""
+
+
+NOISY = 0.25
+"""Spread of a ratio of times, above which the bytes that are read say more than the time."""
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A plan that was decoded with.
+
+    Attributes:
+        point: of the front; None for Basis Sharing, whose loss is that of another text.
+        decode: of one token after ``context`` others.
+        read: bytes that it reads, as exported.
+    """
+
+    plan: SharingPlan
+    point: Point | None
+    decode: DecodeTime
+    read: int
+    context: int
+
+
+def pareto(searched: AutoSearched, config: LlamaConfig) -> list[Point]:
+    """The measured plans that no other beats in bytes and quality, fewest parameters saved first.
+
+    The chosen plan is one of them or has an equal, except where the budget counts something else or
+    plans were compared after reconstruction.
+    """
+    front: list[Point] = []
+    by_size = sorted(searched.points, key=lambda p: (-_removed(p, config), p.expected))
+    for point in by_size:
+        if not front or point.expected < front[-1].expected:
+            front.append(point)
+    return front[::-1]
+
+
+def time_front(
+    searched: AutoSearched,
+    dense: LlamaForCausalLM,
+    prompt: torch.Tensor,
+    leaders: Leaders,
+    config: LlamaConfig,
+    size: int,
+) -> list[Timed]:
+    """Decode with a few plans of the front, evenly spread, the chosen one and Basis Sharing, last.
+
+    Args:
+        dense: the base model, without any structure.
+        prompt: int64 (1, context).
+        size: bytes of one exported parameter.
+    """
+    chosen = searched.chosen.points[-1]
+    shared = [p for p in pareto(searched, config) if _removed(p, config)]
+    picked = spread([p for p in shared if p.plan != chosen.plan], TIMED - 1)
+    points = sorted([*picked, chosen], key=lambda p: _removed(p, config))
+    wanted: list[tuple[SharingPlan, Point | None]] = [(p.plan, p) for p in (searched.base, *points)]
+    if searched.factored is not None:
+        wanted.append((searched.factored.plan, None))
+    timed: list[Timed] = []
+    context = prompt.shape[1]
+    with bar("timing the front") as advance:
+        for done, (plan, point) in enumerate(wanted, start=1):
+            decode = decode_time(dense, plan, prompt, leaders)
+            read = bytes_read(plan, config, context, size)
+            timed.append(Timed(plan, point, decode, read, context))
+            advance(done, len(wanted))
+    # A machine's pace drifts from plan to plan; the ratios do not, and all are of one dense model.
+    dense_seconds = statistics.median(t.decode.seconds / t.decode.ratio for t in timed)
+    return [
+        replace(t, decode=replace(t.decode, seconds=t.decode.ratio * dense_seconds)) for t in timed
+    ]
+
+
+def is_noisy(front: Sequence[Timed]) -> bool:
+    """Whether the machine did so much else that times cannot be compared."""
+    return statistics.median(timed.decode.spread for timed in front) > NOISY
+
+
+def spread(points: Sequence[Point], count: int) -> list[Point]:
+    """So many of them at equal distances, the last among them."""
+    if len(points) <= count:
+        return list(points)
+    return [points[(i + 1) * len(points) // count - 1] for i in range(count)]
+
+
+def _removed(point: Point, config: Any) -> int:
+    return point.plan.savings(config).removed_parameters
+
+
+# --- tables ---------------------------------------------------------------------------------------
+
+
+def compared_table(searched: AutoSearched, config: LlamaConfig) -> Table:
+    """Every plan that meets the budget, the best candidate first, Basis Sharing last."""
+    factored = searched.factored
+    taken = factored is not None and factored.taken
+    table = _table("compared on calibration text", "what it does", "parameters saved")
+    for column in ("perplexity without slope", "vs dense"):
+        table.add_column(column, justify="right")
+    best = factored.loss if factored is not None and taken else searched.chosen.rebuilt
+    if best is not None:
+        table.add_column("reconstructed vs chosen", justify="right", min_width=13)
+    base = searched.base
+    rebuilt = [] if best is None else [_above(searched.base_rebuilt, best)]
+    table.add_row(in_words(base.plan), "", "", _ppl(base.expected), "", *rebuilt)
+    for number, candidate in enumerate(searched.candidates):
+        point = candidate.points[-1]
+        table.add_row(
+            f"{candidate.name}{' (chosen)' if number == 0 and not taken else ''}",
+            in_words(point.plan),
+            f"{_removed(point, config):,}",
+            _ppl(point.expected),
+            _versus(point, base),
+            *([] if best is None else [_above(candidate.rebuilt, best)]),
+        )
+    if factored is not None and best is not None:
+        name = f"{BASIS}{' (chosen)' if taken else ''}"
+        what = in_words(factored.plan)
+        table.add_row(name, what, f"{factored.saved:,}", "", "", _above(factored.loss, best))
+    return table
+
+
+def cost_table(searched: AutoSearched, config: LlamaConfig) -> Table:
+    """What every choice of the best candidate costs, in the order in which they were made."""
+    chosen = searched.chosen
+    title = "chosen on calibration text"
+    if searched.plan != chosen.plan:
+        title = f"the best but Basis Sharing: {chosen.name}"
+    start = in_words(chosen.plan.structure())
+    if chosen.found is not None:
+        return search_table(chosen.found, chosen.plan.layout(config), start, title)
+    table = _table(title, "parameters saved", "vs dense")
+    point = chosen.points[-1]
+    table.add_row(start, f"{_removed(point, config):,}", _versus(point, searched.base))
+    return table
+
+
+def front_table(front: Sequence[Timed], config: LlamaConfig, size: int, context: int) -> Table:
+    """Quality against bytes, and against the time of decoding a token."""
+    table = _table("quality against bytes and time", "bytes stored", "perplexity without slope")
+    table.add_column(f"ms a token after {context}, fp32", justify="right")
+    table.add_column("vs dense", justify="right")
+    table.add_column("bytes read for it", justify="right")
+    for timed in front:
+        stored = timed.plan.savings(config).bytes(size)[1]
+        decode = timed.decode
+        table.add_row(
+            in_words(timed.plan),
+            f"{stored:,}",
+            "" if timed.point is None else _ppl(timed.point.expected),
+            f"{1000 * decode.seconds:.2f}",
+            f"{decode.ratio - 1:+.1%} ± {decode.spread:.1%}",
+            f"{timed.read:,}",
+        )
+    return table
+
+
+def auto_sentence(searched: AutoSearched) -> str:
+    """What the search took."""
+    return (
+        f"searched in {searched.seconds:.0f} s: {searched.passes:.0f} forward passes over "
+        f"{searched.blocks} calibration blocks (at most {searched.bound.forward:,}), "
+        f"{searched.estimates} estimates{_rebuilt(searched)}"
+    )
+
+
+def factored_note(factored: Factored, other: SharingPlan) -> str:
+    """What Basis Sharing being better means for the run.
+
+    Args:
+        other: the best of the other plans.
+    """
+    low, high = (f"{math.expm1(bound):.1%}" for bound in factored.above)
+    better = f"untrained, by {low} to {high} of perplexity (95 %)"
+    if factored.taken:
+        return (
+            f"Basis Sharing is chosen: it is better than {in_words(other)} at as many bytes, "
+            f"{better}. It saves no KV cache; where that counts, set plan.basis=false"
+        )
+    return (
+        f"note: Basis Sharing at as many bytes is better than this plan, {better}; it saves no KV "
+        "cache, and is chosen where plan.basis is true and the budget is one of bytes or parameters"
+    )
+
+
+def _rebuilt(searched: AutoSearched) -> str:
+    count = len({c.plan for c in searched.candidates if c.rebuilt is not None})
+    return f"; {count} plans compared after reconstruction" if count else ""
+
+
+def in_words(plan: SharingPlan) -> str:
+    """`3 removed, 2 tied in qk, span 2 -> [3] (kv)`."""
+    parts = [f"{len(plan.removed)} removed"] if plan.removed else []
+    for share in dict.fromkeys("".join(tie.projections) for tie in plan.ties):
+        count = sum("".join(tie.projections) == share for tie in plan.ties)
+        parts.append(f"{count} tied in {share}")
+    parts += [str(span) for span in plan.spans]
+    if plan.kv_heads is not None:
+        parts.append(f"{plan.kv_heads} KV heads")
+    if plan.basis is not None:
+        parts.append(f"q, k, v of {plan.basis.layers} layers on one basis")
+    return ", ".join(parts) or "none (dense)"
+
+
+def _table(first: str, *columns: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column(first)
+    for column in columns:
+        words = column == "what it does"
+        table.add_column(column, justify="left" if words else "right", overflow="fold")
+    return table
+
+
+def _ppl(loss: float) -> str:
+    return f"{math.exp(loss):.2f}"
+
+
+def _above(loss: float | None, best: float) -> str:
+    """Of perplexities on one text, which is not that of the other columns."""
+    return "" if loss is None else f"{math.exp(loss - best) - 1:+.2%}"
+
+
+def _versus(point: Point, base: Point) -> str:
+    return f"{math.exp(point.expected - base.expected) - 1:+.1%}"
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def save_auto(
+    searched: AutoSearched, front: Sequence[Timed], config: LlamaConfig, size: int, folder: Path
+) -> None:
+    """Write plan-search.json, and the picture of the front, into the run folder.
+
+    Args:
+        size: bytes of one exported parameter.
+    """
+    from train.planning.front_plot import save_front
+
+    on_front, chosen, noisy = pareto(searched, config), searched.chosen.points[-1], is_noisy(front)
+    value = {
+        "search": "auto",
+        "calibration_blocks": searched.blocks,
+        "base_loss": searched.base.loss,
+        "loss": chosen.loss,
+        "expected_loss": chosen.expected,
+        "chosen": BASIS if searched.plan.basis else searched.chosen.name,
+        "candidates": [_candidate_dict(c, config) for c in searched.candidates],
+        "base_reconstructed_loss": searched.base_rebuilt,
+        "factored": None if searched.factored is None else _factored_dict(searched.factored),
+        "structures": [point_dict(p, config, size) for p in searched.structures],
+        "front": [point_dict(p, config, size) for p in on_front],
+        "decoding": [
+            {
+                **_timed_dict(timed, config, size),
+                "context": timed.context,
+                "seconds": timed.decode.seconds,
+                "over_dense": timed.decode.ratio,
+                "spread": timed.decode.spread,
+                "bytes_read": timed.read,
+            }
+            for timed in front
+        ],
+        "decoding_noisy": noisy,
+        "forward_passes": searched.passes,
+        "forward_passes_at_most": searched.bound.forward,
+        "estimates": searched.estimates,
+        "estimates_at_most": searched.bound.backward,
+        "seconds": searched.seconds,
+    }
+    write_json(folder / SEARCH_FILE, value)
+    save_front(searched, on_front, front, noisy, config, size, folder / PARETO_PICTURE)
+
+
+def _factored_dict(factored: Factored) -> dict[str, Any]:
+    return asdict(factored) | {"plan": factored.plan.to_dict()}
+
+
+def _candidate_dict(candidate: Candidate, config: LlamaConfig) -> dict[str, Any]:
+    point, found = candidate.points[-1], candidate.found
+    value: dict[str, Any] = {
+        "name": candidate.name,
+        "plan": point.plan.to_dict(),
+        "saved": point.saved,
+        "loss": point.loss,
+        "expected_loss": point.expected,
+        "reconstructed_loss": candidate.rebuilt,
+    }
+    if found is not None:
+        layout, saved = point.plan.layout(config), 0
+        value["path"] = []
+        for step in found.path:
+            saved += parameters_of(step.actions, layout)
+            value["path"].append(step_dict(step, saved))
+        value["loss_rises"] = rises_list(found)
+        value["states_measured"] = found.measured
+    if candidate.agreement is not None:
+        value["halves"] = halves_dict(candidate.agreement)
+    return value
+
+
+def _timed_dict(timed: Timed, config: LlamaConfig, size: int) -> dict[str, Any]:
+    if timed.point is not None:
+        return point_dict(timed.point, config, size)
+    return {"plan": in_words(timed.plan), "origin": BASIS, **_stored_dict(timed.plan, config, size)}
+
+
+def _stored_dict(plan: SharingPlan, config: LlamaConfig, size: int) -> dict[str, Any]:
+    savings = plan.savings(config)
+    return {
+        "parameters_saved": savings.removed_parameters,
+        "bytes": savings.bytes(size)[1],
+        "cache_elements_per_token": savings.stored_cache,
+    }
+
+
+def point_dict(point: Point, config: LlamaConfig, size: int) -> dict[str, Any]:
+    return {
+        "plan": in_words(point.plan),
+        "origin": point.origin,
+        **_stored_dict(point.plan, config, size),
+        "loss": point.loss,
+        "expected_loss": point.expected,
+        "perplexity": math.exp(point.expected),
+    }

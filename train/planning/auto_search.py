@@ -1,0 +1,316 @@
+"""Strategy auto: the plan that costs least, whatever it is made of, under one budget.
+
+Units are searched among ties of several sets of projections and removals, and, as controls, among
+what strategy loss offers. Then structures are measured (spans, fewer KV heads), and units are
+searched in the few that promise most. Whatever has the lowest loss wins: a control too. Where the
+recipe reconstructs, the best are then compared after it (:mod:`train.planning.auto_rebuild`).
+
+All losses are measured on one text, and of all of them the slope of the whole change is taken off
+(:mod:`sa_models.scores.slope`), structures included, which are charged with it and never credited.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sa_models.errors import PostshareError
+from sa_models.plan import SharingPlan
+from sa_models.scores.slope import Change, slopes
+from sa_models.search import structures as plan_structures
+from sa_models.search.actions import Action, Space, State, as_plan
+from sa_models.search.algorithms import Found, greedy
+from sa_models.search.measured_loss import MeasuredLoss, state_key
+from sa_models.search.ranking import Agreement, EstimatedRanking, Estimator
+from sa_models.spans import SHARES as SPAN_SHARES
+from sa_models.weights.structure import convert
+from train.data.blocks import Blocks
+from train.planning import auto_space
+from train.planning.auto_result import AutoSearched, Candidate, Point
+from train.planning.auto_space import FULL, STRUCTURES_SEARCHED, asked_of_units
+from train.planning.loss_search import SEARCH_CACHE, calibration_batches
+from train.planning.spans import bar
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from train.recipe.recipe import Recipe
+
+
+def search_auto(
+    recipe: Recipe,
+    model: LlamaForCausalLM,
+    blocks: Blocks,
+    structure: SharingPlan,
+    config: LlamaConfig,
+    folder: Path,
+) -> AutoSearched:
+    """Search everything that strategy auto may do.
+
+    Args:
+        model: with the recipe's own structure, fp32, in evaluation mode, on the device that is to
+            measure.
+        config: of the base model.
+        folder: of the run; what has been measured is kept there, and used by a second start.
+
+    Raises:
+        PostshareError: a budget that cannot be met.
+    """
+    started = time.perf_counter()
+    batches = calibration_batches(
+        blocks, recipe.plan.calibration_blocks, recipe.evaluate.batch_size, model.device
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    search = _Search(recipe, config, structure, MeasuredLoss(model, batches, folder / SEARCH_CACHE))
+    candidates = search.units(search.own, auto_space.unit_spaces(recipe.plan, config, structure))
+    tried: list[Point] = []
+    if auto_space.has_structures(recipe.plan, structure):
+        tried = search.structures()
+        candidates += search.inside(tried, candidates)
+    if not candidates:
+        raise PostshareError(
+            "no plan of strategy auto meets the budget with export.formats=[dense], which has no "
+            "spans; lower plan.budget, or set export.formats=[compact]"
+        )
+    base = search.own.measured
+    return AutoSearched(
+        search.point("dense", search.own, frozenset(), base(frozenset()), 0.0),
+        tuple(sorted(candidates, key=lambda candidate: candidate.expected)),
+        tuple(tried),
+        sum(len(batch["input_ids"]) for batch in batches),
+        sum(place.measured.passes for place in search.places),
+        search.estimates + sum(place.estimator.made for place in search.places),
+        auto_space.auto_passes(recipe.plan, config, structure),
+        time.perf_counter() - started,
+    )
+
+
+@dataclass
+class _Place:
+    """A structure in which units are searched.
+
+    Attributes:
+        structure: KV heads and spans, of the recipe or that are tried.
+        name: of what is added to the name of a search; empty for the recipe's own structure.
+    """
+
+    structure: SharingPlan
+    measured: MeasuredLoss
+    estimator: Estimator
+    name: str = ""
+
+
+@dataclass
+class _Search:
+    """The parts of the search, on one model and text."""
+
+    recipe: Recipe
+    config: LlamaConfig
+    structure: SharingPlan
+    measured: MeasuredLoss
+    places: list[_Place] = field(default_factory=list)
+    estimates: int = 0
+    """For slopes."""
+
+    def __post_init__(self) -> None:
+        self.own = self._place(self.structure, self.measured)
+
+    def _place(self, structure: SharingPlan, measured: MeasuredLoss, name: str = "") -> _Place:
+        estimator = Estimator(measured, auto_space.SHARES, structure.leader_of())
+        place = _Place(structure, measured, estimator, name)
+        self.places.append(place)
+        return place
+
+    def units(self, place: _Place, spaces: dict[str, Space]) -> list[Candidate]:
+        """A greedy search in every space."""
+        searched: list[tuple[str, Found, Agreement | None]] = []
+        for name, space in spaces.items():
+            ranking = EstimatedRanking(
+                space, place.measured, place.structure.leader_of(), place.estimator
+            )
+            with bar(f"searching {name}{place.name}") as advance:
+                found = greedy(space, place.measured, ranking, progress=advance)
+            searched.append((f"{name}{place.name}", found, ranking.agreement))
+        place.measured.restore()
+        paths = [_states(found) for _, found, _ in searched]
+        known = self.slopes([(place, state) for path in paths for state in path])
+        return [
+            Candidate(
+                name,
+                tuple(
+                    self.point(name, place, state, step.loss, known[place.structure, state])
+                    for state, step in zip(path, found.path, strict=True)
+                ),
+                found,
+                agreement,
+            )
+            for (name, found, agreement), path in zip(searched, paths, strict=True)
+        ]
+
+    def point(self, origin: str, place: _Place, state: State, loss: float, slope: float) -> Point:
+        units = as_plan(state)
+        plan = replace(units, kv_heads=place.structure.kv_heads, spans=place.structure.spans)
+        saved = self._saved(plan)
+        return Point(origin, plan, saved, loss, slope, place.structure != self.structure)
+
+    def _saved(self, plan: SharingPlan) -> int:
+        """In what the budget counts."""
+        savings, counted = plan.savings(self.config), self._counted
+        if counted == "units":
+            return savings.tied_units + savings.removed_units
+        if counted == "cache":
+            return savings.base_cache - savings.stored_cache
+        return savings.removed_parameters
+
+    @property
+    def _counted(self) -> str:
+        return asked_of_units(self.recipe.plan, self.config, self.structure).counted
+
+    # --- structures -------------------------------------------------------------------------------
+
+    def structures(self) -> list[Point]:
+        """Every structure that is tried, measured alone."""
+        section = self.recipe.plan
+        spans = auto_space.may_have_spans(self.config) and self.recipe.export.formats != ("dense",)
+        scores = self._span_scores() if spans else None
+        found = auto_space.tried_structures(section, self.config, scores)
+        losses: list[float] = []
+        with bar(f"measuring {len(found)} structures") as advance:
+            for done, plan in enumerate(found, start=1):
+                losses.append(self._loss(plan))
+                advance(done, len(found))
+        places = [_Tried(plan, self._converted(plan)) for plan in found]
+        known = self.slopes([(place, frozenset()) for place in places])
+        return [
+            Point("structure", plan, self._saved(plan), loss, known[plan, frozenset()], True)
+            for plan, loss in zip(found, losses, strict=True)
+        ]
+
+    def _span_scores(self) -> dict[str, dict[Any, float]]:
+        layers = self.config.num_hidden_layers
+        choices = plan_structures.candidates(layers, self.recipe.plan.skip_layers)
+        base = self.measured(frozenset())
+        scores: dict[str, dict[Any, float]] = {}
+        total = len(SPAN_SHARES) * len(choices)
+        with bar(f"measuring {total} spans") as advance:
+            for at, share in enumerate(SPAN_SHARES):
+                scores[share] = {}
+                for done, choice in enumerate(choices, start=1):
+                    plan = plan_structures.span_plan([choice], share)
+                    scores[share][choice] = base - self._loss(plan)
+                    advance(at * len(choices) + done, total)
+        return scores
+
+    def _loss(self, plan: SharingPlan) -> float:
+        def measure() -> float:
+            lowest = plan_structures.lowest_changed(plan)
+            return self.measured.loss_of(self._converted(plan), lowest)
+
+        return float(self.measured.cache.get(_key(plan), measure))
+
+    def _converted(self, plan: SharingPlan) -> LlamaForCausalLM:
+        self._original()
+        return convert(self.measured.model, plan).eval()
+
+    def inside(self, tried: Sequence[Point], candidates: Sequence[Candidate]) -> list[Candidate]:
+        """The structures that meet the budget alone, and searches of units in those that promise
+        most: that alone cost less than the best plan, and least with what is expected of the rest.
+        """
+        section, config = self.recipe.plan, self.config
+        left = {p.plan: asked_of_units(section, config, p.plan).needed for p in tried}
+        alone = [Candidate("structure alone", (p,)) for p in tried if left[p.plan] <= 0]
+        best = min((c.expected for c in (*candidates, *alone)), default=float("inf"))
+        base = self.measured(frozenset())
+        path = [(0, 0.0)]
+        path += [(p.saved, p.expected - base) for c in candidates[:1] for p in c.points]
+        promising = sorted(
+            (p for p in tried if left[p.plan] > 0 and p.expected < best),
+            key=lambda p: p.expected + plan_structures.rise_at(path, left[p.plan]),
+        )
+        searched: list[Candidate] = []
+        for point in promising:
+            space = auto_space.full_space(section, config, point.plan)
+            if len(searched) == STRUCTURES_SEARCHED or space.most() < space.needed:
+                continue
+            searched += self._inside(point.plan, space)
+        return alone + searched
+
+    def _inside(self, structure: SharingPlan, space: Space) -> list[Candidate]:
+        model = self._converted(structure)
+        file = self.measured.cache.path
+        measured = MeasuredLoss(model, self.measured.batches, file)
+        place = self._place(structure, measured, f" in {_name(structure)}")
+        return self.units(place, {FULL: space})
+
+    # --- slopes -----------------------------------------------------------------------------------
+
+    def slopes(
+        self, wanted: Sequence[tuple[_Place | _Tried, State]]
+    ) -> dict[tuple[SharingPlan, State], float]:
+        """The slope of every structure with a state, against the model without any change."""
+        cache, own, layers = self.measured.cache, self.structure, self.config.num_hidden_layers
+        missing: dict[str, Change] = {}
+        for place, state in wanted:
+            key = f"slope {_name(place.structure)} {state_key(state)}"
+            if key not in cache:
+                changed = frozenset(action.target[0] for action in state)
+                if place.structure != own:
+                    changed |= plan_structures.changed_layers(place.structure, layers)
+                missing[key] = Change(partial(self._changed, place, state), changed)
+        if missing:
+            self.estimates += 1
+            with bar("taking slopes off") as advance:
+                found = slopes(self._original, [*missing.values()], self.measured.batches, advance)
+            self._original()
+            for key, slope in zip(missing, found, strict=True):
+                cache.put(key, slope)
+        return {
+            (place.structure, state): cache[f"slope {_name(place.structure)} {state_key(state)}"]
+            for place, state in wanted
+        }
+
+    def _original(self) -> LlamaForCausalLM:
+        for place in self.places:  # they share weights
+            place.measured.restore()
+        return self.measured.model
+
+    def _changed(self, place: _Place | _Tried, state: State) -> LlamaForCausalLM:
+        for other in self.places:
+            if other is not place:
+                other.measured.restore()
+        return place.model if isinstance(place, _Tried) else place.measured.at(state)
+
+
+@dataclass(frozen=True)
+class _Tried:
+    """A structure in which no units are searched."""
+
+    structure: SharingPlan
+    model: LlamaForCausalLM
+
+
+def _states(found: Found) -> list[State]:
+    """The state after every step of a path."""
+    taken: set[Action] = set()
+    states = []
+    for step in found.path:
+        taken |= set(step.actions)
+        states.append(frozenset(taken))
+    return states
+
+
+def _name(structure: SharingPlan) -> str:
+    """A structure in a few words."""
+    parts = [str(span) for span in structure.spans]
+    if structure.kv_heads is not None:
+        parts.append(f"{structure.kv_heads} KV heads")
+    return ", ".join(parts) or "no structure"
+
+
+def _key(structure: SharingPlan) -> str:
+    return "structure " + json.dumps(structure.to_dict(), separators=(",", ":"))

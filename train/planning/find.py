@@ -1,0 +1,230 @@
+"""The plan stage: find the sharing plan that a recipe asks for, show it, draw it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.table import Table
+
+from sa_models.heads import HeadLayout
+from sa_models.materialize.low_rank_residual import check_rank
+from sa_models.plan import SharingPlan
+from sa_models.scores.magnitude import least_important, unit_norms
+from sa_models.scores.weight_cosine import best_matches, random_matches
+from sa_models.search import pairs
+from sa_models.spans import ranges
+from sa_models.weights.safetensors_folder import WeightsFolder
+from sa_models.weights.structure import converted
+from train.planning.auto_space import check_auto
+from train.planning.basis import basis_plan
+from train.planning.budget import search_space, unit_budget
+from train.planning.scores import CalibrationText, score_units
+from train.planning.spans import check_spans_section
+from train.recipe.sections.plan_choice import MATCHED
+from train.recipe.sections.structure import check_structure, listed_structure
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig
+
+    from train.recipe.recipe import PlanSection, Recipe
+
+SIMILARITY_PICTURE = "plan-similarity.png"
+TIES_PICTURE = "plan-ties.png"
+
+
+def check_plan(recipe: Recipe, weights: WeightsFolder) -> None:
+    """Refuse a plan that cannot be, before any work.
+
+    Raises:
+        PostshareError: what is wrong, see :func:`~train.planning.basis.basis_plan`,
+            :func:`sa_models.search.pairs.units_to_tie`,
+            :func:`~train.planning.spans.check_spans_section` and
+            :func:`~train.recipe.sections.structure.check_structure`; or a residual larger than the
+            head.
+    """
+    section, config = recipe.plan, weights.config
+    if recipe.residual is not None:
+        check_rank(recipe.residual.rank, HeadLayout.from_config(config))
+    if section.strategy == "file":
+        check_structure(recipe, SharingPlan.load(section.path or ""), config)
+        return
+    structure = listed_structure(recipe.heads, recipe.spans)
+    check_structure(recipe, structure, config)
+    if recipe.spans is not None:
+        check_spans_section(recipe.spans, config)
+    if section.strategy != "none" and (recipe.spans is None or recipe.spans.spans is not None):
+        # Of spans that are still to be found, nobody knows yet which units they leave.
+        check_budget(section, config, structure)
+
+
+def check_budget(section: PlanSection, config: Any, structure: SharingPlan) -> None:
+    """Raises PostshareError when the budget cannot be met; see :mod:`train.planning.budget`."""
+    skipped, layout = skipped_layers(section, structure), structure.layout(config)
+    if section.strategy in MATCHED:
+        pairs.units_to_tie(unit_budget(section, config, structure), layout, skipped)
+    elif section.strategy == "basis":
+        basis_plan(section, config)
+    elif section.strategy == "auto":
+        check_auto(section, config, structure)
+    else:
+        search_space(section, config, structure)
+
+
+def skipped_layers(section: PlanSection, structure: SharingPlan) -> tuple[int, ...]:
+    """Layers whose units are no targets: those of the recipe, and followers.
+
+    A follower lacks some of the projections that ties share, so that found ties leave it out. From
+    a layer in a span, its leader's included, no unit can be removed.
+    """
+    if section.action == "remove":
+        return tuple(
+            sorted({*section.skip_layers, *(i for s in structure.spans for i in s.layers)})
+        )
+    return tuple(sorted({*section.skip_layers, *structure.leader_of()}))
+
+
+def find_ties(
+    section: PlanSection,
+    weights: WeightsFolder,
+    structure: SharingPlan,
+    text: CalibrationText | None = None,
+) -> tuple[SharingPlan, torch.Tensor | None]:
+    """The plan of a recipe, and the scores (units, units) that it was chosen by, if any.
+
+    Args:
+        weights: of the base model; only its attention weights are read.
+        structure: KV heads and spans, which become part of the plan.
+        text: needed where ``section.scores_text``.
+
+    Raises:
+        PostshareError: see :func:`check_plan` and :func:`~train.planning.scores.score_units`.
+    """
+    if section.strategy == "none":
+        return structure, None
+    if section.strategy == "file":
+        plan = SharingPlan.load(section.path or "")
+        plan.validate(weights.config)
+        return plan, None
+    if section.strategy == "basis":
+        return basis_plan(section, weights.config), None
+    layout = structure.layout(weights.config)
+    if section.strategy == "magnitude":
+        space = search_space(section, weights.config, structure)
+        norms = unit_norms(converted(weights, structure), layout)
+        count = -(-space.needed // space.removal_saves)
+        plan = replace(structure, removed=least_important(norms, space.removable, count))
+        plan.validate(weights.config)
+        return plan, None
+    followers, skipped = structure.leader_of(), skipped_layers(section, structure)
+    scores = None
+    if section.strategy == "random":
+        matches = random_matches(layout, section.seed, without=followers)
+    else:
+        pooled = converted(weights, SharingPlan(kv_heads=structure.kv_heads))
+        scores = score_units(section, pooled, layout, text)
+        matches = best_matches(scores, layout, without=followers)
+    found = pairs.make_plan(
+        matches,
+        layout,
+        unit_budget(section, weights.config, structure),
+        section.share,
+        skipped,
+        released=section.strategy == "released",
+    )
+    if section.action == "remove":
+        found = SharingPlan(removed=tuple(sorted({tie.target for tie in found.ties})))
+    plan = replace(found, kv_heads=structure.kv_heads, spans=structure.spans)
+    plan.validate(weights.config)
+    return plan, scores
+
+
+def draw_plan(
+    plan: SharingPlan,
+    scores: torch.Tensor | None,
+    layout: HeadLayout,
+    section: PlanSection,
+    folder: Path,
+) -> list[Path]:
+    """Write the pictures of a plan into the run folder; returns their paths."""
+    from train.planning.plan_maps import save_similarity, save_ties
+
+    written: list[Path] = []
+    if scores is not None:
+        save_similarity(scores, layout, section.score, folder / SIMILARITY_PICTURE)
+        written.append(folder / SIMILARITY_PICTURE)
+    if plan.ties or plan.removed:
+        save_ties(plan, layout, folder / TIES_PICTURE)
+        written.append(folder / TIES_PICTURE)
+    return written
+
+
+def plan_table(plan: SharingPlan, config: LlamaConfig, requested: float, size: int) -> Table:
+    """Requested, effective and stored ratios, parameters and bytes, as a table.
+
+    Args:
+        requested: the ratio of heads that the recipe asks for.
+        size: bytes of one element in the exported weights.
+    """
+    savings = plan.savings(config)
+    base_bytes, stored_bytes = savings.bytes(size)
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="dim")
+    table.add_column(justify="right")
+    rows: list[tuple[str, str]] = []
+    if plan.ties or plan.removed:
+        changed = savings.tied_heads + savings.removed_heads
+        rows += [
+            ("heads asked for", f"{requested:.2%}"),
+            (
+                "heads that change (effective)",
+                f"{savings.effective_ratio:.2%}   {changed} of {savings.heads}",
+            ),
+        ]
+    if plan.removed:
+        rows.append(("heads removed", f"{savings.removed_heads} of {savings.heads}"))
+    if plan.kv_heads is not None:
+        before = HeadLayout.from_config(config).kv_heads
+        rows.append(("KV heads of a layer", f"{plan.kv_heads} of {before}"))
+    for span in plan.spans:
+        what = "attention weights" if span.share == "attention" else "keys and values"
+        layers = "layer" if len(span.followers) == 1 else "layers"
+        mapped = ", heads matched" if span.head_map else ""
+        rows.append(
+            (f"{layers} {ranges(span.followers)}", f"{what} of layer {span.leader}{mapped}")
+        )
+    if plan.basis is not None:
+        rows.append(("q, k and v", f"{plan.basis.layers} adjacent layers share a basis"))
+    rows += [
+        (
+            "attention parameters no longer stored",
+            f"{savings.stored_ratio:.2%}   {savings.removed_parameters:,} of "
+            f"{savings.attention_parameters:,}",
+        ),
+        ("parameters stored", f"{savings.stored_parameters:,} of {savings.base_parameters:,}"),
+        ("bytes stored", f"{stored_bytes:,} of {base_bytes:,}"),
+    ]
+    if savings.stored_cache != savings.base_cache:
+        rows.append(
+            (
+                "bytes of KV cache for a token",
+                f"{savings.stored_cache * size:,} of {savings.base_cache * size:,}",
+            )
+        )
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def requested_ratio(section: PlanSection, plan: SharingPlan, layout: HeadLayout) -> float:
+    """The share of heads that the recipe asks for (of a plan file: those that it names)."""
+    units = layout.layers * layout.units
+    budget = section.budget
+    if budget is not None and budget.ratio is not None:
+        return budget.ratio
+    if budget is not None and budget.heads is not None:
+        return budget.heads / (layout.layers * layout.heads)
+    # A plan file, a budget that asks for no number of heads, or no ties at all.
+    return len({*(tie.target for tie in plan.ties), *plan.removed}) / units

@@ -1,0 +1,301 @@
+"""Choose the units to tie or remove by what it costs on calibration text.
+
+The text is a few training blocks, spread evenly over all of them: a mixture, or a file that is in
+some order, is seen as a whole.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.table import Table
+from torch.utils.data import default_collate
+
+from sa_models.calibration.partial_forward import Batch
+from sa_models.heads import PROJECTIONS, HeadLayout
+from sa_models.plan import SharingPlan
+from sa_models.scores.fisher import estimate_sensitivity
+from sa_models.scores.magnitude import least_important
+from sa_models.search.actions import Action, as_plan, ordered
+from sa_models.search.algorithms import (
+    EvolutionOptions,
+    Found,
+    Passes,
+    Step,
+    evolution_passes,
+    evolve,
+    greedy,
+    greedy_passes,
+)
+from sa_models.search.measured_loss import MeasuredLoss
+from sa_models.search.ranking import Agreement, EstimatedRanking
+from train.common.files import write_json
+from train.data.blocks import Block, Blocks
+from train.planning.budget import search_space
+from train.planning.spans import bar
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from train.recipe.recipe import Recipe
+    from train.recipe.sections.plan import PlanSection
+
+SEARCH_FILE = "plan-search.json"
+SEARCH_CACHE = "plan-search-cache.jsonl"
+PARETO_PICTURE = "plan-pareto.png"
+SHOWN_STEPS = 40
+
+
+@dataclass(frozen=True)
+class Searched:
+    """What a search found, and what it took.
+
+    Attributes:
+        passes: forward passes over the calibration text that were needed, in whole models.
+        estimates: forward and backward passes.
+        bound: of both, stated before the search.
+    """
+
+    found: Found
+    agreement: Agreement
+    blocks: int
+    passes: float
+    estimates: int
+    bound: Passes
+    seconds: float
+
+
+def calibration_batches(blocks: Blocks, count: int, size: int, device: Any) -> list[Batch]:
+    """:func:`spread_blocks`, ``size`` rows at a time."""
+    chosen = spread_blocks(blocks, count)
+    return [
+        {
+            name: tensor.to(device)
+            for name, tensor in default_collate(chosen[start : start + size]).items()
+        }
+        for start in range(0, len(chosen), size)
+    ]
+
+
+def spread_blocks(blocks: Blocks, count: int) -> list[Block]:
+    """``count`` blocks (or as many as there are) at equal distances."""
+    count = min(count, len(blocks))
+    return [blocks[index * len(blocks) // count] for index in range(count)]
+
+
+def choose_by_gradient(
+    recipe: Recipe,
+    model: LlamaForCausalLM,
+    blocks: Blocks,
+    structure: SharingPlan,
+    config: LlamaConfig,
+) -> SharingPlan:
+    """Remove the units of least |sum of weight * gradient| (LLM-Pruner, attention only).
+
+    Args:
+        model, config: see :func:`search_plan`.
+    """
+    section, size = recipe.plan, recipe.evaluate.batch_size
+    space = search_space(section, config, structure)
+    batches = calibration_batches(blocks, section.calibration_blocks, size, model.device)
+    with bar("gradients") as advance:
+        found = estimate_sensitivity(model, batches, (), structure.leader_of(), advance)
+    count = math.ceil(space.needed / space.removal_saves)
+    return replace(structure, removed=least_important(found.gradient, space.removable, count))
+
+
+def search_plan(
+    recipe: Recipe,
+    model: LlamaForCausalLM,
+    blocks: Blocks,
+    structure: SharingPlan,
+    config: LlamaConfig,
+    folder: Path,
+) -> tuple[SharingPlan, Searched]:
+    """The plan of strategy loss.
+
+    Args:
+        model: with the structure, fp32, in evaluation mode, on the device that is to measure.
+        config: of the base model.
+        folder: of the run; what has been measured is kept there, and used by a second start.
+    """
+    section = recipe.plan
+    started = time.perf_counter()
+    space = search_space(section, config, structure)
+    batches = calibration_batches(
+        blocks, section.calibration_blocks, recipe.evaluate.batch_size, model.device
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    measured = MeasuredLoss(model, batches, folder / SEARCH_CACHE)
+    ranking = EstimatedRanking(space, measured, structure.leader_of())
+    with bar(f"searching ({section.search})") as advance:
+        if section.search == "greedy":
+            bound = greedy_passes(space.largest)
+            found = greedy(space, measured, ranking, progress=advance)
+        else:
+            options = EvolutionOptions(seed=section.seed)
+            bound = evolution_passes(space.largest, options)
+            found = evolve(space, measured, ranking, options, advance)
+    measured.restore()
+    plan = replace(as_plan(found.state), kv_heads=structure.kv_heads, spans=structure.spans)
+    assert ranking.agreement is not None
+    return plan, Searched(
+        found,
+        ranking.agreement,
+        sum(len(batch["input_ids"]) for batch in batches),
+        measured.passes,
+        ranking.estimates,
+        bound,
+        time.perf_counter() - started,
+    )
+
+
+def unstable(agreement: Agreement, blocks: int) -> str | None:
+    """One line, where there is too little calibration text for a stable choice."""
+    if agreement.is_stable:
+        return None
+    return (
+        f"the choice is not stable: the two halves of the {blocks} calibration blocks "
+        f"agree on {agreement.common} of {agreement.units} units (rank correlation "
+        f"{agreement.correlation:.2f}); raise plan.calibration_blocks"
+    )
+
+
+def search_table(
+    found: Found,
+    layout: HeadLayout,
+    start: str = "none (dense)",
+    title: str = "chosen on calibration text",
+) -> Table:
+    """The chosen actions in the order they were taken, and what they cost, measured.
+
+    Args:
+        layout: with the plan's KV heads.
+        start: what the search began with.
+    """
+    saved = 0
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column(title)
+    for column in ("loss", "perplexity, untrained", "vs dense", "parameters saved"):
+        table.add_column(column, justify="right")
+    base = math.exp(found.base_loss)
+    table.add_row(start, f"{found.base_loss:.4f}", f"{base:.2f}", "", "")
+    left_out = len(found.path) - SHOWN_STEPS
+    for number, step in enumerate(found.path, start=1):
+        saved += parameters_of(step.actions, layout)
+        if left_out > 0 and SHOWN_STEPS // 2 < number <= SHOWN_STEPS // 2 + left_out:
+            if number == SHOWN_STEPS // 2 + 1:
+                table.add_row(f"({left_out} more, see {SEARCH_FILE})", "", "", "", "")
+            continue
+        more = f" and {len(step.actions) - 1} more" if len(step.actions) > 1 else ""
+        table.add_row(
+            f"{step.actions[0]}{more}",
+            f"{step.loss:.4f}",
+            f"{math.exp(step.loss):.2f}",
+            f"{math.exp(step.loss) / base - 1:+.1%}",
+            f"{saved:,}",
+        )
+    return table
+
+
+def search_sentence(searched: Searched) -> str:
+    """What the search took."""
+    return (
+        f"searched in {searched.seconds:.0f} s: {searched.passes:.0f} forward passes over "
+        f"{searched.blocks} calibration blocks (at most {searched.bound.forward:,}), "
+        f"{searched.estimates} estimates of all units"
+    )
+
+
+def parameters_of(actions: Iterable[Action], layout: HeadLayout) -> int:
+    """Parameters that actions save."""
+    return sum(layout.unit_parameters(p) for a in actions for p in a.projections or PROJECTIONS)
+
+
+def save_search(
+    searched: Searched,
+    section: PlanSection,
+    layout: HeadLayout,
+    parameters: int,
+    size: int,
+    folder: Path,
+) -> None:
+    """Write plan-search.json, and the picture of quality against bytes, into the run folder.
+
+    Args:
+        layout: with the plan's KV heads.
+        parameters: of the model with the plan's KV heads and spans.
+        size: bytes of one exported parameter.
+    """
+    from train.planning.front_plot import save_pareto
+
+    found = searched.found
+    removed, so_far = [0], 0
+    for step in found.path:
+        so_far += parameters_of(step.actions, layout)
+        removed.append(so_far)
+    value = {
+        "search": section.search,
+        "action": section.action,
+        "calibration_blocks": searched.blocks,
+        "base_loss": found.base_loss,
+        "loss": found.loss,
+        "path": [
+            step_dict(step, count) for step, count in zip(found.path, removed[1:], strict=True)
+        ],
+        "loss_rises": rises_list(found),
+        "halves": halves_dict(searched.agreement),
+        "states_measured": found.measured,
+        "forward_passes": searched.passes,
+        "forward_passes_at_most": searched.bound.forward,
+        "estimates": searched.estimates,
+        "seconds": searched.seconds,
+    }
+    write_json(folder / SEARCH_FILE, value)
+    losses = [found.base_loss, *(step.loss for step in found.path)]
+    save_pareto(removed, losses, parameters, size, folder / PARETO_PICTURE)
+
+
+def step_dict(step: Step, parameters: int) -> dict[str, Any]:
+    return {
+        "actions": [action_dict(action) for action in step.actions],
+        "loss": step.loss,
+        "perplexity": math.exp(step.loss),
+        "parameters_saved": parameters,
+    }
+
+
+def rises_list(found: Found) -> list[dict[str, Any]]:
+    """What every chosen action costs."""
+    return [
+        {**action_dict(action), "loss_rise": finite(found.rises[action])}
+        for action in ordered(found.state)
+    ]
+
+
+def halves_dict(agreement: Agreement) -> dict[str, Any]:
+    return {
+        "units": agreement.units,
+        "common": agreement.common,
+        "correlation": agreement.correlation,
+    }
+
+
+def action_dict(action: Action) -> dict[str, Any]:
+    return {
+        "action": action.kind,
+        "target": list(action.target),
+        "source": None if action.source is None else list(action.source),
+        "projections": list(action.projections),
+    }
+
+
+def finite(value: float) -> float | None:
+    """JSON has no nan: null."""
+    return value if math.isfinite(value) else None

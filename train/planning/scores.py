@@ -1,0 +1,203 @@
+"""Score the units that a plan may tie, and tell whether its pairs are more alike than chance."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sa_models.heads import HeadLayout
+from sa_models.plan import SharingPlan, Unit
+from sa_models.scores.activations import HeadOutputs, output_map_scores, output_scores, output_terms
+from sa_models.scores.attention_maps import unit_map_similarity
+from sa_models.scores.gauge_invariant import ALIGNED, FoldedNorm, aligned_scores
+from sa_models.scores.significance import LEVEL, Chance, PairTerms, chance, weight_terms
+from sa_models.scores.significance_text import MIN_BLOCKS, linear_map_terms, map_terms
+from sa_models.scores.weight_cosine import Progress, Reader, unit_scores
+from sa_models.weights.safetensors_folder import WeightsFolder
+from sa_models.weights.structure import converted
+from train.common.files import write_json
+from train.planning.spans import bar, calibration_inputs
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
+
+    from train.data.blocks import Blocks
+    from train.recipe.recipe import PlanSection
+
+CHANCE_FILE = "chance.json"
+
+
+@dataclass
+class CalibrationText:
+    """What scores that need text are measured on.
+
+    Attributes:
+        model: the base with the plan's KV heads, without spans, fp32.
+        batches: blocks of equal length, see
+        :func:`sa_models.scores.attention_maps.measure_isotropy`.
+    """
+
+    model: LlamaForCausalLM
+    batches: list[dict[str, torch.Tensor]]
+
+    @cached_property
+    def outputs(self) -> HeadOutputs:
+        """Measured when first used, and kept."""
+        with bar("head outputs") as advance:
+            return HeadOutputs.measure(self.model, self.batches, advance)
+
+
+def score_units(
+    section: PlanSection, reader: Reader, layout: HeadLayout, text: CalibrationText | None
+) -> torch.Tensor:
+    """The scores of all pairs of units that a recipe asks for, with a progress bar.
+
+    Args:
+        reader: the base's weights with the plan's KV heads.
+        text: needed where ``section.scores_text``.
+
+    Returns:
+        float64 (layers * units, layers * units), row: target, column: source.
+
+    Raises:
+        PostshareError: see :func:`~sa_models.scores.gauge_invariant.aligned_scores`,
+            :func:`~sa_models.scores.activations.output_scores` and
+            :func:`~sa_models.scores.attention_maps.measure_isotropy`.
+    """
+    with bar(f"comparing units ({section.score})") as advance:
+        return _measure(section.score, section.fold_norm, reader, layout, text)(advance)
+
+
+def _measure(
+    score: str, fold_norm: bool, reader: Reader, layout: HeadLayout, text: CalibrationText | None
+) -> Callable[[Progress], torch.Tensor]:
+    if text is not None:
+        if score == "attention":
+            return lambda advance: unit_map_similarity(text.model, text.batches, advance)
+        outputs, measure = text.outputs, output_scores if score == "output" else output_map_scores
+        return lambda advance: measure(outputs, advance)
+    folded = FoldedNorm(reader) if fold_norm else reader
+    compare = aligned_scores if score in ALIGNED else unit_scores
+    return lambda advance: compare(folded, layout, score, advance)
+
+
+def calibration_text(
+    section: PlanSection, model: LlamaForCausalLM, blocks: Blocks
+) -> CalibrationText:
+    """What scores of text are measured on; the model as in :class:`CalibrationText`."""
+    inputs = calibration_inputs(blocks, section.calibration_blocks, model.device)
+    return CalibrationText(model, inputs)
+
+
+# --- chance ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PairChances:
+    """Every pair that a plan ties, and how it compares with chance."""
+
+    score: str
+    seed: int
+    pairs: tuple[tuple[Unit, Unit, Chance], ...]
+
+    @property
+    def significant(self) -> int:
+        return sum(found.corrected <= LEVEL for _, _, found in self.pairs)
+
+    @property
+    def line(self) -> str:
+        """What `postshare plan` says."""
+        return (
+            f"chance: {self.significant} of {len(self.pairs)} pairs beat the best of as many "
+            f"scrambled sources ({self.score}, {LEVEL:.0%})"
+        )
+
+    def save(self, folder: Path) -> None:
+        """Write it into the run folder."""
+        value: dict[str, Any] = {
+            "line": self.line,
+            "score": self.score,
+            "seed": self.seed,
+            "level": LEVEL,
+            "significant": self.significant,
+            "pairs": [
+                {"target": list(target), "source": list(source), **asdict(found)}
+                for target, source, found in self.pairs
+            ],
+        }
+        write_json(folder / CHANCE_FILE, value)
+
+
+def pair_chances(
+    section: PlanSection,
+    reader: Reader,
+    layout: HeadLayout,
+    plan: SharingPlan,
+    text: CalibrationText | None,
+) -> PairChances | None:
+    """P-values of the pairs as they are tied (to root sources), of the score they were chosen by.
+
+    Corrected for the number of sources that a target had to choose from. None where a score of text
+    has too few blocks to be shuffled.
+
+    Args: see :func:`score_units`.
+    """
+    if section.score != "output" and text is not None and len(text.batches) < MIN_BLOCKS:
+        return None
+    pairs = sorted({(tie.target, tie.source) for tie in plan.ties})
+    terms, followers = _terms(section, reader, layout, text), plan.leader_of()
+    found = []
+    with bar("scrambling pairs") as advance:
+        for done, (target, source) in enumerate(pairs, start=1):
+            earlier = sum(layer not in followers for layer in range(target[0]))
+            at = chance(terms(target, source), earlier * layout.units, section.seed)
+            found.append((target, source, at))
+            advance(done, len(pairs))
+    return PairChances(section.score, section.seed, tuple(found))
+
+
+def save_chances(
+    section: PlanSection,
+    base: Path,
+    plan: SharingPlan,
+    text: CalibrationText | None,
+    folder: Path,
+) -> None:
+    """Compare the pairs that were chosen by a score with scrambled ones; write it to the folder."""
+    if not section.scores:
+        return
+    weights = WeightsFolder(base)
+    pooled = converted(weights, SharingPlan(kv_heads=plan.kv_heads))
+    chances = pair_chances(section, pooled, plan.layout(weights.config), plan, text)
+    if chances is not None:
+        chances.save(folder)
+
+
+def chance_line(section: PlanSection, folder: Path) -> str:
+    """What the plan in this run folder has to say about chance."""
+    file = folder / CHANCE_FILE
+    if file.is_file():
+        return str(json.loads(file.read_text(encoding="utf-8"))["line"])
+    if section.scores_text:
+        return f"chance: score {section.score} needs {MIN_BLOCKS} calibration blocks for p-values"
+    return "chance: not measured, this plan was found by an earlier version"
+
+
+def _terms(
+    section: PlanSection, reader: Reader, layout: HeadLayout, text: CalibrationText | None
+) -> PairTerms:
+    if text is None:
+        return weight_terms(
+            FoldedNorm(reader) if section.fold_norm else reader, layout, section.score
+        )
+    if section.score == "attention":
+        return map_terms(text.model, text.batches)
+    if section.score == "output":
+        return output_terms(text.outputs)
+    return linear_map_terms(text.outputs, len(text.batches))

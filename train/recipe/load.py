@@ -1,0 +1,121 @@
+"""Where recipes come from: shipped ones by name, files by path, overrides from the command line."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+from sa_models.errors import PostshareError
+from train.recipe import yaml12
+from train.recipe.sections.common import as_sources
+from train.recipe.sections.structure import as_spans
+from train.recipe.shipped import SUFFIXES, shipped_recipes
+
+
+def description(file: Path) -> str:
+    """What a recipe says it is: the first sentence of its opening comment."""
+    words: list[str] = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        text = line.lstrip("#").strip()
+        if not line.startswith("#") or (words and not text):
+            break
+        if not text.startswith("yaml-language-server"):
+            words += text.split()
+    return " ".join(words).split(". ")[0].removesuffix(".")
+
+
+def locate(path_or_name: str | Path) -> Path:
+    """The recipe file: an existing path, else a shipped recipe.
+
+    `recipes/demo.yaml` also names the shipped demo where there is no such file, so that the
+    commands of the README work outside a checkout.
+    """
+    text = str(path_or_name)
+    path = Path(text)
+    is_path = path.suffix in SUFFIXES
+    if is_path and path.is_file():
+        return path
+    shipped = shipped_recipes()
+    name = text
+    if is_path and path.parts[0] == "recipes":
+        name = Path(*path.parts[1:]).with_suffix("").as_posix()
+    if name in shipped:
+        return shipped[name]
+    if is_path and name == text:
+        raise PostshareError(f"{text}: no such recipe file; `postshare recipes` lists the shipped")
+    nearest = difflib.get_close_matches(name, shipped, n=1)
+    hint = f"did you mean {nearest[0]}?" if nearest else "`postshare recipes` lists them"
+    raise PostshareError(f"no recipe {text!r}, neither a .yaml file nor a shipped name; {hint}")
+
+
+def read(path_or_name: str | Path) -> dict[str, Any]:
+    """The raw mapping of a recipe, its data sources spelt out as lists.
+
+    Raises:
+        PostshareError: not found, unreadable, not YAML, or not a mapping.
+    """
+    file = locate(path_or_name)
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PostshareError(f"{file}: cannot be read ({error}); give a YAML text file") from None
+    data = yaml12.parse(text, str(file))
+    if not isinstance(data, dict):
+        raise PostshareError(f"{file}: a recipe is a mapping of keys to values; see recipes/demo")
+    if isinstance(data.get("data"), dict):
+        # So that an override can point into them: data.train.0.path=x
+        for key in ("train", "validation"):
+            if key in data["data"]:
+                data["data"][key] = as_sources(data["data"][key])
+    if "spans" in data:
+        data["spans"] = as_spans(data["spans"])  # likewise: spans.spans.0.leader=x
+    return data
+
+
+def override(data: dict[str, Any], text: str) -> None:
+    """Set one value in place: `a.b=c`, `a.0.b=c`; missing mappings are created on the way.
+
+    The value is YAML: `1e-4`, `[q, k]`, `null`, `{ratio: 0.3}`. An index may be the next one.
+
+    Raises:
+        PostshareError: not of the form key=value, or the path leads through a plain value.
+    """
+    path, equals, value = text.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise PostshareError(f"{text!r} is no override; write key=value, such as train.steps=10")
+    node: Any = data
+    for depth, key in enumerate(keys[:-1]):
+        child = _get(node, key, path)
+        if child is None:
+            child = [] if keys[depth + 1].isdigit() else {}
+            _set(node, key, child, path)
+        node = child
+    _set(node, keys[-1], yaml12.parse(value, f"override {path}"), path)
+
+
+def _get(node: Any, key: str, path: str) -> Any:
+    if isinstance(node, dict):
+        return node.get(key)
+    index = _index(node, key, path)
+    return node[index] if index < len(node) else None
+
+
+def _set(node: Any, key: str, value: Any, path: str) -> None:
+    if isinstance(node, dict):
+        node[key] = value
+        return
+    index = _index(node, key, path)
+    node[index : index + 1] = [value]
+
+
+def _index(node: Any, key: str, path: str) -> int:
+    if not isinstance(node, list):
+        raise PostshareError(f"override {path}: {key!r} lies below a plain value; check the path")
+    if not key.isdigit() or int(key) > len(node):
+        raise PostshareError(
+            f"override {path}: {key!r} is no index into {len(node)} entries; "
+            f"use 0 to {len(node)} ({len(node)} adds one)"
+        )
+    return int(key)

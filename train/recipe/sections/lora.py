@@ -1,0 +1,120 @@
+"""The section of a recipe that trains LoRA adapters instead of the weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import AfterValidator, Field
+
+from train.recipe.sections.common import Positive, Section, distinct
+
+if TYPE_CHECKING:
+    from train.recipe.recipe import Recipe
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""{parameter name: shape}."""
+
+NF4_BYTES = 0.5 + 1 / 64
+"""Of an element: four bits, and an 8-bit scale for each 64; the scales of scales are nothing."""
+
+
+class LoraSection(Section):
+    """Adapters on the projections: they train, the weights stay, and take them up at the end."""
+
+    rank: Positive
+    """Rank of each adapter (PEFT's r)."""
+    alpha: Annotated[float, Field(gt=0)] | None = None
+    """What an adapter adds is alpha / rank x B A (PEFT's lora_alpha; default: twice the rank)."""
+    targets: Annotated[
+        tuple[Literal["q", "k", "v", "o", "gate", "up", "down"], ...],
+        Field(strict=False, min_length=1),
+        AfterValidator(distinct),
+    ] = ("q", "k", "v", "o")
+    """Projections of every layer with an adapter (PEFT's target_modules)."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout of an adapter's inputs (PEFT's lora_dropout); the penalty knows none."""
+    base: Literal["fp32", "bf16", "nf4"] = "fp32"
+    """What the frozen weights are held in; nf4: 4 bits (QLoRA), needs a GPU and the extra [gpu]."""
+
+    @property
+    def scaling(self) -> float:
+        """The factor on B A."""
+        return 2.0 if self.alpha is None else self.alpha / self.rank
+
+    def adapts(self, name: str) -> bool:
+        """Whether the parameter of this name has an adapter."""
+        module, _, kind = name.rpartition(".")
+        projection = module.rpartition(".")[2].removesuffix("_proj")
+        return kind == "weight" and projection in self.targets
+
+    def parameters(self, shapes: Shapes) -> int:
+        """Of all adapters of a model with parameters of these names and shapes."""
+        return self.rank * sum(sum(size) for name, size in shapes.items() if self.adapts(name))
+
+    def model_bytes(self, shapes: Shapes, size: int) -> int:
+        """Bytes of a model's weights on a device, without adapters.
+
+        Args:
+            size: of a number that the model computes with, 4 or 2; of fp32 weights autocast makes
+                copies of 2.
+        """
+        total = sum(map(math.prod, shapes.values()))
+        if self.base == "fp32":
+            return (4 if size == 4 else 6) * total
+        small = sum(math.prod(size) for name, size in shapes.items() if in_four_bits(name))
+        return 2 * total if self.base == "bf16" else round(2 * (total - small) + NF4_BYTES * small)
+
+
+def in_four_bits(name: str) -> bool:
+    """Whether nf4 holds this parameter in 4 bits: the projections of the layers, not embeddings."""
+    return name.endswith("_proj.weight")
+
+
+def check_lora(recipe: Recipe) -> None:
+    """Raises ValueError for a section that has no effect, or that the recipe cannot follow."""
+    section, train = recipe.lora, recipe.train
+    if section is None:
+        return
+    if train.steps == 0:
+        raise ValueError("lora: train.steps is 0, nothing trains; remove lora")
+    if recipe.model.config is not None:
+        raise ValueError(
+            "lora: model.config starts from random weights, of which an adapter changes little; "
+            "remove lora"
+        )
+    if recipe.materialize.heal_steps:
+        raise ValueError(
+            "lora: materialize.heal_steps trains units that several layers read, and an adapter "
+            "changes one layer; set materialize.heal_steps=0, or remove lora and heal with "
+            "residual.train=residual"
+        )
+    if train.trainable != type(train).model_fields["trainable"].get_default():
+        raise ValueError(
+            "train.trainable names weights, and with lora none train; set lora.targets instead"
+        )
+    if section.base != "fp32" and train.precision != "bf16":
+        raise ValueError(
+            f"lora.base {section.base} holds weights that the model computes with in bf16; set "
+            "train.precision=bf16"
+        )
+    if recipe.penalized:
+        _check_penalty(recipe, section)
+
+
+def _check_penalty(recipe: Recipe, section: LoraSection) -> None:
+    if recipe.penalty.mode != "coupled":
+        raise ValueError(
+            f"penalty: mode {recipe.penalty.mode} moves weights where no adapter of a rank can "
+            "follow; set penalty.mode=coupled, or remove lora"
+        )
+    if recipe.plan.strategy in ("file", "auto"):  # only the plan itself knows
+        return
+    pulled = recipe.penalty.projections or recipe.plan.share
+    fixed = [p for p in pulled if p not in section.targets]
+    if fixed:
+        raise ValueError(
+            f"lora: the penalty pulls {', '.join(fixed)}, which lora.targets leaves as it is; add "
+            "it there, or leave it out of penalty.projections"
+        )

@@ -1,0 +1,125 @@
+"""The sections of a recipe that say how much is shared and how the plan is found."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import AfterValidator, Field, model_validator
+
+from sa_models.search.budget import parse_share
+from train.recipe.sections.common import Count, Name, Positive, Projections, Section, distinct
+from train.recipe.sections.plan_choice import CHOOSING, SCORED, check_choice
+
+
+def _share(text: str) -> str:
+    parse_share(text)
+    return text
+
+
+Saved = Annotated[str, AfterValidator(_share)]
+
+
+class Budget(Section):
+    """How much to share."""
+
+    ratio: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Share of all units: floor(ratio * units) units are tied."""
+    heads: Positive | None = None
+    """Number of attention heads to tie; under GQA, those of whole KV groups."""
+    parameters: Saved | None = None
+    """What to save of the whole model's parameters, such as -10%; spans and KV heads count."""
+    bytes: Saved | None = None
+    """What to save of the exported bytes, such as -10%."""
+    cache: Saved | None = None
+    """What to save of the KV cache, such as -10%; by removed units, since tied ones keep theirs."""
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Self:
+        if sum(getattr(self, name) is not None for name in type(self).model_fields) != 1:
+            raise ValueError(
+                "takes exactly one of ratio, heads, parameters, bytes and cache; set one of them"
+            )
+        return self
+
+
+class PlanSection(Section):
+    """How the sharing plan is found."""
+
+    strategy: Literal[
+        "cosine", "released", "random", "loss", "auto", "magnitude", "gradient", "basis", "file",
+        "none",
+    ] = "cosine"  # fmt: skip
+    """cosine: best match, root-resolved; released: the published selection with its chains;
+    random: control; loss: the changes that cost least on calibration text; auto: the same across
+    ties of any projections, removals, spans, KV groups and shared bases; magnitude, gradient:
+    remove the units with the smallest weights, or the smallest |sum of weight * gradient| (pruning
+    controls); basis: q, k and v of two adjacent layers on one basis (Basis Sharing); file:
+    plan.path; none: share nothing."""
+    score: Literal[
+        "q", "k", "v", "qk", "qkv", "softmax",
+        "qk_aligned", "vo", "qkvo_aligned", "attention", "output", "output_map",
+    ] = "qk"  # fmt: skip
+    """What the similarity of two units is computed from (docs/scores.md; the paper's default is
+    qk); attention, output and output_map are measured on training text."""
+    share: Projections = ("q", "k", "v")
+    """Projections that a target takes from its source."""
+    action: Literal["tie", "remove", "any"] = "tie"
+    """What becomes of the chosen units: tie: they take their source's weights; remove: they are
+    pruned; any: whichever costs less (strategy loss only)."""
+    search: Literal["greedy", "evolutionary"] = "greedy"
+    """How strategy loss looks for the plan."""
+    calibration_blocks: Annotated[int, Field(ge=2)] = 8
+    """Training blocks on which strategies loss, auto and gradient measure (spread evenly), and the
+    scores attention, output and output_map (the first ones, of each 512 tokens at most)."""
+    budget: Budget | None = None
+    """How much to tie or remove; needed by all strategies but file and none."""
+    skip_layers: Annotated[
+        tuple[Count, ...],
+        Field(strict=False),
+        AfterValidator(lambda v: tuple(sorted(distinct(v)))),
+    ] = (0,)
+    """Layers whose units are never targets."""
+    basis: bool = True
+    """Whether strategy auto may put q, k and v of adjacent layers on one basis (Basis Sharing), for
+    fewer bytes of weights and as much cache; false: it keeps to heads and layers."""
+    path: Name | None = None
+    """Plan JSON, for strategy file."""
+    seed: Count = 0
+    """Seed of strategy random, of the evolutionary search, and of the scrambled pairs that chosen
+    ones are compared with."""
+    fold_norm: bool = False
+    """Fold the gain of each layer's input norm into q, k and v before they are compared."""
+
+    @model_validator(mode="after")
+    def _strategy_inputs(self) -> Self:
+        needs_budget = self.strategy in CHOOSING
+        if needs_budget and self.budget is None:
+            raise ValueError(f"strategy {self.strategy} needs a budget; set plan.budget.ratio")
+        if not needs_budget and self.budget is not None:
+            raise ValueError(f"strategy {self.strategy} ignores budget; set plan.budget=null")
+        if self.strategy == "file" and self.path is None:
+            raise ValueError("strategy file needs the plan; set plan.path")
+        if self.strategy != "file" and self.path is not None:
+            raise ValueError(f"strategy {self.strategy} ignores path; set plan.strategy=file")
+        check_choice(self)
+        return self
+
+    @property
+    def searches(self) -> bool:
+        """Whether units are chosen by what their change does to the loss on calibration text."""
+        return self.strategy in ("loss", "auto", "gradient")
+
+    @property
+    def scores(self) -> bool:
+        """Whether units are compared by `score` at all."""
+        return self.strategy in SCORED
+
+    @property
+    def scores_text(self) -> bool:
+        """Whether that score is measured on calibration text."""
+        return self.scores and self.score in ("attention", "output", "output_map")
+
+    @property
+    def measures(self) -> bool:
+        """Whether calibration text is needed to choose units."""
+        return self.searches or self.scores_text

@@ -1,0 +1,372 @@
+"""The stages of a run, top to bottom: plan, post-train, materialize, export, evaluate, report.
+
+Each stage reads files and writes files in the run folder, so any of them can be run alone, and a
+stage that has finished is skipped on a second start. Every rank runs this; what is not training is
+done by the main process, while the others wait for its outcome.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from transformers import LlamaForCausalLM, PreTrainedModel
+
+from sa_models.errors import PostshareError
+from sa_models.export import export as exporting
+from sa_models.export.manifest import update_notes
+from sa_models.export.peft_adapter import insert_, load_adapter
+from sa_models.modeling import SharedLlamaForCausalLM
+from sa_models.plan import SharingPlan
+from sa_models.weights.compact_folder import open_weights
+from sa_models.weights.safetensors_folder import WeightsFolder
+from sa_models.weights.structure import convert
+from train.common.files import write_json
+from train.common.progress import ExportProgress
+from train.data.blocks import Blocks
+from train.distributed.engines import base as engines
+from train.evaluation.summary import (
+    SUMMARY_FILE,
+    Training,
+    evaluate_models,
+    saved_sentence,
+    summarize,
+    summary_table,
+    weight_bytes,
+)
+from train.models.base_model import load_base, load_dense, load_model
+from train.models.lora import TRAINABLE as ADAPTERS
+from train.models.lora import adapt, report_merged
+from train.models.sharded_source import Source, base_source, compact_source, factored_source
+from train.planning.find import requested_ratio
+from train.recipe.penalty_modes import unfinished
+from train.recipe.recipe import Recipe
+from train.report import write_report
+from train.stages.materialize import (
+    materialize_on_text,
+    merged_folder,
+    remaining_merge,
+    tied,
+    tied_base,
+    trained_folder,
+)
+from train.stages.plan import make_plan
+from train.stages.residual import fit_residual, fitted, residual_of, trainable, with_residual
+from train.stages.run import PLAN_OUTPUTS, Run, base_of, begin, find_teacher
+from train.tracking.wandb_evaluation import log_outcome
+from train.training.loop import TrainJob, TrainResult, train
+from train.training.training_folder import read_result
+
+# --- the commands ---------------------------------------------------------------------------------
+
+
+def run(recipe: Recipe) -> None:
+    """The whole pipeline; finished stages are skipped."""
+    stages(recipe)
+    engines.shutdown()
+
+
+def stages(recipe: Recipe) -> None:
+    """As `run`; other runs may follow in this process. Call `engine.shutdown` after the last."""
+    current = begin(recipe, trains=True)
+    make_plan(current)
+    post_train(current)
+    materialize_on_text(current)
+    fit_residual(current, trained_folder(current))
+    heal(current)
+    write_exports(current)
+    judge(current)
+    tell_wandb(current)
+    show(current)
+
+
+def plan(recipe: Recipe) -> None:
+    """`postshare plan`: find, print and draw the plan."""
+    if not recipe.plans:
+        raise PostshareError("plan.strategy is none: there is no plan to find; set plan.strategy")
+    measures = recipe.spans is not None and recipe.spans.measures
+    current = begin(recipe, needs_data=measures or recipe.plan.measures)
+    make_plan(current)
+    for name in PLAN_OUTPUTS:
+        if (current.folder / name).is_file():
+            current.say(f"{current.folder / name}")
+
+
+def export(recipe: Recipe) -> None:
+    """`postshare export`: the exports of a finished training."""
+    current = begin(recipe, needs_data=False)
+    require_trained(current)
+    materialize_on_text(current)
+    write_exports(current)
+
+
+def evaluate(recipe: Recipe) -> None:
+    """`postshare evaluate`: perplexity of the run's models, its summary, its report."""
+    current = begin(recipe)
+    require_trained(current)
+    judge(current)
+    tell_wandb(current)
+    show(current)
+
+
+def prepare(recipe: Recipe) -> None:
+    """`postshare prepare`: fetch and cache model, tokenizer and data; nothing is trained."""
+    current = Run(recipe, engines.start(recipe))
+    if current.base is not None:
+        WeightsFolder(current.base)
+        current.say(f"model     {current.base}")
+    if recipe.distill is not None:
+        current.say(f"teacher   {find_teacher(current)}")
+    train_blocks, validation_blocks = current.blocks
+    current.say(
+        f"data      {len(train_blocks):,} training and {len(validation_blocks):,} validation "
+        f"blocks of {recipe.data.sequence_length} tokens, cached",
+        "ready: with HF_HUB_OFFLINE=1 the recipe now needs no network",
+    )
+
+
+# --- the stages -----------------------------------------------------------------------------------
+
+
+def post_train(current: Run) -> None:
+    """Train the control without any sharing (*continued*), then the model with its structure.
+
+    The control takes as many steps as the model, its healing included.
+    """
+    if current.steps and (problem := unfinished(current.recipe.penalty, current.steps)):
+        raise PostshareError(problem)
+    steps = current.steps + current.recipe.materialize.heal_steps
+    if current.shares and current.recipe.evaluate.continued and steps > 0:
+        train_one(current, "continued", current.folder / "continued", None, steps)
+    if current.steps == 0:
+        return
+    if current.shares:
+        train_one(current, "post", current.folder, current.plan)
+        report_merged(current, base_of(current), current.folder / "weights")
+    else:
+        train_one(current, "pretrain" if current.base is None else "post", current.folder, None)
+
+
+def train_one(
+    current: Run, name: str, folder: Path, plan: SharingPlan | None, steps: int | None = None
+) -> TrainResult:
+    section = current.recipe.train
+    training, validation = current.blocks
+    job = TrainJob(
+        name=name,
+        load=lambda: adapt(
+            convert(load_base(current.recipe), plan or SharingPlan(), current.leaders),
+            current.recipe,
+        ),
+        trainable=None if current.recipe.lora is None else ADAPTERS,
+        source=lambda: base_source(current.recipe.model, plan or SharingPlan(), current.leaders),
+        plan=plan,
+        train_blocks=training,
+        validation_blocks=validation,
+        folder=folder,
+        steps=current.steps if steps is None else steps,
+        learning_rate=section.learning_rate,
+        group=current.group,
+    )
+    return train(job, current.recipe)
+
+
+def heal(current: Run) -> None:
+    """Materialize, then train the compact model, in which what is shared is one parameter."""
+    section = current.recipe.materialize
+    if section.heal_steps == 0:
+        return
+    residual = None if current.recipe.residual is None else fitted(current)
+
+    def load() -> LlamaForCausalLM:
+        model = load_model(merged_folder(current), current.recipe.model.attention)
+        if current.plan.basis is not None:
+            return model
+        compact = SharedLlamaForCausalLM.from_materialized(tied(current, model), current.plan)
+        if residual is not None:
+            insert_(compact, residual)
+        return compact
+
+    def source() -> Source:
+        if current.plan.basis is not None:
+            return factored_source(merged_folder(current), current.recipe.model)
+        compact = compact_source(
+            merged_folder(current),
+            current.recipe.model,
+            current.plan,
+            current.leaders,
+            remaining_merge(current.recipe),
+        )
+        return compact if residual is None else with_residual(compact, residual)
+
+    training, validation = current.blocks
+    job = TrainJob(
+        name="heal",
+        load=load,
+        source=source,
+        plan=None,
+        trainable=None if residual is None else trainable(current.recipe),
+        train_blocks=training,
+        validation_blocks=validation,
+        folder=current.folder / "heal",
+        steps=section.heal_steps,
+        learning_rate=section.heal_learning_rate or current.recipe.train.learning_rate,
+        group=current.group,
+    )
+    train(job, current.recipe)
+
+
+def write_exports(current: Run) -> None:
+    """Export compact and dense, verified."""
+    recipe = current.recipe
+    healed = recipe.materialize.heal_steps > 0
+    weights = current.folder / "heal" / "weights" if healed else merged_folder(current)
+
+    # The base's tokenizer files are copied as they are; another tokenizer is written anew.
+    own = recipe.model.tokenizer is not None or current.base is None
+    tokenizer = current.tokenizer if own else current.base
+
+    def work() -> None:
+        with ExportProgress() as progress:
+            exporting.export_model(
+                open_weights(weights),
+                current.plan,
+                current.folder / "export",
+                formats=export_formats(current),
+                dtype=current.export_dtype,
+                shard_bytes=recipe.export.shard_bytes,
+                merge="copy" if healed else remaining_merge(recipe),
+                leaders=current.leaders,
+                residual=residual_of(current),
+                base_config=current.config,
+                tokenizer=tokenizer,
+                recipe=recipe.model_dump(mode="json"),
+                notes={"name": recipe.name, "base_model": recipe.model.path},
+                progress=progress,
+            )
+
+    current.on_main(work)
+
+
+def judge(current: Run) -> None:
+    """Perplexity of base, continued, DirectShare and PostShare; the summary; the table."""
+    if not current.shares:
+        return
+    blocks = current.blocks[1]
+    current.on_main(lambda: measure(current, blocks))
+
+
+def measure(current: Run, blocks: Blocks) -> None:
+    """Evaluate what is not evaluated yet, write evaluation.json and summary.json, print both."""
+    recipe, base, dtype = current.recipe, base_of(current), current.export_dtype
+    attention = recipe.model.attention
+
+    models: dict[str, Callable[[], PreTrainedModel]] = {"base": lambda: load_dense(base, attention)}
+    if (current.folder / "continued" / "weights").is_dir():
+        weights = current.folder / "continued" / "weights"
+        models["continued"] = lambda: load_dense(weights, attention, through=dtype)
+    models["direct"] = lambda: tied_base(current)
+    if current.steps > 0 or recipe.materialize.heal_steps > 0 or recipe.residual is not None:
+        models["post"] = lambda: load_export(current)
+    limit, size = recipe.evaluate.blocks, recipe.evaluate.batch_size
+    device = current.ranks.device
+    measured = evaluate_models(models, blocks, size, limit, device, current.folder)
+    summary = summarize(
+        measured,
+        current.plan,
+        current.plan.savings(current.config),
+        requested_ratio(recipe.plan, current.plan, current.plan.layout(current.config)),
+        {"base": weight_bytes(base)}
+        | {kind: weight_bytes(current.folder / "export" / kind) for kind in exported(current)},
+        trained(current),
+        0 if recipe.residual is None else recipe.residual.parameters(current.plan, current.config),
+    )
+    write_json(current.folder / SUMMARY_FILE, summary)
+    for kind in exported(current):
+        update_notes(current.folder / "export" / kind, {"numbers": summary})
+    current.say("", summary_table(summary), saved_sentence(summary), "")
+
+
+def tell_wandb(current: Run) -> None:
+    """The evaluation, and where the recipe asks for it the exports, as a wandb run."""
+    file = current.folder / SUMMARY_FILE
+
+    def work() -> None:
+        summary = json.loads(file.read_text(encoding="utf-8")) if current.shares else None
+        folders = {kind: current.folder / "export" / kind for kind in exported(current)}
+        log_outcome(current.recipe, current.group, current.plan, summary, folders)
+
+    current.on_main(work)
+
+
+def show(current: Run) -> None:
+    """Write report.html; say where everything is."""
+
+    def work() -> None:
+        page = write_report([current.folder])
+        if current.shares:
+            for kind in exported(current):
+                current.say(f"{kind:<10}{current.folder / 'export' / kind}")
+            current.say(f"summary   {current.folder / SUMMARY_FILE}")
+        if any(current.folder.glob("plan-*.png")):
+            current.say(f"pictures  {current.folder / 'plan-*.png'}, and .svg")
+        current.say(f"report    {page}")
+        if current.shares:
+            current.say(f"next      {next_step(current)}")
+
+    current.on_main(work)
+
+
+def next_step(current: Run) -> str:
+    """What to do with a finished run."""
+    budget = current.recipe.plan.budget
+    if budget is not None and budget.ratio is not None:
+        return "the same with another budget: plan.budget.ratio=0.1 output_dir=<another folder>"
+    kind = export_formats(current)[0]
+    return f"load it: see {current.folder / 'export' / kind / 'README.md'}"
+
+
+def load_export(current: Run) -> PreTrainedModel:
+    """The model that is shipped, with fp32 parameters: the compact export, else the dense one."""
+    attention = current.recipe.model.attention
+    for kind, load in (("compact", SharedLlamaForCausalLM), ("dense", LlamaForCausalLM)):
+        folder = current.folder / "export" / kind
+        if folder.is_dir():
+            model = load.from_pretrained(folder, dtype="auto", attn_implementation=attention)
+            if kind == "compact" and current.recipe.residual is not None:
+                insert_(model, load_adapter(folder.with_name("adapter")))
+            return model.float()
+    raise PostshareError(f"{current.folder} has no export; run `postshare export` first")
+
+
+# --- where things are -----------------------------------------------------------------------------
+
+
+def require_trained(current: Run) -> None:
+    if not (trained_folder(current) / "config.json").is_file():
+        raise PostshareError(
+            f"{current.folder} holds no finished training; start it with `postshare run`"
+        )
+
+
+def trained(current: Run) -> Training:
+    """Tokens and seconds of the post-training, healing included."""
+    results = [read_result(current.folder), read_result(current.folder / "heal")]
+    done = [result for result in results if result is not None]
+    return Training(sum(r.tokens for r in done), sum(r.seconds for r in done))
+
+
+def exported(current: Run) -> tuple[str, ...]:
+    """The folders of the export."""
+    formats = export_formats(current)
+    adapter = current.recipe.residual is not None and "compact" in formats
+    return (*formats, "adapter") if adapter else formats
+
+
+def export_formats(current: Run) -> tuple[exporting.Format, ...]:
+    """With KV heads alone there is nothing compact to store; with spans, no stock form."""
+    plan = current.plan
+    if plan.structure() == plan and not plan.spans:
+        return ("dense",)
+    return current.recipe.export.formats if plan.has_stock_form else ("compact",)

@@ -1,0 +1,160 @@
+"""The plan stage of a run: spans, then ties and removed units, found once and kept as a file."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from transformers import LlamaForCausalLM
+
+from sa_models.materialize.merge import check_merge
+from sa_models.plan import SharingPlan
+from sa_models.weights.safetensors_folder import WeightsFolder
+from sa_models.weights.structure import convert
+from train.data.blocks import Blocks
+from train.models.base_model import load_dense
+from train.planning.auto_rebuild import compare_rebuilt
+from train.planning.auto_report import (
+    auto_sentence,
+    compared_table,
+    cost_table,
+    factored_note,
+    front_table,
+    save_auto,
+    time_front,
+)
+from train.planning.auto_search import search_auto
+from train.planning.find import draw_plan, find_ties, plan_table, requested_ratio
+from train.planning.loss_search import (
+    choose_by_gradient,
+    save_search,
+    search_plan,
+    search_sentence,
+    search_table,
+    unstable,
+)
+from train.planning.scores import calibration_text, chance_line, save_chances
+from train.planning.spans import SpanFinder, save_found, spans_table
+from train.recipe.sections.structure import listed_structure
+from train.stages.run import PLAN_FILE, Run, base_of
+
+
+def make_plan(current: Run) -> None:
+    """Find the plan, unless the run folder has it; print it, draw it."""
+    if not current.recipe.plans:
+        return
+    section, base, spans = current.recipe.plan, base_of(current), current.recipe.spans
+    spans_measure = spans is not None and spans.measures
+    blocks = current.blocks[0] if spans_measure or section.measures else None
+
+    def work() -> None:
+        file = current.folder / PLAN_FILE
+        if not file.is_file():
+            structure = find_structure(current, base, blocks if spans_measure else None)
+            scores = text = None
+            if section.searches:
+                assert blocks is not None
+                found = find_by_loss(current, base, structure, blocks)
+            else:
+                if section.scores_text:
+                    assert blocks is not None
+                    pooled = SharingPlan(kv_heads=structure.kv_heads)
+                    text = calibration_text(section, measured_model(current, base, pooled), blocks)
+                found, scores = find_ties(section, WeightsFolder(base), structure, text)
+            check_merge(found, current.recipe.materialize.merge)
+            draw_plan(found, scores, found.layout(current.config), section, current.folder)
+            save_chances(section, base, found, text, current.folder)
+            found.save(file)
+        show_plan(current)
+
+    current.on_main(work)
+
+
+def find_structure(current: Run, base: Path, blocks: Blocks | None) -> SharingPlan:
+    """KV heads and spans of the recipe; spans that are to be measured need the training blocks."""
+    structure = listed_structure(current.recipe.heads, current.recipe.spans)
+    if blocks is None:
+        return structure
+    model = measured_model(current, base, SharingPlan(kv_heads=structure.kv_heads))
+    found = SpanFinder(current.recipe, model, blocks).find(structure.spans)
+    save_found(found, current.folder)
+    current.say("", spans_table(found))
+    return replace(structure, spans=found.spans)
+
+
+def measured_model(current: Run, base: Path, structure: SharingPlan) -> LlamaForCausalLM:
+    """The base with KV heads and spans of a plan, ready to be measured on calibration text."""
+    model = load_dense(base, current.recipe.model.attention)
+    model = convert(model, structure, current.leaders)
+    model.to(current.ranks.device)  # type: ignore[arg-type]  # transformers' decorator hides it
+    return model.eval()
+
+
+def find_by_loss(current: Run, base: Path, structure: SharingPlan, blocks: Blocks) -> SharingPlan:
+    """The plan of strategies loss and gradient, which measure the base with its structure."""
+    recipe, config = current.recipe, current.config
+    model = measured_model(current, base, structure)
+    if recipe.plan.strategy == "gradient":
+        found = choose_by_gradient(recipe, model, blocks, structure, config)
+    elif recipe.plan.strategy == "auto":
+        found = find_by_auto(current, base, model, structure, blocks)
+    else:
+        found, searched = search_plan(recipe, model, blocks, structure, config, current.folder)
+        layout, size = structure.layout(config), current.export_dtype.itemsize
+        parameters = structure.savings(config).stored_parameters
+        save_search(searched, recipe.plan, layout, parameters, size, current.folder)
+        current.say("", search_table(searched.found, layout), search_sentence(searched))
+        if (line := unstable(searched.agreement, searched.blocks)) is not None:
+            print(f"warning: {line}", file=sys.stderr, flush=True)
+    found.validate(config)
+    return found
+
+
+def find_by_auto(
+    current: Run, base: Path, model: LlamaForCausalLM, structure: SharingPlan, blocks: Blocks
+) -> SharingPlan:
+    """The plan of strategy auto; shows what it was compared with, and what each choice costs."""
+    recipe, config, size = current.recipe, current.config, current.export_dtype.itemsize
+    searched = search_auto(recipe, model, blocks, structure, config, current.folder)
+    if recipe.materialize.reconstruct:
+        load = partial(load_dense, base, recipe.model.attention)
+        device = current.ranks.device
+        model.to("cpu")  # type: ignore[arg-type]  # two others come
+        searched = compare_rebuilt(searched, recipe, load, blocks, device, current.folder)
+        model.to(device)  # type: ignore[arg-type]
+    dense = model
+    if structure != SharingPlan():
+        del model
+        dense = measured_model(current, base, SharingPlan())
+    prompt = blocks[0]["input_ids"][None].to(dense.device)
+    front = time_front(searched, dense, prompt, current.leaders, config, size)
+    save_auto(searched, front, config, size, current.folder)
+    tables = (compared_table(searched, config), cost_table(searched, config))
+    current.say("", *tables, front_table(front, config, size, prompt.shape[1]))
+    current.say(auto_sentence(searched))
+    if searched.factored is not None and searched.factored.is_better:
+        current.say(factored_note(searched.factored, searched.chosen.plan))
+    agreement = searched.chosen.agreement
+    if agreement is not None and (line := unstable(agreement, searched.blocks)) is not None:
+        print(f"warning: {line}", file=sys.stderr, flush=True)
+    return searched.plan
+
+
+def show_plan(current: Run) -> None:
+    found, section = current.plan, current.recipe.plan
+    requested = requested_ratio(section, found, found.layout(current.config))
+    current.say("", plan_table(found, current.config, requested, current.export_dtype.itemsize), "")
+    if section.scores:
+        current.say(chance_line(section, current.folder))
+    if found.released:
+        current.say(
+            "note: strategy released keeps the published chains, in which ties undo each other: "
+            "fewer heads change than were asked for"
+        )
+    if not found.has_stock_form and "dense" in current.recipe.export.formats:
+        current.say(
+            "note: a plan with spans has no dense form, no stock Llama computes it: only the "
+            "compact folder will be exported"
+        )

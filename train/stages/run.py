@@ -1,0 +1,294 @@
+"""The run folder: what the stages share, and the checks that come before anything is written."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from sa_models.errors import PostshareError
+from sa_models.heads import HeadLayout
+from sa_models.plan import SharingPlan
+from sa_models.weights.safetensors_folder import WeightsFolder, read_config
+from sa_models.weights.structure import Leaders
+from train.common.identity import refuse_other_run
+from train.data.blocks import Blocks, prepare_data
+from train.data.token_table import load_tokenizer
+from train.distributed.engines import base as engines
+from train.distributed.shared_folder import SIGNS, require_shared
+from train.evaluation.summary import SUMMARY_FILE
+from train.models.base_model import base_folder, fresh_config
+from train.models.lora import check_gpu
+from train.planning.find import SIMILARITY_PICTURE, TIES_PICTURE, check_plan
+from train.planning.loss_search import PARETO_PICTURE, SEARCH_CACHE, SEARCH_FILE
+from train.planning.scores import CHANCE_FILE
+from train.planning.spans import ISOTROPY_PICTURE, SPANS_FILE
+from train.recipe.recipe import Recipe, load_recipe
+from train.stages.provenance import record_start
+from train.tracking.wandb_run import check_wandb, plan_group
+from train.training.training_folder import FREE_TRAIN
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig
+
+T = TypeVar("T")
+RECIPE_FILE = "recipe.yaml"
+PLAN_FILE = "plan.json"
+_PNG = (SIMILARITY_PICTURE, TIES_PICTURE, ISOTROPY_PICTURE, PARETO_PICTURE)
+_PICTURES = (*_PNG, *(name.replace(".png", ".svg") for name in _PNG))
+PLAN_OUTPUTS = (PLAN_FILE, SPANS_FILE, CHANCE_FILE, SEARCH_FILE, *_PICTURES)
+"""What the plan stage may leave in a run folder, but for what a search has measured."""
+
+
+@dataclass
+class Run:
+    """What the stages share: the recipe, the ranks, and inputs that are read when first used."""
+
+    recipe: Recipe
+    ranks: engines.Engine
+
+    @property
+    def folder(self) -> Path:
+        return self.recipe.folder
+
+    @property
+    def shares(self) -> bool:
+        return self.recipe.plans
+
+    @cached_property
+    def base(self) -> Path | None:
+        """Folder of the base model; None when the model is trained from random weights."""
+        if self.recipe.model.config is not None:
+            return None
+        return self.main_first(lambda: base_folder(self.recipe.model))
+
+    @cached_property
+    def config(self) -> LlamaConfig:
+        return fresh_config(self.recipe.model) if self.base is None else read_config(self.base)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        name = self.recipe.model.tokenizer or (self.base and str(self.base))
+        if name is None:
+            raise PostshareError("model.config starts from nothing; set model.tokenizer as well")
+        return self.main_first(lambda: load_tokenizer(str(name), self.recipe.model.revision))
+
+    @cached_property
+    def blocks(self) -> tuple[Blocks, Blocks]:
+        """Training and validation blocks."""
+        steps, spans, plan = self.recipe.steps, self.recipe.spans, self.recipe.plan
+        measured = spans.calibration_blocks if spans is not None and spans.measures else 1
+        measured = max(measured, plan.calibration_blocks if plan.measures else 1)
+        merge = self.recipe.materialize
+        measured = max(measured, merge.calibration_blocks if self.recipe.may_read_text else 1)
+        residual = self.recipe.residual
+        if residual is not None and residual.measures:
+            measured = max(measured, residual.calibration_blocks)
+        needed = None if steps is None else max(measured, steps * self.recipe.train.batch_size)
+        tokenizer, vocab_size = self.tokenizer, self.config.vocab_size  # see `on_main`
+        blocks = self.main_first(
+            lambda: prepare_data(
+                self.recipe, tokenizer, needed_blocks=needed, vocab_size=vocab_size
+            )
+        )
+        if self.ranks.is_main:
+            for line in (*blocks[0].notes, *blocks[1].notes):
+                print(line, file=sys.stderr, flush=True)
+        return blocks
+
+    @cached_property
+    def steps(self) -> int:
+        section = self.recipe.train
+        if section.steps is not None:
+            return section.steps
+        assert section.epochs is not None
+        return math.ceil(section.epochs * len(self.blocks[0]) / section.batch_size)
+
+    @property
+    def leaders(self) -> Leaders:
+        """How the leader of a kv span begins."""
+        return self.recipe.leaders
+
+    @property
+    def export_dtype(self) -> torch.dtype:
+        """The dtype of the exported weights; with ``base``, that of the base model's q_proj."""
+        name = self.recipe.export.dtype
+        if name != "base":
+            return getattr(torch, name)
+        if self.base is None:
+            return torch.float32
+        return WeightsFolder(self.base).dtype(HeadLayout.parameter_name(0, "q"))
+
+    @property
+    def plan(self) -> SharingPlan:
+        """The run's plan, from its file."""
+        if not self.recipe.plans:
+            return SharingPlan()
+        plan = SharingPlan.load(self.folder / PLAN_FILE)
+        plan.validate(self.config)
+        return plan
+
+    @property
+    def group(self) -> str:
+        """What wandb groups the runs of this recipe with this plan by."""
+        return plan_group(self.recipe.name, self.plan, self.config)
+
+    def main_first(self, work: Callable[[], T]) -> T:
+        """Run ``work`` on the main process, then (from its caches) on the others."""
+        done: list[T] = []
+        self.on_main(lambda: done.append(work()))
+        return done[0] if done else work()
+
+    def on_main(self, work: Callable[[], None]) -> None:
+        """Run ``work`` on the main process while the others wait; its error is everybody's.
+
+        ``work`` must not be the first to read `base`, `tokenizer` or `blocks`: those wait for all
+        ranks themselves, and the others are not there.
+        """
+        problem = None
+        if self.ranks.is_main:
+            try:
+                work()
+            except PostshareError as error:
+                problem = str(error)
+        if self.ranks.world > 1:
+            from accelerate.utils import broadcast_object_list
+
+            problem = broadcast_object_list([problem])[0]
+        if problem is not None:
+            raise PostshareError(problem)
+
+    def say(self, *renderables: Any) -> None:
+        if self.ranks.is_main:
+            for renderable in renderables:
+                if isinstance(renderable, Table):
+                    print_whole(self.console, renderable)
+                else:
+                    self.console.print(renderable)
+
+    @cached_property
+    def console(self) -> Console:
+        return Console(highlight=False)
+
+
+def print_whole(console: Console, table: Table) -> None:
+    """Print a table; where no cell may be wrapped, no number is cut either: the terminal wraps."""
+    width = console.width
+    if all(column.no_wrap for column in table.columns):
+        unbounded = console.options.update(max_width=10_000)
+        width = max(width, Measurement.get(console, unbounded, table).maximum)
+    Console(file=console.file, width=width, highlight=False).print(table)  # print() never widens
+
+
+def base_of(current: Run) -> Path:
+    if current.base is None:
+        raise PostshareError(
+            "a model from random weights has no heads worth sharing; train it with "
+            "plan.strategy=none first, then share it by model.path"
+        )
+    return current.base
+
+
+# --- claiming the folder --------------------------------------------------------------------------
+
+
+def begin(recipe: Recipe, needs_data: bool = True, trains: bool = False) -> Run:
+    """Check everything that can be checked without training, then claim the run folder.
+
+    Args:
+        needs_data: whether to read (and cache) the data before anything is written.
+        trains: whether a training may follow, for which a teacher has to be there.
+
+    Raises:
+        PostshareError: any of the inputs is wrong, or the folder belongs to another run or to
+            something else. Nothing has been written then.
+    """
+    logging.disable_progress_bar()  # transformers' own bars would tear ours
+    current = Run(recipe, engines.start(recipe))
+    if trains:
+        check_gpu(recipe)
+    current.on_main(lambda: check_wandb(recipe.wandb))
+    if current.base is not None:
+        current.on_main(lambda: check_plan(recipe, WeightsFolder(base_of(current))))
+    if trains and recipe.distill is not None:
+        find_teacher(current)
+    current.on_main(lambda: check_folder(recipe))
+    if needs_data:
+        _ = current.blocks
+    require_shared(recipe.folder, current.ranks)
+    current.on_main(lambda: claim(current))
+    return current
+
+
+MERGED = "merged"
+"""Folder of the weights that were materialized on calibration text: tied units made one, or the
+factors of a plan with a basis."""
+UNCLAIMED = (SEARCH_CACHE, SIGNS, f".{RECIPE_FILE}.*.tmp")
+"""What may lie in a folder that is no run's yet."""
+STARTED = ("run.json", "continued", MERGED, "residual", "heal", "export", SUMMARY_FILE)
+
+
+def check_folder(recipe: Recipe) -> None:
+    """Refuse a folder that holds another run, or something that is no run at all.
+
+    What the search of another run has measured may lie there: every line names what it is of. So
+    may what a start leaves that is killed before it has claimed the folder.
+    """
+    folder, file = recipe.folder, recipe.folder / RECIPE_FILE
+    if not file.is_file():
+        if folder.exists() and (
+            not folder.is_dir()
+            or not all(any(map(path.match, UNCLAIMED)) for path in folder.iterdir())
+        ):
+            raise PostshareError(
+                f"{folder} is not empty and is no run folder; choose another output_dir"
+            )
+    elif any((folder / name).exists() for name in STARTED):
+        refuse_other_run(folder, run_identity(load_recipe(file)), run_identity(recipe))
+
+
+def claim(current: Run) -> None:
+    """Write recipe and start. A plan of another recipe, never trained with, is dropped."""
+    folder, file = current.folder, current.folder / RECIPE_FILE
+    if file.is_file() and run_identity(load_recipe(file)) != run_identity(current.recipe):
+        for stale in PLAN_OUTPUTS:
+            (folder / stale).unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    current.recipe.save(file)
+    record_start(folder, current.config, current.ranks.world, current.ranks.device)
+
+
+def run_identity(recipe: Recipe) -> dict[str, Any]:
+    """What decides a run's results; the rest of a recipe may change between two starts."""
+    free = {"name", "output_dir", "resume", "wandb", "export", "evaluate"}
+    value = recipe.model_dump(mode="json", exclude=free)
+    value["train"] = {
+        k: v
+        for k, v in value["train"].items()
+        if k in ("steps", "epochs", "learning_rate") or k not in FREE_TRAIN
+    }
+    value["data"].pop("processes")
+    return value
+
+
+def find_teacher(current: Run) -> Path:
+    """The folder of the teacher, which is fetched if need be; one that cannot teach is refused."""
+    from train.training.teacher import check_teacher, teacher_folder
+
+    recipe, config = current.recipe, current.config
+    assert recipe.distill is not None
+    tokenizer = None if recipe.distill.teacher is None else current.tokenizer
+    folder = current.main_first(lambda: teacher_folder(recipe))
+    current.on_main(lambda: check_teacher(recipe, folder, config, tokenizer, current.ranks))
+    return folder
