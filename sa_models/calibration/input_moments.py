@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sa_models.calibration.partial_forward import Batch, rows_of
+from sa_models.calibration.progress import Progress
 from sa_models.errors import PostshareError
 from sa_models.heads import HeadLayout
-from sa_models.materialize.low_rank_residual import Where
-from sa_models.scores.weight_cosine import Progress
 from sa_models.ties import Unit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+Where = tuple[int, str]
+"""(layer, projection)."""
 
 
 def run_text(

@@ -36,16 +36,12 @@ from sa_models.export.verify import verify_bytes, verify_equal, verify_stored
 from sa_models.heads import HeadLayout
 from sa_models.materialize.low_rank_residual import pairs_hash
 from sa_models.materialize.merge import Merge
+from sa_models.materialize.reader import MaterializedReader
 from sa_models.modeling import compact_config, select_units
 from sa_models.plan import SharingPlan
 from sa_models.savings import PlanSavings
 from sa_models.weights.atomic_files import flush
-from sa_models.weights.compact_folder import (
-    DenseReader,
-    ExpandedFolder,
-    MaterializedReader,
-    dense_config,
-)
+from sa_models.weights.compact_folder import DenseReader, ExpandedFolder, dense_config
 from sa_models.weights.companion_files import (
     copy_code,
     copy_companions,

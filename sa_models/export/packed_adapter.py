@@ -22,10 +22,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from sa_models.calibration.input_moments import Where
 from sa_models.errors import PostshareError
 from sa_models.export.peft_adapter import Pairs, module_name
 from sa_models.heads import HeadLayout
-from sa_models.materialize.low_rank_residual import Pair, Where
+from sa_models.materialize.low_rank_residual import Pair
 
 PACKED_FILE = "adapter_packed.safetensors"
 LOST = {0: 1.0, 2: 0.224, 3: 0.073, 4: 0.023, 8: 0.0002}

@@ -17,9 +17,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from sa_models.calibration.input_moments import Where
 from sa_models.errors import PostshareError
 from sa_models.heads import HeadLayout
-from sa_models.materialize.low_rank_residual import Pair, Where, kept_features
+from sa_models.materialize.low_rank_residual import Pair, kept_features
 from sa_models.plan import SharingPlan
 from sa_models.weights.compact_folder import DenseReader, cast
 

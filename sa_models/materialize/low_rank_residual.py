@@ -25,13 +25,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from sa_models.calibration.input_moments import Where
 from sa_models.errors import PostshareError
 from sa_models.heads import PROJECTIONS, HeadLayout
 from sa_models.plan import SharingPlan
 from sa_models.weights.compact_folder import DenseReader
-
-Where = tuple[int, str]
-"""(layer, projection)."""
 
 NOTHING = 1e-12
 """A direction whose lost output is this small a part of the largest one's counts as not lost."""

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 
 from sa_models.calibration.input_moments import InputGrams, run_text
 from sa_models.calibration.partial_forward import Batch
+from sa_models.calibration.progress import Progress
 from sa_models.calibration.token_losses import IGNORED
 from sa_models.errors import PostshareError
 from sa_models.heads import HeadLayout, unit_view
@@ -42,7 +43,6 @@ from sa_models.materialize.merge import (
 )
 from sa_models.materialize.ties import unit
 from sa_models.plan import SharingPlan
-from sa_models.scores.weight_cosine import Progress
 from sa_models.ties import Unit
 
 if TYPE_CHECKING:

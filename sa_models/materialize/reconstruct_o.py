@@ -25,10 +25,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sa_models.calibration.partial_forward import Batch, Entered, Handed, enter, run_layer
+from sa_models.calibration.progress import Progress
 from sa_models.errors import PostshareError
 from sa_models.heads import HeadLayout
 from sa_models.plan import SharingPlan
-from sa_models.scores.weight_cosine import Progress
 
 if TYPE_CHECKING:
     from torch import nn

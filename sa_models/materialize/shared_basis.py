@@ -20,6 +20,7 @@ from transformers import LlamaForCausalLM
 from sa_models.basis import FACTORED, basis_name, coefficients_name
 from sa_models.calibration.input_moments import InputGrams, run_text
 from sa_models.calibration.partial_forward import Batch
+from sa_models.calibration.progress import Progress
 from sa_models.errors import PostshareError
 from sa_models.heads import HeadLayout
 from sa_models.modeling import (
@@ -30,7 +31,6 @@ from sa_models.modeling import (
 )
 from sa_models.plan import SharingPlan
 from sa_models.projections import transpose_storage_
-from sa_models.scores.weight_cosine import Progress
 
 RIDGE = 1e-6
 """Added to the diagonal of X'X, relative to its mean: directions that the text lacks stay."""

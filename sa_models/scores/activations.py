@@ -24,13 +24,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from sa_models.calibration.progress import Progress
 from sa_models.errors import PostshareError
 from sa_models.heads import HeadLayout
 from sa_models.plan import Unit
 from sa_models.scores import weight_cosine
 from sa_models.scores.attention_maps import calibration_blocks
 from sa_models.scores.significance import PairTerms, Terms
-from sa_models.scores.weight_cosine import Parts, Progress, gram_matrix
+from sa_models.scores.weight_cosine import Parts, gram_matrix
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -25,10 +25,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from sa_models.calibration.progress import Progress
 from sa_models.errors import PostshareError
 from sa_models.heads import HeadLayout
 from sa_models.plan import Unit
-from sa_models.scores.weight_cosine import TIE_TOLERANCE, Progress
+from sa_models.scores.weight_cosine import TIE_TOLERANCE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -34,10 +34,10 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from sa_models.attention import attention_weights
 from sa_models.calibration.partial_forward import Batch, Entered, enter, rows_of, run_layers
+from sa_models.calibration.progress import Progress
 from sa_models.calibration.token_losses import IGNORED
 from sa_models.errors import PostshareError
 from sa_models.heads import PROJECTIONS, HeadLayout, unit_view
-from sa_models.scores.weight_cosine import Progress
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM

@@ -24,11 +24,12 @@ from typing import Any
 
 import torch
 
+from sa_models.calibration.progress import Progress
 from sa_models.errors import PostshareError
 from sa_models.heads import HeadLayout
 from sa_models.plan import Unit
 from sa_models.scores import weight_cosine
-from sa_models.scores.weight_cosine import Parts, Progress, Reader, gram_matrix
+from sa_models.scores.weight_cosine import Parts, Reader, gram_matrix
 
 ALIGNED = ("qk_aligned", "vo", "qkvo_aligned")
 

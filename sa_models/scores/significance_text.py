@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from sa_models.calibration.progress import Progress
 from sa_models.errors import PostshareError
 from sa_models.heads import HeadLayout
 from sa_models.plan import Unit
 from sa_models.scores.activations import RIDGE, HeadOutputs
 from sa_models.scores.attention_maps import Maps, calibration_blocks, visit_maps
 from sa_models.scores.significance import DRAWS, PairTerms
-from sa_models.scores.weight_cosine import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

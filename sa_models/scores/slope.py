@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from sa_models.calibration.partial_forward import Batch, Entered, enter, rows_of, run_layers
+from sa_models.calibration.progress import Progress
 from sa_models.calibration.token_losses import IGNORED
 from sa_models.errors import PostshareError
 from sa_models.modeling import SharedLlamaModel
-from sa_models.scores.weight_cosine import Progress
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -8,12 +8,13 @@ input features, so that memory is bounded and the work is matrix products.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
+from sa_models.calibration.progress import Progress
 from sa_models.heads import HeadLayout
 
 SCORES = ("q", "k", "v", "qk", "qkv", "softmax")
@@ -22,9 +23,6 @@ TIE_TOLERANCE = 1e-6
 
 CHUNK_BYTES = 1 << 30
 BLOCK_UNITS = 256
-
-Progress = Callable[[int, int], None]
-"""Called with (done, total) after each part of the work."""
 
 
 class Reader(Protocol):

@@ -23,8 +23,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+from sa_models.calibration.progress import Progress
 from sa_models.errors import PostshareError
-from sa_models.scores.weight_cosine import Progress
 from sa_models.search.actions import Action, Space, State, ordered
 
 SOURCES_PER_TARGET = 2

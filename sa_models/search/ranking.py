@@ -19,9 +19,9 @@ from typing import Any
 import torch
 
 from sa_models.calibration.partial_forward import Batch, rows_of
+from sa_models.calibration.progress import Progress
 from sa_models.errors import PostshareError
 from sa_models.scores.fisher import Rise, Sensitivity, combined, estimate_sensitivity
-from sa_models.scores.weight_cosine import Progress
 from sa_models.search.actions import Action, Projections, Space, State, ordered
 from sa_models.search.algorithms import SOURCES_PER_TARGET, Ranked, price
 from sa_models.search.measured_loss import MeasuredLoss

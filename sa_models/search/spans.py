@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import torch
 
+from sa_models.calibration.progress import Progress
 from sa_models.errors import PostshareError
-from sa_models.scores.weight_cosine import Progress
 
 
 class SpanChoice(NamedTuple):

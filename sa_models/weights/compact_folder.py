@@ -1,10 +1,10 @@
-"""Dense Llama weights that lie in no file as such, read tensor by tensor.
+"""Compact folders, read tensor by tensor: as they are stored, and as the dense Llama they equal.
 
-:class:`MaterializedReader` is a dense folder with a plan written into it; :class:`ExpandedFolder`
-is a compact folder with its shared units put back everywhere they are used, and zeros where units
-were removed. Both read like a :class:`~sa_models.weights.safetensors_folder.WeightsFolder`, hold
-one tensor at a time, and know nothing of modules: the arithmetic of where a unit lies is written
-here a second time, so that comparing the two verifies an export.
+:class:`ExpandedFolder` puts shared units back everywhere they are used, and zeros where units were
+removed. It reads like a :class:`~sa_models.weights.safetensors_folder.WeightsFolder`, holds one
+tensor at a time, and knows nothing of modules: the arithmetic of where a unit lies is written here
+a second time, so that comparing it with
+:class:`~sa_models.materialize.reader.MaterializedReader` verifies an export.
 """
 
 from __future__ import annotations
@@ -19,10 +19,8 @@ from transformers import LlamaConfig
 from sa_models.basis import FACTORED, basis_name, coefficients_name
 from sa_models.configuration import SharedLlamaConfig
 from sa_models.errors import PostshareError
-from sa_models.heads import PROJECTIONS, HeadLayout
-from sa_models.materialize.merge import GAUGED, Group, Merge, groups, merge_group
-from sa_models.materialize.ties import merge_slices, shared_slices
-from sa_models.plan import SharingPlan, Unit
+from sa_models.heads import HeadLayout
+from sa_models.plan import SharingPlan
 from sa_models.weights.safetensors_folder import (
     WeightsFolder,
     llama_shapes,
@@ -62,107 +60,8 @@ def cast(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
     return value
 
 
-class MaterializedReader:
-    """Dense weights with the ties and removed units of a plan written in, in one dtype.
-
-    Args:
-        source: the weights before materializing.
-        plan: validated; a ``released`` plan is reduced to its effective ties.
-        merge: see :func:`~sa_models.materialize.ties.merge_slices`, whose value, rounded to the
-            source's dtype, is then cast to ``dtype``: what
-            :func:`~sa_models.materialize.ties.materialize_` and a cast compute.
-    """
-
-    def __init__(
-        self,
-        source: DenseReader,
-        plan: SharingPlan,
-        merge: Merge = "copy",
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        self.path = source.path
-        self.config = source.config
-        self._source = source
-        self._merge = merge
-        self._dtype = dtype
-        self._layout = plan.layout(source.config)
-        # {(layer, projection): {unit that changes: the units whose slices are merged into it}}; of
-        # a removed unit none.
-        self._changes: dict[tuple[int, str], dict[int, list[Unit]]] = {}
-        # {(layer, projection): groups of units that may change in it}, for the other merges
-        self._groups: dict[tuple[int, str], list[Group]] = {}
-        ties = plan.effective().ties
-        for group in groups(ties) if merge in GAUGED else ():
-            for where in {(layer, p) for layer, _ in group.units for p in group.pair}:
-                self._groups.setdefault(where, []).append(group)
-        for (p, layer, unit), targets in shared_slices(ties if merge not in GAUGED else ()).items():
-            members = [(layer, unit)] if merge == "copy" else [(layer, unit), *targets]
-            changed = targets if merge == "copy" else members
-            for target_layer, target_unit in changed:
-                self._changes.setdefault((target_layer, p), {})[target_unit] = members
-        for layer, unit in plan.removed:  # nothing is merged into it
-            for p in PROJECTIONS:
-                self._changes.setdefault((layer, p), {})[unit] = []
-
-    def names(self) -> list[str]:
-        return self._source.names()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._source.shape(name)
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self._dtype
-
-    def shards(self) -> list[Path]:
-        return self._source.shards()
-
-    def read(self, name: str) -> torch.Tensor:
-        """The materialized tensor. Raises PostshareError when float16 cannot hold it."""
-        where = HeadLayout.parse_name(name)
-        changes = self._changes.get(where, {}) if where else {}
-        merged_groups = self._groups.get(where, []) if where else []
-        if where is None or not (changes or merged_groups):
-            return cast(self._source.read(name), self._dtype, name)
-        layer, p = where
-        weight = self._source.read(name).to(self._dtype, copy=True)
-        width, axis = self._layout.width(p), self._layout.axis(p)
-        for unit, members in changes.items():
-            changed = weight.narrow(axis, unit * width, width)
-            if members:
-                slices = [self._unit(p, *member) for member in members]
-                changed.copy_(merge_slices(slices, self._merge))
-            else:
-                changed.zero_()
-        for group in merged_groups:
-            for unit, value in self._merged(group, layer, p).items():
-                weight.narrow(axis, unit * width, width).copy_(value)
-        return cast(weight, self._dtype, name)
-
-    def _merged(self, group: Group, layer: int, projection: str) -> dict[int, torch.Tensor]:
-        """{unit of the layer: its rows (o: columns) of the projection}, of a merged group."""
-        new = merge_group(
-            group,
-            self._merge,
-            self._layout.head_dim,
-            lambda p, u: self._unit(p, *u).t() if p == "o" else self._unit(p, *u),
-        )
-        return {
-            unit: value.t() if p == "o" else value
-            for (p, (at, unit)), value in new.items()
-            if (at, p) == (layer, projection)
-        }
-
-    def slice(self, name: str) -> Any:
-        return self.read(name)
-
-    def _unit(self, projection: str, layer: int, unit: int) -> torch.Tensor:
-        """One unit's rows (o: columns) of the source."""
-        view = self._source.slice(self._layout.parameter_name(layer, projection))
-        width = self._layout.width(projection)
-        return _features(view, self._layout.axis(projection), unit * width, (unit + 1) * width)
-
-
-def _features(view: Any, axis: int, start: int, stop: int) -> torch.Tensor:
+def features_of(view: Any, axis: int, start: int, stop: int) -> torch.Tensor:
+    """Rows (axis 1: columns) ``start`` to ``stop`` (exclusive) of a projection or its slice."""
     return view[:, start:stop] if axis else view[start:stop]
 
 
@@ -318,7 +217,7 @@ class ExpandedFolder:
             for owner in {run.owner for run in runs}
         }
         for owner, start, stop, begin in runs:
-            part = _features(stored[owner], axis, begin, begin + stop - start)
+            part = features_of(stored[owner], axis, begin, begin + stop - start)
             dense.narrow(axis, start, stop - start).copy_(cast(part, dense.dtype, name))
         return dense
 

@@ -16,7 +16,7 @@ from sa_models.heads import HeadLayout, unit_view
 from sa_models.plan import SharingPlan
 from sa_models.scores.weight_cosine import random_matches
 from sa_models.search.pairs import Budget, make_plan
-from train.distributed.engines.base import start
+from train.distributed.engines.start import start
 from train.penalty.coupled import Penalty
 from train.recipe.recipe import Recipe, validate
 

@@ -17,9 +17,9 @@ from sa_models.materialize.merge import MEASURED
 from sa_models.materialize.merge_calibrated import merge_on_text_
 from sa_models.materialize.ties import materialize_
 from sa_models.plan import SharingPlan
+from train.data.calibration import calibration_batches
 from train.evaluation.perplexity import perplexity
 from train.models.base_model import load_dense
-from train.planning.loss_search import calibration_batches
 from train.recipe.recipe import load_recipe
 from train.stages.plan import make_plan
 from train.stages.run import Run, base_of, begin

@@ -18,7 +18,7 @@ from sa_models.materialize.ties import materialize_
 from sa_models.plan import SharingPlan
 from sa_models.scores.significance import LEVEL, chance, weight_terms
 from sa_models.weights.safetensors_folder import WeightsFolder
-from train.distributed.engines.base import start
+from train.distributed.engines.start import start
 from train.evaluation.perplexity import perplexity
 from train.models.base_model import load_dense
 from train.planning.find import find_ties

@@ -29,7 +29,7 @@ import method_tables
 import yaml
 from method_tables import BASES, Base
 
-from train.planning.loss_search import SEARCH_CACHE
+from train.common.run_files import SEARCH_CACHE
 
 SEEDED = "30"
 """The size at which a row has all its seeds; elsewhere one."""

@@ -32,7 +32,8 @@ from train.planning.find import find_ties
 from train.recipe.load import override
 from train.recipe.recipe import validate
 from train.tracking.metrics_log import read_rows
-from train.training.loop import TrainJob, train
+from train.training.job import TrainJob
+from train.training.loop import train
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 MODES: dict[str, dict[str, Any]] = {

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from train.cli import main
-from train.distributed.engines import base as engine
+from train.distributed.engines import start as engine
 from train.recipe.recipe import Recipe
 
 RANK = os.environ["RANK"]

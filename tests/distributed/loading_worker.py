@@ -18,11 +18,13 @@ from sa_models.plan import SharingPlan
 from sa_models.spans import AttentionSpan
 from sa_models.weights.structure import convert
 from tests.support.training import LENGTH
-from train.distributed.engines.base import Engine, start
+from train.distributed.engines.base import Engine
+from train.distributed.engines.start import start
 from train.models.base_model import load_dense
 from train.models.sharded_source import base_source
 from train.recipe.recipe import Recipe, validate
-from train.training.loop import TrainJob, prepare
+from train.training.job import TrainJob
+from train.training.loop import prepare
 from train.training.objective import token_losses
 
 PLANS = {

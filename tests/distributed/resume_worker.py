@@ -12,7 +12,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from tests.support.training import Setting, build, train
-from train.distributed.engines.base import start
+from train.distributed.engines.start import start
 from train.training.checkpoint import Checkpoints, Position
 
 SETTING = Setting(clip_norm=0.5, steps=8)

@@ -22,7 +22,7 @@ def main() -> None:
     import torch.distributed as dist
 
     from tests.support.training import Setting, build, train
-    from train.distributed.engines import base as engine_module
+    from train.distributed.engines import start as engine_module
 
     if "--bare" in sys.argv:  # leave as a script does that never heard of the problem
         engine_module._leave = lambda: None  # type: ignore[assignment]

@@ -13,7 +13,8 @@ import torch
 
 from tests.support.training import LENGTH, VOCABULARY
 from train.data.blocks import Blocks
-from train.distributed.engines.base import Engine, start
+from train.distributed.engines.base import Engine
+from train.distributed.engines.start import start
 from train.recipe.recipe import Recipe, validate
 from train.training.objective import Lessons
 from train.training.teacher import Teacher

@@ -9,7 +9,7 @@ import pytest
 from tests.distributed.teacher_worker import blocks, recipe
 from tests.support.launcher import run
 from tests.support.training import teacher_folder
-from train.distributed.engines.base import start
+from train.distributed.engines.start import start
 from train.training.objective import Lessons
 
 WORKER = Path(__file__).with_name("teacher_worker.py")

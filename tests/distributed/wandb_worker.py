@@ -13,7 +13,7 @@ from typing import Any
 import train.training.loop as loop
 from sa_models.errors import PostshareError
 from tests.support import tiny
-from train.distributed.engines.base import shutdown
+from train.distributed.engines.start import shutdown
 from train.evaluation.perplexity import Perplexity
 from train.evaluation.summary import Training, summarize
 from train.recipe.recipe import DistillSection, Recipe, WandbSection

@@ -15,7 +15,8 @@ from train.data.blocks import Blocks
 from train.recipe.recipe import validate
 from train.tracking.metrics_log import read_rows
 from train.training.checkpoint import PART
-from train.training.loop import TrainJob, train
+from train.training.job import TrainJob
+from train.training.loop import train
 
 STEPS = 30
 

@@ -23,7 +23,8 @@ from sa_models.heads import PROJECTIONS
 from sa_models.materialize.ties import unit
 from tests.matrix.cells import CELLS, PROGRESSIVE, RESUMED
 from tests.support.training import MODELS, Setting, build, train
-from train.distributed.engines.base import Engine, start
+from train.distributed.engines.base import Engine
+from train.distributed.engines.start import start
 
 State = dict[str, tuple[torch.Tensor, dict[str, torch.Tensor]]]
 

@@ -12,9 +12,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from sa_models.export.export import export_model
 from sa_models.plan import HeadTie, SharingPlan
 from sa_models.weights.safetensors_folder import WeightsFolder
+from train.common.run_files import PLAN_FILE, RECIPE_FILE
 from train.demo import demo_base_path
 from train.recipe.recipe import Recipe, validate
-from train.stages.run import PLAN_FILE, RECIPE_FILE
 
 PLAN = SharingPlan(ties=(HeadTie((1, 1), (0, 0), ("q", "k", "v")),))
 TEXT = "Every stage reads files and writes files in the run folder, so any stage can be run alone. "

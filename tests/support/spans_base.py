@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from sa_models.plan import SharingPlan
 from tests.support.reference import Reference
-from train.distributed.engines.base import start
+from train.distributed.engines.start import start
 from train.recipe.recipe import Recipe, validate
 from train.stages.run import Run
 

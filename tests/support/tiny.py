@@ -12,7 +12,7 @@ from sa_models.plan import HeadTie, SharingPlan
 from train.data.blocks import Blocks
 from train.recipe.recipe import Recipe, validate
 from train.tracking.metrics_log import TIMING_KEYS, read_rows
-from train.training.loop import TrainJob
+from train.training.job import TrainJob
 
 # Threads that wait for each other between tiny operations take longer than the operations.
 torch.set_num_threads(1)

@@ -20,8 +20,8 @@ from sa_models.errors import PostshareError
 from sa_models.export.manifest import CARD, MANIFEST, read_manifest
 from sa_models.weights.companion_files import AUTO_MAP
 from train.common.files import damage
-from train.planning.spans import bar
-from train.stages.run import RECIPE_FILE
+from train.common.progress import bar
+from train.common.run_files import RECIPE_FILE
 
 STALE = ("*.safetensors", "*.safetensors.index.json", "*.py")
 """Of an earlier export in the same repository: what this one does not have is deleted there."""

@@ -8,10 +8,10 @@ from rich.console import Console
 
 from sa_models.errors import PostshareError
 from sa_models.export.quantize import quantize_folder
+from train.common.run_files import RECIPE_FILE
 from train.evaluation.models import Judged
 from train.models.base_model import base_folder
 from train.recipe.sections.common import ModelSection
-from train.stages.run import RECIPE_FILE
 
 
 def quantize_model(model: str, output: Path, to: str, group_size: int | None) -> None:

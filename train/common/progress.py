@@ -85,3 +85,12 @@ class EvaluationProgress:
 
     def __exit__(self, *exception: object) -> None:
         self._bars.stop()
+
+
+@contextmanager
+def bar(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar with an ETA on stderr, where there is a terminal to show it."""
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(what)
+        yield lambda done, total: progress.update(task, completed=done, total=total)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from sa_models.errors import PostshareError
 
 if TYPE_CHECKING:
-    from train.distributed.engines.base import Engine
+    from train.distributed.ranks import Ranks
 
 VISIBLE_SECONDS = 30.0
 """How long a file may take to be seen by another node: NFS caches directories."""
@@ -18,7 +18,7 @@ SIGNS = ".started-*"
 """The files that are looked for: one stays where the main process is killed meanwhile."""
 
 
-def require_shared(folder: Path, engine: Engine) -> None:
+def require_shared(folder: Path, ranks: Ranks) -> None:
     """A collective: the main process writes a file there that all the others have to see.
 
     Raises:
@@ -26,21 +26,21 @@ def require_shared(folder: Path, engine: Engine) -> None:
             this name: plans would be missing there, and checkpoints lost with the node.
     """
     problem, token = None, 0
-    if engine.is_main:
+    if ranks.rank == 0:
         token = secrets.randbits(48)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             _sign(folder, token).touch()
         except OSError as error:
             problem = error.strerror
-    if engine.reduce_max(float(problem is not None)):
+    if ranks.reduce_max(float(problem is not None)):
         raise PostshareError(
             f"{folder} cannot be written ({problem or 'see the main process'}); set output_dir to "
             "a folder that you may write to"
         )
-    token = int(engine.reduce_max(float(token)))  # 48 bits are exact in float64
-    blind = int(engine.reduce_max(float(-1 if _seen(folder, token) else engine.rank)))
-    if engine.is_main:
+    token = int(ranks.reduce_max(float(token)))  # 48 bits are exact in float64
+    blind = int(ranks.reduce_max(float(-1 if _seen(folder, token) else ranks.rank)))
+    if ranks.rank == 0:
         _sign(folder, token).unlink(missing_ok=True)
     if blind >= 0:
         raise PostshareError(

@@ -24,7 +24,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from sa_models.errors import PostshareError
-from train.distributed.engines import base as engine
+from train.distributed.engines import start as engine
 from train.distributed.launch_env import launched_fsdp, launched_offload
 from train.doctor import devices, network, ranks
 from train.doctor.builds import release_own

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sa_models.errors import PostshareError
 from train.demo import DEMO_BASE
-from train.distributed.engines import base as engine
+from train.distributed.engines import start as engine
 from train.doctor.facts import TooLate, limited
 from train.doctor.findings import Finding, bad, from_error, ok, warn
 from train.models.base_model import NEEDED_FILES, base_folder

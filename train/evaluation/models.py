@@ -23,12 +23,11 @@ from sa_models.weights.compact_folder import CompactFolder
 from sa_models.weights.companion_files import COMPANIONS, GENERATION_CONFIG, TOKENIZERS
 from sa_models.weights.safetensors_folder import WeightsFolder, read_model_type
 from train.common.files import file_hash
+from train.common.run_files import MERGED, PLAN_FILE, RECIPE_FILE
 from train.data.token_table import load_tokenizer
 from train.models.base_model import base_folder, load_model, tie_model
 from train.recipe.recipe import Recipe, load_recipe
 from train.recipe.sections.common import ModelSection
-from train.stages.materialize import remaining_merge
-from train.stages.run import MERGED, PLAN_FILE, RECIPE_FILE
 
 KINDS = {"llama": WeightsFolder, SharedLlamaConfig.model_type: CompactFolder}
 
@@ -63,7 +62,10 @@ class Judged:
         if self.run is not None:
             recipe = load_recipe(self.run / RECIPE_FILE)
             model: PreTrainedModel = tie_model(
-                load_model(self.folder, "sdpa"), self._plan(), recipe, remaining_merge(recipe)
+                load_model(self.folder, "sdpa"),
+                self._plan(),
+                recipe,
+                recipe.materialize.remaining_merge,
             )
         elif is_quantized(self.folder):
             model = load_dequantized(self.folder, dtype)

@@ -15,11 +15,11 @@ from typing import Any
 from sa_models.errors import PostshareError
 from sa_models.export.manifest import read_manifest
 from train.common.files import write_json
+from train.common.run_files import SCORES_FILE
 from train.evaluation.models import export_of
 from train.evaluation.score import Score
 from train.evaluation.table import as_models
 
-SCORES_FILE = "task-scores.json"
 VERSION = 1
 
 

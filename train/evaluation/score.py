@@ -27,6 +27,9 @@ Z = 1.959963984540054
 
 Kind = Literal["perplexity", "mean", "rounds", "size"]
 
+PERPLEXITY = "perplexity"
+"""The name of our own task, beside those of lm-eval."""
+
 
 @dataclass(frozen=True)
 class Score:

@@ -16,12 +16,11 @@ from transformers import PreTrainedModel
 from sa_models.plan import SharingPlan
 from sa_models.savings import PlanSavings
 from train.common.files import write_json
+from train.common.run_files import BLOCKS_FILE
 from train.data.blocks import Blocks
 from train.evaluation.perplexity import BlockLosses, Perplexity, block_losses
 
 EVALUATION_FILE = "evaluation.json"
-BLOCKS_FILE = "evaluation-blocks.json"
-SUMMARY_FILE = "summary.json"
 
 MODELS = {
     "base": "base",

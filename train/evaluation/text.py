@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sa_models.errors import PostshareError
+from train.common.run_files import RECIPE_FILE
 from train.data.sources import BUILDERS, STDLIB, load_documents
 from train.data.token_table import Encoder
 from train.recipe.recipe import Recipe, load_recipe
 from train.recipe.sections.common import DataSource
-from train.stages.run import RECIPE_FILE
 
 
 @dataclass(frozen=True)

@@ -27,9 +27,10 @@ import torch
 from torch import Tensor
 
 from sa_models.errors import PostshareError
+from train.distributed.ranks import Ranks
 from train.penalty.coupled import CHUNK_ELEMENTS, Penalty, PenaltyResult, penalty_coefficient
 from train.penalty.distances import cosines
-from train.penalty.sharded_exchange import Chunk, Exchange, Pair, Ranks
+from train.penalty.sharded_exchange import Chunk, Exchange, Pair
 
 if TYPE_CHECKING:
     from sa_models.heads import HeadLayout

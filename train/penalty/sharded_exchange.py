@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -20,22 +20,12 @@ from torch import Tensor
 
 from sa_models.heads import HeadLayout
 from sa_models.ties import Unit
+from train.distributed.engines.base import gather_ranges
+from train.distributed.ranks import Ranks
 from train.penalty.distances import OF_DIFFERENCE, Spread, cosines, reduced_values
 
 if TYPE_CHECKING:
     from train.distributed.engines.base import Shard
-
-
-class Ranks(Protocol):
-    """What an exchange needs of an engine: who there is, and sums over them."""
-
-    rank: int
-    world: int
-    device: torch.device
-
-    def all_reduce_(self, tensor: Tensor) -> Tensor: ...
-    def reduce_max(self, value: Any) -> Any: ...
-    def reduce_sum(self, value: Any) -> Any: ...
 
 
 class Pair(NamedTuple):
@@ -367,12 +357,3 @@ def unit_views(
         at = flat.storage_offset() + row * columns + unit * width + column - start
         yield flat.as_strided((rows, size), (columns, 1), at)
         lo += rows * size
-
-
-def gather_ranges(engine: Ranks, shards: dict[str, Shard]) -> dict[str, Tensor]:
-    """Every rank's (start, stop) of every parameter, int64 [world, 2] on the CPU."""
-    own = torch.tensor([[shard.start, shard.stop] for shard in shards.values()])
-    everyone = own.new_zeros(engine.world, *own.shape).to(engine.device)
-    everyone[engine.rank] = own.to(engine.device)
-    engine.all_reduce_(everyone)
-    return dict(zip(shards, everyone.cpu().unbind(1), strict=True))

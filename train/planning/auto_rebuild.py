@@ -18,17 +18,18 @@ import torch
 
 from sa_models.plan import SharingPlan
 from sa_models.search.measured_loss import Cache, identity
+from train.common.run_files import SEARCH_CACHE
 from train.data.blocks import Blocks
+from train.data.calibration import calibration_batches, spread_blocks
 from train.evaluation.bootstrap import interval
 from train.evaluation.perplexity import BlockLosses, block_losses
-from train.planning.auto_factors import Factored, may_take, rival
-from train.planning.auto_result import AutoSearched
+from train.models.materialize import on_text
+from train.planning.auto_result import AutoSearched, Factored
 from train.planning.auto_space import REBUILT
-from train.planning.loss_search import SEARCH_CACHE, calibration_batches, spread_blocks
-from train.stages.materialize import on_text
+from train.planning.basis import saving_plan
 
 if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     from train.recipe.recipe import Recipe
 
@@ -115,3 +116,21 @@ def _chosen(tried: Sequence[BlockLosses]) -> int:
     if len(lowest.tokens) < 2:
         return 0
     return next(at for at, losses in enumerate(tried) if interval([losses], [lowest])[0] <= 0)
+
+
+def rival(recipe: Recipe, plan: SharingPlan, config: LlamaConfig) -> SharingPlan | None:
+    """Basis Sharing that stores no more than the plan; None where it is no rival.
+
+    That is where the budget is one of cache, the recipe has a structure of its own or a penalty,
+    which pulls units, or q, k and v hold too little.
+    """
+    budget = recipe.plan.budget
+    if budget is None or budget.cache is not None or recipe.penalized or recipe.changes_structure:
+        return None
+    return saving_plan(config, plan.savings(config).removed_parameters)
+
+
+def may_take(recipe: Recipe) -> bool:
+    """Whether the recipe allows it, and the budget is met without changing a head."""
+    plan, budget = recipe.plan, recipe.plan.budget
+    return plan.basis and budget is not None and (budget.parameters or budget.bytes) is not None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,19 +21,25 @@ from rich.table import Table
 from sa_models.plan import SharingPlan
 from sa_models.weights.structure import Leaders
 from train.common.files import write_json
-from train.evaluation.decode_time import DecodeTime, bytes_read, decode_time
-from train.planning.auto_factors import BASIS, Factored
-from train.planning.auto_result import AutoSearched, Candidate, Point
+from train.common.progress import bar
+from train.common.run_files import PARETO_PICTURE, SEARCH_FILE
+from train.evaluation.decode_time import bytes_read, decode_time
+from train.planning.auto_result import (
+    BASIS,
+    AutoSearched,
+    Candidate,
+    Factored,
+    Point,
+    Timed,
+    in_words,
+)
 from train.planning.loss_search import (
-    PARETO_PICTURE,
-    SEARCH_FILE,
     halves_dict,
     parameters_of,
     rises_list,
     search_table,
     step_dict,
 )
-from train.planning.spans import bar
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -44,23 +50,6 @@ TIMED = 6
 
 NOISY = 0.25
 """Spread of a ratio of times, above which the bytes that are read say more than the time."""
-
-
-@dataclass(frozen=True)
-class Timed:
-    """A plan that was decoded with.
-
-    Attributes:
-        point: of the front; None for Basis Sharing, whose loss is that of another text.
-        decode: of one token after ``context`` others.
-        read: bytes that it reads, as exported.
-    """
-
-    plan: SharingPlan
-    point: Point | None
-    decode: DecodeTime
-    read: int
-    context: int
 
 
 def pareto(searched: AutoSearched, config: LlamaConfig) -> list[Point]:
@@ -229,20 +218,6 @@ def factored_note(factored: Factored, other: SharingPlan) -> str:
 def _rebuilt(searched: AutoSearched) -> str:
     count = len({c.plan for c in searched.candidates if c.rebuilt is not None})
     return f"; {count} plans compared after reconstruction" if count else ""
-
-
-def in_words(plan: SharingPlan) -> str:
-    """`3 removed, 2 tied in qk, span 2 -> [3] (kv)`."""
-    parts = [f"{len(plan.removed)} removed"] if plan.removed else []
-    for share in dict.fromkeys("".join(tie.projections) for tie in plan.ties):
-        count = sum("".join(tie.projections) == share for tie in plan.ties)
-        parts.append(f"{count} tied in {share}")
-    parts += [str(span) for span in plan.spans]
-    if plan.kv_heads is not None:
-        parts.append(f"{plan.kv_heads} KV heads")
-    if plan.basis is not None:
-        parts.append(f"q, k, v of {plan.basis.layers} layers on one basis")
-    return ", ".join(parts) or "none (dense)"
 
 
 def _table(first: str, *columns: str) -> Table:

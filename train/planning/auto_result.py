@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from sa_models.plan import SharingPlan
 from sa_models.search.algorithms import Found, Passes
 from sa_models.search.ranking import Agreement
+from train.evaluation.bootstrap import Interval
+from train.evaluation.decode_time import DecodeTime
 
-if TYPE_CHECKING:
-    from train.planning.auto_factors import Factored
+BASIS = "Basis Sharing"
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,31 @@ class Candidate:
 
 
 @dataclass(frozen=True)
+class Factored:
+    """Basis Sharing at as many stored parameters as the best plan of ties, removals, spans and KV
+    groups.
+
+    Attributes:
+        plan: with its basis.
+        saved: parameters, no fewer than the other plan's.
+        loss: nats per token, untrained, on the text of the reconstruction.
+        above: 95 % interval of how far the loss of the best other plan lies above it, over blocks.
+        taken: whether it is the chosen plan.
+    """
+
+    plan: SharingPlan
+    saved: int
+    loss: float
+    above: Interval
+    taken: bool
+
+    @property
+    def is_better(self) -> bool:
+        """Than that plan, by more than chance."""
+        return self.above[0] > 0
+
+
+@dataclass(frozen=True)
 class AutoSearched:
     """What was compared, and what it took.
 
@@ -79,7 +104,7 @@ class AutoSearched:
         bound: of passes and estimates, stated before the search.
         base_rebuilt: nats per token of the base on the text of the reconstruction, where there is
             one; with the recipe's own structure, which is reconstructed then.
-        factored: Basis Sharing beside them, see :mod:`train.planning.auto_factors`.
+        factored: Basis Sharing beside them, see :mod:`train.planning.auto_rebuild`.
     """
 
     base: Point
@@ -110,3 +135,34 @@ class AutoSearched:
         """Everything that was measured whole, the base first."""
         steps = [point for candidate in self.candidates for point in candidate.points]
         return list(dict.fromkeys((self.base, *self.structures, *steps)))
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A plan that was decoded with.
+
+    Attributes:
+        point: of the front; None for Basis Sharing, whose loss is that of another text.
+        decode: of one token after ``context`` others.
+        read: bytes that it reads, as exported.
+    """
+
+    plan: SharingPlan
+    point: Point | None
+    decode: DecodeTime
+    read: int
+    context: int
+
+
+def in_words(plan: SharingPlan) -> str:
+    """`3 removed, 2 tied in qk, span 2 -> [3] (kv)`."""
+    parts = [f"{len(plan.removed)} removed"] if plan.removed else []
+    for share in dict.fromkeys("".join(tie.projections) for tie in plan.ties):
+        count = sum("".join(tie.projections) == share for tie in plan.ties)
+        parts.append(f"{count} tied in {share}")
+    parts += [str(span) for span in plan.spans]
+    if plan.kv_heads is not None:
+        parts.append(f"{plan.kv_heads} KV heads")
+    if plan.basis is not None:
+        parts.append(f"q, k, v of {plan.basis.layers} layers on one basis")
+    return ", ".join(parts) or "none (dense)"

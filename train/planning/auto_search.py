@@ -29,12 +29,13 @@ from sa_models.search.measured_loss import MeasuredLoss, state_key
 from sa_models.search.ranking import Agreement, EstimatedRanking, Estimator
 from sa_models.spans import SHARES as SPAN_SHARES
 from sa_models.weights.structure import convert
+from train.common.progress import bar
+from train.common.run_files import SEARCH_CACHE
 from train.data.blocks import Blocks
+from train.data.calibration import calibration_batches
 from train.planning import auto_space
 from train.planning.auto_result import AutoSearched, Candidate, Point
 from train.planning.auto_space import FULL, STRUCTURES_SEARCHED, asked_of_units
-from train.planning.loss_search import SEARCH_CACHE, calibration_batches
-from train.planning.spans import bar
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, LlamaForCausalLM

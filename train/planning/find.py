@@ -18,6 +18,7 @@ from sa_models.search import pairs
 from sa_models.spans import ranges
 from sa_models.weights.safetensors_folder import WeightsFolder
 from sa_models.weights.structure import converted
+from train.common.run_files import SIMILARITY_PICTURE, TIES_PICTURE
 from train.planning.auto_space import check_auto
 from train.planning.basis import basis_plan
 from train.planning.budget import search_space, unit_budget
@@ -30,9 +31,6 @@ if TYPE_CHECKING:
     from transformers import LlamaConfig
 
     from train.recipe.recipe import PlanSection, Recipe
-
-SIMILARITY_PICTURE = "plan-similarity.png"
-TIES_PICTURE = "plan-ties.png"
 
 
 def check_plan(recipe: Recipe, weights: WeightsFolder) -> None:

@@ -24,16 +24,14 @@ from train.common.figure_style import (
     WIDTH,
     save,
 )
-from train.planning.auto_factors import BASIS
-from train.planning.auto_report import in_words
+from train.planning.auto_result import BASIS, in_words
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from transformers import LlamaConfig
 
     from sa_models.plan import SharingPlan
-    from train.planning.auto_report import Timed
-    from train.planning.auto_result import AutoSearched, Point
+    from train.planning.auto_result import AutoSearched, Point, Timed
 
 
 @rc_context(FILE_STYLE)

@@ -15,9 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.table import Table
-from torch.utils.data import default_collate
 
-from sa_models.calibration.partial_forward import Batch
 from sa_models.heads import PROJECTIONS, HeadLayout
 from sa_models.plan import SharingPlan
 from sa_models.scores.fisher import estimate_sensitivity
@@ -36,9 +34,11 @@ from sa_models.search.algorithms import (
 from sa_models.search.measured_loss import MeasuredLoss
 from sa_models.search.ranking import Agreement, EstimatedRanking
 from train.common.files import write_json
-from train.data.blocks import Block, Blocks
+from train.common.progress import bar
+from train.common.run_files import PARETO_PICTURE, SEARCH_CACHE, SEARCH_FILE
+from train.data.blocks import Blocks
+from train.data.calibration import calibration_batches
 from train.planning.budget import search_space
-from train.planning.spans import bar
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -46,9 +46,6 @@ if TYPE_CHECKING:
     from train.recipe.recipe import Recipe
     from train.recipe.sections.plan import PlanSection
 
-SEARCH_FILE = "plan-search.json"
-SEARCH_CACHE = "plan-search-cache.jsonl"
-PARETO_PICTURE = "plan-pareto.png"
 SHOWN_STEPS = 40
 
 
@@ -69,24 +66,6 @@ class Searched:
     estimates: int
     bound: Passes
     seconds: float
-
-
-def calibration_batches(blocks: Blocks, count: int, size: int, device: Any) -> list[Batch]:
-    """:func:`spread_blocks`, ``size`` rows at a time."""
-    chosen = spread_blocks(blocks, count)
-    return [
-        {
-            name: tensor.to(device)
-            for name, tensor in default_collate(chosen[start : start + size]).items()
-        }
-        for start in range(0, len(chosen), size)
-    ]
-
-
-def spread_blocks(blocks: Blocks, count: int) -> list[Block]:
-    """``count`` blocks (or as many as there are) at equal distances."""
-    count = min(count, len(blocks))
-    return [blocks[index * len(blocks) // count] for index in range(count)]
 
 
 def choose_by_gradient(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sa_models.calibration.progress import Progress
 from sa_models.heads import HeadLayout
 from sa_models.plan import SharingPlan, Unit
 from sa_models.scores.activations import HeadOutputs, output_map_scores, output_scores, output_terms
@@ -18,19 +19,19 @@ from sa_models.scores.attention_maps import unit_map_similarity
 from sa_models.scores.gauge_invariant import ALIGNED, FoldedNorm, aligned_scores
 from sa_models.scores.significance import LEVEL, Chance, PairTerms, chance, weight_terms
 from sa_models.scores.significance_text import MIN_BLOCKS, linear_map_terms, map_terms
-from sa_models.scores.weight_cosine import Progress, Reader, unit_scores
+from sa_models.scores.weight_cosine import Reader, unit_scores
 from sa_models.weights.safetensors_folder import WeightsFolder
 from sa_models.weights.structure import converted
 from train.common.files import write_json
-from train.planning.spans import bar, calibration_inputs
+from train.common.progress import bar
+from train.common.run_files import CHANCE_FILE
+from train.data.calibration import calibration_inputs
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
     from train.data.blocks import Blocks
     from train.recipe.recipe import PlanSection
-
-CHANCE_FILE = "chance.json"
 
 
 @dataclass

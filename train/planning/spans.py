@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from rich import box
-from rich.console import Console
 from rich.table import Table
-from torch.utils.data import default_collate
 
 from sa_models.plan import SharingPlan
 from sa_models.scores.attention_maps import (
@@ -27,7 +23,10 @@ from sa_models.search.spans import SpanChoice
 from sa_models.spans import AttentionSpan, ranges
 from sa_models.weights.structure import convert
 from train.common.files import write_json
+from train.common.progress import bar
+from train.common.run_files import ISOTROPY_PICTURE, SPANS_FILE
 from train.data.blocks import Blocks
+from train.data.calibration import calibration_inputs
 from train.evaluation.perplexity import perplexity
 
 if TYPE_CHECKING:
@@ -35,11 +34,6 @@ if TYPE_CHECKING:
 
     from train.recipe.recipe import Recipe
     from train.recipe.sections.structure import SpansSection
-
-SPANS_FILE = "spans.json"
-ISOTROPY_PICTURE = "plan-isotropy.png"
-MAP_LENGTH = 512
-"""Tokens of a block whose attention maps are compared: all layers' maps are held at a time."""
 
 
 @dataclass(frozen=True)
@@ -205,29 +199,6 @@ class SpanFinder:
 
     def _inputs(self) -> list[dict[str, torch.Tensor]]:
         return calibration_inputs(self.blocks, self.count, self.model.device)
-
-
-def calibration_inputs(
-    blocks: Blocks, count: int, device: torch.device
-) -> list[dict[str, torch.Tensor]]:
-    """The first tokens of the first blocks, each a batch of one, as a model takes them."""
-    batches = []
-    for index in range(min(count, len(blocks))):
-        block = default_collate([blocks[index]])
-        del block["labels"]
-        batches.append({name: t[:, :MAP_LENGTH].to(device) for name, t in block.items()})
-    return batches
-
-
-@contextmanager
-def bar(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar with an ETA on stderr, where there is a terminal to show it."""
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(what)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 def spans_table(found: FoundSpans) -> Table:

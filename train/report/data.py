@@ -20,15 +20,20 @@ from numpy.typing import NDArray
 from sa_models.errors import PostshareError
 from sa_models.heads import HeadLayout
 from sa_models.plan import SharingPlan
+from train.common.run_files import (
+    BLOCKS_FILE,
+    CHANCE_FILE,
+    PLAN_FILE,
+    PROVENANCE_FILE,
+    RECIPE_FILE,
+    SCORES_FILE,
+    SEARCH_FILE,
+    SPANS_FILE,
+    SUMMARY_FILE,
+)
 from train.evaluation.perplexity import BlockLosses
-from train.evaluation.run_scores import SCORES_FILE, VERSION, export_hash
-from train.evaluation.summary import BLOCKS_FILE, SUMMARY_FILE
-from train.planning.loss_search import SEARCH_FILE
-from train.planning.scores import CHANCE_FILE
-from train.planning.spans import SPANS_FILE
+from train.evaluation.run_scores import VERSION, export_hash
 from train.recipe.recipe import Recipe, load_recipe
-from train.stages.provenance import PROVENANCE_FILE
-from train.stages.run import PLAN_FILE, RECIPE_FILE
 
 Json = dict[str, Any]
 TRAININGS = {"continued": "continued", "post": ".", "heal": "heal"}

@@ -25,8 +25,7 @@ from train.common.figure_style import (
     SKY,
     VERMILLION,
 )
-from train.planning.find import SIMILARITY_PICTURE
-from train.planning.loss_search import PARETO_PICTURE
+from train.common.run_files import PARETO_PICTURE, SIMILARITY_PICTURE
 from train.planning.plan_maps import draw_isotropy, draw_plan_map
 from train.report.curves import shorten, trend
 from train.report.data import Pairs, RunData, Training

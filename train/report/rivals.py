@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from sa_models.errors import PostshareError
-from train.commands.compare.controls import RECIPE
-from train.commands.compare.results import COMPARISON_FILE
+from train.common.run_files import COMPARED_RECIPE, COMPARISON_FILE, RECIPE_FILE
 from train.evaluation.bootstrap import Interval, interval, mean_loss
 from train.evaluation.perplexity import BlockLosses
 from train.evaluation.summary import read_block_losses
+from train.recipe.identity import run_identity
 from train.recipe.recipe import Recipe, load_recipe
 from train.report.data import Reader
-from train.stages.run import RECIPE_FILE, run_identity
 
 
 @dataclass(frozen=True)
@@ -33,9 +32,9 @@ class Rivals:
 
         None where the control is no part of the comparison, or its seeds are not the recipe's.
         """
-        if not {RECIPE, control} <= {row["name"] for row in self.rows}:
+        if not {COMPARED_RECIPE, control} <= {row["name"] for row in self.rows}:
             return None
-        own, theirs = (_losses(self.folder / name) for name in (RECIPE, control))
+        own, theirs = (_losses(self.folder / name) for name in (COMPARED_RECIPE, control))
         if not own or len(own) != len(theirs):
             return None
         return mean_loss(own) - mean_loss(theirs), interval(own, theirs)
@@ -44,7 +43,7 @@ class Rivals:
 def find_rivals(folder: Path, recipe: Recipe | None) -> tuple[Rivals | None, list[str]]:
     """The comparison that holds this run, or that lies beside it; and notes of what is wrong."""
     folder = folder.resolve()
-    inside = folder.parent.parent if folder.parent.name == RECIPE else None
+    inside = folder.parent.parent if folder.parent.name == COMPARED_RECIPE else None
     for place in filter(None, (inside, folder.with_name(f"{folder.name}-compare"))):
         if not (place / COMPARISON_FILE).is_file():
             continue
@@ -52,7 +51,7 @@ def find_rivals(folder: Path, recipe: Recipe | None) -> tuple[Rivals | None, lis
         rows = reader.json_list(COMPARISON_FILE, ("name", "loss", "perplexity", "bytes"))
         if rows is None:
             return None, reader.notes
-        if not _same(recipe, place / RECIPE / "seed-0"):
+        if not _same(recipe, place / COMPARED_RECIPE / "seed-0"):
             return None, [f"the comparison in {place.name} is of another recipe; it is left out"]
         return Rivals(place, rows), []
     return None, []

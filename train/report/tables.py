@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from sa_models.basis import FACTORED, factor_sizes
-from train.commands.evaluate.side_by_side import PERPLEXITY
+from train.evaluation.score import PERPLEXITY
 from train.evaluation.speed import TASK as SPEED
 from train.evaluation.summary import summary_cells
 from train.report.data import RunData, Training

@@ -7,32 +7,17 @@ does it once, into a folder that all ranks and the later stages read, whatever t
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-from safetensors import SafetensorError
-
-from sa_models.errors import PostshareError
-from sa_models.materialize.merge import MEASURED, Merge
-from sa_models.materialize.merge_calibrated import merge_on_text_
-from sa_models.materialize.reconstruct_o import reconstruct_
-from sa_models.materialize.shared_basis import factorized
-from sa_models.plan import SharingPlan
-from sa_models.weights.atomic_files import new_folder
-from sa_models.weights.safetensors_folder import ShardWriter
-from sa_models.weights.structure import convert
+from sa_models.materialize.merge import Merge
+from train.common.run_files import MERGED
 from train.models.base_model import load_dense, load_model, tie_model
-from train.planning.loss_search import calibration_batches
-from train.planning.spans import bar
-from train.stages.run import MERGED, Run, base_of
+from train.models.materialize import on_text, write_model
+from train.stages.run import Run, base_of
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
-
-    from train.data.blocks import Blocks
-    from train.recipe.recipe import Recipe
 
 
 def trained_folder(current: Run) -> Path:
@@ -83,74 +68,12 @@ def tied_base(current: Run) -> LlamaForCausalLM:
     return tied(current, model)
 
 
-def remaining_merge(recipe: Recipe) -> Merge:
-    """How the weights of :func:`merged_folder` are still to be merged."""
-    section = recipe.materialize
-    return "copy" if section.reconstruct else section.merge
-
-
 def tied(current: Run, model: LlamaForCausalLM, merge: Merge | None = None) -> LlamaForCausalLM:
     """The model with the plan's structure, where it lacks it, and the plan materialized.
 
     Args:
-        merge: by default what remains, see :func:`remaining_merge`.
+        merge: by default what remains, see `MaterializeSection.remaining_merge`.
     """
-    return tie_model(model, current.plan, current.recipe, merge or remaining_merge(current.recipe))
-
-
-def on_text(
-    recipe: Recipe,
-    plan: SharingPlan,
-    trained: LlamaForCausalLM,
-    blocks: Blocks,
-    device: torch.device,
-) -> LlamaForCausalLM:
-    """The plan materialized as calibration text says, on the CPU; `trained` may be changed.
-
-    Raises:
-        PostshareError: as `merge_on_text_`, `reconstruct_` and `factorized`.
-    """
-    section = recipe.materialize
-    if plan.basis is not None:
-        trained.to(device)  # type: ignore[arg-type]  # transformers' decorator hides it
-        batches = calibration_batches(blocks, section.calibration_blocks, 1, device)
-        with bar("factorizing") as advance:
-            made = factorized(trained.eval(), plan, batches, advance)
-        return made.to("cpu")  # type: ignore[arg-type]
-    reference = copy.deepcopy(trained).eval() if section.reconstruct else None
-    model = convert(trained, plan, recipe.leaders)
-    model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides it
-    batches = calibration_batches(blocks, section.calibration_blocks, 1, device)
-    if section.merge in MEASURED:
-        with bar("merging") as advance:
-            merge_on_text_(model, plan, section.merge, batches, advance)
-    if reference is not None:
-        reference.to(device)
-        model = tie_model(model, plan, recipe, section.merge).eval()
-        with bar("reconstructing") as advance:
-            reconstruct_(model, reference, plan, batches, progress=advance)
-    model.to("cpu")  # type: ignore[arg-type]
-    return model
-
-
-def write_model(folder: Path, model: LlamaForCausalLM, shard_bytes: int) -> None:
-    """Write an HF folder with fp32 weights, renamed into place when it is whole.
-
-    Raises:
-        PostshareError: it cannot be written; nothing half written stays.
-    """
-    try:
-        with new_folder(folder) as beside:
-            config = copy.deepcopy(model.config)
-            config.dtype = torch.float32
-            config.save_pretrained(beside)
-            writer = ShardWriter(beside, shard_bytes)
-            for name, parameter in model.named_parameters():
-                writer.add(name, parameter.detach())
-            writer.close()
-    except (OSError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        raise PostshareError(
-            f"the merged weights could not be written to {folder} ({reason}); free disk space and "
-            "start again"
-        ) from error
+    return tie_model(
+        model, current.plan, current.recipe, merge or current.recipe.materialize.remaining_merge
+    )

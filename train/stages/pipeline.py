@@ -24,10 +24,10 @@ from sa_models.weights.safetensors_folder import WeightsFolder
 from sa_models.weights.structure import convert
 from train.common.files import write_json
 from train.common.progress import ExportProgress
+from train.common.run_files import SUMMARY_FILE
 from train.data.blocks import Blocks
-from train.distributed.engines import base as engines
+from train.distributed.engines import start as engines
 from train.evaluation.summary import (
-    SUMMARY_FILE,
     Training,
     evaluate_models,
     saved_sentence,
@@ -37,16 +37,16 @@ from train.evaluation.summary import (
 )
 from train.models.base_model import load_base, load_dense, load_model
 from train.models.lora import TRAINABLE as ADAPTERS
-from train.models.lora import adapt, report_merged
+from train.models.lora import adapt
 from train.models.sharded_source import Source, base_source, compact_source, factored_source
 from train.planning.find import requested_ratio
 from train.recipe.penalty_modes import unfinished
 from train.recipe.recipe import Recipe
 from train.report import write_report
+from train.stages.lora import report_merged
 from train.stages.materialize import (
     materialize_on_text,
     merged_folder,
-    remaining_merge,
     tied,
     tied_base,
     trained_folder,
@@ -55,7 +55,8 @@ from train.stages.plan import make_plan
 from train.stages.residual import fit_residual, fitted, residual_of, trainable, with_residual
 from train.stages.run import PLAN_OUTPUTS, Run, base_of, begin, find_teacher
 from train.tracking.wandb_evaluation import log_outcome
-from train.training.loop import TrainJob, TrainResult, train
+from train.training.job import TrainJob
+from train.training.loop import TrainResult, train
 from train.training.training_folder import read_result
 
 # --- the commands ---------------------------------------------------------------------------------
@@ -196,7 +197,7 @@ def heal(current: Run) -> None:
             current.recipe.model,
             current.plan,
             current.leaders,
-            remaining_merge(current.recipe),
+            current.recipe.materialize.remaining_merge,
         )
         return compact if residual is None else with_residual(compact, residual)
 
@@ -236,7 +237,7 @@ def write_exports(current: Run) -> None:
                 formats=export_formats(current),
                 dtype=current.export_dtype,
                 shard_bytes=recipe.export.shard_bytes,
-                merge="copy" if healed else remaining_merge(recipe),
+                merge="copy" if healed else recipe.materialize.remaining_merge,
                 leaders=current.leaders,
                 residual=residual_of(current),
                 base_config=current.config,

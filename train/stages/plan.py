@@ -13,6 +13,7 @@ from sa_models.materialize.merge import check_merge
 from sa_models.plan import SharingPlan
 from sa_models.weights.safetensors_folder import WeightsFolder
 from sa_models.weights.structure import convert
+from train.common.run_files import PLAN_FILE
 from train.data.blocks import Blocks
 from train.models.base_model import load_dense
 from train.planning.auto_rebuild import compare_rebuilt
@@ -38,7 +39,7 @@ from train.planning.loss_search import (
 from train.planning.scores import calibration_text, chance_line, save_chances
 from train.planning.spans import SpanFinder, save_found, spans_table
 from train.recipe.sections.structure import listed_structure
-from train.stages.run import PLAN_FILE, Run, base_of
+from train.stages.run import Run, base_of
 
 
 def make_plan(current: Run) -> None:

@@ -17,9 +17,9 @@ import torch
 
 from sa_models.errors import PostshareError
 from train.common.files import write_json
-from train.doctor.facts import versions
+from train.common.run_files import PROVENANCE_FILE
+from train.common.versions import versions
 
-PROVENANCE_FILE = "provenance.json"
 SHAPE = (
     "num_hidden_layers",
     "hidden_size",

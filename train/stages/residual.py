@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sa_models.calibration.input_moments import input_moments
+from sa_models.calibration.input_moments import Where, input_moments
 from sa_models.errors import PostshareError
 from sa_models.export.peft_adapter import (
     Pairs,
@@ -28,20 +28,20 @@ from sa_models.export.peft_adapter import (
 )
 from sa_models.materialize.low_rank_residual import (
     Pair,
-    Where,
     lost,
     low_rank,
     residual_shapes,
     share_left,
 )
+from sa_models.materialize.reader import MaterializedReader
 from sa_models.weights.atomic_files import new_folder
-from sa_models.weights.compact_folder import MaterializedReader
 from sa_models.weights.structure import convert
 from train.common.files import write_json
+from train.common.progress import bar
+from train.common.run_files import ADAPTER_FOLDER
+from train.data.calibration import calibration_inputs
 from train.models.base_model import load_model
 from train.models.sharded_source import Reader, Source, dense_weights
-from train.planning.spans import bar, calibration_inputs
-from train.training.training_folder import ADAPTER_FOLDER
 
 if TYPE_CHECKING:
     from train.data.blocks import Blocks

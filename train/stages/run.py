@@ -23,28 +23,36 @@ from sa_models.plan import SharingPlan
 from sa_models.weights.safetensors_folder import WeightsFolder, read_config
 from sa_models.weights.structure import Leaders
 from train.common.identity import refuse_other_run
+from train.common.run_files import (
+    CHANCE_FILE,
+    ISOTROPY_PICTURE,
+    MERGED,
+    PARETO_PICTURE,
+    PLAN_FILE,
+    RECIPE_FILE,
+    SEARCH_CACHE,
+    SEARCH_FILE,
+    SIMILARITY_PICTURE,
+    SPANS_FILE,
+    SUMMARY_FILE,
+    TIES_PICTURE,
+)
 from train.data.blocks import Blocks, prepare_data
 from train.data.token_table import load_tokenizer
-from train.distributed.engines import base as engines
+from train.distributed.engines import start as engines
 from train.distributed.shared_folder import SIGNS, require_shared
-from train.evaluation.summary import SUMMARY_FILE
 from train.models.base_model import base_folder, fresh_config
 from train.models.lora import check_gpu
-from train.planning.find import SIMILARITY_PICTURE, TIES_PICTURE, check_plan
-from train.planning.loss_search import PARETO_PICTURE, SEARCH_CACHE, SEARCH_FILE
-from train.planning.scores import CHANCE_FILE
-from train.planning.spans import ISOTROPY_PICTURE, SPANS_FILE
+from train.planning.find import check_plan
+from train.recipe.identity import run_identity
 from train.recipe.recipe import Recipe, load_recipe
 from train.stages.provenance import record_start
 from train.tracking.wandb_run import check_wandb, plan_group
-from train.training.training_folder import FREE_TRAIN
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig
 
 T = TypeVar("T")
-RECIPE_FILE = "recipe.yaml"
-PLAN_FILE = "plan.json"
 _PNG = (SIMILARITY_PICTURE, TIES_PICTURE, ISOTROPY_PICTURE, PARETO_PICTURE)
 _PICTURES = (*_PNG, *(name.replace(".png", ".svg") for name in _PNG))
 PLAN_OUTPUTS = (PLAN_FILE, SPANS_FILE, CHANCE_FILE, SEARCH_FILE, *_PICTURES)
@@ -231,9 +239,6 @@ def begin(recipe: Recipe, needs_data: bool = True, trains: bool = False) -> Run:
     return current
 
 
-MERGED = "merged"
-"""Folder of the weights that were materialized on calibration text: tied units made one, or the
-factors of a plan with a basis."""
 UNCLAIMED = (SEARCH_CACHE, SIGNS, f".{RECIPE_FILE}.*.tmp")
 """What may lie in a folder that is no run's yet."""
 STARTED = ("run.json", "continued", MERGED, "residual", "heal", "export", SUMMARY_FILE)
@@ -267,19 +272,6 @@ def claim(current: Run) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     current.recipe.save(file)
     record_start(folder, current.config, current.ranks.world, current.ranks.device)
-
-
-def run_identity(recipe: Recipe) -> dict[str, Any]:
-    """What decides a run's results; the rest of a recipe may change between two starts."""
-    free = {"name", "output_dir", "resume", "wandb", "export", "evaluate"}
-    value = recipe.model_dump(mode="json", exclude=free)
-    value["train"] = {
-        k: v
-        for k, v in value["train"].items()
-        if k in ("steps", "epochs", "learning_rate") or k not in FREE_TRAIN
-    }
-    value["data"].pop("processes")
-    return value
 
 
 def find_teacher(current: Run) -> Path:

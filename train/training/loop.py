@@ -16,12 +16,10 @@ import math
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, replace
-from functools import cached_property
-from pathlib import Path
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,10 +30,10 @@ from torch.utils.data import DataLoader
 from sa_models.calibration.token_losses import IGNORED
 from sa_models.errors import PostshareError
 from sa_models.heads import HeadLayout
-from sa_models.plan import SharingPlan
 from train.common.signals import StopSignal, TrainingStopped
 from train.data.blocks import Blocks, PositionSampler
-from train.distributed.engines.base import Engine, start
+from train.distributed.engines.base import Engine
+from train.distributed.engines.start import start
 from train.distributed.watchdog import Watchdog
 from train.evaluation.perplexity import perplexity
 from train.penalty.coupled import PenaltyResult, penalty_coefficient
@@ -45,54 +43,17 @@ from train.tracking.metrics_log import Row, Tracker, memory_bytes
 from train.tracking.rank_stats import Health
 from train.tracking.wandb_run import check_wandb
 from train.training.checkpoint import Checkpoints, Position
+from train.training.job import TrainJob
 from train.training.objective import Lessons, Objective
 from train.training.optimizer import build_optimizer, learning_rate_factor, select_trainable
 from train.training.training_folder import TrainResult, begin, finish, finished, identity
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from train.models.sharded_source import Source
     from train.recipe.recipe import Recipe
 
 __all__ = ["TrainJob", "TrainResult", "TrainingStopped", "train"]
 
 Batch = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class TrainJob:
-    """One training of one model: what differs between post-training, its control and heal.
-
-    Attributes:
-        name: post, continued, heal or pretrain.
-        load: makes the model, a Llama with fp32 parameters; not called when this training has
-            finished before. It is trained in place, and unusable afterwards under ZeRO.
-        source: the same model in files, for an engine that loads it tensor by tensor (`streams`);
-            None: it lies in none, and `load` makes it whole.
-        plan: the ties that the penalty pulls together; None: no penalty.
-        trainable: patterns of the parameters that train, where the model has residuals or adapters;
-            None: the recipe's `train.trainable`.
-        validation_blocks: for `train.evaluate_every`; None: no evaluation.
-        folder: metrics.jsonl, checkpoints/ and, at the end, weights/ go here.
-        group: of its wandb run; None: the recipe's name.
-    """
-
-    name: str
-    load: Callable[[], PreTrainedModel]
-    plan: SharingPlan | None
-    train_blocks: Blocks
-    validation_blocks: Blocks | None
-    folder: Path
-    steps: int
-    learning_rate: float
-    source: Callable[[], Source | None] = lambda: None
-    trainable: tuple[str, ...] | None = None
-    group: str | None = None
-
-    @cached_property
-    def model(self) -> PreTrainedModel:
-        return self.load()
 
 
 def train(job: TrainJob, recipe: Recipe) -> TrainResult:

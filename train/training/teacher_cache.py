@@ -36,10 +36,10 @@ from sa_models.errors import PostshareError
 from sa_models.weights.atomic_files import flush
 from train.common.files import damage, file_entry, file_hash, write_json
 from train.common.identity import refuse_other_run
+from train.common.progress import bar
 from train.data.blocks import Blocks, permutation
 from train.distributed.shared_folder import VISIBLE_SECONDS
 from train.distributed.watchdog import Watchdog
-from train.planning.spans import bar
 from train.training.distill_loss import TopK
 from train.training.teacher import Teacher, teacher_folder
 

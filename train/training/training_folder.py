@@ -24,32 +24,16 @@ from sa_models.weights.atomic_files import rename_into_place
 from sa_models.weights.safetensors_folder import ShardWriter
 from train.common.files import write_json
 from train.common.identity import refuse_other_run
+from train.common.run_files import ADAPTER_FOLDER
 from train.distributed.shared_folder import require_shared
 from train.models.lora import merged
+from train.recipe.identity import FREE_TRAIN
 from train.training.checkpoint import steps_in
 
 if TYPE_CHECKING:
     from train.distributed.engines.base import Engine
     from train.recipe.recipe import Recipe
-    from train.training.loop import TrainJob
-
-ADAPTER_FOLDER = "adapter"
-"""In `weights/`, where the model has residuals."""
-
-# What may change between two segments of a run: it changes no number beyond rounding.
-FREE_TRAIN = {
-    "steps",  # the job says how many, whatever the recipe counts in
-    "epochs",
-    "learning_rate",  # likewise
-    "micro_batch_size",
-    "gradient_checkpointing",
-    "evaluate_every",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "hang_timeout",
-    "health_every",
-    "keep_best",
-}
+    from train.training.job import TrainJob
 
 
 @dataclass(frozen=True)

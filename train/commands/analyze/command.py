@@ -24,10 +24,11 @@ from sa_models.scores.significance_text import MIN_BLOCKS
 from train.commands.analyze.measures import Analysis, analyze_model, score_section
 from train.commands.analyze.model import Weights, cut_blocks, find_model, load_expanded
 from train.common.files import write_json
+from train.common.run_files import RECIPE_FILE
+from train.data.calibration import MAP_LENGTH
 from train.evaluation.models import Judged, read_device
 from train.evaluation.text import EvaluationText, find_text
-from train.planning.spans import MAP_LENGTH, as_lists
-from train.stages.run import RECIPE_FILE
+from train.planning.spans import as_lists
 
 ANALYSIS_FILE = "analysis.json"
 BLOCKS = 16

@@ -8,16 +8,17 @@ from dataclasses import dataclass
 import torch
 from transformers import LlamaForCausalLM
 
+from sa_models.calibration.progress import Progress
 from sa_models.calibration.token_losses import row_losses
 from sa_models.errors import PostshareError
 from sa_models.heads import HeadLayout
 from sa_models.plan import HeadTie, SharingPlan
 from sa_models.scores.attention_maps import Isotropy, measure_isotropy
 from sa_models.scores.fisher import Sensitivity, estimate_sensitivity
-from sa_models.scores.weight_cosine import Matches, Progress, best_matches
+from sa_models.scores.weight_cosine import Matches, best_matches
 from train.commands.analyze.model import Weights
+from train.common.progress import bar
 from train.planning.scores import CalibrationText, PairChances, pair_chances, score_units
-from train.planning.spans import bar
 from train.recipe.sections.plan import Budget, PlanSection
 
 Batches = list[dict[str, torch.Tensor]]

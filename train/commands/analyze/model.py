@@ -15,10 +15,10 @@ from sa_models.modeling import SharedLlamaForCausalLM, compact_config
 from sa_models.plan import SharingPlan, Unit
 from sa_models.weights.compact_folder import ExpandedFolder, open_weights
 from sa_models.weights.safetensors_folder import WeightsFolder
+from train.common.run_files import RECIPE_FILE
 from train.evaluation import sliding_perplexity
 from train.evaluation.models import Judged, export_of, find_models
 from train.models.base_model import load_dense
-from train.stages.run import RECIPE_FILE
 
 
 def find_model(argument: str) -> Judged:

@@ -15,13 +15,14 @@ from pathlib import Path
 from sa_models.errors import PostshareError
 from sa_models.weights.safetensors_folder import WeightsFolder
 from train.commands.compare import results
-from train.commands.compare.controls import CONTROLS, RECIPE, Target, changed, check, variant
+from train.commands.compare.controls import CONTROLS, Target, changed, check, variant
 from train.commands.compare.plot import save_picture
-from train.commands.compare.results import COMPARISON_FILE, Entry
+from train.commands.compare.results import Entry
 from train.common.files import write_json
-from train.distributed.engines import base as engines
+from train.common.run_files import COMPARED_RECIPE, COMPARISON_FILE, SUMMARY_FILE
+from train.distributed.engines import start as engines
 from train.evaluation.perplexity import BlockLosses
-from train.evaluation.summary import SUMMARY_FILE, bytes_of, parameters_of, read_block_losses
+from train.evaluation.summary import bytes_of, parameters_of, read_block_losses
 from train.planning.find import check_plan
 from train.recipe.recipe import Recipe
 from train.report import write_report
@@ -77,12 +78,17 @@ def _asked(names: Sequence[str] | None) -> list[str]:
             raise PostshareError(
                 f"compare: there is no control {name!r}; known: {', '.join(CONTROLS)}"
             )
-    return [RECIPE, *(name for name in CONTROLS if name in names and name != RECIPE)]
+    return [
+        COMPARED_RECIPE,
+        *(name for name in CONTROLS if name in names and name != COMPARED_RECIPE),
+    ]
 
 
 def _first(recipe: Recipe, folder: Path) -> Run:
     """The recipe's first run, with its plan: what it saves is what the controls may save."""
-    current = begin(changed(recipe, RECIPE, {}, 0, str(folder / RECIPE / "seed-0")))
+    current = begin(
+        changed(recipe, COMPARED_RECIPE, {}, 0, str(folder / COMPARED_RECIPE / "seed-0"))
+    )
     make_plan(current)
     return current
 
@@ -119,10 +125,10 @@ def _conclude(first: Run, runs: Sequence[Planned], folder: Path) -> None:
     entries = collect(runs)
     write_json(folder / COMPARISON_FILE, results.as_json(entries, REFERENCE))
     save_picture(entries, REFERENCE, folder / PARETO_PICTURE)
-    controls = [entry.name for entry in entries[3:] if entry.name != RECIPE]
+    controls = [entry.name for entry in entries[3:] if entry.name != COMPARED_RECIPE]
     first.say("", results.table(entries, REFERENCE))
     if controls:
-        first.say(results.verdict(entries, RECIPE, controls))
+        first.say(results.verdict(entries, COMPARED_RECIPE, controls))
     page = write_report([first.folder])  # anew: now there is something to compare with
     first.say("", f"{folder / COMPARISON_FILE}", f"{folder / PARETO_PICTURE}", f"{page}")
 
@@ -132,7 +138,7 @@ def collect(runs: Sequence[Planned]) -> list[Entry]:
     by_control: dict[str, list[Planned]] = {}
     for run in runs:
         by_control.setdefault(run.control, []).append(run)
-    own = by_control[RECIPE]
+    own = by_control[COMPARED_RECIPE]
     losses = {run.seed: read_block_losses(run.recipe.folder) for run in own}
     summary = _summary(own[0])
     base, direct = (

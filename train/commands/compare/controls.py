@@ -15,6 +15,7 @@ from sa_models.heads import PROJECTIONS, HeadLayout
 from sa_models.plan import SharingPlan
 from sa_models.savings import llama_parameters
 from sa_models.search.budget import share_of
+from train.common.run_files import COMPARED_RECIPE
 from train.planning.basis import saving_plan
 from train.recipe.recipe import Recipe, validate
 
@@ -159,13 +160,10 @@ def _pooled(recipe: Recipe, target: Target, seed: int) -> dict[str, Any] | None:
     }
 
 
-RECIPE = "recipe"
-"""The recipe itself, whose run also has *base*, *continued* and *direct*."""
-
 CONTROLS = {
     control.name: control
     for control in (
-        Control(RECIPE, "as given", lambda recipe, target, seed: {}),
+        Control(COMPARED_RECIPE, "as given", lambda recipe, target, seed: {}),
         Control(
             "random-pairs",
             "as given, but random pairs",
@@ -222,7 +220,7 @@ def changed(recipe: Recipe, name: str, changes: dict[str, Any], seed: int, folde
         else:
             value[section] = change
     value |= {"name": f"{recipe.name}-{name}", "seed": recipe.seed + seed, "output_dir": folder}
-    value.setdefault("evaluate", {})["continued"] = name == RECIPE
+    value.setdefault("evaluate", {})["continued"] = name == COMPARED_RECIPE
     return validate(value, origin=f"compare: {name}")
 
 

@@ -10,9 +10,10 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from train.commands.compare.results import Entry, pareto
+from train.commands.compare.results import Entry
 from train.common.figure_style import DARK_GREY, FILE_STYLE, MUTED, WIDTH, color_and_mark, save
 from train.evaluation.bootstrap import interval
+from train.evaluation.pareto import pareto
 
 
 @rc_context(FILE_STYLE)

@@ -7,15 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from rich import box
 from rich.table import Table
 
 from train.evaluation.bootstrap import interval, mean_loss
 from train.evaluation.perplexity import BlockLosses
-
-COMPARISON_FILE = "comparison.json"
 
 
 @dataclass(frozen=True)
@@ -43,17 +39,6 @@ class Entry:
     def perplexity(self) -> float:
         """The exponential of the mean loss: the geometric mean over the seeds."""
         return math.exp(self.loss)
-
-
-def pareto(points: NDArray[np.float64]) -> list[int]:
-    """Indices of the points (bytes, perplexity) that no other point beats in both, by bytes."""
-    order = np.lexsort((points[:, 1], points[:, 0]))
-    front, best = [], math.inf
-    for index in order:
-        if points[index, 1] < best:
-            front.append(int(index))
-            best = points[index, 1]
-    return front
 
 
 def table(entries: Sequence[Entry], reference: str) -> Table:

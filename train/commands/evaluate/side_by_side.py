@@ -23,20 +23,19 @@ from transformers.utils import logging
 from sa_models.errors import PostshareError
 from sa_models.export.quantized_folder import is_quantized
 from train.common.progress import EvaluationProgress
+from train.common.run_files import RECIPE_FILE
 from train.evaluation import sliding_perplexity
 from train.evaluation.cache import ResultCache, default_folder
 from train.evaluation.lm_eval_data import data_hash
 from train.evaluation.lm_eval_tasks import Harness, HarnessSettings, TaskSet, require_harness
 from train.evaluation.models import Judged, find_models, open_folder, read_device
 from train.evaluation.run_scores import add_scores
-from train.evaluation.score import Score, item_hash
+from train.evaluation.score import PERPLEXITY, Score, item_hash
 from train.evaluation.speed import TASK as SPEED
 from train.evaluation.speed import SpeedSettings, device_name, measure_speed
 from train.evaluation.table import save_json, table
 from train.evaluation.text import EvaluationText, find_text
-from train.stages.run import RECIPE_FILE
 
-PERPLEXITY = "perplexity"
 LONGEST = 2048
 """Context of perplexity, where the models have as many positions: what papers report."""
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from train.penalty.sharded_exchange import gather_ranges
+from train.distributed.engines.base import gather_ranges
 
 if TYPE_CHECKING:
     from train.distributed.engines.base import Engine, Shard

@@ -342,6 +342,11 @@ class MaterializeSection(Section):
         """Whether calibration text is needed, whatever the plan."""
         return self.merge in MEASURED or self.reconstruct
 
+    @property
+    def remaining_merge(self) -> Merge:
+        """How weights that were materialized on text, where the recipe asks, are still merged."""
+        return "copy" if self.reconstruct else self.merge
+
 
 class ExportSection(Section):
     """The folders that are shipped."""

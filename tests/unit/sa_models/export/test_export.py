@@ -27,11 +27,12 @@ from sa_models.export.export import export_model
 from sa_models.export.manifest import update_notes
 from sa_models.export.verify import verify_equal
 from sa_models.heads import HeadLayout
+from sa_models.materialize.reader import MaterializedReader
 from sa_models.materialize.ties import materialize_
 from sa_models.modeling import SharedLlamaForCausalLM
 from sa_models.plan import HeadTie, SharingPlan
 from sa_models.projections import Piece, SharedLinear
-from sa_models.weights.compact_folder import ExpandedFolder, MaterializedReader, open_weights
+from sa_models.weights.compact_folder import ExpandedFolder, open_weights
 from sa_models.weights.safetensors_folder import ShardWriter, WeightsFolder
 
 LAYERS, HIDDEN, HEADS = 3, 32, 4

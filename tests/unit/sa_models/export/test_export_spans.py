@@ -18,8 +18,9 @@ import sa_models.attention as attention_module
 from sa_models import AttentionSpan, HeadTie, PostshareError, SharedLlamaForCausalLM, SharingPlan
 from sa_models.attention import SharedAttention
 from sa_models.export.verify import verify_equal
+from sa_models.materialize.reader import MaterializedReader
 from sa_models.materialize.ties import materialize_
-from sa_models.weights.compact_folder import ExpandedFolder, MaterializedReader, open_weights
+from sa_models.weights.compact_folder import ExpandedFolder, open_weights
 from sa_models.weights.safetensors_folder import WeightsFolder
 from sa_models.weights.structure import convert, converted
 from tests.support.reference import SPAN_PLANS, Reference, dense, shared, some_plan, tokens

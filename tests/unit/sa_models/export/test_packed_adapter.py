@@ -10,10 +10,11 @@ import torch
 from peft import PeftModel
 from typer.testing import CliRunner
 
+from sa_models.calibration.input_moments import Where
 from sa_models.errors import PostshareError
 from sa_models.export.packed_adapter import LOST, PACKED_FILE, allocate, pack, principal, unpack
 from sa_models.export.peft_adapter import load_adapter, save_adapter
-from sa_models.materialize.low_rank_residual import Pair, Where
+from sa_models.materialize.low_rank_residual import Pair
 from tests.support import tiny
 from train.cli import app
 

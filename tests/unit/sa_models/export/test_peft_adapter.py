@@ -29,8 +29,8 @@ from sa_models.materialize.low_rank_residual import (
     residual_shapes,
 )
 from sa_models.materialize.low_rank_residual import lost as lost_weights
+from sa_models.materialize.reader import MaterializedReader
 from sa_models.plan import HeadTie, SharingPlan
-from sa_models.weights.compact_folder import MaterializedReader
 from sa_models.weights.safetensors_folder import WeightsFolder
 from tests.support.reference import SHAPES, Reference, dense, shared, some_plan, tokens
 

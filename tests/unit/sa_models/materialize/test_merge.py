@@ -13,10 +13,10 @@ from sa_models.export.export import export_model
 from sa_models.heads import HeadLayout
 from sa_models.materialize.gauge import absorbed, align_planes, align_values
 from sa_models.materialize.merge import check_merge, groups
+from sa_models.materialize.reader import MaterializedReader
 from sa_models.materialize.ties import materialize_, unit
 from sa_models.plan import HeadTie, SharingPlan
 from sa_models.spans import AttentionSpan
-from sa_models.weights.compact_folder import MaterializedReader
 from sa_models.weights.safetensors_folder import WeightsFolder
 from tests.support.gauge import HEAD_DIM, change_gauge_, tiny, tokens
 

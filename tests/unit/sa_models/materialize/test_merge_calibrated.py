@@ -14,10 +14,10 @@ from sa_models.export.export import export_model
 from sa_models.heads import HeadLayout
 from sa_models.materialize.gauge import align_planes, align_values
 from sa_models.materialize.merge_calibrated import FLOOR, merge_on_text_
+from sa_models.materialize.reader import MaterializedReader
 from sa_models.materialize.ties import materialize_
 from sa_models.plan import HeadTie, SharingPlan
 from sa_models.spans import AttentionSpan
-from sa_models.weights.compact_folder import MaterializedReader
 from sa_models.weights.safetensors_folder import WeightsFolder
 from sa_models.weights.structure import convert
 from tests.support.gauge import HEAD_DIM, HEADS, change_gauge_, tiny, tokens

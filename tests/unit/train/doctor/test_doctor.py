@@ -701,7 +701,7 @@ def test_the_main_rank_names_who_never_came(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_process_group_that_hangs_hangs_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("train.doctor.JOIN_EXTRA", 0.0)
-    monkeypatch.setattr("train.distributed.engines.base.join", lambda patience: time.sleep(5))
+    monkeypatch.setattr("train.distributed.engines.start.join", lambda patience: time.sleep(5))
 
     def visit(channel: Channel) -> tuple[Any, bool]:
         channel.patience = 0.3
@@ -724,7 +724,7 @@ def test_a_rank_that_fails_to_join_keeps_nobody_waiting(monkeypatch: pytest.Monk
             raise RuntimeError("gloo:\n refused")
         time.sleep(20)
 
-    monkeypatch.setattr("train.distributed.engines.base.join", join)
+    monkeypatch.setattr("train.distributed.engines.start.join", join)
     start = time.monotonic()
     ((joined, _), _), *_ = on_threads(
         2, lambda channel: (_Visit(channel, None, (), None)._join(), None)

@@ -11,7 +11,8 @@ import pytest
 from tests.support import small_models
 from tests.support.report_run import make_run, write
 from train.cli import main
-from train.evaluation.run_scores import SCORES_FILE, add_scores
+from train.common.run_files import SCORES_FILE
+from train.evaluation.run_scores import add_scores
 from train.evaluation.score import Score
 from train.report import write_report
 

@@ -24,19 +24,21 @@ from sa_models.heads import HeadLayout
 from sa_models.plan import HeadTie, SharingPlan
 from tests.support import tiny
 from train.data.blocks import PositionSampler
-from train.distributed.engines.base import start
+from train.distributed.engines.start import start
 from train.distributed.launch_env import check_launch
 from train.estimate import parameters
 from train.estimate.gpu_memory import memory_per_gpu
 from train.estimate.llama_shapes import LlamaShape
 from train.models.base_model import base_folder
-from train.models.lora import TRAINABLE, adapt, distances, merged
+from train.models.lora import TRAINABLE, adapt, merged
 from train.penalty.distances import DISTANCES
 from train.penalty.lora import LoraPenalty
 from train.recipe.recipe import Recipe, validate
+from train.stages.lora import distances
 from train.stages.pipeline import run
 from train.stages.run import Run
-from train.training.loop import TrainJob, prepare, seed_step, train
+from train.training.job import TrainJob
+from train.training.loop import prepare, seed_step, train
 from train.training.optimizer import learning_rate_factor, select_trainable
 
 torch.set_num_threads(1)

@@ -32,24 +32,26 @@ from tests.support.spans_base import (
     write_base,
     write_text,
 )
+from train.common.run_files import SEARCH_CACHE
 from train.data.blocks import Blocks
-from train.distributed.engines.base import start
+from train.distributed.engines.start import start
 from train.estimate.dry_run import print_dry_run
 from train.estimate.llama_shapes import LlamaShape
 from train.estimate.parameters import plan_savings
 from train.evaluation.decode_time import bytes_read, compact_model, decode_time
 from train.evaluation.perplexity import BlockLosses
 from train.models.base_model import load_dense
+from train.models.materialize import on_text
 from train.planning import auto_rebuild
-from train.planning.auto_factors import Factored, rival
+from train.planning.auto_rebuild import rival
 from train.planning.auto_report import factored_note
+from train.planning.auto_result import Factored
 from train.planning.auto_search import search_auto
 from train.planning.auto_space import ANY, FULL, REMOVALS, auto_passes
 from train.planning.basis import saving_plan
-from train.planning.loss_search import SEARCH_CACHE
 from train.recipe.recipe import Recipe
 from train.recipe.sections.plan import PlanSection
-from train.stages.materialize import materialize_on_text, merged_folder, on_text
+from train.stages.materialize import materialize_on_text, merged_folder
 from train.stages.pipeline import plan, run
 from train.stages.run import Run, begin
 

@@ -30,12 +30,13 @@ from tests.support.spans_base import (
     write_base,
     write_text,
 )
-from train.distributed.engines.base import start
+from train.common.run_files import SEARCH_CACHE
+from train.distributed.engines.start import start
 from train.estimate.parameters import plan_savings
 from train.planning import loss_search
 from train.planning.budget import amount, search_space
 from train.planning.find import find_ties
-from train.planning.loss_search import SEARCH_CACHE, choose_by_gradient
+from train.planning.loss_search import choose_by_gradient
 from train.recipe.recipe import Recipe
 from train.recipe.sections.plan import PlanSection
 from train.stages.pipeline import plan, run

@@ -29,7 +29,7 @@ from tests.support.spans_base import (
     write_base,
     write_text,
 )
-from train.distributed.engines.base import start
+from train.distributed.engines.start import start
 from train.planning.spans import SpanFinder, spans_table
 from train.stages.pipeline import plan, run
 from train.stages.run import Run

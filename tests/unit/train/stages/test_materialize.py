@@ -13,15 +13,16 @@ from safetensors.torch import load_file
 
 from sa_models.errors import PostshareError
 from sa_models.materialize.merge_calibrated import merge_on_text_
+from sa_models.materialize.reader import MaterializedReader
 from sa_models.materialize.reconstruct_o import reconstruct_
 from sa_models.modeling import SharedLlamaForCausalLM
 from sa_models.plan import SharingPlan
-from sa_models.weights.compact_folder import MaterializedReader, open_weights
+from sa_models.weights.compact_folder import open_weights
 from sa_models.weights.safetensors_folder import WeightsFolder
+from train.data.calibration import calibration_batches
 from train.evaluation.perplexity import perplexity
 from train.models.base_model import load_dense
 from train.models.sharded_source import compact_source
-from train.planning.loss_search import calibration_batches
 from train.recipe.recipe import Recipe, validate
 from train.stages import materialize as materializing
 from train.stages.materialize import materialize_on_text, merged_folder, tied

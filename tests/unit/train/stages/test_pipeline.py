@@ -12,12 +12,13 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from sa_models.errors import PostshareError
-from train.distributed.engines.base import start
+from train.distributed.engines.start import start
 from train.evaluation.perplexity import perplexity
 from train.models.base_model import load_dense
+from train.recipe.identity import run_identity
 from train.recipe.recipe import Recipe, validate
 from train.stages.pipeline import plan, run
-from train.stages.run import Run, begin, run_identity
+from train.stages.run import Run, begin
 from train.tracking.metrics_log import read_rows
 
 torch.set_num_threads(1)

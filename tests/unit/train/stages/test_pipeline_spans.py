@@ -36,7 +36,7 @@ from tests.support.spans_base import (
     write_text,
 )
 from train.data.blocks import permutation
-from train.distributed.engines.base import start
+from train.distributed.engines.start import start
 from train.recipe.recipe import Recipe
 from train.stages.pipeline import evaluate, export, plan, run
 from train.stages.run import Run

@@ -19,7 +19,7 @@ from sa_models.savings import llama_parameters
 from sa_models.weights.compact_folder import open_weights
 from sa_models.weights.safetensors_folder import WeightsFolder
 from tests.support import tiny
-from train.distributed.engines.base import start
+from train.distributed.engines.start import start
 from train.estimate.dry_run import print_dry_run
 from train.estimate.llama_shapes import LlamaShape, find_shape
 from train.estimate.parameters import disk_space, plan_savings

@@ -21,7 +21,7 @@ from sa_models.errors import PostshareError
 from tests.support import tiny
 from tests.unit.train.training.test_loop import assert_same_run, weights
 from train.data.blocks import permutation
-from train.distributed.engines.base import start
+from train.distributed.engines.start import start
 from train.estimate.gpu_memory import memory_per_gpu
 from train.estimate.llama_shapes import KNOWN
 from train.estimate.parameters import cached_bytes

@@ -24,7 +24,8 @@ from train.penalty.coupled import Penalty
 from train.recipe.recipe import Recipe
 from train.tracking.metrics_log import read_rows
 from train.training.checkpoint import steps_in
-from train.training.loop import TrainingStopped, TrainJob, train
+from train.training.job import TrainJob
+from train.training.loop import TrainingStopped, train
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

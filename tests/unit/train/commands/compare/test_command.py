@@ -13,12 +13,12 @@ from sa_models.errors import PostshareError
 from sa_models.plan import SharingPlan
 from sa_models.weights.safetensors_folder import read_config
 from train.commands.compare import command as comparing
-from train.commands.compare.controls import CONTROLS, RECIPE, Target, variant
+from train.commands.compare.controls import CONTROLS, Target, variant
+from train.common.run_files import COMPARED_RECIPE, PLAN_FILE
 from train.evaluation.summary import read_block_losses
 from train.models.base_model import base_folder
 from train.planning.basis import basis_plan
 from train.recipe.recipe import Recipe, validate
-from train.stages.run import PLAN_FILE
 from train.tracking.metrics_log import read_rows
 
 torch.set_num_threads(1)
@@ -87,7 +87,7 @@ def test_every_control_takes_the_same_steps_and_no_more_bytes(
     assert made.train.steps is not None
     assert made.train.steps + made.materialize.heal_steps == 2 + heal
     assert made.seed == 1
-    assert made.evaluate.continued == (name == RECIPE)
+    assert made.evaluate.continued == (name == COMPARED_RECIPE)
     assert (made.data, made.model, made.train.batch_size) == (own.data, own.model, 2)
     if name.startswith("pruned"):
         assert made.plan.budget is not None

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from sa_models.errors import PostshareError
-from train.distributed.engines import base as engine_module
-from train.distributed.engines.base import start
+from train.distributed.engines import start as engine_module
+from train.distributed.engines.start import start
 from train.distributed.engines.zero import deepspeed_config
 from train.distributed.launch_env import (
     Offload,

@@ -1,0 +1,35 @@
+"""The identity of a run: all of a recipe that decides its numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from train.recipe.recipe import Recipe
+
+# What may change between two segments of a run: it changes no number beyond rounding.
+FREE_TRAIN = {
+    "steps",  # the job says how many, whatever the recipe counts in
+    "epochs",
+    "learning_rate",  # likewise
+    "micro_batch_size",
+    "gradient_checkpointing",
+    "evaluate_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "hang_timeout",
+    "health_every",
+    "keep_best",
+}
+
+
+def run_identity(recipe: Recipe) -> dict[str, Any]:
+    """What decides a run's results; the rest of a recipe may change between two starts."""
+    free = {"name", "output_dir", "resume", "wandb", "export", "evaluate"}
+    value = recipe.model_dump(mode="json", exclude=free)
+    value["train"] = {
+        k: v
+        for k, v in value["train"].items()
+        if k in ("steps", "epochs", "learning_rate") or k not in FREE_TRAIN
+    }
+    value["data"].pop("processes")
+    return value
