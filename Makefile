@@ -17,7 +17,7 @@ help:
 	@echo "make test-faults   kill a training 100 times, fill its disk, cut its network (KILLS=100)"
 	@echo "make test-harness  install lm-eval (40 packages, 0.3 GB) and test its tasks on our models"
 	@echo "make test-quantize install torchao (3 MB) and test int8 and int4 exports"
-	@echo "make check   ruff, ruff format, mypy"
+	@echo "make check   ruff, ruff format, mypy, import contracts"
 	@echo "make bench   speed and memory; writes .bench/bench.json"
 	@echo "make docs    build the documentation site; opens as .docs/index.html"
 	@echo "make build   write the wheel to dist/"
@@ -96,6 +96,7 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
@@ -122,4 +123,4 @@ docs: $(STAMP)
 	@echo "the site is in .docs/index.html"
 
 clean:
-	rm -rf $(VENV) dist .docs .bench .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) dist .docs .bench .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -193,7 +193,7 @@ def report(
     ] = None,
 ) -> None:
     """Write report.html of a run, finished or not; of several, one that compares them."""
-    from train.report import write_report
+    from train.report.page import write_report
 
     typer.echo(f"report    {write_report(runs, output)}")
 
@@ -322,7 +322,7 @@ def doctor(
     ] = 60.0,
 ) -> None:
     """Before a big job: would it start, run and save here? Exit code 0: go, 2: no-go."""
-    from train.doctor import diagnose
+    from train.doctor.diagnosis import diagnose
 
     if not diagnose(recipe, overrides or [], patience):
         sys.exit(ExitCode.BAD_INPUT)
@@ -379,8 +379,10 @@ def _stage(name: Literal["run", "plan", "export", "evaluate", "prepare"], recipe
 
 
 def _warn(recipe: Recipe) -> None:
+    from train.recipe.warnings import recipe_warnings
+
     if _main_process():
-        for line in recipe.warnings():
+        for line in recipe_warnings(recipe):
             typer.echo(f"warning: {line}", err=True)
 
 

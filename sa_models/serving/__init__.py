@@ -1,0 +1,4 @@
+"""Other people's engines: vLLM.
+
+Imports everything else in `sa_models`.
+"""

@@ -11,7 +11,7 @@ from sa_models.export.quantize import quantize_folder
 from train.common.run_files import RECIPE_FILE
 from train.evaluation.models import Judged
 from train.models.base_model import base_folder
-from train.recipe.sections.common import ModelSection
+from train.recipe.sections.inputs import ModelSection
 
 
 def quantize_model(model: str, output: Path, to: str, group_size: int | None) -> None:

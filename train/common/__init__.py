@@ -1,0 +1,4 @@
+"""Files, progress, signals, versions: what every room of `train` may use.
+
+Imports nothing else of `train`.
+"""

@@ -1,0 +1,4 @@
+"""Ranks: what the launcher asks for, how they meet and watch one another, and the engines.
+
+Imports `evaluation` and what is below it.
+"""

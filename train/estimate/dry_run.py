@@ -15,6 +15,7 @@ from train.estimate import gpu_memory, parameters
 from train.estimate.llama_shapes import DTYPE_BYTES, LlamaShape, find_shape
 from train.planning.auto_space import REBUILT, auto_passes
 from train.planning.basis import BASIS_LAYERS
+from train.recipe.warnings import recipe_warnings
 
 if TYPE_CHECKING:
     from sa_models.plan import SharingPlan
@@ -43,7 +44,7 @@ def print_dry_run(recipe: Recipe, gpus: int | None = None, console: Console | No
     console.print(facts)
     if needed is not None:
         console.print(needed)
-    for line in [*recipe.warnings(), *_length_warning(recipe, shape)]:
+    for line in [*recipe_warnings(recipe), *_length_warning(recipe, shape)]:
         console.print(f"[yellow]warning:[/] {line}")
 
 

@@ -18,7 +18,8 @@ from train.planning.auto_space import PAPER, asked_of_units
 from train.planning.basis import basis_plan
 from train.planning.budget import amount
 from train.planning.find import check_budget
-from train.recipe.sections.structure import check_structure, listed_structure
+from train.recipe.rules import check_structure
+from train.recipe.sections.structure import listed_structure
 
 if TYPE_CHECKING:
     from train.estimate.llama_shapes import LlamaShape

@@ -27,7 +27,7 @@ from train.common.run_files import MERGED, PLAN_FILE, RECIPE_FILE
 from train.data.token_table import load_tokenizer
 from train.models.base_model import base_folder, load_model, tie_model
 from train.recipe.recipe import Recipe, load_recipe
-from train.recipe.sections.common import ModelSection
+from train.recipe.sections.inputs import ModelSection
 
 KINDS = {"llama": WeightsFolder, SharedLlamaConfig.model_type: CompactFolder}
 

@@ -12,7 +12,7 @@ from train.common.run_files import RECIPE_FILE
 from train.data.sources import BUILDERS, STDLIB, load_documents
 from train.data.token_table import Encoder
 from train.recipe.recipe import Recipe, load_recipe
-from train.recipe.sections.common import DataSource
+from train.recipe.sections.inputs import DataSource
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,4 @@
+"""Base models and adapters, loaded whole or tensor by tensor, and materialized on text.
+
+Imports `data` and what is below it.
+"""

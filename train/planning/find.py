@@ -24,8 +24,9 @@ from train.planning.basis import basis_plan
 from train.planning.budget import search_space, unit_budget
 from train.planning.scores import CalibrationText, score_units
 from train.planning.spans import check_spans_section
-from train.recipe.sections.plan_choice import MATCHED
-from train.recipe.sections.structure import check_structure, listed_structure
+from train.recipe.rules import check_structure
+from train.recipe.sections.plan import MATCHED
+from train.recipe.sections.structure import listed_structure
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig
@@ -40,7 +41,7 @@ def check_plan(recipe: Recipe, weights: WeightsFolder) -> None:
         PostshareError: what is wrong, see :func:`~train.planning.basis.basis_plan`,
             :func:`sa_models.search.pairs.units_to_tie`,
             :func:`~train.planning.spans.check_spans_section` and
-            :func:`~train.recipe.sections.structure.check_structure`; or a residual larger than the
+            :func:`~train.recipe.rules.check_structure`; or a residual larger than the
             head.
     """
     section, config = recipe.plan, weights.config

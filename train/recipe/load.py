@@ -8,7 +8,7 @@ from typing import Any
 
 from sa_models.errors import PostshareError
 from train.recipe import yaml12
-from train.recipe.sections.common import as_sources
+from train.recipe.sections.inputs import as_sources
 from train.recipe.sections.structure import as_spans
 from train.recipe.shipped import SUFFIXES, shipped_recipes
 

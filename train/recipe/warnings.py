@@ -1,18 +1,20 @@
-"""What a recipe may say and probably does not mean."""
+"""Warnings about a recipe: what it may say and probably does not mean."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from train.recipe.recipe import Recipe
+from train.recipe.fields import RecipeFields
+from train.recipe.sections.penalty import PenaltySection
 
 
-def warnings(recipe: Recipe, shared: Iterable[str] | None = None) -> list[str]:
-    """One line for each doubtful choice; see `Recipe.warnings`."""
-    from train.recipe.recipe import PenaltySection
+def recipe_warnings(recipe: RecipeFields, shared: Iterable[str] | None = None) -> list[str]:
+    """What is allowed and probably not meant, one line each.
 
+    Args:
+        shared: projections that the plan ties, when the plan is known; plan.share otherwise
+            (with strategies file and auto, only the plan itself knows).
+    """
     lines = _ramps(recipe)
     plan, penalty = recipe.plan, recipe.penalty
     if plan.strategy == "none":
@@ -48,7 +50,7 @@ def warnings(recipe: Recipe, shared: Iterable[str] | None = None) -> list[str]:
     return lines
 
 
-def _ramps(recipe: Recipe) -> list[str]:
+def _ramps(recipe: RecipeFields) -> list[str]:
     """Ramps that are longer than the training."""
     train, lines = recipe.train, []
     ramps = train.warmup_steps + (train.decay_steps or 0)
@@ -65,7 +67,7 @@ def _ramps(recipe: Recipe) -> list[str]:
     return lines
 
 
-def _unpulled(recipe: Recipe, shared: Iterable[str] | None) -> list[str]:
+def _unpulled(recipe: RecipeFields, shared: Iterable[str] | None) -> list[str]:
     """Projections that are shared and not pulled, or pulled and not shared."""
     plan, penalty = recipe.plan, recipe.penalty
     if shared is None:

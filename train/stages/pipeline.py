@@ -40,9 +40,9 @@ from train.models.lora import TRAINABLE as ADAPTERS
 from train.models.lora import adapt
 from train.models.sharded_source import Source, base_source, compact_source, factored_source
 from train.planning.find import requested_ratio
-from train.recipe.penalty_modes import unfinished
 from train.recipe.recipe import Recipe
-from train.report import write_report
+from train.recipe.rules import unfinished
+from train.report.page import write_report
 from train.stages.lora import report_merged
 from train.stages.materialize import (
     materialize_on_text,

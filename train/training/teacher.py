@@ -23,7 +23,7 @@ from sa_models.weights.safetensors_folder import WeightsFolder, read_config
 from train.data.token_table import load_tokenizer
 from train.models.base_model import base_folder
 from train.models.sharded_source import base_source
-from train.recipe.sections.common import ModelSection
+from train.recipe.sections.inputs import ModelSection
 from train.training.distill_loss import TopK, likeliest
 
 if TYPE_CHECKING:

@@ -1,0 +1,1 @@
+"""`postshare analyze`: what a model's attention has in common, without training."""

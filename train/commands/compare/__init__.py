@@ -1,0 +1,1 @@
+"""`postshare compare`: a recipe beside its controls."""

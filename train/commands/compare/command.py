@@ -25,7 +25,7 @@ from train.evaluation.perplexity import BlockLosses
 from train.evaluation.summary import bytes_of, parameters_of, read_block_losses
 from train.planning.find import check_plan
 from train.recipe.recipe import Recipe
-from train.report import write_report
+from train.report.page import write_report
 from train.stages import pipeline
 from train.stages.plan import make_plan
 from train.stages.run import Run, base_of, begin

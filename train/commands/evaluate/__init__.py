@@ -1,0 +1,1 @@
+"""`postshare evaluate`: models side by side."""

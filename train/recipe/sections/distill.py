@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from train.recipe.sections.common import Name, Positive, Section, Weight
+from train.recipe.sections.base import Name, Positive, Section, Weight
 
 if TYPE_CHECKING:
-    from train.recipe.recipe import Recipe
+    pass
 
 
 class DistillSection(Section):
@@ -48,21 +48,3 @@ class DistillSection(Section):
     def features(self) -> bool:
         """Whether more than the teacher's distribution is compared."""
         return self.hidden_weight > 0 or self.attention_weight > 0
-
-
-def check_distill(recipe: Recipe) -> None:
-    """Raises ValueError for a section that has no effect, or that the recipe cannot follow."""
-    section = recipe.distill
-    if section is None:
-        return
-    if recipe.steps == 0:
-        raise ValueError("distill: nothing is trained (train.steps is 0); remove distill")
-    if recipe.model.config is not None and section.teacher is None:
-        raise ValueError(
-            "distill: the base is random weights, which teach nothing; set distill.teacher"
-        )
-    if recipe.model.attention == "flash_attention_2" and section.precision != "bf16":
-        raise ValueError(
-            "distill.precision: flash_attention_2 computes in bf16 only, the teacher too; set "
-            "distill.precision=bf16, or model.attention=sdpa"
-        )

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from train.recipe.sections.common import Positive, Section, distinct
+from train.recipe.sections.base import Positive, Section, distinct
 
 if TYPE_CHECKING:
-    from train.recipe.recipe import Recipe
+    pass
 
 Shapes = Mapping[str, tuple[int, ...]]
 """{parameter name: shape}."""
@@ -70,51 +70,3 @@ class LoraSection(Section):
 def in_four_bits(name: str) -> bool:
     """Whether nf4 holds this parameter in 4 bits: the projections of the layers, not embeddings."""
     return name.endswith("_proj.weight")
-
-
-def check_lora(recipe: Recipe) -> None:
-    """Raises ValueError for a section that has no effect, or that the recipe cannot follow."""
-    section, train = recipe.lora, recipe.train
-    if section is None:
-        return
-    if train.steps == 0:
-        raise ValueError("lora: train.steps is 0, nothing trains; remove lora")
-    if recipe.model.config is not None:
-        raise ValueError(
-            "lora: model.config starts from random weights, of which an adapter changes little; "
-            "remove lora"
-        )
-    if recipe.materialize.heal_steps:
-        raise ValueError(
-            "lora: materialize.heal_steps trains units that several layers read, and an adapter "
-            "changes one layer; set materialize.heal_steps=0, or remove lora and heal with "
-            "residual.train=residual"
-        )
-    if train.trainable != type(train).model_fields["trainable"].get_default():
-        raise ValueError(
-            "train.trainable names weights, and with lora none train; set lora.targets instead"
-        )
-    if section.base != "fp32" and train.precision != "bf16":
-        raise ValueError(
-            f"lora.base {section.base} holds weights that the model computes with in bf16; set "
-            "train.precision=bf16"
-        )
-    if recipe.penalized:
-        _check_penalty(recipe, section)
-
-
-def _check_penalty(recipe: Recipe, section: LoraSection) -> None:
-    if recipe.penalty.mode != "coupled":
-        raise ValueError(
-            f"penalty: mode {recipe.penalty.mode} moves weights where no adapter of a rank can "
-            "follow; set penalty.mode=coupled, or remove lora"
-        )
-    if recipe.plan.strategy in ("file", "auto"):  # only the plan itself knows
-        return
-    pulled = recipe.penalty.projections or recipe.plan.share
-    fixed = [p for p in pulled if p not in section.targets]
-    if fixed:
-        raise ValueError(
-            f"lora: the penalty pulls {', '.join(fixed)}, which lora.targets leaves as it is; add "
-            "it there, or leave it out of penalty.projections"
-        )

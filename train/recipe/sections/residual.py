@@ -7,12 +7,10 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from sa_models.materialize.low_rank_residual import residual_parameters
-from sa_models.materialize.merge import GAUGED, MEASURED
-from train.recipe.sections.common import Positive, Section
+from train.recipe.sections.base import Positive, Section
 
 if TYPE_CHECKING:
     from sa_models.plan import SharingPlan
-    from train.recipe.recipe import Recipe
 
 
 class ResidualSection(Section):
@@ -51,41 +49,3 @@ class ResidualSection(Section):
     def measures(self) -> bool:
         """Whether calibration text is needed."""
         return self.init == "svd" and self.whiten
-
-
-def check_residual(recipe: Recipe) -> None:
-    """Raises ValueError for a section that has no effect, or that the recipe cannot follow."""
-    section, plan = recipe.residual, recipe.plan
-    if section is None:
-        return
-    if plan.strategy in ("none", "basis") or plan.action == "remove":
-        raise ValueError("residual: nothing is tied, so nothing is lost to ties; remove residual")
-    if plan.strategy == "auto":
-        raise ValueError(
-            "residual: strategy auto compares plans by what they store, without residuals; set "
-            "plan.strategy=loss or cosine"
-        )
-    if plan.budget is not None and (plan.budget.parameters or plan.budget.bytes):
-        raise ValueError(
-            "plan.budget: what residuals take depends on the layers that are tied, which a budget "
-            "of parameters or bytes does not know; set plan.budget.ratio or plan.budget.heads"
-        )
-    merge = recipe.materialize.merge
-    if merge in GAUGED + MEASURED:
-        raise ValueError(
-            f"residual: materialize.merge {merge} writes heads in another gauge, in which what "
-            "they lost has no meaning; set materialize.merge to copy or mean"
-        )
-    if recipe.materialize.reconstruct:
-        raise ValueError(
-            "residual: materialize.reconstruct makes up in o for what residuals bring back; keep "
-            "one of the two"
-        )
-    if recipe.materialize.heal_steps == 0:
-        if section.init == "zero":
-            raise ValueError(
-                "residual.init: zero adds nothing until it is trained; set materialize.heal_steps, "
-                "or residual.init=svd"
-            )
-        if section.train != "both":
-            raise ValueError("residual.train is about healing; set materialize.heal_steps")

@@ -6,14 +6,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from sa_models.errors import PostshareError
-from sa_models.heads import HeadLayout
 from sa_models.plan import SharingPlan
 from sa_models.spans import AttentionSpan
-from train.recipe.sections.common import Count, Positive, Section, distinct
+from train.recipe.sections.base import Count, Positive, Section, distinct
 
 if TYPE_CHECKING:
-    from train.recipe.recipe import Recipe
+    pass
 
 Layers = Annotated[
     tuple[Count, ...], Field(strict=False), AfterValidator(lambda v: tuple(sorted(distinct(v))))
@@ -144,28 +142,3 @@ def listed_structure(heads: HeadsSection, spans: SpansSection | None) -> Sharing
         kv_heads=heads.kv_heads,
         spans=tuple(AttentionSpan(s.leader, s.followers, s.share, s.head_map) for s in listed),
     )
-
-
-def check_structure(recipe: Recipe, structure: SharingPlan, config: Any) -> None:
-    """Refuse KV heads and spans that do not fit the model, or the formats that are asked for.
-
-    Args:
-        structure: of the recipe or of its plan file, as far as it is known.
-        config: of the base model.
-
-    Raises:
-        PostshareError: see :meth:`SharingPlan.validate`; or as many KV heads as the base has; or
-            spans with no export but a dense one.
-    """
-    structure.validate(config)
-    before = HeadLayout.from_config(config).kv_heads
-    if recipe.heads.kv_heads == before:
-        raise PostshareError(
-            f"heads.kv_heads is {before}, as many as the model has; lower it, or remove heads"
-        )
-    spans = recipe.spans is not None or not structure.has_stock_form
-    if spans and recipe.export.formats == ("dense",):
-        raise PostshareError(
-            "export.formats is [dense], and spans have no dense form: no stock Llama computes "
-            "them; set export.formats=[compact]"
-        )

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from train.recipe.sections.common import Name, Section
+from train.recipe.sections.base import Name, Section
 
 
 class WandbSection(Section):

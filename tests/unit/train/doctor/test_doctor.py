@@ -23,8 +23,9 @@ from sa_models.errors import PostshareError
 from sa_models.savings import llama_parameters
 from train.cli import launched
 from train.distributed.launch_env import Offload
-from train.doctor import _Visit, devices, diagnose, inputs, merged, network, ranks, show
+from train.doctor import devices, inputs, network, ranks
 from train.doctor.builds import find_locks, release_own
+from train.doctor.diagnosis import _Visit, diagnose, merged, show
 from train.doctor.facts import Facts, Gpu, TooLate, disk_free, infiniband, limited, memory
 from train.doctor.findings import LEFT_WAITING, Finding, Level, Situation, from_error
 from train.doctor.probes import (
@@ -660,7 +661,7 @@ def test_a_wrong_recipe_is_a_finding_among_others() -> None:
 
 
 def test_data_is_looked_up_without_fetching(tmp_path: Path) -> None:
-    from train.recipe.sections.common import DataSource
+    from train.recipe.sections.inputs import DataSource
 
     (tmp_path / "a.jsonl").touch()
     assert inputs.find_data(DataSource(path=str(tmp_path / "a.jsonl"))) == "here"
@@ -691,7 +692,7 @@ def test_the_main_rank_names_who_never_came(monkeypatch: pytest.MonkeyPatch) -> 
     environment = {"RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1"}
     for name, value in {**environment, "MASTER_PORT": str(port)}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("train.doctor.READING_EXTRA", 0.0)
+    monkeypatch.setattr("train.doctor.diagnosis.READING_EXTRA", 0.0)
     out = io.StringIO()
     start = time.monotonic()
     assert not diagnose(None, patience=1.0, console=Console(file=out, width=400))
@@ -700,7 +701,7 @@ def test_the_main_rank_names_who_never_came(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_process_group_that_hangs_hangs_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("train.doctor.JOIN_EXTRA", 0.0)
+    monkeypatch.setattr("train.doctor.diagnosis.JOIN_EXTRA", 0.0)
     monkeypatch.setattr("train.distributed.engines.start.join", lambda patience: time.sleep(5))
 
     def visit(channel: Channel) -> tuple[Any, bool]:
@@ -716,7 +717,7 @@ def test_a_process_group_that_hangs_hangs_nobody(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_rank_that_fails_to_join_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("train.doctor.GRACE", 0.0)
+    monkeypatch.setattr("train.doctor.diagnosis.GRACE", 0.0)
     ranks_joining = iter((0, 1))
 
     def join(patience: Any) -> None:
@@ -754,7 +755,7 @@ def test_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
         seen.append(arguments)
         return arguments[0] is None
 
-    monkeypatch.setattr("train.doctor.diagnose", fake)
+    monkeypatch.setattr("train.doctor.diagnosis.diagnose", fake)
     for arguments, code in ((["doctor"], 0), (["doctor", "demo", "seed=1", "--patience", "5"], 2)):
         with pytest.raises(SystemExit) as caught:
             launched(arguments)

@@ -14,7 +14,7 @@ from train.cli import main
 from train.common.run_files import SCORES_FILE
 from train.evaluation.run_scores import add_scores
 from train.evaluation.score import Score
-from train.report import write_report
+from train.report.page import write_report
 
 FACTS = {"device": "a CPU", "dtype": "float32", "torch": "2"}
 

@@ -20,8 +20,8 @@ from tests.support import tiny
 from tests.support.pulled import LAYOUTS, Weights, chained_plan, star_plan
 from train.common.signals import TrainingStopped
 from train.penalty.decoupled import Pull, left
-from train.recipe.penalty_modes import unfinished
 from train.recipe.recipe import PenaltySection
+from train.recipe.rules import unfinished
 from train.tracking.metrics_log import read_rows
 from train.training.loop import train
 

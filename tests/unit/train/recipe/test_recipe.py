@@ -11,6 +11,7 @@ from sa_models.errors import PostshareError
 from train.recipe import yaml12
 from train.recipe.recipe import Recipe, load_recipe, validate
 from train.recipe.schema import schema_text
+from train.recipe.warnings import recipe_warnings
 
 MINIMAL: dict[str, Any] = {
     "name": "tiny",
@@ -246,39 +247,41 @@ def test_shard_sizes(minimal: Path, size: str, expected: int) -> None:
 
 
 def test_sharing_what_is_not_pulled_is_warned_about(minimal: Path) -> None:
-    assert load_recipe(minimal).warnings() == []
-    assert load_recipe(minimal, ["plan.share=[q, k, v, o]"]).warnings() == []  # pulled by default
+    assert recipe_warnings(load_recipe(minimal)) == []
+    assert (
+        recipe_warnings(load_recipe(minimal, ["plan.share=[q, k, v, o]"])) == []
+    )  # pulled by default
     overrides = ["plan.share=[q, k, v, o]", "penalty.projections=[q, k, v]"]
-    (line,) = load_recipe(minimal, overrides).warnings()
+    (line,) = recipe_warnings(load_recipe(minimal, overrides))
     assert line.startswith("o will be shared without having been pulled")
     assert "6.5 perplexity points" in line
-    (line,) = load_recipe(minimal, ["penalty.projections=[q, k, v, o]"]).warnings()
+    (line,) = recipe_warnings(load_recipe(minimal, ["penalty.projections=[q, k, v, o]"]))
     assert line.startswith("o will be pulled and not shared")
 
 
 def test_a_plan_file_is_warned_about_once_its_projections_are_known(minimal: Path) -> None:
     overrides = ["plan.strategy=file", "plan.path=p.json", "plan.budget=null"]
     recipe = load_recipe(minimal, [*overrides, "penalty.projections=[q, k]"])
-    assert recipe.warnings() == []
-    (line,) = recipe.warnings(shared=["q", "k", "v"])
+    assert recipe_warnings(recipe) == []
+    (line,) = recipe_warnings(recipe, shared=["q", "k", "v"])
     assert line.startswith("v will be shared without")
 
 
 def test_directshare_is_no_mistake_but_training_without_penalty_is(minimal: Path) -> None:
-    assert load_recipe(minimal, ["train.steps=0", "plan.share=[q, k, v, o]"]).warnings() == []
-    (line,) = load_recipe(minimal, ["train.steps=0", "penalty.kind=mse"]).warnings()
+    assert recipe_warnings(load_recipe(minimal, ["train.steps=0", "plan.share=[q, k, v, o]"])) == []
+    (line,) = recipe_warnings(load_recipe(minimal, ["train.steps=0", "penalty.kind=mse"]))
     assert "the penalty has no effect" in line
-    (line,) = load_recipe(minimal, ["penalty.loss_weights=[1, 0]"]).warnings()
+    (line,) = recipe_warnings(load_recipe(minimal, ["penalty.loss_weights=[1, 0]"]))
     assert "shared without having been pulled" in line
-    (line,) = load_recipe(minimal, ["plan.strategy=released"]).warnings()
+    (line,) = recipe_warnings(load_recipe(minimal, ["plan.strategy=released"]))
     assert "chains" in line
 
 
 def test_ramps_longer_than_the_training_are_warned_about(minimal: Path) -> None:
-    assert load_recipe(minimal, ["train.warmup_steps=10"]).warnings() == []
-    (line,) = load_recipe(minimal, ["train.warmup_steps=11"]).warnings()
+    assert recipe_warnings(load_recipe(minimal, ["train.warmup_steps=10"])) == []
+    (line,) = recipe_warnings(load_recipe(minimal, ["train.warmup_steps=11"]))
     assert "take 11 of 10 steps" in line
-    (line,) = load_recipe(minimal, ["penalty={schedule: linear, ramp_steps: 12}"]).warnings()
+    (line,) = recipe_warnings(load_recipe(minimal, ["penalty={schedule: linear, ramp_steps: 12}"]))
     assert "takes 12 of 10 steps" in line
 
 
@@ -347,7 +350,7 @@ def test_every_form_of_spans_reads_back_equal(
     recipe.save(tmp_path / "resolved.yaml")
     assert load_recipe(tmp_path / "resolved.yaml") == recipe
     assert validate(recipe.model_dump(mode="json")) == recipe
-    assert recipe.warnings() == []
+    assert recipe_warnings(recipe) == []
 
 
 def test_heads_alone_are_a_recipe(tmp_path: Path) -> None:

@@ -30,9 +30,9 @@ from tests.support.report_run import (
     write,
 )
 from train.cli import main
-from train.report import write_report
 from train.report.curves import shorten, trend
 from train.report.data import read_run
+from train.report.page import write_report
 from train.report.rivals import find_rivals
 from train.report.runs import mismatch, named, recipe_differences
 from train.report.svg import DARK, themed

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.support.report_run import make_run, write
-from train.report import write_report
+from train.report.page import write_report
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is in the extra [dev]")
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")

@@ -28,6 +28,7 @@ from train.models.base_model import load_dense
 from train.planning.find import find_ties, requested_ratio
 from train.planning.plan_maps import save_ties
 from train.recipe.recipe import PlanSection, Recipe, validate
+from train.recipe.warnings import recipe_warnings
 from train.stages.pipeline import run
 from train.stages.run import Run, print_whole
 from train.tracking.metrics_log import read_rows
@@ -99,10 +100,10 @@ def test_what_would_have_no_effect_is_refused(sections: dict[str, Any], says: st
 
 def test_nothing_is_pulled_and_training_before_removing_is_warned_about() -> None:
     made = recipe(Path("unused"), "demo-base", "stdlib")
-    assert (made.penalized, made.warnings()) == (False, [])
+    assert (made.penalized, recipe_warnings(made)) == (False, [])
     trained = recipe(Path("unused"), "demo-base", "stdlib", train={"steps": 5})
     assert not trained.penalized
-    (line,) = trained.warnings()
+    (line,) = recipe_warnings(trained)
     assert "set materialize.heal_steps" in line
 
 

@@ -1,0 +1,75 @@
+"""The penalty: how paired units are pulled together while the model trains."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import model_validator
+
+from train.recipe.sections.base import (
+    SEQUENCE,
+    Count,
+    Projections,
+    Section,
+    Weight,
+)
+
+
+class PenaltySection(Section):
+    """The regularizer that pulls the two units of a tie together."""
+
+    mode: Literal["coupled", "decoupled", "progressive"] = "coupled"
+    """coupled: a loss (the paper's); decoupled: its proximal step after the optimizer's, in which
+    units become equal; progressive: targets reach their sources in ramp_steps, and stay."""
+    kind: Literal["l2", "mse", "kl", "symmetric_kl", "js", "cosine"] = "l2"
+    """Distance of two units; l2, the unsquared Frobenius norm, is the paper's."""
+    projections: Projections | None = None
+    """Projections that are pulled (default: exactly those that will be shared)."""
+    loss_weights: Annotated[tuple[Weight, Weight], SEQUENCE] = (0.5, 0.5)
+    """Weights of the language-model loss and of the penalty (of its step, for decoupled)."""
+    coefficient: Weight = 1.0
+    """Further factor on the penalty, reached at the end of the ramp."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How the coefficient rises from 0 over ramp_steps; for progressive, how targets move."""
+    ramp_steps: Count = 0
+    """Optimizer steps of the ramp; for progressive, those in which a target reaches its source."""
+
+    @model_validator(mode="after")
+    def _ramp(self) -> Self:
+        if sum(self.loss_weights) <= 0:
+            raise ValueError("loss_weights are both 0; set at least one above 0")
+        if (self.schedule == "constant") != (self.ramp_steps == 0):
+            raise ValueError(
+                "a ramp takes both schedule (linear or cosine) and ramp_steps >= 1; set both"
+            )
+        if (problem := idle_option(self)) is not None:
+            raise ValueError(problem)
+        return self
+
+    @property
+    def weights(self) -> tuple[float, float]:
+        """Factors on the language-model loss and on the penalty."""
+        return (1.0, 0.0) if self.mode == "progressive" else self.loss_weights
+
+
+def idle_option(section: PenaltySection) -> str | None:
+    """What is wrong with the options of a mode that edits the weights; None: nothing."""
+    if section.mode == "coupled":
+        return None
+    if section.kind != "l2":
+        return (
+            f"mode {section.mode} moves units along their difference, by its length: kind "
+            f"{section.kind} has no such step; remove kind, or set mode coupled"
+        )
+    if section.mode == "decoupled":
+        return None
+    if section.ramp_steps == 0:
+        return (
+            "mode progressive takes the steps in which a target reaches its source, and how; set "
+            "ramp_steps >= 1 and schedule linear or cosine"
+        )
+    defaults = type(section)()
+    for key in ("loss_weights", "coefficient"):
+        if getattr(section, key) != getattr(defaults, key):
+            return f"mode progressive has no loss to weigh, so {key} has no effect; remove {key}"
+    return None

@@ -1,0 +1,114 @@
+"""Training: batches, the optimizer, its schedule, checkpoints."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from sa_models.errors import PostshareError
+from train.recipe.sections.base import (
+    SEQUENCE,
+    Beta,
+    Count,
+    Name,
+    Positive,
+    Rate,
+    Section,
+    Weight,
+)
+
+
+class TrainSection(Section):
+    """The post-training itself. Counts are of optimizer steps and of sequences."""
+
+    steps: Count | None = None
+    """Optimizer steps; 0 shares without training (DirectShare)."""
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    """Passes over the training blocks, instead of steps."""
+    batch_size: Positive
+    """Sequences per optimizer step, over all processes."""
+    micro_batch_size: Positive
+    """Sequences per forward, per process."""
+    learning_rate: Rate
+    """Peak learning rate."""
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """Shape after the warm-up; wsd = warm-up, stable, decay."""
+    warmup_steps: Count = 0
+    """Steps of linear warm-up."""
+    min_learning_rate_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Final learning rate, relative to the peak."""
+    decay_steps: Positive | None = None
+    """Steps of the final decay, for wsd."""
+    weight_decay: Weight = 0.1
+    """Decoupled weight decay on the parameters that weight_decay_exclude does not name."""
+    weight_decay_exclude: Annotated[tuple[Name, ...], SEQUENCE] = (
+        "*norm*",
+        "*bias",
+        "*embed_tokens*",
+    )
+    """Shell patterns of the parameter names without weight decay; []: decay all of them."""
+    betas: Annotated[tuple[Beta, Beta], SEQUENCE] = (0.9, 0.95)
+    """Adam's betas."""
+    eps: Annotated[float, Field(gt=0, lt=1)] = 1e-8
+    """Adam's epsilon."""
+    clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    """Global gradient norm to clip at; null: no clipping."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Precision of forward and backward; master weights stay fp32."""
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    """adamw_8bit needs a GPU and the extra [gpu]."""
+    trainable: Annotated[tuple[Name, ...], Field(strict=False, min_length=1)] = ("*",)
+    """Shell patterns of the parameter names that train, such as *.self_attn.*"""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass."""
+    evaluate_every: Count = 0
+    """Steps between evaluations; 0: only at the end."""
+    checkpoint_every: Count = 0
+    """Steps between checkpoints; 0: only when stopped."""
+    keep_checkpoints: Positive = 2
+    """Newest checkpoints to keep."""
+    hang_timeout: Annotated[float, Field(ge=1)] | None = 600.0
+    """Seconds that a phase of a step (reading data, a micro-batch, a checkpoint, a validation
+    block) may last before the training ends and names the late rank; the first step may take
+    three times as long; null: wait as long as the process group does."""
+    health_every: Count = 10
+    """Steps between comparisons of the ranks: time, data wait, memory, loss; 0: never."""
+    keep_best: bool = False
+    """Also keep the checkpoint with the lowest validation loss; checkpoint_every must then be a
+    multiple of evaluate_every."""
+
+    @model_validator(mode="after")
+    def _lengths(self) -> Self:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("takes exactly one of steps and epochs; set one, the other null")
+        if self.batch_size % self.micro_batch_size:
+            raise ValueError(self._indivisible(1))
+        if self.decay_steps is not None and self.schedule != "wsd":
+            raise ValueError(f"schedule {self.schedule} ignores decay_steps; set schedule wsd")
+        every = self.evaluate_every, self.checkpoint_every
+        if self.keep_best and (0 in every or every[1] % every[0]):
+            raise ValueError(
+                f"keep_best knows the loss of evaluated checkpoints only, and checkpoint_every "
+                f"{every[1]} is no multiple of evaluate_every {every[0]}; set both"
+            )
+        return self
+
+    def accumulation(self, world_size: int) -> int:
+        """Forward passes per optimizer step on each of `world_size` processes.
+
+        Raises:
+            PostshareError: batch_size is no multiple of micro_batch_size * world_size.
+        """
+        if self.batch_size % (self.micro_batch_size * world_size):
+            raise PostshareError(f"train: {self._indivisible(world_size)}")
+        return self.batch_size // (self.micro_batch_size * world_size)
+
+    def _indivisible(self, world_size: int) -> str:
+        chunk = self.micro_batch_size * world_size
+        nearest = max(chunk, round(self.batch_size / chunk) * chunk)
+        processes = f" x {world_size} processes" if world_size > 1 else ""
+        return (
+            f"batch_size {self.batch_size} is no multiple of micro_batch_size "
+            f"{self.micro_batch_size}{processes}; the nearest is train.batch_size={nearest}"
+        )
