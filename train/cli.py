@@ -409,7 +409,7 @@ def _run(arguments: list[str] | None) -> ExitCode:
     except Exception as error:
         # Imported late, so that --help stays fast: whatever raised it has imported it before.
         from sa_models.errors import PostshareError
-        from train.distributed.watchdog import START_AGAIN, RankLostError, lost_connection
+        from train.distributed.lost_rank import START_AGAIN, RankLostError, lost_connection
 
         if isinstance(error, RankLostError):
             if error.speaks:

@@ -17,8 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from sa_models.configuration import SharedLlamaConfig
 from sa_models.errors import PostshareError
 from sa_models.modeling import SharedLlamaForCausalLM
-from sa_models.weights.compact_folder import compact_shapes
-from sa_models.weights.safetensors_folder import SINGLE, llama_shapes, read_config, read_model_type
+from sa_models.weights.parameter_shapes import compact_shapes, llama_shapes
+from sa_models.weights.safetensors_folder import SINGLE, read_config, read_model_type
 
 CONFIG = "quantization_config"
 PACKED = {"Int8Tensor": 1, "Int4Tensor": 2}

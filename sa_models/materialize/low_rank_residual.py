@@ -21,13 +21,12 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from sa_models.calibration.input_moments import Where
-from sa_models.errors import PostshareError
-from sa_models.heads import PROJECTIONS, HeadLayout
+from sa_models.heads import HeadLayout
 from sa_models.plan import SharingPlan
 from sa_models.weights.compact_folder import DenseReader
 
@@ -51,24 +50,6 @@ class Pair(NamedTuple):
         return self.a.numel() + self.b.numel()
 
 
-def residual_shapes(plan: SharingPlan, config: Any) -> dict[Where, tuple[int, int]]:
-    """{(layer, projection) with a tied unit: (out_features, in_features)}, in the model's order."""
-    layout = plan.layout(config)
-    kept = plan.kept_units(layout)
-    tied = {(tie.target[0], p) for tie in plan.effective().ties for p in tie.projections}
-    return {
-        (layer, p): layout.with_units(len(kept[layer])).shape(p)
-        for layer in range(layout.layers)
-        for p in PROJECTIONS
-        if (layer, p) in tied
-    }
-
-
-def residual_parameters(plan: SharingPlan, config: Any, rank: int) -> int:
-    """Parameters of the residuals of a plan."""
-    return rank * sum(sum(shape) for shape in residual_shapes(plan, config).values())
-
-
 def pairs_hash(pairs: Mapping[Where, Pair]) -> str:
     """SHA-256 (hex) of residuals: their places, shapes and fp32 values."""
     digest = hashlib.sha256()
@@ -77,16 +58,6 @@ def pairs_hash(pairs: Mapping[Where, Pair]) -> str:
             digest.update(f"{where} {tuple(value.shape)}".encode())
             digest.update(value.float().contiguous().numpy().data)
     return digest.hexdigest()
-
-
-def check_rank(rank: int, layout: HeadLayout) -> None:
-    """Raises PostshareError for a rank that is larger than the head."""
-    if rank > layout.head_dim:
-        raise PostshareError(
-            f"residual.rank is {rank}, larger than the head of {layout.head_dim} dimensions: it "
-            f"would store more than the head itself; set residual.rank to {layout.head_dim // 2} "
-            "or less"
-        )
 
 
 def lost(

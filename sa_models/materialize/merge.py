@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -28,12 +28,9 @@ from sa_models.materialize.gauge import (
     align_planes,
     align_values,
 )
+from sa_models.materialize.merge_kinds import GAUGED, MEASURED, Merge
 from sa_models.plan import HeadTie, SharingPlan, Unit
 
-Merge = Literal["copy", "mean", "aligned_mean", "absorb", "weighted_mean", "least_squares"]
-GAUGED: tuple[Merge, ...] = ("aligned_mean", "absorb")
-MEASURED: tuple[Merge, ...] = ("weighted_mean", "least_squares")
-"""Merges that need calibration text."""
 PAIRS = ("qk", "vo")
 
 Read = Callable[[str, Unit], torch.Tensor]

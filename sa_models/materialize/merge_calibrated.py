@@ -34,13 +34,13 @@ from sa_models.heads import HeadLayout, unit_view
 from sa_models.materialize.merge import (
     Gauge,
     Member,
-    Merge,
     Slices,
     check_merge,
     gauges,
     groups,
     merge_group,
 )
+from sa_models.materialize.merge_kinds import Merge
 from sa_models.materialize.ties import unit
 from sa_models.plan import SharingPlan
 from sa_models.ties import Unit

@@ -113,7 +113,7 @@ def with_factors(
         model: a stock Llama.
         plan: validated.
         factors: of every name and shape that the plan needs, see
-            :func:`~sa_models.weights.compact_folder.compact_shapes`.
+            :func:`~sa_models.weights.parameter_shapes.compact_shapes`.
     """
     state = {name: p for name, p in model.named_parameters() if not _is_factored(name)}
     state |= {name: nn.Parameter(factor) for name, factor in factors.items()}

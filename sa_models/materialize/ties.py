@@ -14,7 +14,8 @@ import torch
 
 from sa_models.errors import PostshareError
 from sa_models.heads import PROJECTIONS, HeadLayout, unit_view
-from sa_models.materialize.merge import GAUGED, MEASURED, Merge, groups, merge_group
+from sa_models.materialize.merge import groups, merge_group
+from sa_models.materialize.merge_kinds import GAUGED, MEASURED, Merge
 from sa_models.plan import HeadTie, SharingPlan
 from sa_models.ties import Unit
 

@@ -6,11 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from math import floor
+from typing import TYPE_CHECKING
 
 from sa_models.errors import PostshareError
 from sa_models.heads import HeadLayout
 from sa_models.plan import HeadTie, SharingPlan, Unit, resolve_roots
-from sa_models.scores.weight_cosine import Matches
+
+if TYPE_CHECKING:
+    from sa_models.scores.weight_cosine import Matches
 
 
 @dataclass(frozen=True)

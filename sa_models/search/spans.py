@@ -11,12 +11,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
 from itertools import pairwise
 from math import isfinite
-from typing import NamedTuple
-
-import torch
+from typing import TYPE_CHECKING, NamedTuple
 
 from sa_models.calibration.progress import Progress
 from sa_models.errors import PostshareError
+
+if TYPE_CHECKING:
+    import torch
 
 
 class SpanChoice(NamedTuple):

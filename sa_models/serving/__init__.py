@@ -1,4 +1,4 @@
-"""Other people's engines: vLLM.
+"""Other people's engines: transformers' Auto classes, vLLM.
 
 Imports everything else in `sa_models`.
 """

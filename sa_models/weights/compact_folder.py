@@ -20,10 +20,9 @@ from sa_models.basis import FACTORED, basis_name, coefficients_name
 from sa_models.configuration import SharedLlamaConfig
 from sa_models.errors import PostshareError
 from sa_models.heads import HeadLayout
-from sa_models.plan import SharingPlan
+from sa_models.weights.parameter_shapes import compact_shapes, expanded_shapes
 from sa_models.weights.safetensors_folder import (
     WeightsFolder,
-    llama_shapes,
     read_config,
     read_model_type,
 )
@@ -82,34 +81,6 @@ class CompactFolder(WeightsFolder):
 
     def _expected_shapes(self) -> dict[str, tuple[int, ...]]:
         return compact_shapes(self.config, self.config.plan)
-
-
-def compact_shapes(config: Any, plan: SharingPlan) -> dict[str, tuple[int, ...]]:
-    """{parameter name: shape} of a compact model; a layer may own nothing: (0, hidden)."""
-    layout, own = plan.layout(config), plan.own_units(plan.layout(config))
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, shape in expanded_shapes(config, plan).items():
-        where = HeadLayout.parse_name(name)
-        if where is None:
-            shapes[name] = shape
-        elif plan.basis is not None and where[1] in FACTORED:
-            first, rank = plan.basis.place(*where)
-            rows, hidden = shape
-            if first == where[0]:
-                shapes[basis_name(*where)] = (rank, hidden)
-            shapes[coefficients_name(*where)] = (rows, rank)
-        else:
-            layer, p = where
-            features, hidden = len(own[layer][p]) * layout.width(p), layout.hidden_size
-            shapes[name] = (hidden, features) if p == "o" else (features, hidden)
-    return shapes
-
-
-def expanded_shapes(config: Any, plan: SharingPlan) -> dict[str, tuple[int, ...]]:
-    """{parameter name: shape} of the dense form, without what followers do not have."""
-    absent = plan.absent()
-    shapes = llama_shapes(config)
-    return {n: shape for n, shape in shapes.items() if HeadLayout.parse_name(n) not in absent}
 
 
 class Run(NamedTuple):

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, LlamaConfig
 
 from sa_models.errors import PostshareError
-from sa_models.heads import PROJECTIONS, HeadLayout
+from sa_models.weights.parameter_shapes import llama_shapes
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -59,34 +59,6 @@ def read_config(folder: str | os.PathLike[str], model_type: str = "llama") -> Ll
         raise PostshareError(
             f"{Path(folder) / 'config.json'} is not a valid Llama config ({reason}); repair it"
         ) from None
-
-
-def llama_shapes(config: Any) -> dict[str, tuple[int, ...]]:
-    """{parameter name: shape} of a stock ``LlamaForCausalLM``, in the order of its layers.
-
-    With tied embeddings ``lm_head.weight`` is not listed: it is the embedding.
-    """
-    layout = HeadLayout.from_config(config)
-    hidden, middle, vocab = config.hidden_size, config.intermediate_size, config.vocab_size
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, hidden)}
-    for layer in range(layout.layers):
-        prefix = f"model.layers.{layer}."
-        for p in PROJECTIONS:
-            shapes[layout.parameter_name(layer, p)] = layout.shape(p)
-        for name, shape in (
-            ("gate_proj", (middle, hidden)),
-            ("up_proj", (middle, hidden)),
-            ("down_proj", (hidden, middle)),
-        ):
-            shapes[f"{prefix}mlp.{name}.weight"] = shape
-            if getattr(config, "mlp_bias", False):
-                shapes[f"{prefix}mlp.{name}.bias"] = shape[:1]
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            shapes[f"{prefix}{name}.weight"] = (hidden,)
-    shapes["model.norm.weight"] = (hidden,)
-    if not config.tie_word_embeddings:
-        shapes["lm_head.weight"] = (vocab, hidden)
-    return shapes
 
 
 class WeightsFolder:

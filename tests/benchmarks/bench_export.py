@@ -27,7 +27,8 @@ def make_model(folder: Path) -> None:
     import torch
     from transformers import LlamaConfig
 
-    from sa_models.weights.safetensors_folder import ShardWriter, llama_shapes
+    from sa_models.weights.parameter_shapes import llama_shapes
+    from sa_models.weights.safetensors_folder import ShardWriter
 
     config = LlamaConfig(
         hidden_size=2048,

@@ -17,13 +17,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from sa_models.basis import SharedBasis
 from sa_models.export.peft_adapter import insert_
-from sa_models.materialize.low_rank_residual import Pair, residual_shapes
+from sa_models.materialize.low_rank_residual import Pair
+from sa_models.materialize.residual_shapes import residual_shapes
 from sa_models.materialize.shared_basis import factorized
 from sa_models.materialize.ties import materialize_
 from sa_models.modeling import SharedLlamaForCausalLM
 from sa_models.plan import HeadTie, SharingPlan
 from sa_models.spans import AttentionSpan
-from sa_models.weights.safetensors_folder import llama_shapes
+from sa_models.weights.parameter_shapes import llama_shapes
 from sa_models.weights.structure import convert
 from train.distributed.engines.base import Engine
 from train.models.lora import adapt

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from train.common.exit_codes import ExitCode
 from train.distributed.launcher_store import Naming, open_store, store_is_shared
-from train.distributed.watchdog import START_AGAIN, RankLostError
+from train.distributed.lost_rank import START_AGAIN, RankLostError
 
 BUILD_SECONDS = 300.0
 """DeepSpeed may compile when the process group is made: that is never cut short."""

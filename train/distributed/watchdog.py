@@ -10,53 +10,23 @@ from __future__ import annotations
 
 import faulthandler
 import os
-import re
 import sys
 import threading
 import time
 from dataclasses import replace
 from types import TracebackType
 
-from sa_models.errors import PostshareError
 from train.common.exit_codes import ExitCode
 from train.common.signals import TrainingStopped
 from train.distributed.heartbeats import Heartbeats, Note
+from train.distributed.lost_rank import START_AGAIN, RankLostError, lost_connection
 
 FIRST_STEP = 3
 """Times the time-out that the first step may take: kernels are compiled, files are cold."""
 ALONE_SECONDS = 10.0
 """How long a rank whose peer has ended may take to find out by itself."""
-START_AGAIN = "start the same command again: it goes on from the last checkpoint"
 
 _HUNG = "no progress"
-_LOST = re.compile(
-    r"Connection (closed|reset|refused)|Broken pipe|Socket (Timeout|closed)|recvValue failed"
-    r"|Timed out waiting .*(operation|clients)|timed out after \d+ms|No route to host"
-    r"|Network is unreachable|ncclRemoteError|ncclSystemError|NCCL communicator was aborted"
-    r"|unhandled system error|remote process exited",
-    re.IGNORECASE,
-)
-
-
-class RankLostError(PostshareError):
-    """Another rank, or the way to it, is gone.
-
-    Attributes:
-        speaks: whether this rank is the one that reports it.
-    """
-
-    def __init__(self, text: str, speaks: bool = True) -> None:
-        self.speaks = speaks
-        super().__init__(text)
-
-
-def lost_connection(error: BaseException) -> str | None:
-    """What an error of the libraries says that means a lost peer; None for other errors."""
-    if not isinstance(error, RuntimeError | ConnectionError) or not _LOST.search(str(error)):
-        return None
-    # gloo: "[/long/path/pair.cc:537] Read error [127.0.0.1]:1459: Connection reset by peer. This"
-    line = re.sub(r"^\[\S+\] ", "", str(error).strip().splitlines()[0])
-    return line.split(". ")[0][:200]
 
 
 def _agreed(error: Exception) -> bool:

@@ -8,16 +8,17 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from sa_models.heads import PROJECTIONS, HeadLayout
-from sa_models.materialize.low_rank_residual import check_rank
+from sa_models.materialize.residual_shapes import check_rank
 from sa_models.plan import SharingPlan
 from sa_models.savings import PlanSavings, llama_parameters
 from sa_models.search.spans import best_spans, late_spans
 from sa_models.spans import AttentionSpan
+from sa_models.weights.parameter_shapes import expanded_shapes
 from train.estimate.llama_shapes import DTYPE_BYTES
 from train.planning.auto_space import PAPER, asked_of_units
 from train.planning.basis import basis_plan
 from train.planning.budget import amount
-from train.planning.find import check_budget
+from train.planning.budget_check import check_budget
 from train.recipe.rules import check_structure
 from train.recipe.sections.structure import listed_structure
 
@@ -57,7 +58,7 @@ def requested_units(section: PlanSection, shape: LlamaShape, structure: SharingP
     """Units that the budget asks for, before they are chosen; with action any, at most.
 
     Raises:
-        PostshareError: see :func:`train.planning.find.check_budget`.
+        PostshareError: see :func:`train.planning.budget_check.check_budget`.
     """
     check_budget(section, shape, structure)
     asked = amount(section, shape, structure)
@@ -170,9 +171,6 @@ def trainable_parameters(
 
 def parameter_shapes(shape: LlamaShape, structure: SharingPlan) -> dict[str, tuple[int, ...]]:
     """Name and shape of every parameter of a model with this structure."""
-
-    from sa_models.weights.compact_folder import expanded_shapes
-
     pooled = replace(shape, num_key_value_heads=structure.layout(shape).kv_heads)
     return expanded_shapes(pooled, structure)
 

@@ -23,7 +23,7 @@ from sa_models.materialize.shared_basis import with_factors
 from sa_models.materialize.ties import materialize_
 from sa_models.modeling import SharedLlamaForCausalLM
 from sa_models.plan import SharingPlan
-from sa_models.weights.compact_folder import compact_shapes
+from sa_models.weights.parameter_shapes import compact_shapes
 from sa_models.weights.structure import Leaders, convert
 
 if TYPE_CHECKING:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from rich.table import Table
 
 from sa_models.heads import HeadLayout
-from sa_models.materialize.low_rank_residual import check_rank
+from sa_models.materialize.residual_shapes import check_rank
 from sa_models.plan import SharingPlan
 from sa_models.scores.magnitude import least_important, unit_norms
 from sa_models.scores.weight_cosine import best_matches, random_matches
@@ -19,13 +19,12 @@ from sa_models.spans import ranges
 from sa_models.weights.safetensors_folder import WeightsFolder
 from sa_models.weights.structure import converted
 from train.common.run_files import SIMILARITY_PICTURE, TIES_PICTURE
-from train.planning.auto_space import check_auto
 from train.planning.basis import basis_plan
 from train.planning.budget import search_space, unit_budget
+from train.planning.budget_check import check_budget, skipped_layers
 from train.planning.scores import CalibrationText, score_units
 from train.planning.spans import check_spans_section
 from train.recipe.rules import check_structure
-from train.recipe.sections.plan import MATCHED
 from train.recipe.sections.structure import listed_structure
 
 if TYPE_CHECKING:
@@ -57,32 +56,6 @@ def check_plan(recipe: Recipe, weights: WeightsFolder) -> None:
     if section.strategy != "none" and (recipe.spans is None or recipe.spans.spans is not None):
         # Of spans that are still to be found, nobody knows yet which units they leave.
         check_budget(section, config, structure)
-
-
-def check_budget(section: PlanSection, config: Any, structure: SharingPlan) -> None:
-    """Raises PostshareError when the budget cannot be met; see :mod:`train.planning.budget`."""
-    skipped, layout = skipped_layers(section, structure), structure.layout(config)
-    if section.strategy in MATCHED:
-        pairs.units_to_tie(unit_budget(section, config, structure), layout, skipped)
-    elif section.strategy == "basis":
-        basis_plan(section, config)
-    elif section.strategy == "auto":
-        check_auto(section, config, structure)
-    else:
-        search_space(section, config, structure)
-
-
-def skipped_layers(section: PlanSection, structure: SharingPlan) -> tuple[int, ...]:
-    """Layers whose units are no targets: those of the recipe, and followers.
-
-    A follower lacks some of the projections that ties share, so that found ties leave it out. From
-    a layer in a span, its leader's included, no unit can be removed.
-    """
-    if section.action == "remove":
-        return tuple(
-            sorted({*section.skip_layers, *(i for s in structure.spans for i in s.layers)})
-        )
-    return tuple(sorted({*section.skip_layers, *structure.leader_of()}))
 
 
 def find_ties(

@@ -7,7 +7,7 @@ from typing import Any
 
 from sa_models.errors import PostshareError
 from sa_models.heads import HeadLayout
-from sa_models.materialize.merge import GAUGED, MEASURED
+from sa_models.materialize.merge_kinds import GAUGED, MEASURED
 from sa_models.plan import SharingPlan
 from train.recipe.fields import RecipeFields
 from train.recipe.sections.lora import LoraSection

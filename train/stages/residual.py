@@ -26,14 +26,9 @@ from sa_models.export.peft_adapter import (
     save_adapter,
     wrapped_name,
 )
-from sa_models.materialize.low_rank_residual import (
-    Pair,
-    lost,
-    low_rank,
-    residual_shapes,
-    share_left,
-)
+from sa_models.materialize.low_rank_residual import Pair, lost, low_rank, share_left
 from sa_models.materialize.reader import MaterializedReader
+from sa_models.materialize.residual_shapes import residual_shapes
 from sa_models.weights.atomic_files import new_folder
 from sa_models.weights.structure import convert
 from train.common.files import write_json

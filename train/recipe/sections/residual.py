@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from sa_models.materialize.low_rank_residual import residual_parameters
+from sa_models.materialize.residual_shapes import residual_parameters
 from train.recipe.sections.base import Positive, Section
 
 if TYPE_CHECKING:

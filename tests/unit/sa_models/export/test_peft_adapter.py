@@ -22,14 +22,10 @@ from sa_models.export.peft_adapter import (
     save_adapter,
     wrapped_name,
 )
-from sa_models.materialize.low_rank_residual import (
-    Pair,
-    low_rank,
-    residual_parameters,
-    residual_shapes,
-)
+from sa_models.materialize.low_rank_residual import Pair, low_rank
 from sa_models.materialize.low_rank_residual import lost as lost_weights
 from sa_models.materialize.reader import MaterializedReader
+from sa_models.materialize.residual_shapes import residual_parameters, residual_shapes
 from sa_models.plan import HeadTie, SharingPlan
 from sa_models.weights.safetensors_folder import WeightsFolder
 from tests.support.reference import SHAPES, Reference, dense, shared, some_plan, tokens

@@ -7,14 +7,8 @@ import torch
 
 from sa_models.errors import PostshareError
 from sa_models.heads import HeadLayout
-from sa_models.materialize.low_rank_residual import (
-    Pair,
-    check_rank,
-    low_rank,
-    residual_parameters,
-    residual_shapes,
-    share_left,
-)
+from sa_models.materialize.low_rank_residual import Pair, low_rank, share_left
+from sa_models.materialize.residual_shapes import check_rank, residual_parameters, residual_shapes
 
 torch.set_num_threads(1)
 

@@ -12,7 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from sa_models.errors import PostshareError
 from sa_models.heads import PROJECTIONS, HeadLayout
-from sa_models.weights.safetensors_folder import INDEX, ShardWriter, WeightsFolder, llama_shapes
+from sa_models.weights.parameter_shapes import llama_shapes
+from sa_models.weights.safetensors_folder import INDEX, ShardWriter, WeightsFolder
 
 
 def save_llama(folder: Path, shard_size: int | str = "1GB", **fields: object) -> LlamaForCausalLM:

@@ -13,8 +13,9 @@ import torch.distributed as dist
 from train.distributed import heartbeats, launcher_store
 from train.distributed.heartbeats import Heartbeats
 from train.distributed.launcher_store import Naming, init_method
+from train.distributed.lost_rank import RankLostError, lost_connection
 from train.distributed.rendezvous import meeting
-from train.distributed.watchdog import RankLostError, Watchdog, lost_connection
+from train.distributed.watchdog import Watchdog
 
 
 @pytest.fixture(autouse=True)

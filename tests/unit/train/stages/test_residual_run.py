@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from sa_models.errors import PostshareError
 from sa_models.export.peft_adapter import insert_, load_adapter, plain_name
-from sa_models.materialize.low_rank_residual import low_rank, residual_parameters, residual_shapes
+from sa_models.materialize.low_rank_residual import low_rank
+from sa_models.materialize.residual_shapes import residual_parameters, residual_shapes
 from sa_models.materialize.ties import materialize_
 from sa_models.modeling import SharedLlamaForCausalLM
 from sa_models.plan import SharingPlan
