@@ -15,10 +15,10 @@ from train.estimate import gpu_memory, parameters
 from train.estimate.llama_shapes import DTYPE_BYTES, LlamaShape, find_shape
 from train.planning.auto_space import REBUILT, auto_passes
 from train.planning.basis import BASIS_LAYERS
+from train.planning.problem import PlanProblem
 from train.recipe.warnings import recipe_warnings
 
 if TYPE_CHECKING:
-    from sa_models.plan import SharingPlan
     from sa_models.savings import PlanSavings
     from train.recipe.recipe import Recipe
     from train.recipe.sections.lora import LoraSection
@@ -67,10 +67,11 @@ def size(number: float) -> str:
 def _facts(recipe: Recipe, shape: LlamaShape, origin: str, gpus: int, accumulation: int) -> Table:
     plan, train = recipe.plan, recipe.train
     structure = parameters.expected_structure(recipe, shape)
-    savings = parameters.plan_savings(plan, shape, structure)
+    problem = PlanProblem(plan, shape, structure)
+    savings = parameters.plan_savings(problem)
     element = DTYPE_BYTES.get(recipe.export.dtype, shape.dtype_bytes)
     base, stored = savings.bytes(element)
-    residual = parameters.residual_parameters(recipe, shape, structure)
+    residual = parameters.residual_parameters(recipe.residual, problem)
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_row("model", f"{recipe.model.path}, config from {origin}")
     table.add_row("parameters", count(savings.base_parameters))
@@ -78,7 +79,7 @@ def _facts(recipe: Recipe, shape: LlamaShape, origin: str, gpus: int, accumulati
     table.add_row("trained", count(trained if recipe.steps != 0 else 0))
     if recipe.lora is not None:
         table.add_row("lora", _lora(recipe.lora))
-    for row in _plan_rows(recipe, shape, structure, savings):
+    for row in _plan_rows(recipe, problem, savings):
         table.add_row(*row)
     if recipe.plans:
         bound = "at most " if plan.strategy == "released" else ""
@@ -130,16 +131,15 @@ def _facts(recipe: Recipe, shape: LlamaShape, origin: str, gpus: int, accumulati
     return table
 
 
-def _plan_rows(
-    recipe: Recipe, shape: LlamaShape, structure: SharingPlan, savings: PlanSavings
-) -> list[tuple[str, str]]:
+def _plan_rows(recipe: Recipe, problem: PlanProblem, savings: PlanSavings) -> list[tuple[str, str]]:
     """What is shared: ties, spans, KV heads."""
     plan, spans = recipe.plan, recipe.spans
+    shape, structure = problem.config, problem.structure
     if not recipe.plans:
         return [("plan", "none: nothing is shared")]
     rows = []
     if plan.strategy != "none":
-        rows.append(("plan", _units(recipe, shape, structure, savings)))
+        rows.append(("plan", _units(recipe, problem, savings)))
     shared = {"attention": "attention weights", "kv": "keys and values"}
     if spans is not None and spans.layers is not None:
         rows.append(
@@ -160,11 +160,11 @@ def _plan_rows(
     return rows
 
 
-def _units(recipe: Recipe, shape: LlamaShape, structure: SharingPlan, savings: PlanSavings) -> str:
+def _units(recipe: Recipe, problem: PlanProblem, savings: PlanSavings) -> str:
     """How many units are tied or removed."""
     plan = recipe.plan
     if plan.strategy == "auto":
-        passes = auto_passes(plan, shape, structure)
+        passes = auto_passes(problem)
         rebuilt = ""
         if recipe.materialize.reconstruct:
             rebuilt = f", and {REBUILT} reconstructions and one factorization"
@@ -178,7 +178,7 @@ def _units(recipe: Recipe, shape: LlamaShape, structure: SharingPlan, savings: P
             f"q, k and v of {BASIS_LAYERS} adjacent layers share a basis (Basis Sharing), their "
             "factors fitted to calibration text"
         )
-    unit = "heads" if structure.layout(shape).heads_per_unit == 1 else "KV groups"
+    unit = "heads" if problem.layout.heads_per_unit == 1 else "KV groups"
     of = f"of {savings.units:,} units ({unit})"
     removed = f"{savings.removed_units:,} {of} removed"
     if plan.action == "remove":

@@ -125,7 +125,8 @@ def rival(recipe: Recipe, plan: SharingPlan, config: LlamaConfig) -> SharingPlan
     which pulls units, or q, k and v hold too little.
     """
     budget = recipe.plan.budget
-    if budget is None or budget.cache is not None or recipe.penalized or recipe.changes_structure:
+    on_cache = budget is None or budget.counted == "cache"
+    if on_cache or recipe.penalized or recipe.changes_structure:
         return None
     return saving_plan(config, plan.savings(config).removed_parameters)
 
@@ -133,4 +134,4 @@ def rival(recipe: Recipe, plan: SharingPlan, config: LlamaConfig) -> SharingPlan
 def may_take(recipe: Recipe) -> bool:
     """Whether the recipe allows it, and the budget is met without changing a head."""
     plan, budget = recipe.plan, recipe.plan.budget
-    return plan.basis and budget is not None and (budget.parameters or budget.bytes) is not None
+    return plan.basis and budget is not None and budget.counted in ("parameters", "bytes")

@@ -62,18 +62,6 @@ class FoundSpans:
     """Rise of the loss, where strategy loss measured it."""
 
 
-def check_spans_section(section: SpansSection, config: LlamaConfig) -> None:
-    """Refuse spans that cannot be, before any work.
-
-    Raises:
-        PostshareError: the followers asked for do not fit into the layers.
-    """
-    if section.strategy == "late":
-        late_choices(section, config)
-    elif section.strategy != "listed":
-        searched_spans(section, config, lambda leader, followers: 0.0)
-
-
 def late_is_possible(section: SpansSection, config: LlamaConfig) -> bool:
     """Whether the published rule, which leaves the last layer alone, has so many followers."""
     layers = config.num_hidden_layers

@@ -180,7 +180,7 @@ def _residual(recipe: RecipeFields) -> Iterator[str]:
             "residual: strategy auto compares plans by what they store, without residuals; set "
             "plan.strategy=loss or cosine"
         )
-    if plan.budget is not None and (plan.budget.parameters or plan.budget.bytes):
+    if plan.budget is not None and plan.budget.counted in ("parameters", "bytes"):
         yield (
             "plan.budget: what residuals take depends on the layers that are tied, which a budget "
             "of parameters or bytes does not know; set plan.budget.ratio or plan.budget.heads"
