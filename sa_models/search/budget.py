@@ -1,4 +1,4 @@
-"""What a budget asks for, in units, parameters, bytes or cache, and what one unit gives.
+"""Budgets in units, parameters, bytes or cache, and what one unit gives towards them.
 
 A share such as ``-10%`` is of the whole model before the plan. Spans and fewer KV heads count:
 only what they leave is asked of the units. Every exported parameter takes the same bytes, so that

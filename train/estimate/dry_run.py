@@ -1,4 +1,4 @@
-"""What `--dry-run` prints: the resolved recipe, what the plan saves, what the run needs."""
+"""The output of `--dry-run`: the resolved recipe, what the plan saves, what the run needs."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from rich.syntax import Syntax
 from rich.table import Table
 
 from sa_models.spans import ranges
+from train.common.sizes import byte_unit, count, size
 from train.estimate import gpu_memory, parameters
 from train.estimate.llama_shapes import DTYPE_BYTES, LlamaShape, find_shape
 from train.planning.auto_space import REBUILT, auto_passes
@@ -46,22 +47,6 @@ def print_dry_run(recipe: Recipe, gpus: int | None = None, console: Console | No
         console.print(needed)
     for line in [*recipe_warnings(recipe), *_length_warning(recipe, shape)]:
         console.print(f"[yellow]warning:[/] {line}")
-
-
-def count(number: int) -> str:
-    """`6,738,415,616` as `6,738,415,616 (6.74 B)`."""
-    for factor, unit in ((10**9, "B"), (10**6, "M"), (10**3, "K")):
-        if number >= factor:
-            return f"{number:,} ({number / factor:.3g} {unit})"
-    return f"{number:,}"
-
-
-def size(number: float) -> str:
-    """Bytes in decimal units, as safetensors indices and disks count."""
-    for factor, unit in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
-        if number >= factor:
-            return f"{number / factor:,.1f} {unit}"
-    return f"{number:.0f} B"
 
 
 def _facts(recipe: Recipe, shape: LlamaShape, origin: str, gpus: int, accumulation: int) -> Table:
@@ -233,7 +218,7 @@ def _memory(recipe: Recipe, shape: LlamaShape, gpus: int) -> Table:
             for checkpointing in (now, not now)
         )
         rows.append((*astuple(chosen)[: len(names)], chosen.total, other.total))
-    unit, factor = ("GB", 1e9) if rows[-1][-1] >= 1e9 else ("MB", 1e6)
+    unit, factor = byte_unit(max(rows[-1][-1], 1e6))
     table = Table(
         title=f"{unit} of memory per GPU at the peak of a step, {gpus} GPU(s), gradient "
         f"checkpointing {words[now]}\n(last column: {words[not now]}); "

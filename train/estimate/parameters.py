@@ -1,4 +1,4 @@
-"""What a run saves and writes, from the config alone: parameters, units, bytes, traffic."""
+"""Arithmetic of a run, from the config alone: parameters, units, bytes, traffic."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What strategy auto chooses from on a model: units in every structure, and the structures.
+"""The search space of strategy auto: units in every structure, and the structures.
 
 The budget is one for all: what a structure saves is not asked of the units.
 """

@@ -1,4 +1,4 @@
-"""Choose the units to tie or remove by what it costs on calibration text.
+"""Strategies loss and gradient: the units whose change costs least on calibration text.
 
 The text is a few training blocks, spread evenly over all of them: a mixture, or a file that is in
 some order, is seen as a whole.

@@ -1,4 +1,4 @@
-"""Find a recipe's spans: listed, late layers, by isotropy, or by the loss on calibration text."""
+"""A recipe's spans: listed, late layers, by isotropy, or by the loss on calibration text."""
 
 from __future__ import annotations
 

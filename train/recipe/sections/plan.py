@@ -163,7 +163,7 @@ def check_choice(section: PlanSection) -> None:
         raise ValueError("strategy auto ignores action, it ties and removes; remove plan.action")
     if action == "remove" and strategy in ("released", "basis", "file", "none"):
         raise ValueError(f"strategy {strategy} ignores action; remove plan.action")
-    if action == "remove" and _is_set(section, "share"):
+    if action == "remove" and section.is_set("share"):
         raise ValueError("action remove ignores share, a unit is removed whole; remove plan.share")
     ignored = []
     if strategy != "loss":
@@ -181,7 +181,7 @@ def check_choice(section: PlanSection) -> None:
     if not section.scores:
         ignored.append("fold_norm")
     for name in ignored:
-        if _is_set(section, name):
+        if section.is_set(name):
             raise ValueError(f"strategy {strategy} ignores {name}; remove plan.{name}")
     if section.fold_norm and section.scores_text:
         raise ValueError(
@@ -199,8 +199,3 @@ def check_choice(section: PlanSection) -> None:
             "budget.cache: a tied unit still caches keys and values of its own; set "
             "plan.action=remove, or use spans or heads.kv_heads"
         )
-
-
-def _is_set(section: PlanSection, name: str) -> bool:
-    # A resolved recipe states the defaults too: they change nothing.
-    return getattr(section, name) != type(section).model_fields[name].get_default()

@@ -13,7 +13,6 @@ from sa_models.errors import PostshareError
 from sa_models.heads import HeadLayout, unit_view
 from sa_models.scores import weight_cosine
 from sa_models.scores.weight_cosine import (
-    InMemory,
     Matches,
     best_matches,
     random_matches,
@@ -21,6 +20,7 @@ from sa_models.scores.weight_cosine import (
 )
 from sa_models.search.budget import units_of_heads, units_of_ratio
 from sa_models.search.pairs import check_count, make_plan, select_pairs
+from tests.support.in_memory import InMemory
 
 
 def tiny(kv_heads: int, layers: int = 4) -> LlamaForCausalLM:

@@ -21,6 +21,7 @@ from sa_models.modeling import SharedLlamaForCausalLM
 from sa_models.savings import llama_parameters
 from sa_models.scores.fisher import estimate_sensitivity
 from sa_models.weights.compact_folder import CompactFolder
+from tests.support.in_memory import text_blocks
 from tests.support.spans_base import (
     LAYERS,
     LENGTH,
@@ -111,7 +112,7 @@ def own_words(model: LlamaForCausalLM, count: int) -> Blocks:
         for _ in range(LENGTH - 1):
             chances = model(rows, use_cache=False).logits[:, -1].softmax(-1)
             rows = torch.cat([rows, chances.multinomial(1, generator=generator)], 1)
-    return Blocks.from_documents(rows.tolist(), LENGTH)
+    return text_blocks(rows.tolist(), LENGTH)
 
 
 def test_planted_ties_are_found_projection_by_projection(home: Path, tmp_path: Path) -> None:

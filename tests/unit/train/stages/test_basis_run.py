@@ -19,13 +19,13 @@ from sa_models.weights.safetensors_folder import WeightsFolder, read_config
 from train.commands.compare import command as comparing
 from train.demo import demo_base_path
 from train.evaluation.models import find_models
+from train.models import materialize
 from train.models.base_model import load_model
 from train.planning.basis import basis_plan
 from train.planning.problem import PlanProblem
 from train.recipe.recipe import Recipe, validate
 from train.report.data import read_run
 from train.report.tables import basis as basis_table
-from train.stages import materialize
 from train.stages.pipeline import export, run
 from train.tracking.metrics_log import read_rows
 
