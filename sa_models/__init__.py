@@ -1,4 +1,4 @@
-"""What sharing is: plans, units, spans, similarity, materializing, compact models, exporting.
+"""Attention sharing: plans, units, spans, similarity, materializing, compact models, exporting.
 
 Importing the package registers the compact model with transformers' Auto classes, so that
 ``AutoModelForCausalLM.from_pretrained`` loads a compact folder. It imports neither torch nor

@@ -1,4 +1,4 @@
-"""Where a unit's rows and columns lie in q, k, v and o, under MHA, GQA and MQA.
+"""The layout of heads: a unit's rows and columns in q, k, v and o, under MHA, GQA and MQA.
 
 A unit is what a tie moves as a whole: a KV head with all query heads that read it (under MHA a
 single head). Its rows of q, k and v are contiguous, so are its columns of o.

@@ -1,5 +1,4 @@
-"""The projections of a compact model: own rows in one GEMM, tied rows from views of their owners,
-and products of factors of which layers share one.
+"""The projections of a compact model: own rows, tied rows as views, factors that layers share.
 
 A projection keeps only its *own* rows (for o: columns), in the order of its units. Tied units are
 read from the projection that owns them, as views: no weight is gathered or copied in a forward

@@ -12,6 +12,7 @@ from typing import Any
 
 from .errors import PostshareError
 from .heads import HeadLayout
+from .ties import is_index
 
 ABSENT = {"attention": ("q", "k"), "kv": ("k", "v")}
 """{what is shared: the projections that a follower does not have}."""
@@ -83,7 +84,7 @@ def read_span(value: Any, where: str) -> AttentionSpan:
     for key in ("leader", "followers"):
         if key not in value:
             raise PostshareError(f"{where} has no {key!r}; {cure}")
-    if not _is_index(value["leader"]):
+    if not is_index(value["leader"]):
         raise PostshareError(f"{where}.leader is {value['leader']!r}; give a layer, from 0")
     if not _are_indices(value["followers"]):
         raise PostshareError(f"{where}.followers is {value['followers']!r}; give a list of layers")
@@ -102,12 +103,8 @@ def read_span(value: Any, where: str) -> AttentionSpan:
     )
 
 
-def _is_index(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
 def _are_indices(value: Any) -> bool:
-    return isinstance(value, list | tuple) and all(map(_is_index, value))
+    return isinstance(value, list | tuple) and all(map(is_index, value))
 
 
 def check_spans(spans: Iterable[AttentionSpan], layout: HeadLayout) -> None:

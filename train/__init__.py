@@ -1,4 +1,4 @@
-"""How a model is post-trained: recipes, data, the loop, the stages, the command line."""
+"""Post-training of a model that shares: recipes, data, the loop, stages, the command line."""
 
 import logging
 

@@ -234,10 +234,10 @@ def analyze(
     ] = None,
 ) -> None:
     """Isotropy and similarity of any Llama, without training: a table, JSON, pictures."""
-    from train.commands.analyze.command import Options
+    from train.commands.analyze.command import AnalyzeOptions
     from train.commands.analyze.command import analyze as run_analysis
 
-    options = Options(text, output, blocks, context, score, sensitivity, device)
+    options = AnalyzeOptions(text, output, blocks, context, score, sensitivity, device)
     run_analysis(model, options)
 
 

@@ -1,4 +1,4 @@
-"""What text says about a model: losses of tokens, moments of inputs, partial forward passes.
+"""Calibration of a model on text: losses of tokens, moments of inputs, partial forward passes.
 
 Imports `weights` and the top level.
 """

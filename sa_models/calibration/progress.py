@@ -1,4 +1,4 @@
-"""What long computations report their progress to."""
+"""The type that long computations report their progress to."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Write a head in the gauge of another one: the same function, in weights that are closest.
+"""The gauge of a head, changed to another's: the same function, in weights that are closest.
 
 A head's weights may be changed without changing its function (METHODS.md, invariances of a head).
 Before two heads are averaged, or one is pulled to the other, one of them is brought into the

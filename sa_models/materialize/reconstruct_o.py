@@ -1,4 +1,4 @@
-"""Let the heads that are left make up for what sharing has changed: o, by least squares.
+"""Reconstruction of o by least squares: remaining heads make up for what sharing has changed.
 
 Layer by layer, from the first one that the plan changes, the columns of o that are the layer's own
 are solved for the update D that brings the residual stream after attention back to that of the

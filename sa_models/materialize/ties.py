@@ -1,4 +1,4 @@
-"""Materialize: write the ties and the removed units of a plan into dense weights.
+"""Ties and removed units of a plan, written into dense weights.
 
 After it, every target slice equals its source slice bit for bit and every slice of a removed unit
 is zero, so the dense model computes what the compact one computes. Sources are read before anything

@@ -1,4 +1,4 @@
-"""How alike units and layers are, and how important: one module a score.
+"""Scores of units and layers: how alike they are, and how important. One module a score.
 
 Imports `calibration` and what is below it.
 """

@@ -1,4 +1,4 @@
-"""How much the loss rises when a unit is removed or tied: estimates for all of them at once.
+"""Rises of the loss when a unit is removed or tied: estimates for all of them at once.
 
 One backward pass over calibration text, a block at a time. Let c_u(t) be what unit u adds to the
 output of its attention at token t, g(t) the gradient of the summed loss there, and c'(t) what the

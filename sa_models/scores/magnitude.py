@@ -1,4 +1,4 @@
-"""Which units weigh least: the pruning controls that look at weights alone."""
+"""Magnitudes of units: the pruning controls that look at weights alone."""
 
 from __future__ import annotations
 

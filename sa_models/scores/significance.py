@@ -1,4 +1,4 @@
-"""Whether two units are more alike than chance: p-values of scores against scrambled pairs.
+"""Significance of a similarity of two units: p-values of scores against scrambled pairs.
 
 **Null.** For scores of weights, the sign of every input feature of one unit is drawn at random, the
 same for its q, k and v (for score ``output``: the sign of every residual feature that it writes).

@@ -26,20 +26,10 @@ BLOCK_UNITS = 256
 
 
 class Reader(Protocol):
-    """What scoring needs of a model: WeightsFolder is one, :class:`InMemory` another."""
+    """What scoring needs of a model: for example WeightsFolder."""
 
     def slice(self, name: str) -> torch.Tensor:
         """An object whose ``[:, a:b]`` reads columns a to b of the weight, ``[a:b]`` rows."""
-
-
-@dataclass(frozen=True)
-class InMemory:
-    """Reads the parameters of a model that is already loaded."""
-
-    parameters: dict[str, torch.Tensor]
-
-    def slice(self, name: str) -> torch.Tensor:
-        return self.parameters[name].detach()
 
 
 def unit_scores(

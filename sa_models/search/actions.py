@@ -1,4 +1,4 @@
-"""What a search may do to units: tie one to a source, or remove it; and what that saves.
+"""Actions of a search on units: a tie to a source, or a removal; and what they save.
 
 A state is a set of actions: each unit is removed, or tied, perhaps twice (q and k to one source, v
 and o to another). Sources are units that are themselves not changed, so that a state is a valid

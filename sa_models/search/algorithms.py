@@ -1,4 +1,4 @@
-"""Search for the state that costs least loss and saves enough: greedy, or evolutionary.
+"""Algorithms for the state that costs least loss and saves enough: greedy, and evolutionary.
 
 Both see a loss (state -> nats per token) and a ranking (the actions that seem cheapest from a
 state, with what they seem to cost), and nothing else. Both are deterministic, and so go on from

@@ -1,4 +1,4 @@
-"""What a budget asks for, in units, parameters, bytes or cache, and what one unit gives.
+"""Budgets in units, parameters, bytes or cache, and what one unit gives towards them.
 
 A share such as ``-10%`` is of the whole model before the plan. Spans and fewer KV heads count:
 only what they leave is asked of the units. Every exported parameter takes the same bytes, so that
@@ -11,12 +11,12 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
-from math import ceil
-from typing import Any, Literal
+from math import ceil, floor
+from typing import Literal
 
 from sa_models.errors import PostshareError
 from sa_models.heads import PROJECTIONS, HeadLayout
-from sa_models.plan import SharingPlan
+from sa_models.savings import PlanSavings
 
 Counted = Literal["units", "parameters", "bytes", "cache"]
 
@@ -101,6 +101,27 @@ class Amount:
         )
 
 
+def units_of_ratio(ratio: float, layout: HeadLayout) -> int:
+    """floor(ratio * all units), counted over all layers as published."""
+    # Through the decimal that the user wrote: 0.29 of 100 units is 29, not floor(28.99...).
+    return floor(Fraction(str(ratio)) * layout.layers * layout.units)
+
+
+def units_of_heads(heads: int, layout: HeadLayout) -> int:
+    """The units that so many attention heads are; with GQA those of whole KV groups.
+
+    Raises:
+        PostshareError: a number of heads that would split a KV group.
+    """
+    if heads % layout.heads_per_unit:
+        nearest = max(1, round(heads / layout.heads_per_unit)) * layout.heads_per_unit
+        raise PostshareError(
+            f"plan.budget.heads {heads} splits a KV group of {layout.heads_per_unit} heads, which "
+            f"are tied together; the nearest is {nearest}"
+        )
+    return heads // layout.heads_per_unit
+
+
 def amount_of_units(count: int, layout: HeadLayout) -> Amount:
     """So many units, whether tied or removed."""
     return Amount("units", count, 1, 1, layout.layers * layout.units)
@@ -109,47 +130,26 @@ def amount_of_units(count: int, layout: HeadLayout) -> Amount:
 def amount_of_share(
     counted: Counted,
     share: Fraction,
-    config: Any,
-    structure: SharingPlan,
+    given: PlanSavings,
+    layout: HeadLayout,
     projections: Iterable[str],
 ) -> Amount:
     """A share of the whole model's parameters, bytes or cache.
 
     Args:
-        config: of the base model.
-        structure: KV heads and spans.
+        given: what spans and KV heads save. They may leave nothing to the units: ``needed`` is 0
+            or less then.
+        layout: with the plan's KV heads.
         projections: that a tie shares.
-
-    Raises:
-        PostshareError: the structure alone saves as much.
     """
-    asked = amount_beyond(counted, share, config, structure, projections)
-    if asked.needed <= 0:
-        raise PostshareError(
-            f"plan.budget.{counted}: spans and KV heads alone save {asked.given / asked.total:.2%},"
-            f" which is the {float(share):.2%} asked for; raise it, or set plan.strategy=none and "
-            "plan.budget=null"
-        )
-    return asked
-
-
-def amount_beyond(
-    counted: Counted,
-    share: Fraction,
-    config: Any,
-    structure: SharingPlan,
-    projections: Iterable[str],
-) -> Amount:
-    """:func:`amount_of_share`, which may leave nothing to the units (``needed`` 0 or less)."""
-    savings, layout = structure.savings(config), structure.layout(config)
     if counted == "cache":
-        total, given = savings.base_cache, savings.base_cache - savings.stored_cache
+        total, saved = given.base_cache, given.base_cache - given.stored_cache
         removal = 2 * layout.head_dim
     else:
-        total, given = savings.base_parameters, savings.removed_parameters
+        total, saved = given.base_parameters, given.removed_parameters
         removal = sum(map(layout.unit_parameters, PROJECTIONS))
     tie = tie_saves(counted, layout, projections)
-    return Amount(counted, ceil(share * total) - given, tie, removal, total, given)
+    return Amount(counted, ceil(share * total) - saved, tie, removal, total, saved)
 
 
 def tie_saves(counted: Counted, layout: HeadLayout, projections: Iterable[str]) -> int:

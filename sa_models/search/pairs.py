@@ -1,11 +1,8 @@
-"""From matches and a budget to a plan (PostShare, arXiv 2402.11819, section 3)."""
+"""Pairs of targets and sources, and the plan they make (PostShare, arXiv 2402.11819, section 3)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from fractions import Fraction
-from math import floor
 from typing import TYPE_CHECKING
 
 from sa_models.errors import PostshareError
@@ -14,35 +11,6 @@ from sa_models.plan import HeadTie, SharingPlan, Unit, resolve_roots
 
 if TYPE_CHECKING:
     from sa_models.scores.weight_cosine import Matches
-
-
-@dataclass(frozen=True)
-class Budget:
-    """How much may be tied: a ratio of all heads, or a number of heads. Exactly one is given."""
-
-    ratio: float | None = None
-    heads: int | None = None
-
-    def units(self, layout: HeadLayout) -> int:
-        """Units to tie: floor(ratio * all units), counted over all layers as published.
-
-        Raises:
-            PostshareError: neither or both are given, or a number of heads that would split a
-                KV group.
-        """
-        if (self.ratio is None) == (self.heads is None):
-            raise PostshareError("the plan's budget needs either ratio or heads; give exactly one")
-        if self.ratio is not None:
-            # Through the decimal that the user wrote: 0.29 of 100 units is 29, not floor(28.99...).
-            return floor(Fraction(str(self.ratio)) * layout.layers * layout.units)
-        assert self.heads is not None
-        if self.heads % layout.heads_per_unit:
-            nearest = max(1, round(self.heads / layout.heads_per_unit)) * layout.heads_per_unit
-            raise PostshareError(
-                f"plan.budget.heads {self.heads} splits a KV group of {layout.heads_per_unit} "
-                f"heads, which are tied together; the nearest is {nearest}"
-            )
-        return self.heads // layout.heads_per_unit
 
 
 def eligible_units(layout: HeadLayout, skip_layers: Sequence[int] = (0,)) -> list[Unit]:
@@ -67,27 +35,24 @@ def eligible_units(layout: HeadLayout, skip_layers: Sequence[int] = (0,)) -> lis
     ]
 
 
-def units_to_tie(budget: Budget, layout: HeadLayout, skip_layers: Sequence[int] = (0,)) -> int:
-    """The number of units that a budget asks for.
+def check_count(count: int, layout: HeadLayout, skip_layers: Sequence[int] = (0,)) -> None:
+    """Refuse a number of units that cannot be tied.
 
     Raises:
-        PostshareError: it cannot be met (see :meth:`Budget.units` and :func:`eligible_units`), or
-            it ties nothing.
+        PostshareError: none, or more than are eligible (see :func:`eligible_units`).
     """
-    wanted, units = budget.units(layout), layout.layers * layout.units
-    eligible = len(eligible_units(layout, skip_layers))
+    units, eligible = layout.layers * layout.units, len(eligible_units(layout, skip_layers))
     if not eligible:
         raise PostshareError(
             f"no unit can be tied: layers {sorted({0, *skip_layers})} are never targets, and the "
             "model has no others; skip fewer layers, or make fewer layers followers"
         )
-    if not 1 <= wanted <= eligible:
+    if not 1 <= count <= eligible:
         raise PostshareError(
-            f"plan.budget asks for {wanted} of {units} units, possible are 1 to {eligible} "
+            f"plan.budget asks for {count} of {units} units, possible are 1 to {eligible} "
             f"(layers {sorted({0, *skip_layers})} are never targets); set plan.budget.ratio "
             f"between {1 / units:.4f} and {eligible / units:.4f}"
         )
-    return wanted
 
 
 def select_pairs(
@@ -103,7 +68,7 @@ def select_pairs(
     scores keep the published order (last layer first, units ascending).
 
     Args:
-        count: from :func:`units_to_tie`.
+        count: see :func:`check_count`.
         skip_layers: layers whose units are never targets. They may be sources.
     """
     candidates = eligible_units(layout, skip_layers)
@@ -123,17 +88,20 @@ def select_pairs(
 def make_plan(
     matches: Matches,
     layout: HeadLayout,
-    budget: Budget,
+    count: int,
     share: Sequence[str],
     skip_layers: Sequence[int] = (0,),
     released: bool = False,
 ) -> SharingPlan:
-    """A plan from matches and a budget.
+    """A plan of ``count`` ties from matches.
 
     Args:
         released: keep the published selection, chains and all (fewer heads change than asked
             for); otherwise chains are resolved to root sources, and effective = requested.
+
+    Raises:
+        PostshareError: see :func:`check_count`.
     """
-    count = units_to_tie(budget, layout, skip_layers)
+    check_count(count, layout, skip_layers)
     pairs = select_pairs(matches, layout, count, share, skip_layers)
     return SharingPlan(ties=pairs if released else resolve_roots(pairs), released=released)

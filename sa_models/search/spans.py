@@ -1,4 +1,4 @@
-"""Which layers reuse which layer's attention: spans from scores, or by the published rule.
+"""Spans by search: layers that reuse another's attention, by scores or by the published rule.
 
 Spans here are contiguous (leader l, followers l+1 to l+k) and do not overlap: a layer belongs to at
 most one span, as leader or as follower. Scores are additive over spans; for measured losses that is

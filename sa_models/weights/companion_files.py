@@ -1,4 +1,4 @@
-"""What lies beside the weights in a model folder: configs, tokenizer, licence, modeling files."""
+"""Companions of the weights in a model folder: configs, tokenizer, licence, modeling files."""
 
 from __future__ import annotations
 

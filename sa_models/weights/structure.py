@@ -1,4 +1,4 @@
-"""Convert a pretrained Llama to the structure of a plan: fewer KV heads, and spans.
+"""The structure of a plan, given to a pretrained Llama: fewer KV heads, and spans.
 
 * KV heads are mean-pooled, group by group (GQA, 2305.13245).
 * The projections that a follower does not have are dropped, by name.

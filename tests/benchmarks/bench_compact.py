@@ -13,7 +13,8 @@ from sa_models.heads import HeadLayout
 from sa_models.materialize.ties import materialize_
 from sa_models.modeling import SharedLlamaForCausalLM
 from sa_models.scores.weight_cosine import random_matches
-from sa_models.search.pairs import Budget, make_plan
+from sa_models.search.budget import units_of_ratio
+from sa_models.search.pairs import make_plan
 
 SHAPES = {
     "compact_hidden1024_16x16": {
@@ -52,7 +53,7 @@ def measure_shape(shape: dict[str, int], share: str, rounds: tuple[int, int]) ->
     torch.manual_seed(0)
     dense = LlamaForCausalLM(LlamaConfig(tie_word_embeddings=True, **shape)).eval()
     layout = HeadLayout.from_config(dense.config)
-    plan = make_plan(random_matches(layout, 0), layout, Budget(ratio=0.3), share)
+    plan = make_plan(random_matches(layout, 0), layout, units_of_ratio(0.3, layout), share)
     materialize_(dict(dense.named_parameters()), layout, plan)
     compact = SharedLlamaForCausalLM.from_materialized(dense, plan).eval()
     # Weights made at first use lie in other memory than copies, which took 4 to 6 % longer to read:

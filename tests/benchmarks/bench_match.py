@@ -18,8 +18,9 @@ from torch.nn import functional
 from transformers import LlamaConfig
 
 from sa_models.heads import PROJECTIONS, HeadLayout
-from sa_models.scores.weight_cosine import InMemory, best_matches, unit_scores
+from sa_models.scores.weight_cosine import best_matches, unit_scores
 from sa_models.weights.safetensors_folder import ShardWriter, WeightsFolder
+from tests.support.in_memory import InMemory
 
 Unit = tuple[int, int]
 

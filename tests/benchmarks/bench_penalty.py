@@ -15,7 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from sa_models.heads import HeadLayout, unit_view
 from sa_models.plan import SharingPlan
 from sa_models.scores.weight_cosine import random_matches
-from sa_models.search.pairs import Budget, make_plan
+from sa_models.search.budget import units_of_ratio
+from sa_models.search.pairs import make_plan
 from train.distributed.engines.start import start
 from train.penalty.coupled import Penalty
 from train.recipe.recipe import Recipe, validate
@@ -71,7 +72,7 @@ def loop_over_pairs(dense: LlamaForCausalLM, layout: HeadLayout, plan: SharingPl
 def measure(step_rounds: int = 3) -> dict[str, dict[str, float]]:
     dense = model()
     layout = HeadLayout.from_config(dense.config)
-    plan = make_plan(random_matches(layout, 0), layout, Budget(ratio=0.3), "qkv")
+    plan = make_plan(random_matches(layout, 0), layout, units_of_ratio(0.3, layout), "qkv")
     penalty = Penalty(plan, layout, "l2")
     engine = start(recipe())
     engine.prepare(dense, torch.optim.AdamW(dense.parameters(), lr=1e-6))

@@ -22,6 +22,7 @@ from train.distributed.engines.start import start
 from train.evaluation.perplexity import perplexity
 from train.models.base_model import load_dense
 from train.planning.find import find_ties
+from train.planning.problem import PlanProblem
 from train.planning.scores import calibration_text, pair_chances
 from train.recipe.recipe import load_recipe
 from train.stages.plan import measured_model
@@ -79,7 +80,7 @@ class Comparison:
         if section.scores_text:
             model = measured_model(self.current, self.base, SharingPlan())
             text = calibration_text(section, model, self.current.blocks[0])
-        plan, _ = find_ties(section, self.weights, SharingPlan(), text)
+        plan, _ = find_ties(PlanProblem(section, self.weights.config), self.weights, text)
         scored = time.perf_counter()
         chances = pair_chances(section, self.weights, self.layout, plan, text)
         return {
@@ -93,12 +94,12 @@ class Comparison:
     def merged(self, score: str, merge: str) -> dict[str, float]:
         """Another merge of the same pairs, with q, k, v shared, and with v alone."""
         section = self.recipe.plan.model_copy(update={"score": score})
-        plan, _ = find_ties(section, self.weights, SharingPlan())
+        plan, _ = find_ties(PlanProblem(section, self.weights.config), self.weights)
         return {share: self.loss(shared(plan, share), merge) for share in ("qkv", "v")}
 
     def random(self, seed: int) -> dict[str, float]:
         section = self.recipe.plan.model_copy(update={"strategy": "random", "seed": seed})
-        plan, _ = find_ties(section, self.weights, SharingPlan())
+        plan, _ = find_ties(PlanProblem(section, self.weights.config), self.weights)
         pairs = {(tie.target, tie.source) for tie in plan.ties}
         found = {}
         for score in ("qk", "qk_aligned", "vo"):

@@ -20,7 +20,6 @@ import torch
 
 from sa_models.heads import HeadLayout
 from sa_models.materialize.ties import materialize_
-from sa_models.plan import SharingPlan
 from sa_models.weights.safetensors_folder import WeightsFolder
 from train.data.blocks import prepare_data
 from train.data.token_table import load_tokenizer
@@ -29,6 +28,7 @@ from train.models.base_model import load_base, load_dense
 from train.penalty.coupled import Penalty
 from train.penalty.decoupled import Pull
 from train.planning.find import find_ties
+from train.planning.problem import PlanProblem
 from train.recipe.load import override
 from train.recipe.recipe import validate
 from train.tracking.metrics_log import read_rows
@@ -98,7 +98,8 @@ def measure(mode: str, folder: Path, overrides: list[str]) -> dict[str, Any]:
     training, validation = prepare_data(
         asked, tokenizer, needed_blocks=None, vocab_size=dense.config.vocab_size
     )
-    plan, _ = find_ties(asked.plan, WeightsFolder(base), SharingPlan())
+    weights = WeightsFolder(base)
+    plan, _ = find_ties(PlanProblem(asked.plan, weights.config), weights)
 
     def judge(model: Any) -> float:
         return round(perplexity(model.eval(), validation, 8, 96, progress=False).perplexity, 2)

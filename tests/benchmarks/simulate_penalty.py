@@ -28,7 +28,8 @@ from sa_models.heads import HeadLayout
 from sa_models.plan import HeadTie, SharingPlan
 from sa_models.savings import llama_parameters
 from sa_models.scores.weight_cosine import random_matches
-from sa_models.search.pairs import Budget, make_plan
+from sa_models.search.budget import units_of_ratio
+from sa_models.search.pairs import make_plan
 from train.estimate.llama_shapes import KNOWN, LlamaShape
 from train.penalty.coupled import CHUNK_ELEMENTS
 from train.penalty.distances import reduced_values
@@ -61,7 +62,9 @@ as bf16 too, which favours ZeRO-3: postshare reduces it in fp32 (2 + 2 + 4)."""
 
 def random_plan(layout: HeadLayout, ratio: float, projections: str, seed: int) -> SharingPlan:
     """Each target with any unit of an earlier layer."""
-    return make_plan(random_matches(layout, seed), layout, Budget(ratio=ratio), projections)
+    return make_plan(
+        random_matches(layout, seed), layout, units_of_ratio(ratio, layout), projections
+    )
 
 
 def adjacent_plan(layout: HeadLayout, ratio: float, projections: str, seed: int) -> SharingPlan:

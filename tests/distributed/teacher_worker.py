@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from tests.support.in_memory import text_blocks
 from tests.support.training import LENGTH, VOCABULARY
 from train.data.blocks import Blocks
 from train.distributed.engines.base import Engine
@@ -44,7 +45,7 @@ def blocks() -> Blocks:
     while sum(map(len, documents)) < BLOCKS * LENGTH:
         size = int(torch.randint(5, 25, (), generator=generator))
         documents.append(torch.randint(VOCABULARY, (size,), generator=generator).tolist())
-    masked = Blocks.from_documents(documents, LENGTH, document_mask=True)
+    masked = text_blocks(documents, LENGTH, document_mask=True)
     assert BLOCKS <= len(masked) < 96
     return masked
 

@@ -15,7 +15,7 @@ from sa_models.errors import PostshareError
 from tests.support import tiny
 from train.distributed.engines.start import shutdown
 from train.evaluation.perplexity import Perplexity
-from train.evaluation.summary import Training, summarize
+from train.evaluation.summary import TrainingCost, summarize
 from train.recipe.recipe import DistillSection, Recipe, WandbSection
 from train.tracking.wandb_evaluation import log_outcome
 from train.tracking.wandb_run import plan_group
@@ -64,7 +64,7 @@ def evaluate(asked: Recipe) -> None:
         tiny.PLAN.savings(tiny.model().config),
         0.3,
         {"base": 1000, "compact": 900, "dense": 1000},
-        Training(tokens=600, seconds=1.0),
+        TrainingCost(tokens=600, seconds=1.0),
     )
     for _ in range(2):
         log_outcome(asked, GROUP, tiny.PLAN, summary, exports)

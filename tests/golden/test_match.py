@@ -15,7 +15,8 @@ from sa_models.materialize.ties import copy_ties_, materialize_
 from sa_models.modeling import SharedLlamaForCausalLM
 from sa_models.plan import HeadTie, SharingPlan, resolve_roots
 from sa_models.scores.weight_cosine import best_matches, unit_scores
-from sa_models.search.pairs import Budget, make_plan, select_pairs
+from sa_models.search.budget import units_of_ratio
+from sa_models.search.pairs import make_plan, select_pairs
 from sa_models.weights.safetensors_folder import WeightsFolder
 
 
@@ -56,7 +57,7 @@ def test_selection_order(
 ) -> None:
     expected = json.loads((golden / f"selection_qk_{rate}.json").read_text())
     matches = matches_of(folder, "qk")
-    pairs = select_pairs(matches, layout, Budget(ratio=rate).units(layout), "qkv")
+    pairs = select_pairs(matches, layout, units_of_ratio(rate, layout), "qkv")
     assert [(tie.target, tie.source) for tie in pairs] == golden_pairs(expected)
 
 
@@ -116,7 +117,7 @@ def test_selected_and_resolved_plan_is_the_golden_one(
     golden: Path, folder: WeightsFolder, layout: HeadLayout
 ) -> None:
     facts = json.loads((golden / "directshare_0.3.json").read_text())
-    plan = make_plan(matches_of(folder, "qk"), layout, Budget(ratio=0.3), "qkvo")
+    plan = make_plan(matches_of(folder, "qk"), layout, units_of_ratio(0.3, layout), "qkvo")
     plan.validate(folder.config)
     roots = {f"{t.target[0]}.{t.target[1]}": list(t.source) for t in plan.ties}
     assert roots == {target: root[:2] for target, root in facts["roots"].items()}

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 from sa_models.plan import HeadTie, SharingPlan
-from train.data.blocks import Blocks
+from tests.support.in_memory import text_blocks
 from train.recipe.recipe import validate
 from train.tracking.metrics_log import read_rows
 from train.training.checkpoint import PART
@@ -73,7 +73,7 @@ def test_thirty_steps(shared: Path, tmp_path: Path, mode: str, loss_weights: lis
             name="post",
             load=lambda: LlamaForCausalLM.from_pretrained(shared / "models/stories260K-mha"),
             plan=released_plan(shared / "golden" / "selection_qk_0.3.json"),
-            train_blocks=Blocks.from_documents(rows, 128),
+            train_blocks=text_blocks(rows, 128),
             validation_blocks=None,
             folder=tmp_path,
             steps=STEPS + 1,

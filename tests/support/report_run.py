@@ -15,7 +15,7 @@ from transformers import LlamaConfig
 
 from sa_models.plan import AttentionSpan, HeadTie, SharingPlan
 from train.evaluation.perplexity import BlockLosses
-from train.evaluation.summary import Training, summarize
+from train.evaluation.summary import TrainingCost, summarize
 from train.planning.plan_maps import save_similarity
 from train.recipe.recipe import Recipe, validate
 from train.stages.provenance import record_start
@@ -98,7 +98,7 @@ def make_run(
         shared.savings(config),
         0.4,
         {"base": 4_000_000, "compact": 3_700_000},
-        Training(tokens=steps * 64, seconds=90.0),
+        TrainingCost(tokens=steps * 64, seconds=90.0),
     )
     write(folder / "summary.json", summary)
     return folder

@@ -9,6 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sa_models.plan import HeadTie, SharingPlan
+from tests.support.in_memory import text_blocks
 from train.data.blocks import Blocks
 from train.recipe.recipe import Recipe, validate
 from train.tracking.metrics_log import TIMING_KEYS, read_rows
@@ -48,7 +49,7 @@ def blocks(count: int = 24, document_mask: bool = False, seed: int = 1) -> Block
     while sum(map(len, documents)) < count * LENGTH:
         size = int(torch.randint(3, 41, (), generator=generator))
         documents.append(torch.randint(VOCABULARY, (size,), generator=generator).tolist())
-    return Blocks.from_documents(documents, LENGTH, document_mask=document_mask)
+    return text_blocks(documents, LENGTH, document_mask=document_mask)
 
 
 def recipe(folder: Path, penalty: dict[str, Any] | None = None, **train: Any) -> Recipe:

@@ -1,4 +1,4 @@
-"""What the shell is offered while a command is typed: recipes, override keys, their choices.
+"""Completion in the shell while a command is typed: recipes, override keys, their choices.
 
 Read from file names and from the shipped schema: a key press must not wait for torch.
 """

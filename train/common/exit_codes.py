@@ -1,4 +1,4 @@
-"""How a command ends: the one list of exit codes (docs/clusters.md: what launchers make of them).
+"""Exit codes of all commands, the one list (docs/clusters.md: what launchers make of them).
 
 `accelerate launch` and torchrun exit with 1 whatever their processes exit with, and print it.
 """

@@ -1,4 +1,4 @@
-"""How pictures look and how they are written: one palette, one size of text, PNG and SVG.
+"""The style of pictures, and their files: one palette, one size of text, PNG and SVG.
 
 Text stays readable where a picture is shown 320 pixels wide, as thumbnails and phones do: at
 :data:`WIDTH` inches, :data:`SMALL` points are 8 pixels then.

@@ -1,4 +1,4 @@
-"""Whether a folder holds this very run: all that decides its numbers, compared key by key."""
+"""The identity of a run in a folder: all that decides its numbers, compared key by key."""
 
 from __future__ import annotations
 

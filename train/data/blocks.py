@@ -86,21 +86,8 @@ class Blocks(Dataset[Block]):
         counts = self._sizes if weights is None else _mix(self._sizes, weights)
         self._ends = np.cumsum(counts, dtype=np.int64)
 
-    @classmethod
-    def from_documents(
-        cls, documents: Sequence[Sequence[int]], length: int, *, document_mask: bool = False
-    ) -> Blocks:
-        """From token ids in memory (BOS and EOS included where wanted)."""
-        packed = Packed.from_documents(documents)
-        return cls([TextBlocks(packed, length, document_mask=document_mask)])
-
     def __len__(self) -> int:
         return int(self._ends[-1])
-
-    @property
-    def tokens(self) -> int:
-        """Tokens in one epoch, padding included."""
-        return len(self) * self.length
 
     def __getitem__(self, index: int) -> Block:
         if not 0 <= index < len(self):

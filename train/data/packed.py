@@ -47,11 +47,6 @@ class Packed:
         empty = np.zeros(0, dtype=np.int64)
         return cls(chunks, np.concatenate([empty, *lengths]).astype(np.int64))
 
-    @classmethod
-    def from_documents(cls, documents: Sequence[Sequence[int]]) -> Packed:
-        chunks = [np.asarray(document, dtype=np.int32) for document in documents]
-        return cls(chunks, np.array([len(chunk) for chunk in chunks], dtype=np.int64))
-
     def __len__(self) -> int:
         """The number of tokens."""
         return int(self._ends[-1]) if len(self._ends) else 0

@@ -1,4 +1,4 @@
-"""Where text comes from: hub names, local files and folders, the standard library.
+"""Sources of text: hub names, local files and folders, the standard library.
 
 Everything goes through the `datasets` library, whose many exceptions become one line with the cure.
 """

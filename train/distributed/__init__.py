@@ -1,4 +1,4 @@
-"""Ranks: what the launcher asks for, how they meet and watch one another, and the engines.
+"""Ranks: their launch, how they meet and watch one another, and the engines.
 
 Imports `evaluation` and what is below it.
 """

@@ -1,4 +1,4 @@
-"""Where each rank is, kept in the launcher's key-value store while a training runs.
+"""Heartbeats: where each rank is, kept in the launcher's key-value store during a training.
 
 One thread a rank writes its note every few seconds, whatever its main thread does. So a note that
 no longer changes is a process that is stopped, killed or cut off, and a note that changes but stays
@@ -94,10 +94,6 @@ class Heartbeats:
         """The last known note of every rank, by rank; this one's is up to date."""
         known = {rank: note for rank, (note, _) in self._seen.items()} | {self.note.rank: self.note}
         return [known[rank] for rank in sorted(known)]
-
-    def absent(self) -> list[int]:
-        """Ranks that were never heard of while observed."""
-        return [r for r in range(self.world) if r != self.note.rank and r not in self._seen]
 
     def agree(self, verdict: str, seconds: float) -> str | None:
         """Propose a verdict; the first one of all ranks wins, and is returned.

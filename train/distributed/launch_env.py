@@ -1,4 +1,4 @@
-"""What the launcher asks for, read from the environment it makes, and what is refused of it."""
+"""The launch: what the launcher asks for in the environment, and what is refused of it."""
 
 from __future__ import annotations
 

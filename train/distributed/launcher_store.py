@@ -1,4 +1,4 @@
-"""Which start of the ranks this is: each has keys of its own in the launcher's key-value store.
+"""The launcher's key-value store, with keys of its own for each start of the ranks.
 
 With `--max_restarts` torchrun starts all ranks again beside the store of the start before, and
 torch 2.13 makes the process group with the same keys every time: ranks read the addresses of

@@ -1,4 +1,4 @@
-"""Ranks meet before the process group is made: one that does not come is named, within minutes.
+"""Rendezvous of the ranks before the process group: a rank that does not come is named in minutes.
 
 Collectives have hours of patience, and making the process group is one of them. The launcher's
 store is there already, so a rank that never came can be told from one that is slow.

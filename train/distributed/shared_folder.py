@@ -1,4 +1,4 @@
-"""Whether all ranks see one and the same run folder, found out before anything depends on it."""
+"""A check that all ranks see one and the same run folder, before anything depends on it."""
 
 from __future__ import annotations
 

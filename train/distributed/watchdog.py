@@ -1,4 +1,4 @@
-"""A training that no longer moves, or has lost a rank: say which rank and where, and end.
+"""The watchdog: it ends a training that no longer moves or has lost a rank, and says which.
 
 Collectives wait for hours, as long as the main process may export meanwhile. In a training a rank
 is expected sooner: the loop notes each phase it enters, and a thread that sees no new note for

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from sa_models.savings import llama_parameters
+from train.common.sizes import size
 from train.distributed.launch_env import Offload
 from train.doctor.findings import Finding, Level, Situation, bad, ok, warn
 from train.estimate import gpu_memory
-from train.estimate.dry_run import size
 from train.estimate.llama_shapes import LlamaShape
 from train.recipe.recipe import Recipe
 

@@ -1,4 +1,4 @@
-"""What one rank sees of itself and of its machine: read, timed, judged elsewhere."""
+"""Facts that one rank sees of itself and of its machine: read, timed, judged elsewhere."""
 
 from __future__ import annotations
 

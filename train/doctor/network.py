@@ -7,10 +7,10 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 from sa_models.errors import PostshareError
+from train.common.sizes import size
 from train.doctor.facts import Facts
 from train.doctor.findings import Finding, Situation, bad, ok, warn
 from train.estimate import parameters
-from train.estimate.dry_run import size
 
 CLOCK_LIMIT = 1.0
 """Seconds that clocks may differ."""

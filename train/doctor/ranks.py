@@ -8,9 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from sa_models.errors import PostshareError
+from train.common.sizes import size
 from train.doctor.findings import LEFT_WAITING, Finding, Situation, bad, from_error, ok, warn
 from train.estimate import parameters
-from train.estimate.dry_run import size
 
 BUILD_SECONDS = 900.0
 """Age of a lock that belongs to no build any more, wherever it ran."""

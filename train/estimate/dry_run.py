@@ -1,4 +1,4 @@
-"""What `--dry-run` prints: the resolved recipe, what the plan saves, what the run needs."""
+"""The output of `--dry-run`: the resolved recipe, what the plan saves, what the run needs."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from rich.syntax import Syntax
 from rich.table import Table
 
 from sa_models.spans import ranges
+from train.common.sizes import byte_unit, count, size
 from train.estimate import gpu_memory, parameters
 from train.estimate.llama_shapes import DTYPE_BYTES, LlamaShape, find_shape
 from train.planning.auto_space import REBUILT, auto_passes
 from train.planning.basis import BASIS_LAYERS
+from train.planning.problem import PlanProblem
 from train.recipe.warnings import recipe_warnings
 
 if TYPE_CHECKING:
-    from sa_models.plan import SharingPlan
     from sa_models.savings import PlanSavings
     from train.recipe.recipe import Recipe
     from train.recipe.sections.lora import LoraSection
@@ -48,29 +49,14 @@ def print_dry_run(recipe: Recipe, gpus: int | None = None, console: Console | No
         console.print(f"[yellow]warning:[/] {line}")
 
 
-def count(number: int) -> str:
-    """`6,738,415,616` as `6,738,415,616 (6.74 B)`."""
-    for factor, unit in ((10**9, "B"), (10**6, "M"), (10**3, "K")):
-        if number >= factor:
-            return f"{number:,} ({number / factor:.3g} {unit})"
-    return f"{number:,}"
-
-
-def size(number: float) -> str:
-    """Bytes in decimal units, as safetensors indices and disks count."""
-    for factor, unit in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
-        if number >= factor:
-            return f"{number / factor:,.1f} {unit}"
-    return f"{number:.0f} B"
-
-
 def _facts(recipe: Recipe, shape: LlamaShape, origin: str, gpus: int, accumulation: int) -> Table:
     plan, train = recipe.plan, recipe.train
     structure = parameters.expected_structure(recipe, shape)
-    savings = parameters.plan_savings(plan, shape, structure)
+    problem = PlanProblem(plan, shape, structure)
+    savings = parameters.plan_savings(problem)
     element = DTYPE_BYTES.get(recipe.export.dtype, shape.dtype_bytes)
     base, stored = savings.bytes(element)
-    residual = parameters.residual_parameters(recipe, shape, structure)
+    residual = parameters.residual_parameters(recipe.residual, problem)
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_row("model", f"{recipe.model.path}, config from {origin}")
     table.add_row("parameters", count(savings.base_parameters))
@@ -78,7 +64,7 @@ def _facts(recipe: Recipe, shape: LlamaShape, origin: str, gpus: int, accumulati
     table.add_row("trained", count(trained if recipe.steps != 0 else 0))
     if recipe.lora is not None:
         table.add_row("lora", _lora(recipe.lora))
-    for row in _plan_rows(recipe, shape, structure, savings):
+    for row in _plan_rows(recipe, problem, savings):
         table.add_row(*row)
     if recipe.plans:
         bound = "at most " if plan.strategy == "released" else ""
@@ -130,16 +116,15 @@ def _facts(recipe: Recipe, shape: LlamaShape, origin: str, gpus: int, accumulati
     return table
 
 
-def _plan_rows(
-    recipe: Recipe, shape: LlamaShape, structure: SharingPlan, savings: PlanSavings
-) -> list[tuple[str, str]]:
+def _plan_rows(recipe: Recipe, problem: PlanProblem, savings: PlanSavings) -> list[tuple[str, str]]:
     """What is shared: ties, spans, KV heads."""
     plan, spans = recipe.plan, recipe.spans
+    shape, structure = problem.config, problem.structure
     if not recipe.plans:
         return [("plan", "none: nothing is shared")]
     rows = []
     if plan.strategy != "none":
-        rows.append(("plan", _units(recipe, shape, structure, savings)))
+        rows.append(("plan", _units(recipe, problem, savings)))
     shared = {"attention": "attention weights", "kv": "keys and values"}
     if spans is not None and spans.layers is not None:
         rows.append(
@@ -160,11 +145,11 @@ def _plan_rows(
     return rows
 
 
-def _units(recipe: Recipe, shape: LlamaShape, structure: SharingPlan, savings: PlanSavings) -> str:
+def _units(recipe: Recipe, problem: PlanProblem, savings: PlanSavings) -> str:
     """How many units are tied or removed."""
     plan = recipe.plan
     if plan.strategy == "auto":
-        passes = auto_passes(plan, shape, structure)
+        passes = auto_passes(problem)
         rebuilt = ""
         if recipe.materialize.reconstruct:
             rebuilt = f", and {REBUILT} reconstructions and one factorization"
@@ -178,7 +163,7 @@ def _units(recipe: Recipe, shape: LlamaShape, structure: SharingPlan, savings: P
             f"q, k and v of {BASIS_LAYERS} adjacent layers share a basis (Basis Sharing), their "
             "factors fitted to calibration text"
         )
-    unit = "heads" if structure.layout(shape).heads_per_unit == 1 else "KV groups"
+    unit = "heads" if problem.layout.heads_per_unit == 1 else "KV groups"
     of = f"of {savings.units:,} units ({unit})"
     removed = f"{savings.removed_units:,} {of} removed"
     if plan.action == "remove":
@@ -233,7 +218,7 @@ def _memory(recipe: Recipe, shape: LlamaShape, gpus: int) -> Table:
             for checkpointing in (now, not now)
         )
         rows.append((*astuple(chosen)[: len(names)], chosen.total, other.total))
-    unit, factor = ("GB", 1e9) if rows[-1][-1] >= 1e9 else ("MB", 1e6)
+    unit, factor = byte_unit(max(rows[-1][-1], 1e6))
     table = Table(
         title=f"{unit} of memory per GPU at the peak of a step, {gpus} GPU(s), gradient "
         f"checkpointing {words[now]}\n(last column: {words[not now]}); "

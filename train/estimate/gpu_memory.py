@@ -1,4 +1,4 @@
-"""What a GPU must hold, from the config alone: at the peak of a step, and outside training.
+"""Memory of a GPU, from the config alone: at the peak of a step, and outside training.
 
 These are estimates of PyTorch's tensors: they leave out the CUDA context, communication buffers and
 fragmentation (allow 2 to 4 GB for them).

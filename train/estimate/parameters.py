@@ -1,4 +1,4 @@
-"""What a run saves and writes, from the config alone: parameters, units, bytes, traffic."""
+"""Arithmetic of a run, from the config alone: parameters, units, bytes, traffic."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from sa_models.heads import PROJECTIONS, HeadLayout
 from sa_models.materialize.residual_shapes import check_rank
 from sa_models.plan import SharingPlan
 from sa_models.savings import PlanSavings, llama_parameters
-from sa_models.search.spans import best_spans, late_spans
 from sa_models.spans import AttentionSpan
 from sa_models.weights.parameter_shapes import expanded_shapes
 from train.estimate.llama_shapes import DTYPE_BYTES
-from train.planning.auto_space import PAPER, asked_of_units
+from train.planning.auto_space import PAPER
 from train.planning.basis import basis_plan
-from train.planning.budget import amount
-from train.planning.budget_check import check_budget
+from train.planning.check import check_budget, expected_spans
+from train.planning.problem import PlanProblem
 from train.recipe.rules import check_structure
 from train.recipe.sections.structure import listed_structure
 
 if TYPE_CHECKING:
     from train.estimate.llama_shapes import LlamaShape
-    from train.recipe.recipe import PlanSection, Recipe, TrainSection
+    from train.recipe.recipe import Recipe, TrainSection
     from train.recipe.sections.lora import LoraSection
+    from train.recipe.sections.residual import ResidualSection
 
 
 def expected_structure(recipe: Recipe, shape: LlamaShape) -> SharingPlan:
@@ -43,56 +43,48 @@ def expected_structure(recipe: Recipe, shape: LlamaShape) -> SharingPlan:
     structure = listed_structure(recipe.heads, recipe.spans)
     section = recipe.spans
     if section is not None and section.layers is not None:
-        limits = (section.layers, section.max_followers, section.skip_layers)
-        if section.strategy == "late":
-            found = late_spans(shape.num_hidden_layers, *limits)
-        else:
-            found = best_spans(lambda leader, followers: 0.0, shape.num_hidden_layers, *limits)
+        found = expected_spans(section, shape.num_hidden_layers)
         spans = tuple(AttentionSpan(*span, section.share) for span in found)
         structure = replace(structure, spans=spans)
     check_structure(recipe, structure, shape)
     return structure
 
 
-def requested_units(section: PlanSection, shape: LlamaShape, structure: SharingPlan) -> int:
+def requested_units(problem: PlanProblem) -> int:
     """Units that the budget asks for, before they are chosen; with action any, at most.
 
     Raises:
-        PostshareError: see :func:`train.planning.budget_check.check_budget`.
+        PostshareError: see :func:`train.planning.check.check_budget`.
     """
-    check_budget(section, shape, structure)
-    asked = amount(section, shape, structure)
-    tied = section.action != "remove" and asked.tie_saves
-    return asked.units("tie" if tied else "remove")
+    check_budget(problem)
+    tied = problem.section.action != "remove" and problem.required.tie_saves
+    return problem.required.units("tie" if tied else "remove")
 
 
-def plan_savings(
-    section: PlanSection, shape: LlamaShape, structure: SharingPlan | None = None
-) -> PlanSavings:
+def plan_savings(problem: PlanProblem) -> PlanSavings:
     """What the plan of a recipe will save, before it is known which units it chooses.
 
     For strategy released this is an upper bound: its chains undo some of the ties.
 
     Args:
-        structure: KV heads and spans, see :func:`expected_structure`.
+        problem: on the expected structure, see :func:`expected_structure`.
 
     Raises:
         PostshareError: a budget that cannot be met, or a plan file that does not fit the model.
     """
+    section, shape = problem.section, problem.config
+    layout, savings = problem.layout, problem.savings
     if section.strategy == "file":
         plan = SharingPlan.load(section.path or "")
         plan.validate(shape)
         return plan.savings(shape)
-    structure = structure or SharingPlan()
-    savings = structure.savings(shape)
     if section.strategy == "none":
         return savings
-    layout = structure.layout(shape)
     if section.strategy == "auto":
-        return _auto_savings(section, shape, structure)
+        return _auto_savings(problem)
     if section.strategy == "basis":
-        return basis_plan(section, shape).savings(shape)
-    count = requested_units(section, shape, structure)
+        return basis_plan(problem).savings(shape)
+    count = requested_units(problem)
     heads = count * layout.heads_per_unit
     if section.action == "remove":
         return replace(
@@ -110,34 +102,32 @@ def plan_savings(
     )
 
 
-def residual_parameters(recipe: Recipe, shape: LlamaShape, structure: SharingPlan) -> int:
+def residual_parameters(section: ResidualSection | None, problem: PlanProblem) -> int:
     """Most parameters of the residuals, before it is known which layers have tied units.
 
     Raises:
         PostshareError: a rank larger than the head, and as :func:`plan_savings`.
     """
-    section, plan = recipe.residual, recipe.plan
     if section is None:
         return 0
+    plan, shape, layout = problem.section, problem.config, problem.layout
     check_rank(section.rank, HeadLayout.from_config(shape))
     if plan.strategy == "file":
         return section.parameters(SharingPlan.load(plan.path or ""), shape)
-    layout = structure.layout(shape)
-    tied = {*range(layout.layers)} - {*plan.skip_layers} - structure.leader_of().keys()
-    layers = min(len(tied), requested_units(plan, shape, structure))
+    tied = {*range(layout.layers)} - {*problem.skipped_layers("tie")}
+    layers = min(len(tied), requested_units(problem))
     return section.rank * layers * sum(sum(layout.shape(p)) for p in plan.share)
 
 
-def _auto_savings(section: PlanSection, shape: LlamaShape, structure: SharingPlan) -> PlanSavings:
+def _auto_savings(problem: PlanProblem) -> PlanSavings:
     """What the budget asks for, whatever will save it; of units, as many ties of the paper's q, k
     and v."""
-    check_budget(section, shape, structure)
-    asked, savings = asked_of_units(section, shape, structure), structure.savings(shape)
+    check_budget(problem)
+    asked, savings, layout = problem.remaining, problem.savings, problem.layout
     if asked.counted == "cache":
         return replace(savings, stored_cache=savings.stored_cache - asked.needed)
     if asked.counted != "units":
         return replace(savings, tied_parameters=asked.needed)
-    layout = structure.layout(shape)
     return replace(
         savings,
         tied_units=asked.needed,
@@ -210,11 +200,12 @@ def disk_space(recipe: Recipe, shape: LlamaShape) -> Disk:
     """
     train = recipe.train
     structure = expected_structure(recipe, shape)
-    savings = plan_savings(recipe.plan, shape, structure)
+    problem = PlanProblem(recipe.plan, shape, structure)
+    savings = plan_savings(problem)
     element = DTYPE_BYTES.get(recipe.export.dtype, shape.dtype_bytes)
     exports = 0
     if "compact" in recipe.export.formats or not structure.has_stock_form:
-        adapter = residual_parameters(recipe, shape, structure)
+        adapter = residual_parameters(recipe.residual, problem)
         exports += (savings.stored_parameters + adapter) * element
     if "dense" in recipe.export.formats and structure.has_stock_form:
         exports += savings.dense_parameters * element

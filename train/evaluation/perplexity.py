@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 from rich.console import Console
 from rich.progress import track
-from torch.utils.data import default_collate
 
 from sa_models.calibration.token_losses import IGNORED, row_losses
 from sa_models.errors import PostshareError
 from train.data.blocks import Block, Blocks
+from train.data.reader import read_batches
 
 
 @dataclass(frozen=True)
@@ -81,16 +81,19 @@ def block_losses(
     nats: list[float] = []
     tokens: list[int] = []
     try:
-        starts = range(0, count, batch_size)
         console = Console(stderr=True)
         quiet = not (progress and console.is_terminal)
-        for start in track(starts, "evaluating", console=console, disable=quiet, transient=True):
-            batch = default_collate(
-                [blocks[index] for index in range(start, min(start + batch_size, count))]
-            )
-            labels = batch.pop("labels")[:, 1:].to(device)
-            inputs = {name: tensor.to(device) for name, tensor in batch.items()}
-            logits = model(**inputs, use_cache=False).logits[:, :-1]
+        batches = read_batches(blocks, range(count), batch_size, device)
+        for batch in track(
+            batches,
+            "evaluating",
+            -(-count // batch_size),
+            console=console,
+            disable=quiet,
+            transient=True,
+        ):
+            labels = batch.pop("labels")[:, 1:]
+            logits = model(**batch, use_cache=False).logits[:, :-1]
             nats += row_losses(logits, labels)
             tokens += (labels != IGNORED).sum(1).tolist()
     finally:

@@ -1,4 +1,4 @@
-"""What `postshare evaluate RUN` leaves in the run folder for its report: one entry a task.
+"""Scores that `postshare evaluate RUN` leaves in the run folder for its report: one entry a task.
 
 A later call replaces the tasks that it measures and keeps the others. An entry names the weights
 that it was measured on, so that it is never taken for numbers of a later export.

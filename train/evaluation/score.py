@@ -1,4 +1,4 @@
-"""What a model scores on a task, how far it lies from another's score, and how sure that is.
+"""The score of a model on a task: its distance from another's, and how sure that is.
 
 A score is a ratio of two sums over items (windows of a text, questions of a task), or its
 exponential. Its interval is the normal one of that ratio (the delta method): with a_i and b_i what

@@ -1,4 +1,4 @@
-"""How fast models answer on this machine, and what they hold: measured side by side.
+"""Speed of models on this machine, and the memory they hold: measured side by side.
 
 Every round runs each model once, so that what else the machine does falls on all of them. A round
 is what serving one request is: a prompt of random tokens is read (prefill) until its first new

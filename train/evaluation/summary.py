@@ -1,4 +1,4 @@
-"""Judging a run: the same held-out tokens for all its models, the summary, the last table."""
+"""The summary of a run: the same held-out tokens for all its models, and the last table."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def read_block_losses(folder: Path) -> dict[str, BlockLosses]:
 
 
 @dataclass(frozen=True)
-class Training:
+class TrainingCost:
     """What the post-training took. Tokens are predicted tokens over all ranks."""
 
     tokens: int
@@ -81,7 +81,7 @@ def summarize(
     savings: PlanSavings,
     requested: float,
     disk: dict[str, int],
-    training: Training,
+    training: TrainingCost,
     residual: int = 0,
 ) -> dict[str, Any]:
     """The value of ``summary.json``; a model that the run does not have is null.

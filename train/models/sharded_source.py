@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from train.recipe.recipe import ModelSection
 
 
-class Reader(Protocol):
+class WeightsReader(Protocol):
     """What of a :class:`~sa_models.weights.compact_folder.DenseReader` is needed here."""
 
     path: Path
@@ -59,7 +59,7 @@ class Source(Mapping[str, Tensor]):
 
     kind: type[LlamaForCausalLM]
     config: LlamaConfig
-    reader: Reader
+    reader: WeightsReader
     folder: Path
     residual: Pairs | None = None
 

@@ -1,4 +1,4 @@
-"""Pulling after the optimizer's step: the master weights of tied units are moved themselves.
+"""The decoupled penalty: after the optimizer's step, master weights of tied units are moved.
 
 For each tie and projection, D = target - source becomes f D, with a factor f in [0, 1] of its own:
 
@@ -30,7 +30,7 @@ from sa_models.errors import PostshareError
 from train.distributed.ranks import Ranks
 from train.penalty.coupled import CHUNK_ELEMENTS, Penalty, PenaltyResult, penalty_coefficient
 from train.penalty.distances import cosines
-from train.penalty.sharded_exchange import Chunk, Exchange, Pair
+from train.penalty.sharded_exchange import Exchange, Pair, Transfer
 
 if TYPE_CHECKING:
     from sa_models.heads import HeadLayout
@@ -195,7 +195,7 @@ class JointExchange(Exchange):
     def _close_in(
         self,
         shards: dict[str, Shard],
-        chunk: Chunk,
+        chunk: Transfer,
         pairs: list[Pair],
         kept: list[float],
         sources_move: bool,

@@ -1,4 +1,4 @@
-"""How far two units are from each other: the kinds of the penalty.
+"""Distances between two units: the kinds of the penalty.
 
 Twice: of whole units, differentiated by autograd; and of units whose elements are spread over
 ranks, where sums go through a collective and gradients are written down element by element.

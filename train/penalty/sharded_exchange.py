@@ -145,7 +145,7 @@ def _length(interval: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Chunk:
+class Transfer:
     """What one rank does for some of the pairs; lists are ordered by (other rank, pair).
 
     Attributes:
@@ -162,14 +162,14 @@ class Chunk:
     send_sizes: list[int]
 
 
-def route(routes: Routes, rank: int, elements: int, joint: bool = False) -> list[Chunk]:
+def route(routes: Routes, rank: int, elements: int, joint: bool = False) -> list[Transfer]:
     """The chunks of one rank; `elements` and `joint` as in :meth:`Routes.chunks`."""
     receive, send = routes.received(rank), routes.sent(rank)
     chunks = []
     for pairs in routes.chunks(elements, joint):
         incoming, in_sizes = _pieces(*(bound[:, pairs] for bound in receive))
         outgoing, out_sizes = _pieces(*(bound[:, pairs] for bound in send))
-        chunks.append(Chunk(pairs, incoming, outgoing, in_sizes, out_sizes))
+        chunks.append(Transfer(pairs, incoming, outgoing, in_sizes, out_sizes))
     return chunks
 
 
@@ -247,7 +247,7 @@ class Exchange:
         return float(total)
 
     def _meet(
-        self, shards: dict[str, Shard], chunk: Chunk, pairs: list[Pair]
+        self, shards: dict[str, Shard], chunk: Transfer, pairs: list[Pair]
     ) -> tuple[Spread, Tensor]:
         """Bring the sources' elements to the targets'; also the buffer that they were sent from."""
         outgoing = self._pack(shards, chunk.send, [(p.projection, p.source) for p in pairs])
@@ -277,7 +277,7 @@ class Exchange:
     def _part(
         self,
         shards: dict[str, Shard],
-        chunk: Chunk,
+        chunk: Transfer,
         pairs: list[Pair],
         spread: Spread,
         outgoing: Tensor,

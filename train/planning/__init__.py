@@ -1,4 +1,4 @@
-"""How a recipe's plan is found, shown and drawn.
+"""Planning: a recipe's plan, found, shown and drawn.
 
 Imports `training` and what is below it.
 """

@@ -20,7 +20,7 @@ from sa_models.plan import SharingPlan
 from sa_models.search.measured_loss import Cache, identity
 from train.common.run_files import SEARCH_CACHE
 from train.data.blocks import Blocks
-from train.data.calibration import calibration_batches, spread_blocks
+from train.data.calibration import calibration_batches, spread_indices
 from train.evaluation.bootstrap import interval
 from train.evaluation.perplexity import BlockLosses, block_losses
 from train.models.materialize import on_text
@@ -74,7 +74,7 @@ def compare_rebuilt(
         if plan != SharingPlan():
             model = on_text(recipe, plan, model, blocks, device)
         model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides it
-        measured = spread_blocks(blocks, section.calibration_blocks)
+        measured = [blocks[i] for i in spread_indices(len(blocks), section.calibration_blocks)]
         return asdict(block_losses(model, measured, recipe.evaluate.batch_size, progress=False))
 
     def losses_of(plan: SharingPlan) -> BlockLosses:
@@ -125,7 +125,8 @@ def rival(recipe: Recipe, plan: SharingPlan, config: LlamaConfig) -> SharingPlan
     which pulls units, or q, k and v hold too little.
     """
     budget = recipe.plan.budget
-    if budget is None or budget.cache is not None or recipe.penalized or recipe.changes_structure:
+    on_cache = budget is None or budget.counted == "cache"
+    if on_cache or recipe.penalized or recipe.changes_structure:
         return None
     return saving_plan(config, plan.savings(config).removed_parameters)
 
@@ -133,4 +134,4 @@ def rival(recipe: Recipe, plan: SharingPlan, config: LlamaConfig) -> SharingPlan
 def may_take(recipe: Recipe) -> bool:
     """Whether the recipe allows it, and the budget is met without changing a head."""
     plan, budget = recipe.plan, recipe.plan.budget
-    return plan.basis and budget is not None and (budget.parameters or budget.bytes) is not None
+    return plan.basis and budget is not None and budget.counted in ("parameters", "bytes")

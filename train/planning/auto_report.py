@@ -1,4 +1,4 @@
-"""What strategy auto compared: tables, plan-search.json, and the front as a picture.
+"""The report of strategy auto: tables, plan-search.json, and the front as a picture.
 
 Quality is the perplexity on calibration text, untrained, without the slope of that text: what
 plans are compared by. The front holds every measured plan that no other beats in both bytes and
@@ -14,6 +14,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from rich import box
 from rich.table import Table
@@ -24,6 +25,7 @@ from train.common.files import write_json
 from train.common.progress import bar
 from train.common.run_files import PARETO_PICTURE, SEARCH_FILE
 from train.evaluation.decode_time import bytes_read, decode_time
+from train.evaluation.pareto import pareto
 from train.planning.auto_result import (
     BASIS,
     AutoSearched,
@@ -52,18 +54,15 @@ NOISY = 0.25
 """Spread of a ratio of times, above which the bytes that are read say more than the time."""
 
 
-def pareto(searched: AutoSearched, config: LlamaConfig) -> list[Point]:
+def pareto_points(searched: AutoSearched, config: LlamaConfig) -> list[Point]:
     """The measured plans that no other beats in bytes and quality, fewest parameters saved first.
 
     The chosen plan is one of them or has an equal, except where the budget counts something else or
     plans were compared after reconstruction.
     """
-    front: list[Point] = []
-    by_size = sorted(searched.points, key=lambda p: (-_removed(p, config), p.expected))
-    for point in by_size:
-        if not front or point.expected < front[-1].expected:
-            front.append(point)
-    return front[::-1]
+    points = searched.points
+    placed = np.array([(-_removed(point, config), point.expected) for point in points])
+    return [points[index] for index in reversed(pareto(placed))]
 
 
 def time_front(
@@ -82,7 +81,7 @@ def time_front(
         size: bytes of one exported parameter.
     """
     chosen = searched.chosen.points[-1]
-    shared = [p for p in pareto(searched, config) if _removed(p, config)]
+    shared = [p for p in pareto_points(searched, config) if _removed(p, config)]
     picked = spread([p for p in shared if p.plan != chosen.plan], TIMED - 1)
     points = sorted([*picked, chosen], key=lambda p: _removed(p, config))
     wanted: list[tuple[SharingPlan, Point | None]] = [(p.plan, p) for p in (searched.base, *points)]
@@ -255,7 +254,8 @@ def save_auto(
     """
     from train.planning.front_plot import save_front
 
-    on_front, chosen, noisy = pareto(searched, config), searched.chosen.points[-1], is_noisy(front)
+    on_front, noisy = pareto_points(searched, config), is_noisy(front)
+    chosen = searched.chosen.points[-1]
     value = {
         "search": "auto",
         "calibration_blocks": searched.blocks,

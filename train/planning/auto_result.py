@@ -1,4 +1,4 @@
-"""What strategy auto found: measured plans, those that meet the budget, and the one it took."""
+"""The result of strategy auto: measured plans, those that meet the budget, and the one it took."""
 
 from __future__ import annotations
 

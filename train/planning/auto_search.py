@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sa_models.calibration.partial_forward import Batch
 from sa_models.errors import PostshareError
 from sa_models.plan import SharingPlan
 from sa_models.scores.slope import Change, slopes
@@ -31,46 +32,40 @@ from sa_models.spans import SHARES as SPAN_SHARES
 from sa_models.weights.structure import convert
 from train.common.progress import bar
 from train.common.run_files import SEARCH_CACHE
-from train.data.blocks import Blocks
-from train.data.calibration import calibration_batches
 from train.planning import auto_space
 from train.planning.auto_result import AutoSearched, Candidate, Point
-from train.planning.auto_space import FULL, STRUCTURES_SEARCHED, asked_of_units
+from train.planning.auto_space import FULL, STRUCTURES_SEARCHED
+from train.planning.problem import PlanProblem
 
 if TYPE_CHECKING:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from train.recipe.recipe import Recipe
+    from transformers import LlamaForCausalLM
 
 
 def search_auto(
-    recipe: Recipe,
+    problem: PlanProblem,
     model: LlamaForCausalLM,
-    blocks: Blocks,
-    structure: SharingPlan,
-    config: LlamaConfig,
+    batches: Sequence[Batch],
     folder: Path,
+    spans: bool = True,
 ) -> AutoSearched:
     """Search everything that strategy auto may do.
 
     Args:
-        model: with the recipe's own structure, fp32, in evaluation mode, on the device that is to
+        model: with the problem's structure, fp32, in evaluation mode, on the device that is to
             measure.
-        config: of the base model.
+        batches: calibration text, on that device.
         folder: of the run; what has been measured is kept there, and used by a second start.
+        spans: whether spans may be tried, which have no dense form.
 
     Raises:
         PostshareError: a budget that cannot be met.
     """
     started = time.perf_counter()
-    batches = calibration_batches(
-        blocks, recipe.plan.calibration_blocks, recipe.evaluate.batch_size, model.device
-    )
     folder.mkdir(parents=True, exist_ok=True)
-    search = _Search(recipe, config, structure, MeasuredLoss(model, batches, folder / SEARCH_CACHE))
-    candidates = search.units(search.own, auto_space.unit_spaces(recipe.plan, config, structure))
+    search = _Search(problem, MeasuredLoss(model, batches, folder / SEARCH_CACHE), spans)
+    candidates = search.units(search.own, auto_space.unit_spaces(problem))
     tried: list[Point] = []
-    if auto_space.has_structures(recipe.plan, structure):
+    if auto_space.has_structures(problem):
         tried = search.structures()
         candidates += search.inside(tried, candidates)
     if not candidates:
@@ -86,7 +81,7 @@ def search_auto(
         sum(len(batch["input_ids"]) for batch in batches),
         sum(place.measured.passes for place in search.places),
         search.estimates + sum(place.estimator.made for place in search.places),
-        auto_space.auto_passes(recipe.plan, config, structure),
+        auto_space.auto_passes(problem),
         time.perf_counter() - started,
     )
 
@@ -110,16 +105,15 @@ class _Place:
 class _Search:
     """The parts of the search, on one model and text."""
 
-    recipe: Recipe
-    config: LlamaConfig
-    structure: SharingPlan
+    problem: PlanProblem
     measured: MeasuredLoss
+    spans: bool
     places: list[_Place] = field(default_factory=list)
     estimates: int = 0
     """For slopes."""
 
     def __post_init__(self) -> None:
-        self.own = self._place(self.structure, self.measured)
+        self.own = self._place(self.problem.structure, self.measured)
 
     def _place(self, structure: SharingPlan, measured: MeasuredLoss, name: str = "") -> _Place:
         estimator = Estimator(measured, auto_space.SHARES, structure.leader_of())
@@ -157,29 +151,25 @@ class _Search:
         units = as_plan(state)
         plan = replace(units, kv_heads=place.structure.kv_heads, spans=place.structure.spans)
         saved = self._saved(plan)
-        return Point(origin, plan, saved, loss, slope, place.structure != self.structure)
+        return Point(origin, plan, saved, loss, slope, place.structure != self.problem.structure)
 
     def _saved(self, plan: SharingPlan) -> int:
         """In what the budget counts."""
-        savings, counted = plan.savings(self.config), self._counted
+        savings, counted = plan.savings(self.problem.config), self.problem.budget.counted
         if counted == "units":
             return savings.tied_units + savings.removed_units
         if counted == "cache":
             return savings.base_cache - savings.stored_cache
         return savings.removed_parameters
 
-    @property
-    def _counted(self) -> str:
-        return asked_of_units(self.recipe.plan, self.config, self.structure).counted
-
     # --- structures -------------------------------------------------------------------------------
 
     def structures(self) -> list[Point]:
         """Every structure that is tried, measured alone."""
-        section = self.recipe.plan
-        spans = auto_space.may_have_spans(self.config) and self.recipe.export.formats != ("dense",)
+        spans = self.spans and auto_space.may_have_spans(self.problem.config)
         scores = self._span_scores() if spans else None
-        found = auto_space.tried_structures(section, self.config, scores)
+        within = auto_space.tried_structures(self.problem, scores)
+        found = [inside.structure for inside in within]
         losses: list[float] = []
         with bar(f"measuring {len(found)} structures") as advance:
             for done, plan in enumerate(found, start=1):
@@ -193,8 +183,8 @@ class _Search:
         ]
 
     def _span_scores(self) -> dict[str, dict[Any, float]]:
-        layers = self.config.num_hidden_layers
-        choices = plan_structures.candidates(layers, self.recipe.plan.skip_layers)
+        layers = self.problem.config.num_hidden_layers
+        choices = plan_structures.candidates(layers, self.problem.section.skip_layers)
         base = self.measured(frozenset())
         scores: dict[str, dict[Any, float]] = {}
         total = len(SPAN_SHARES) * len(choices)
@@ -222,8 +212,8 @@ class _Search:
         """The structures that meet the budget alone, and searches of units in those that promise
         most: that alone cost less than the best plan, and least with what is expected of the rest.
         """
-        section, config = self.recipe.plan, self.config
-        left = {p.plan: asked_of_units(section, config, p.plan).needed for p in tried}
+        within = {p.plan: self.problem.within(p.plan) for p in tried}
+        left = {plan: inside.remaining.needed for plan, inside in within.items()}
         alone = [Candidate("structure alone", (p,)) for p in tried if left[p.plan] <= 0]
         best = min((c.expected for c in (*candidates, *alone)), default=float("inf"))
         base = self.measured(frozenset())
@@ -235,7 +225,7 @@ class _Search:
         )
         searched: list[Candidate] = []
         for point in promising:
-            space = auto_space.full_space(section, config, point.plan)
+            space = auto_space.full_space(within[point.plan])
             if len(searched) == STRUCTURES_SEARCHED or space.most() < space.needed:
                 continue
             searched += self._inside(point.plan, space)
@@ -254,7 +244,8 @@ class _Search:
         self, wanted: Sequence[tuple[_Place | _Tried, State]]
     ) -> dict[tuple[SharingPlan, State], float]:
         """The slope of every structure with a state, against the model without any change."""
-        cache, own, layers = self.measured.cache, self.structure, self.config.num_hidden_layers
+        cache, own = self.measured.cache, self.problem.structure
+        layers = self.problem.config.num_hidden_layers
         missing: dict[str, Change] = {}
         for place, state in wanted:
             key = f"slope {_name(place.structure)} {state_key(state)}"

@@ -1,21 +1,18 @@
-"""What strategy auto chooses from on a model: units in every structure, and the structures.
+"""The search space of strategy auto: units in every structure, and the structures.
 
 The budget is one for all: what a structure saves is not asked of the units.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sa_models.plan import SharingPlan
 from sa_models.search import structures
 from sa_models.search.actions import KINDS, Space, make_full_space, make_space
 from sa_models.search.algorithms import GreedyOptions, Passes, greedy_passes
-from sa_models.search.budget import Amount, amount_beyond, tie_saves
-from train.planning.budget import allowed_units, amount
-
-if TYPE_CHECKING:
-    from train.recipe.sections.plan import PlanSection
+from sa_models.search.budget import tie_saves
+from train.planning.problem import PlanProblem
 
 PAPER = ("q", "k", "v")
 SHARES = (("q", "k", "v", "o"), PAPER, ("q", "k"), ("v", "o"))
@@ -27,39 +24,32 @@ REBUILT = 3
 """Candidates that are compared after reconstruction: the best ones as they are."""
 
 
-def asked_of_units(section: PlanSection, config: Any, structure: SharingPlan) -> Amount:
-    """What the budget leaves to the units; nothing (``needed`` 0 or less) where it is met."""
-    return amount(section, config, structure, amount_beyond)
-
-
-def full_space(section: PlanSection, config: Any, structure: SharingPlan) -> Space:
+def full_space(problem: PlanProblem) -> Space:
     """Ties of all :data:`SHARES`, and removals.
 
     Counted in units, a unit that is tied twice is one.
     """
-    asked, layout = asked_of_units(section, config, structure), structure.layout(config)
-    possible = allowed_units(section, structure, layout)
+    asked, layout, allowed = problem.remaining, problem.layout, problem.allowed
     return make_full_space(
         layout,
         {share: tie_saves(asked.counted, layout, share) for share in SHARES},
-        possible.tied,
-        possible.removable,
-        possible.followers,
+        allowed.tied,
+        allowed.removable,
+        allowed.followers,
         asked.removal_saves,
         asked.needed,
         twice=asked.counted != "units",
     )
 
 
-def unit_spaces(section: PlanSection, config: Any, structure: SharingPlan) -> dict[str, Space]:
+def unit_spaces(problem: PlanProblem) -> dict[str, Space]:
     """The searches of units that are compared: of everything, and the two of strategy loss.
 
     Those that cannot meet the budget are left out, and a control that is the same search.
     """
-    asked, layout = asked_of_units(section, config, structure), structure.layout(config)
-    possible = allowed_units(section, structure, layout)
+    asked, layout, allowed = problem.remaining, problem.layout, problem.allowed
     saved = tie_saves(asked.counted, layout, PAPER), asked.removal_saves
-    spaces = {FULL: full_space(section, config, structure)}
+    spaces = {FULL: full_space(problem)}
     for name, kinds in ((REMOVALS, ("remove",)), (ANY, KINDS)):
         if name == ANY and not saved[0]:
             continue
@@ -67,9 +57,9 @@ def unit_spaces(section: PlanSection, config: Any, structure: SharingPlan) -> di
             layout,
             kinds,
             PAPER,
-            possible.tied,
-            possible.removable,
-            possible.followers,
+            allowed.tied,
+            allowed.removable,
+            allowed.followers,
             saved,
             asked.needed,
         )
@@ -78,31 +68,30 @@ def unit_spaces(section: PlanSection, config: Any, structure: SharingPlan) -> di
     return {name: space for name, space in spaces.items() if space.most() >= space.needed}
 
 
-def has_structures(section: PlanSection, structure: SharingPlan) -> bool:
+def has_structures(problem: PlanProblem) -> bool:
     """Whether structures are tried: not beside those of the recipe, nor where units are counted."""
-    budget = section.budget
-    assert budget is not None
-    return structure == SharingPlan() and budget.ratio is None and budget.heads is None
+    return problem.structure == SharingPlan() and problem.budget.counted != "units"
 
 
-def possible_structures(section: PlanSection, config: Any, spans: bool) -> list[SharingPlan]:
-    """Structures of the numbers of followers and KV heads that are tried; any spans."""
-    layers = config.num_hidden_layers
-    scores = structures.without_scores(layers, section.skip_layers) if spans else None
-    return tried_structures(section, config, scores)
+def possible_structures(problem: PlanProblem) -> list[PlanProblem]:
+    """The problem within structures of the numbers of followers and KV heads that are tried; any
+    spans."""
+    layers, skipped = problem.config.num_hidden_layers, problem.section.skip_layers
+    spans = may_have_spans(problem.config)
+    return tried_structures(problem, structures.without_scores(layers, skipped) if spans else None)
 
 
-def tried_structures(
-    section: PlanSection, config: Any, scores: structures.Scores | None
-) -> list[SharingPlan]:
-    """See :func:`sa_models.search.structures.structures`; without those that save nothing."""
+def tried_structures(problem: PlanProblem, scores: structures.Scores | None) -> list[PlanProblem]:
+    """The problem within each structure of :func:`sa_models.search.structures.structures`; without
+    those that save nothing."""
     found = structures.structures(
-        config,
-        section.skip_layers,
+        problem.config,
+        problem.section.skip_layers,
         scores,
-        lambda plan: asked_of_units(section, config, plan).needed <= 0,
+        lambda plan: problem.within(plan).remaining.needed <= 0,
     )
-    return [plan for plan in found if asked_of_units(section, config, plan).given > 0]
+    within = [problem.within(plan) for plan in found]
+    return [inside for inside in within if inside.remaining.given > 0]
 
 
 def may_have_spans(config: Any) -> bool:
@@ -110,37 +99,34 @@ def may_have_spans(config: Any) -> bool:
     return not getattr(config, "attention_dropout", 0.0)
 
 
-def check_auto(section: PlanSection, config: Any, structure: SharingPlan) -> None:
+def check_auto(problem: PlanProblem) -> None:
     """Raises PostshareError when the budget cannot be met, with the nearest that can."""
-    asked = asked_of_units(section, config, structure)
-    most, what = full_space(section, config, structure).most(), "the units that may change"
-    if has_structures(section, structure):
+    asked = problem.remaining
+    most, what = full_space(problem).most(), "the units that may change"
+    if has_structures(problem):
         what = "ties, removals, spans and KV groups"
-        for plan in possible_structures(section, config, may_have_spans(config)):
-            given = asked_of_units(section, config, plan).given
-            most = max(most, given + full_space(section, config, plan).most())
-    elif asked.needed <= 0:
-        amount(section, config, structure)  # says so
+        for inside in possible_structures(problem):
+            most = max(most, inside.remaining.given + full_space(inside).most())
+    else:
+        asked = problem.required
     asked.check(most, what)
 
 
-def auto_passes(
-    section: PlanSection, config: Any, structure: SharingPlan, options: GreedyOptions | None = None
-) -> Passes:
+def auto_passes(problem: PlanProblem, options: GreedyOptions | None = None) -> Passes:
     """Passes over the calibration text, at most: those of every search, spans, structures, slopes.
 
     A slope computes the attention of the changed layers once more, and is counted with the forward
     and backward pass that all of them share.
     """
-    spaces = unit_spaces(section, config, structure)
-    passes = [greedy_passes(space.largest, options) for space in spaces.values()]
+    config, section = problem.config, problem.section
+    passes = [greedy_passes(space.largest, options) for space in unit_spaces(problem).values()]
     forward, backward = 0, 1
-    if has_structures(section, structure):
+    if has_structures(problem):
         spans = structures.candidates(config.num_hidden_layers, section.skip_layers)
         forward = 2 * len(spans) if may_have_spans(config) else 0
-        tried = possible_structures(section, config, may_have_spans(config))
+        tried = possible_structures(problem)
         forward += len(tried) + 1
-        left = [full_space(section, config, plan) for plan in tried]
+        left = [full_space(inside) for inside in tried]
         inside = [greedy_passes(space.largest, options) for space in left if space.needed > 0]
         inside.sort(key=lambda found: found.forward)
         backward += 1 + STRUCTURES_SEARCHED

@@ -6,35 +6,29 @@ weights are materialized.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sa_models.basis import basis_of, parameter_range
 from sa_models.errors import PostshareError
 from sa_models.heads import HeadLayout
 from sa_models.plan import SharingPlan
-from train.planning.budget import amount
-
-if TYPE_CHECKING:
-    from train.recipe.sections.plan import PlanSection
+from train.planning.problem import PlanProblem
 
 BASIS_LAYERS = 2
 """Adjacent layers that share a basis: the paper's main setting."""
 
 
-def basis_plan(section: PlanSection, config: Any) -> SharingPlan:
-    """The plan of strategy basis on a model.
-
-    Args:
-        config: of the base model.
+def basis_plan(problem: PlanProblem) -> SharingPlan:
+    """The plan of strategy basis, which goes with no structure.
 
     Raises:
         PostshareError: a budget that factors of q, k and v cannot meet, with the nearest that they
             can.
     """
-    asked = amount(section, config, SharingPlan())
-    least, whole = parameter_range(HeadLayout.from_config(config), BASIS_LAYERS)
+    asked = problem.required
+    least, whole = parameter_range(problem.layout, BASIS_LAYERS)
     asked.check(whole - least, "factors of q, k and v")
-    if (plan := saving_plan(config, asked.needed)) is None:
+    if (plan := saving_plan(problem.config, asked.needed)) is None:
         raise PostshareError(
             f"plan.budget.{asked.counted} leaves too few parameters for a rank in every group of "
             "layers; ask for less"

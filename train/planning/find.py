@@ -1,4 +1,4 @@
-"""The plan stage: find the sharing plan that a recipe asks for, show it, draw it."""
+"""The sharing plan that a recipe asks for: found by scores, weights or chance, shown and drawn."""
 
 from __future__ import annotations
 
@@ -10,70 +10,38 @@ import torch
 from rich.table import Table
 
 from sa_models.heads import HeadLayout
-from sa_models.materialize.residual_shapes import check_rank
 from sa_models.plan import SharingPlan
 from sa_models.scores.magnitude import least_important, unit_norms
 from sa_models.scores.weight_cosine import best_matches, random_matches
-from sa_models.search import pairs
+from sa_models.search.pairs import make_plan
 from sa_models.spans import ranges
 from sa_models.weights.safetensors_folder import WeightsFolder
 from sa_models.weights.structure import converted
 from train.common.run_files import SIMILARITY_PICTURE, TIES_PICTURE
 from train.planning.basis import basis_plan
-from train.planning.budget import search_space, unit_budget
-from train.planning.budget_check import check_budget, skipped_layers
+from train.planning.problem import PlanProblem
 from train.planning.scores import CalibrationText, score_units
-from train.planning.spans import check_spans_section
-from train.recipe.rules import check_structure
-from train.recipe.sections.structure import listed_structure
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig
 
-    from train.recipe.recipe import PlanSection, Recipe
-
-
-def check_plan(recipe: Recipe, weights: WeightsFolder) -> None:
-    """Refuse a plan that cannot be, before any work.
-
-    Raises:
-        PostshareError: what is wrong, see :func:`~train.planning.basis.basis_plan`,
-            :func:`sa_models.search.pairs.units_to_tie`,
-            :func:`~train.planning.spans.check_spans_section` and
-            :func:`~train.recipe.rules.check_structure`; or a residual larger than the
-            head.
-    """
-    section, config = recipe.plan, weights.config
-    if recipe.residual is not None:
-        check_rank(recipe.residual.rank, HeadLayout.from_config(config))
-    if section.strategy == "file":
-        check_structure(recipe, SharingPlan.load(section.path or ""), config)
-        return
-    structure = listed_structure(recipe.heads, recipe.spans)
-    check_structure(recipe, structure, config)
-    if recipe.spans is not None:
-        check_spans_section(recipe.spans, config)
-    if section.strategy != "none" and (recipe.spans is None or recipe.spans.spans is not None):
-        # Of spans that are still to be found, nobody knows yet which units they leave.
-        check_budget(section, config, structure)
+    from train.recipe.recipe import PlanSection
 
 
 def find_ties(
-    section: PlanSection,
-    weights: WeightsFolder,
-    structure: SharingPlan,
-    text: CalibrationText | None = None,
+    problem: PlanProblem, weights: WeightsFolder, text: CalibrationText | None = None
 ) -> tuple[SharingPlan, torch.Tensor | None]:
     """The plan of a recipe, and the scores (units, units) that it was chosen by, if any.
 
     Args:
         weights: of the base model; only its attention weights are read.
-        structure: KV heads and spans, which become part of the plan.
-        text: needed where ``section.scores_text``.
+        text: needed where ``problem.section.scores_text``.
 
     Raises:
-        PostshareError: see :func:`check_plan` and :func:`~train.planning.scores.score_units`.
+        PostshareError: see :func:`~train.planning.check.check_plan` and
+            :func:`~train.planning.scores.score_units`.
     """
+    section, structure, layout = problem.section, problem.structure, problem.layout
     if section.strategy == "none":
         return structure, None
     if section.strategy == "file":
@@ -81,29 +49,26 @@ def find_ties(
         plan.validate(weights.config)
         return plan, None
     if section.strategy == "basis":
-        return basis_plan(section, weights.config), None
-    layout = structure.layout(weights.config)
+        return basis_plan(problem), None
     if section.strategy == "magnitude":
-        space = search_space(section, weights.config, structure)
-        norms = unit_norms(converted(weights, structure), layout)
+        space, norms = problem.space, unit_norms(converted(weights, structure), layout)
         count = -(-space.needed // space.removal_saves)
         plan = replace(structure, removed=least_important(norms, space.removable, count))
         plan.validate(weights.config)
         return plan, None
-    followers, skipped = structure.leader_of(), skipped_layers(section, structure)
-    scores = None
+    scores, followers = None, structure.leader_of()
     if section.strategy == "random":
         matches = random_matches(layout, section.seed, without=followers)
     else:
         pooled = converted(weights, SharingPlan(kv_heads=structure.kv_heads))
         scores = score_units(section, pooled, layout, text)
         matches = best_matches(scores, layout, without=followers)
-    found = pairs.make_plan(
+    found = make_plan(
         matches,
         layout,
-        unit_budget(section, weights.config, structure),
+        problem.units,
         section.share,
-        skipped,
+        problem.skipped_layers(problem.kind),
         released=section.strategy == "released",
     )
     if section.action == "remove":

@@ -24,6 +24,7 @@ from train.common.figure_style import (
     WIDTH,
     save,
 )
+from train.common.sizes import byte_unit
 from train.planning.auto_result import BASIS, in_words
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def save_pareto(
     axes.set_xlabel("parameters no longer stored, % of the model")
     axes.set_ylabel("perplexity on calibration text, untrained")
     whole = parameters * size
-    unit, factor = ("GB", 1e9) if whole >= 1e9 else ("MB", 1e6)
+    unit, factor = byte_unit(whole)
     above = axes.secondary_xaxis(
         "top",
         functions=(
@@ -85,7 +86,7 @@ def save_front(
     were compared after reconstruction, that as well.
 
     Args:
-        front: see :func:`~train.planning.auto_report.pareto`.
+        front: see :func:`~train.planning.auto_report.pareto_points`.
         noisy: whether the times are worth nothing: then the bytes that a token reads are drawn.
         size: bytes of one exported parameter.
     """
@@ -95,7 +96,7 @@ def save_front(
     lower.sharey(upper)
     chosen = searched.chosen.points[-1]
     whole = chosen.plan.savings(config).bytes(size)[0]
-    unit, factor = ("GB", 1e9) if whole >= 1e9 else ("MB", 1e6)
+    unit, factor = byte_unit(whole)
 
     def stored(plan: SharingPlan) -> float:
         return plan.savings(config).bytes(size)[1] / factor

@@ -1,4 +1,4 @@
-"""Choose the units to tie or remove by what it costs on calibration text.
+"""Strategies loss and gradient: the units whose change costs least on calibration text.
 
 The text is a few training blocks, spread evenly over all of them: a mixture, or a file that is in
 some order, is seen as a whole.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from rich import box
 from rich.table import Table
 
+from sa_models.calibration.partial_forward import Batch
 from sa_models.heads import PROJECTIONS, HeadLayout
 from sa_models.plan import SharingPlan
 from sa_models.scores.fisher import estimate_sensitivity
@@ -36,15 +37,10 @@ from sa_models.search.ranking import Agreement, EstimatedRanking
 from train.common.files import write_json
 from train.common.progress import bar
 from train.common.run_files import PARETO_PICTURE, SEARCH_CACHE, SEARCH_FILE
-from train.data.blocks import Blocks
-from train.data.calibration import calibration_batches
-from train.planning.budget import search_space
+from train.planning.problem import PlanProblem
 
 if TYPE_CHECKING:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from train.recipe.recipe import Recipe
-    from train.recipe.sections.plan import PlanSection
+    from transformers import LlamaForCausalLM
 
 SHOWN_STEPS = 40
 
@@ -69,20 +65,14 @@ class Searched:
 
 
 def choose_by_gradient(
-    recipe: Recipe,
-    model: LlamaForCausalLM,
-    blocks: Blocks,
-    structure: SharingPlan,
-    config: LlamaConfig,
+    problem: PlanProblem, model: LlamaForCausalLM, batches: Sequence[Batch]
 ) -> SharingPlan:
     """Remove the units of least |sum of weight * gradient| (LLM-Pruner, attention only).
 
     Args:
-        model, config: see :func:`search_plan`.
+        model, batches: see :func:`search_plan`.
     """
-    section, size = recipe.plan, recipe.evaluate.batch_size
-    space = search_space(section, config, structure)
-    batches = calibration_batches(blocks, section.calibration_blocks, size, model.device)
+    space, structure = problem.space, problem.structure
     with bar("gradients") as advance:
         found = estimate_sensitivity(model, batches, (), structure.leader_of(), advance)
     count = math.ceil(space.needed / space.removal_saves)
@@ -90,26 +80,17 @@ def choose_by_gradient(
 
 
 def search_plan(
-    recipe: Recipe,
-    model: LlamaForCausalLM,
-    blocks: Blocks,
-    structure: SharingPlan,
-    config: LlamaConfig,
-    folder: Path,
+    problem: PlanProblem, model: LlamaForCausalLM, batches: Sequence[Batch], folder: Path
 ) -> tuple[SharingPlan, Searched]:
     """The plan of strategy loss.
 
     Args:
         model: with the structure, fp32, in evaluation mode, on the device that is to measure.
-        config: of the base model.
+        batches: calibration text, on that device.
         folder: of the run; what has been measured is kept there, and used by a second start.
     """
-    section = recipe.plan
+    section, structure, space = problem.section, problem.structure, problem.space
     started = time.perf_counter()
-    space = search_space(section, config, structure)
-    batches = calibration_batches(
-        blocks, section.calibration_blocks, recipe.evaluate.batch_size, model.device
-    )
     folder.mkdir(parents=True, exist_ok=True)
     measured = MeasuredLoss(model, batches, folder / SEARCH_CACHE)
     ranking = EstimatedRanking(space, measured, structure.leader_of())
@@ -199,25 +180,21 @@ def parameters_of(actions: Iterable[Action], layout: HeadLayout) -> int:
 
 def save_search(
     searched: Searched,
-    section: PlanSection,
-    layout: HeadLayout,
-    parameters: int,
+    problem: PlanProblem,
     size: int,
     folder: Path,
 ) -> None:
     """Write plan-search.json, and the picture of quality against bytes, into the run folder.
 
     Args:
-        layout: with the plan's KV heads.
-        parameters: of the model with the plan's KV heads and spans.
         size: bytes of one exported parameter.
     """
     from train.planning.front_plot import save_pareto
 
-    found = searched.found
+    found, section = searched.found, problem.section
     removed, so_far = [0], 0
     for step in found.path:
-        so_far += parameters_of(step.actions, layout)
+        so_far += parameters_of(step.actions, problem.layout)
         removed.append(so_far)
     value = {
         "search": section.search,
@@ -238,6 +215,7 @@ def save_search(
     }
     write_json(folder / SEARCH_FILE, value)
     losses = [found.base_loss, *(step.loss for step in found.path)]
+    parameters = problem.savings.stored_parameters
     save_pareto(removed, losses, parameters, size, folder / PARETO_PICTURE)
 
 

@@ -34,7 +34,7 @@ from train.common.figure_style import (
 )
 
 
-class Span(Protocol):
+class DrawnSpan(Protocol):
     """What is drawn of a span: a SpanChoice, or the span of a plan."""
 
     @property
@@ -182,7 +182,7 @@ def _title(units: int, targets: int, sources: int, removed: int, plan: SharingPl
 
 
 @rc_context(FILE_STYLE)
-def save_isotropy(isotropy: Isotropy, spans: Sequence[Span], path: Path) -> None:
+def save_isotropy(isotropy: Isotropy, spans: Sequence[DrawnSpan], path: Path) -> None:
     """Heat maps of the isotropy of all layers, with and without the sink, as PNG and SVG.
 
     Spans are outlined on the diagonal, from the leader to the last follower.
@@ -205,7 +205,7 @@ def save_isotropy(isotropy: Isotropy, spans: Sequence[Span], path: Path) -> None
     save(figure, path)
 
 
-def draw_isotropy(axes: Axes, values: torch.Tensor, spans: Sequence[Span]) -> AxesImage:
+def draw_isotropy(axes: Axes, values: torch.Tensor, spans: Sequence[DrawnSpan]) -> AxesImage:
     """One heat map of isotropy, (layers, layers), with spans outlined."""
     layers = len(values)
     ticks = range(0, layers, max(1, layers // 16))

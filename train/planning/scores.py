@@ -1,4 +1,4 @@
-"""Score the units that a plan may tie, and tell whether its pairs are more alike than chance."""
+"""Scores of the units that a plan may tie, and whether its pairs are more alike than chance."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Find a recipe's spans: listed, late layers, by isotropy, or by the loss on calibration text."""
+"""A recipe's spans: listed, late layers, by isotropy, or by the loss on calibration text."""
 
 from __future__ import annotations
 
@@ -60,18 +60,6 @@ class FoundSpans:
     choices: tuple[Choice, ...]
     candidates: dict[SpanChoice, float]
     """Rise of the loss, where strategy loss measured it."""
-
-
-def check_spans_section(section: SpansSection, config: LlamaConfig) -> None:
-    """Refuse spans that cannot be, before any work.
-
-    Raises:
-        PostshareError: the followers asked for do not fit into the layers.
-    """
-    if section.strategy == "late":
-        late_choices(section, config)
-    elif section.strategy != "listed":
-        searched_spans(section, config, lambda leader, followers: 0.0)
 
 
 def late_is_possible(section: SpansSection, config: LlamaConfig) -> bool:

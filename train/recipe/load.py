@@ -1,4 +1,4 @@
-"""Where recipes come from: shipped ones by name, files by path, overrides from the command line."""
+"""Recipes by where they come from: shipped by name, files by path, overrides typed with them."""
 
 from __future__ import annotations
 

@@ -87,9 +87,7 @@ def _only_factors(recipe: RecipeFields) -> Iterator[str]:
 
 def _text_is_read(recipe: RecipeFields) -> Iterator[str]:
     section = recipe.materialize
-    # A resolved recipe states the defaults too: they change nothing.
-    default = type(section).model_fields["calibration_blocks"].get_default()
-    if section.calibration_blocks != default and not recipe.may_read_text:
+    if section.is_set("calibration_blocks") and not recipe.may_read_text:
         yield (
             f"materialize: merge {section.merge} reads no text; remove calibration_blocks, set "
             "reconstruct, or set merge to weighted_mean or least_squares"
@@ -141,7 +139,7 @@ def _lora(recipe: RecipeFields) -> Iterator[str]:
             "changes one layer; set materialize.heal_steps=0, or remove lora and heal with "
             "residual.train=residual"
         )
-    if train.trainable != type(train).model_fields["trainable"].get_default():
+    if train.is_set("trainable"):
         yield ("train.trainable names weights, and with lora none train; set lora.targets instead")
     if section.base != "fp32" and train.precision != "bf16":
         yield (
@@ -180,7 +178,7 @@ def _residual(recipe: RecipeFields) -> Iterator[str]:
             "residual: strategy auto compares plans by what they store, without residuals; set "
             "plan.strategy=loss or cosine"
         )
-    if plan.budget is not None and (plan.budget.parameters or plan.budget.bytes):
+    if plan.budget is not None and plan.budget.counted in ("parameters", "bytes"):
         yield (
             "plan.budget: what residuals take depends on the layers that are tied, which a budget "
             "of parameters or bytes does not know; set plan.budget.ratio or plan.budget.heads"

@@ -1,4 +1,4 @@
-"""Reading a run folder for its report: all that is there, and a note for what is not.
+"""The data of a report, from a run folder: all that is there, and a note for what is not.
 
 A run may be half finished, killed while it wrote, or of an earlier version. Whatever can be read
 is; whatever cannot becomes one line of :attr:`RunData.notes`, which the report shows on top.
@@ -113,7 +113,7 @@ class RunData:
 
 
 @dataclass
-class Reader:
+class FolderReader:
     """Reads files of one folder; what is damaged is noted, what is missing is None."""
 
     folder: Path
@@ -182,7 +182,7 @@ def read_run(folder: Path) -> RunData:
         PostshareError: there is no such folder, or it is no run folder.
     """
     require_run(folder)
-    reader = Reader(folder)
+    reader = FolderReader(folder)
     recipe, plan = _recipe(reader), _plan(reader)
     provenance = reader.json(PROVENANCE_FILE, ("base", "starts"))
     trainings = {name: t for name in TRAININGS if (t := _training(reader, name)) is not None}
@@ -224,7 +224,7 @@ def require_run(folder: Path) -> None:
 # --- the parts of a run ---------------------------------------------------------------------------
 
 
-def _recipe(reader: Reader) -> Recipe | None:
+def _recipe(reader: FolderReader) -> Recipe | None:
     try:
         return load_recipe(reader.folder / RECIPE_FILE)
     except PostshareError as error:
@@ -232,7 +232,7 @@ def _recipe(reader: Reader) -> Recipe | None:
         return None
 
 
-def _search(reader: Reader) -> Json | None:
+def _search(reader: FolderReader) -> Json | None:
     """What the search found: of strategy auto, the candidate that was chosen."""
     keys = ("loss_rises", "base_loss")
     value = reader.json(SEARCH_FILE)
@@ -245,7 +245,7 @@ def _search(reader: Reader) -> Json | None:
     return None if rises is None else {"base_loss": whole["base_loss"], "loss_rises": rises}
 
 
-def _scores(reader: Reader) -> Json | None:
+def _scores(reader: FolderReader) -> Json | None:
     """What `postshare evaluate RUN` has measured on the weights that are exported now."""
     value = reader.json(SCORES_FILE, ("version", "export", "tasks"))
     if value is None:
@@ -259,7 +259,7 @@ def _scores(reader: Reader) -> Json | None:
     return value["tasks"]
 
 
-def _summary(reader: Reader) -> Json | None:
+def _summary(reader: FolderReader) -> Json | None:
     value = reader.json(SUMMARY_FILE, (*SUMMARY_KEYS, "tokens", "seconds"))
     if value is None:
         return None
@@ -272,7 +272,7 @@ def _summary(reader: Reader) -> Json | None:
     return None
 
 
-def _plan(reader: Reader) -> SharingPlan | None:
+def _plan(reader: FolderReader) -> SharingPlan | None:
     if not (reader.folder / PLAN_FILE).is_file():
         return None
     try:
@@ -282,7 +282,9 @@ def _plan(reader: Reader) -> SharingPlan | None:
         return None
 
 
-def _layout(reader: Reader, plan: SharingPlan | None, provenance: Json | None) -> HeadLayout | None:
+def _layout(
+    reader: FolderReader, plan: SharingPlan | None, provenance: Json | None
+) -> HeadLayout | None:
     """From what the run's first start wrote down, else from a model that the run has written."""
     shapes = [provenance["base"]] if provenance else []
     for name in CONFIGS:
@@ -300,7 +302,7 @@ def _layout(reader: Reader, plan: SharingPlan | None, provenance: Json | None) -
     return None
 
 
-def _training(reader: Reader, name: str) -> Training | None:
+def _training(reader: FolderReader, name: str) -> Training | None:
     where = TRAININGS[name]
     prefix = "" if where == "." else f"{where}/"
     rows = reader.rows(f"{prefix}metrics.jsonl")
@@ -321,7 +323,7 @@ def _number(value: Any) -> float:
     return float(value) if isinstance(value, int | float) else math.nan
 
 
-def _pairs(reader: Reader) -> Pairs | None:
+def _pairs(reader: FolderReader) -> Pairs | None:
     rows = reader.rows("pairs.jsonl")
     if not rows:
         return None
@@ -335,7 +337,7 @@ def _pairs(reader: Reader) -> Pairs | None:
     return Pairs(np.array([float(row["step"]) for row in rows]), distance)
 
 
-def _blocks(reader: Reader) -> dict[str, BlockLosses]:
+def _blocks(reader: FolderReader) -> dict[str, BlockLosses]:
     value = reader.json(BLOCKS_FILE) or {}
     try:
         return {n: BlockLosses(tuple(b["nats"]), tuple(b["tokens"])) for n, b in value.items()}

@@ -1,4 +1,4 @@
-"""What `postshare compare` has found about a run's recipe, where its folder is beside the run."""
+"""Rivals of a run, from `postshare compare` of its recipe, where its folder is beside the run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from train.evaluation.perplexity import BlockLosses
 from train.evaluation.summary import read_block_losses
 from train.recipe.identity import run_identity
 from train.recipe.recipe import Recipe, load_recipe
-from train.report.data import Reader
+from train.report.data import FolderReader
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def find_rivals(folder: Path, recipe: Recipe | None) -> tuple[Rivals | None, lis
     for place in filter(None, (inside, folder.with_name(f"{folder.name}-compare"))):
         if not (place / COMPARISON_FILE).is_file():
             continue
-        reader = Reader(place)
+        reader = FolderReader(place)
         rows = reader.json_list(COMPARISON_FILE, ("name", "loss", "perplexity", "bytes"))
         if rows is None:
             return None, reader.notes

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 
 from sa_models.basis import FACTORED, factor_sizes
+from train.common.sizes import size
 from train.evaluation.score import PERPLEXITY
 from train.evaluation.speed import TASK as SPEED
 from train.evaluation.summary import summary_cells
 from train.report.data import RunData, Training
 from train.report.rivals import Rivals
-from train.report.verdict import difference, megabytes, spread
+from train.report.verdict import difference, spread
 from train.tracking.metrics_log import clock
 
 MOST_ROWS = 400
@@ -153,7 +154,7 @@ def _system(training: Training) -> tuple[str, ...]:
         f"{result['tokens'] / max(result['seconds'], 1e-9):,.0f}",
         f"{_median(training, 'step_seconds'):.3g} s",
         f"{wait:.1%}",
-        megabytes(int(memory)),
+        size(int(memory), ".3g"),
         backend_name(training.backend),
     )
 

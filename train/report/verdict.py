@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from train.common.sizes import size
 from train.evaluation.bootstrap import Interval, interval
 from train.evaluation.speed import TASK as SPEED
 from train.evaluation.summary import bytes_of, model_names
@@ -82,14 +83,6 @@ def spread(bounds: Interval) -> str:
 
 def percent(ratio: float) -> str:
     return f"{ratio:.1%}"
-
-
-def megabytes(count: int) -> str:
-    """`3.51 MB`, `13.5 GB`."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return f"{count} bytes"
 
 
 # --- words ----------------------------------------------------------------------------------------
@@ -186,13 +179,15 @@ def _against_chance(summary: dict[str, Any], rivals: Rivals | None) -> Tile | No
 
 
 def _weights(summary: dict[str, Any]) -> Tile:
-    size, parameters = summary["bytes"], summary["parameters"]
+    sizes, parameters = summary["bytes"], summary["parameters"]
     saved = f"{1 - parameters['stored'] / parameters['base']:.1%} of the parameters saved"
     exported = bytes_of(summary, "post")
-    if exported is None or size["base"] is None:
+    if exported is None or sizes["base"] is None:
         return Tile("parameters", f"{parameters['stored']:,}", saved)
-    change = f"{exported / size['base'] - 1:+.1%}"
-    return Tile("weights", megabytes(exported), f"{change} of {megabytes(size['base'])}; {saved}")
+    change = f"{exported / sizes['base'] - 1:+.1%}"
+    return Tile(
+        "weights", size(exported, ".3g"), f"{change} of {size(sizes['base'], '.3g')}; {saved}"
+    )
 
 
 def _heads(summary: dict[str, Any]) -> Tile | None:
@@ -242,7 +237,7 @@ def _speed(data: RunData) -> Tile:
 
 def _of_speed(metric: str, value: float) -> str:
     if metric == RESIDENT:
-        return megabytes(int(value))
+        return size(int(value), ".3g")
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 

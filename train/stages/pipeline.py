@@ -28,7 +28,7 @@ from train.common.run_files import SUMMARY_FILE
 from train.data.blocks import Blocks
 from train.distributed.engines import start as engines
 from train.evaluation.summary import (
-    Training,
+    TrainingCost,
     evaluate_models,
     saved_sentence,
     summarize,
@@ -351,11 +351,11 @@ def require_trained(current: Run) -> None:
         )
 
 
-def trained(current: Run) -> Training:
+def trained(current: Run) -> TrainingCost:
     """Tokens and seconds of the post-training, healing included."""
     results = [read_result(current.folder), read_result(current.folder / "heal")]
     done = [result for result in results if result is not None]
-    return Training(sum(r.tokens for r in done), sum(r.seconds for r in done))
+    return TrainingCost(sum(r.tokens for r in done), sum(r.seconds for r in done))
 
 
 def exported(current: Run) -> tuple[str, ...]:

@@ -9,12 +9,14 @@ from pathlib import Path
 
 from transformers import LlamaForCausalLM
 
+from sa_models.calibration.partial_forward import Batch
 from sa_models.materialize.merge import check_merge
 from sa_models.plan import SharingPlan
 from sa_models.weights.safetensors_folder import WeightsFolder
 from sa_models.weights.structure import convert
 from train.common.run_files import PLAN_FILE
 from train.data.blocks import Blocks
+from train.data.calibration import calibration_batches
 from train.models.base_model import load_dense
 from train.planning.auto_rebuild import compare_rebuilt
 from train.planning.auto_report import (
@@ -36,6 +38,7 @@ from train.planning.loss_search import (
     search_table,
     unstable,
 )
+from train.planning.problem import PlanProblem
 from train.planning.scores import calibration_text, chance_line, save_chances
 from train.planning.spans import SpanFinder, save_found, spans_table
 from train.recipe.sections.structure import listed_structure
@@ -63,7 +66,9 @@ def make_plan(current: Run) -> None:
                     assert blocks is not None
                     pooled = SharingPlan(kv_heads=structure.kv_heads)
                     text = calibration_text(section, measured_model(current, base, pooled), blocks)
-                found, scores = find_ties(section, WeightsFolder(base), structure, text)
+                found, scores = find_ties(
+                    PlanProblem(section, current.config, structure), WeightsFolder(base), text
+                )
             check_merge(found, current.recipe.materialize.merge)
             draw_plan(found, scores, found.layout(current.config), section, current.folder)
             save_chances(section, base, found, text, current.folder)
@@ -93,20 +98,28 @@ def measured_model(current: Run, base: Path, structure: SharingPlan) -> LlamaFor
     return model.eval()
 
 
+def measured_text(current: Run, blocks: Blocks) -> list[Batch]:
+    """Training blocks on which a plan is measured, evenly spread."""
+    recipe, device = current.recipe, current.ranks.device
+    count, size = recipe.plan.calibration_blocks, recipe.evaluate.batch_size
+    return calibration_batches(blocks, count, size, device)
+
+
 def find_by_loss(current: Run, base: Path, structure: SharingPlan, blocks: Blocks) -> SharingPlan:
     """The plan of strategies loss and gradient, which measure the base with its structure."""
-    recipe, config = current.recipe, current.config
+    section, config = current.recipe.plan, current.config
+    problem = PlanProblem(section, config, structure)
     model = measured_model(current, base, structure)
-    if recipe.plan.strategy == "gradient":
-        found = choose_by_gradient(recipe, model, blocks, structure, config)
-    elif recipe.plan.strategy == "auto":
-        found = find_by_auto(current, base, model, structure, blocks)
+    if section.strategy == "auto":
+        found = find_by_auto(current, base, model, problem, blocks)
+    elif section.strategy == "gradient":
+        found = choose_by_gradient(problem, model, measured_text(current, blocks))
     else:
-        found, searched = search_plan(recipe, model, blocks, structure, config, current.folder)
-        layout, size = structure.layout(config), current.export_dtype.itemsize
-        parameters = structure.savings(config).stored_parameters
-        save_search(searched, recipe.plan, layout, parameters, size, current.folder)
-        current.say("", search_table(searched.found, layout), search_sentence(searched))
+        found, searched = search_plan(
+            problem, model, measured_text(current, blocks), current.folder
+        )
+        save_search(searched, problem, current.export_dtype.itemsize, current.folder)
+        current.say("", search_table(searched.found, problem.layout), search_sentence(searched))
         if (line := unstable(searched.agreement, searched.blocks)) is not None:
             print(f"warning: {line}", file=sys.stderr, flush=True)
     found.validate(config)
@@ -114,11 +127,13 @@ def find_by_loss(current: Run, base: Path, structure: SharingPlan, blocks: Block
 
 
 def find_by_auto(
-    current: Run, base: Path, model: LlamaForCausalLM, structure: SharingPlan, blocks: Blocks
+    current: Run, base: Path, model: LlamaForCausalLM, problem: PlanProblem, blocks: Blocks
 ) -> SharingPlan:
     """The plan of strategy auto; shows what it was compared with, and what each choice costs."""
     recipe, config, size = current.recipe, current.config, current.export_dtype.itemsize
-    searched = search_auto(recipe, model, blocks, structure, config, current.folder)
+    spans = recipe.export.formats != ("dense",)
+    text = measured_text(current, blocks)
+    searched = search_auto(problem, model, text, current.folder, spans)
     if recipe.materialize.reconstruct:
         load = partial(load_dense, base, recipe.model.attention)
         device = current.ranks.device
@@ -126,7 +141,7 @@ def find_by_auto(
         searched = compare_rebuilt(searched, recipe, load, blocks, device, current.folder)
         model.to(device)  # type: ignore[arg-type]
     dense = model
-    if structure != SharingPlan():
+    if problem.structure != SharingPlan():
         del model
         dense = measured_model(current, base, SharingPlan())
     prompt = blocks[0]["input_ids"][None].to(dense.device)

@@ -1,4 +1,4 @@
-"""Where a run comes from: each start's command, versions and machine, and the base's shape.
+"""The provenance of a run: each start's command, versions and machine, and the base's shape.
 
 Kept in the run folder, because nothing else there says it afterwards.
 """

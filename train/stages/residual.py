@@ -36,7 +36,7 @@ from train.common.progress import bar
 from train.common.run_files import ADAPTER_FOLDER
 from train.data.calibration import calibration_inputs
 from train.models.base_model import load_model
-from train.models.sharded_source import Reader, Source, dense_weights
+from train.models.sharded_source import Source, WeightsReader, dense_weights
 
 if TYPE_CHECKING:
     from train.data.blocks import Blocks
@@ -153,7 +153,7 @@ def with_residual(source: Source, pairs: Pairs) -> Source:
 class _WithResidual:
     """The tensors of a model and of its residuals, by the names that PEFT gives them."""
 
-    def __init__(self, source: Reader, pairs: Pairs) -> None:
+    def __init__(self, source: WeightsReader, pairs: Pairs) -> None:
         self.path = source.path
         self._source = source
         self._names = {wrapped_name(name, pairs): name for name in source.names()}

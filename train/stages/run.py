@@ -43,7 +43,7 @@ from train.distributed.engines import start as engines
 from train.distributed.shared_folder import SIGNS, require_shared
 from train.models.base_model import base_folder, fresh_config
 from train.models.lora import check_gpu
-from train.planning.find import check_plan
+from train.planning.check import check_plan
 from train.recipe.identity import run_identity
 from train.recipe.recipe import Recipe, load_recipe
 from train.stages.provenance import record_start

@@ -1,4 +1,4 @@
-"""What a training says about itself: metrics.jsonl, wandb, how its ranks compare.
+"""The records of a training: metrics.jsonl, wandb, how its ranks compare.
 
 Imports `distributed` and what is below it.
 """

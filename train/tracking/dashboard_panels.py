@@ -1,4 +1,4 @@
-"""What a run logs, by section: the panels of the dashboard.
+"""Panels of the dashboard: the metrics that a run logs, by section.
 
 Every key is a column of `metrics.jsonl`, or, in the last section, a number of `summary.json`.
 """

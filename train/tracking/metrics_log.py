@@ -1,4 +1,4 @@
-"""What a training says about itself: `metrics.jsonl`, wandb, and one progress line.
+"""The log of a training: `metrics.jsonl`, wandb, and one progress line.
 
 Only the main process tracks. The file is the record; wandb and the line are views of the same row.
 On other nodes one process may send system metrics to the same wandb run.

@@ -1,4 +1,4 @@
-"""How the ranks compare: whose step is slow, who waits for data, whose memory or loss is off.
+"""Statistics of the ranks: whose step is slow, who waits for data, whose memory or loss is off.
 
 Ranks wait for one another in every step, so their steps all take as long as the slowest one's. What
 differs is the time that a rank needs by itself: it waits for its data, and computes its forwards.

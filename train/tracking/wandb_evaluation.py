@@ -1,4 +1,4 @@
-"""What came of a run, in wandb: its evaluation, and its exports with what they come from."""
+"""The evaluation of a run in wandb, and its exports with what they come from."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a student's output differs from its teacher's by: sums over predicted positions.
+"""Distillation losses: a student's output against its teacher's, sums over predicted positions.
 
 With T the temperature, p = softmax(teacher's logits / T) and q = softmax(student's logits / T), the
 divergence of a position is

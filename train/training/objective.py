@@ -1,4 +1,4 @@
-"""What the tokens of a training are trained for: named losses, whose weighted sum is the total."""
+"""The objective of a training: named losses of its tokens, whose weighted sum is the total."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the optimizer updates, and how fast: trainable parameters, groups, AdamW, the schedule."""
+"""The optimizer: trainable parameters, their groups, AdamW, the schedule."""
 
 from __future__ import annotations
 

@@ -30,7 +30,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils.data import default_collate
 
 from sa_models.errors import PostshareError
 from sa_models.weights.atomic_files import flush
@@ -38,6 +37,7 @@ from train.common.files import damage, file_entry, file_hash, write_json
 from train.common.identity import refuse_other_run
 from train.common.progress import bar
 from train.data.blocks import Blocks, permutation
+from train.data.reader import read_batch
 from train.distributed.shared_folder import VISIBLE_SECONDS
 from train.distributed.watchdog import Watchdog
 from train.training.distill_loss import TopK
@@ -196,17 +196,17 @@ class TeacherCache:
         return None
 
     def _ask(self, teacher: Teacher, chunk: int, watch: Watchdog) -> dict[str, Tensor]:
-        blocks = [self.blocks[int(index)] for index in self._indices(chunk)]
-        size, parts = self.recipe.train.micro_batch_size, []
+        indices, size, parts = self._indices(chunk), self.recipe.train.micro_batch_size, []
         # The same number of forwards for each chunk: the last one may have fewer blocks.
         for start in range(0, CHUNK, size):
             watch.note("asking the teacher")
-            batch = default_collate(blocks[start : start + size] or blocks[:1])
+            rows = indices[start : start + size] or indices[:1]
+            batch = read_batch(self.blocks, rows, self.engine.device)
             batch.pop("labels")
-            lesson = teacher({name: value.to(self.engine.device) for name, value in batch.items()})
+            lesson = teacher(batch)
             top = lesson.distribution
             assert isinstance(top, TopK)
-            if start < len(blocks):
+            if start < len(indices):
                 parts.append([part.cpu() for part in (top.ids, top.log_probabilities, top.rest)])
         columns = zip(*parts, strict=True)
         return {key: torch.cat(column) for key, column in zip(KEYS, columns, strict=True)}

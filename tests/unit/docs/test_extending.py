@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from sa_models.heads import HeadLayout
 from sa_models.scores import weight_cosine
-from sa_models.scores.weight_cosine import InMemory
+from tests.support.in_memory import InMemory
 from tests.support.pages import DOCS, blocks
 from tests.support.pulled import LAYOUTS, Weights, star_plan
 from train.penalty import distances

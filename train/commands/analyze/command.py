@@ -35,7 +35,7 @@ BLOCKS = 16
 
 
 @dataclass(frozen=True)
-class Options:
+class AnalyzeOptions:
     """The command's options, see its help."""
 
     text: Path | None = None
@@ -47,7 +47,7 @@ class Options:
     device: str | None = None
 
 
-def analyze(argument: str, options: Options) -> None:
+def analyze(argument: str, options: AnalyzeOptions) -> None:
     """Measure one model, print a table, write analysis.json and pictures.
 
     Raises:
@@ -86,7 +86,7 @@ def analyze(argument: str, options: Options) -> None:
     console.print(f"pictures  {folder}: {names}, and .svg", soft_wrap=True)
 
 
-def _text(argument: str, options: Options) -> EvaluationText:
+def _text(argument: str, options: AnalyzeOptions) -> EvaluationText:
     if options.text is None and not (Path(argument).expanduser() / RECIPE_FILE).is_file():
         raise PostshareError(
             f"analyze needs a text, and {argument} is no run whose held-out text could be it; "
@@ -96,7 +96,7 @@ def _text(argument: str, options: Options) -> EvaluationText:
 
 
 def _blocks(
-    judged: Judged, weights: Weights, text: EvaluationText, options: Options
+    judged: Judged, weights: Weights, text: EvaluationText, options: AnalyzeOptions
 ) -> list[dict[str, torch.Tensor]]:
     positions = int(weights.reader.config.max_position_embeddings)
     length = options.context or min(MAP_LENGTH, positions)

@@ -1,4 +1,4 @@
-"""What `postshare analyze` finds out about a model: isotropy, similarity, sensitivity."""
+"""Measures of `postshare analyze`: isotropy, similarity, sensitivity."""
 
 from __future__ import annotations
 

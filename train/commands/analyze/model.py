@@ -1,4 +1,4 @@
-"""What `postshare analyze` measures: a model with every unit in its place, and blocks of text."""
+"""The subject of `postshare analyze`: a model with every unit in its place, and blocks of text."""
 
 from __future__ import annotations
 

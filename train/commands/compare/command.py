@@ -23,7 +23,7 @@ from train.common.run_files import COMPARED_RECIPE, COMPARISON_FILE, SUMMARY_FIL
 from train.distributed.engines import start as engines
 from train.evaluation.perplexity import BlockLosses
 from train.evaluation.summary import bytes_of, parameters_of, read_block_losses
-from train.planning.find import check_plan
+from train.planning.check import check_plan
 from train.recipe.recipe import Recipe
 from train.report.page import write_report
 from train.stages import pipeline

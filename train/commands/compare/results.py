@@ -1,4 +1,4 @@
-"""What `postshare compare` concludes: perplexities with confidence intervals, and their table."""
+"""Results of `postshare compare`: perplexities with confidence intervals, and their table."""
 
 from __future__ import annotations
 

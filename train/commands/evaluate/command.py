@@ -1,4 +1,4 @@
-"""What `postshare evaluate ARGUMENTS` means: the stage of a run, or a comparison of models.
+"""`postshare evaluate ARGUMENTS`: the stage of a run, or a comparison of models.
 
 Decided by the first argument alone. This file imports nothing heavy.
 """

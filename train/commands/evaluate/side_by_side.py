@@ -43,7 +43,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True)
-class Options:
+class EvaluateOptions:
     """The command's options, see its help."""
 
     tasks: tuple[str, ...] = (PERPLEXITY,)
@@ -57,7 +57,7 @@ class Options:
     harness: HarnessSettings = field(default_factory=HarnessSettings)
 
 
-def compare_models(arguments: Sequence[str], options: Options) -> None:
+def compare_models(arguments: Sequence[str], options: EvaluateOptions) -> None:
     """Evaluate the models, print one table, write the JSON.
 
     Raises:
@@ -78,7 +78,7 @@ class Comparison:
 
     models: list[Judged]
     arguments: Sequence[str]
-    options: Options
+    options: EvaluateOptions
 
     @cached_property
     def device(self) -> torch.device:
@@ -263,7 +263,7 @@ class Comparison:
             console.print(f"{file}: `postshare report {run}` shows it", soft_wrap=True)
 
 
-def read_options(given: Mapping[str, Any]) -> Options:
+def read_options(given: Mapping[str, Any]) -> EvaluateOptions:
     """Options from those of the command line, by their names there; None: not given.
 
     Raises:
@@ -273,7 +273,7 @@ def read_options(given: Mapping[str, Any]) -> Options:
     if dtype is not None and dtype not in get_args(Dtype):
         raise PostshareError(f"--dtype {dtype}: unknown; use {', '.join(get_args(Dtype))}")
     tasks = given["--tasks"]
-    return Options(
+    return EvaluateOptions(
         tasks=(PERPLEXITY,) if tasks is None else tuple(t.strip() for t in tasks.split(",")),
         text=given["--text"],
         context=given["--context"],
@@ -291,7 +291,7 @@ def read_options(given: Mapping[str, Any]) -> Options:
     )
 
 
-def check_options(options: Options) -> None:
+def check_options(options: EvaluateOptions) -> None:
     """Refuse options that would have no effect. Raises PostshareError."""
     tasks = options.tasks
     if not tasks or len(set(tasks)) < len(tasks):

@@ -31,7 +31,7 @@ class PlainShard(Shard):
     def read_gradient(self) -> torch.Tensor:
         if self.parameter.grad is None:
             self.parameter.grad = torch.zeros_like(self.parameter)
-        return self.parameter.grad.view(-1)
+        return self._flat(self.parameter.grad)
 
     def read_state(self) -> dict[str, torch.Tensor]:
         state = self.optimizer.state.get(self.parameter, {})

@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,6 +28,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from sa_models.errors import PostshareError
 from sa_models.projections import SharedBasisLinear, SharedLinear
 from train.distributed.engines.base import Engine, Shard, chosen, require_fp32
+from train.distributed.engines.ddp import PlainShard
 from train.models.sharded_source import parameter_places, place
 
 if TYPE_CHECKING:
@@ -39,33 +39,11 @@ if TYPE_CHECKING:
     from train.recipe.recipe import Recipe
 
 
-@dataclass
-class RowShard(Shard):
-    """This rank's rows of a DTensor, its live gradient and optimizer state."""
+class RowShard(PlainShard):
+    """This rank's rows of a parameter that is a DTensor."""
 
-    parameter: Any  # an nn.Parameter that is a DTensor
-    optimizer: torch.optim.Optimizer
-
-    def read_gradient(self) -> torch.Tensor:
-        if self.parameter.grad is None:
-            self.parameter.grad = torch.zeros_like(self.parameter)
-        return _rows(self.parameter.grad)
-
-    def read_state(self) -> dict[str, torch.Tensor]:
-        state = self.optimizer.state.get(self.parameter, {})
-        return {
-            key: _rows(value) if isinstance(value, DTensor) else torch.as_tensor(value)
-            for key, value in state.items()
-        }
-
-    @torch.no_grad()
-    def restore(self, values: torch.Tensor, state: Mapping[str, torch.Tensor]) -> None:
-        self.values.copy_(values)
-        self.optimizer.state.pop(self.parameter, None)
-        if state:
-            self.optimizer.state[self.parameter] = {
-                key: self._like_parameter(value) for key, value in state.items()
-            }
+    def _flat(self, value: torch.Tensor) -> torch.Tensor:
+        return _rows(value) if isinstance(value, DTensor) else value
 
     def _like_parameter(self, value: torch.Tensor) -> torch.Tensor:
         if value.dim() == 0:

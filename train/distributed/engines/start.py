@@ -1,4 +1,4 @@
-"""Starting the engine that the launch asks for, and ending what ranks had in common."""
+"""Start of the engine that the launch asks for, and the end of what ranks had in common."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the sections of a recipe share: strictness, and types of their fields."""
+"""The common ground of a recipe's sections: strictness, and types of their fields."""
 
 from __future__ import annotations
 
@@ -49,3 +49,10 @@ class Section(BaseModel):
         allow_inf_nan=False,
         use_attribute_docstrings=True,
     )
+
+    def is_set(self, name: str) -> bool:
+        """Whether a field says something else than its default.
+
+        A resolved recipe states the defaults too: they change nothing.
+        """
+        return bool(getattr(self, name) != type(self).model_fields[name].get_default())

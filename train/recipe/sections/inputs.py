@@ -1,4 +1,4 @@
-"""What a run starts from: the base model, and text."""
+"""The sections of a recipe for what a run starts from: the base model, and text."""
 
 from __future__ import annotations
 

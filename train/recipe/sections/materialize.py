@@ -1,4 +1,4 @@
-"""How tied units are made one, and healed."""
+"""The section of a recipe that says how tied units are made one, and healed."""
 
 from __future__ import annotations
 

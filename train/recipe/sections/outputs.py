@@ -1,4 +1,4 @@
-"""What comes out: exports, and how models are evaluated."""
+"""The sections of a recipe for what comes out: exports, and how models are evaluated."""
 
 from __future__ import annotations
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+from functools import cached_property
 from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from sa_models.search.budget import parse_share
+from sa_models.search.budget import Counted, parse_share
 from train.recipe.sections.base import Count, Name, Positive, Projections, Section, distinct
 
 MATCHED = ("cosine", "released", "random")
@@ -50,6 +52,19 @@ class Budget(Section):
                 "takes exactly one of ratio, heads, parameters, bytes and cache; set one of them"
             )
         return self
+
+    @cached_property
+    def share(self) -> tuple[Counted, Fraction] | None:
+        """What is to be saved, and how much of it; None where units or heads are counted."""
+        shares: dict[Counted, str | None] = {
+            "parameters": self.parameters, "bytes": self.bytes, "cache": self.cache
+        }  # fmt: skip
+        return next(((name, parse_share(s)) for name, s in shares.items() if s is not None), None)
+
+    @property
+    def counted(self) -> Counted:
+        """What the budget is stated in."""
+        return "units" if self.share is None else self.share[0]
 
 
 class PlanSection(Section):
@@ -148,7 +163,7 @@ def check_choice(section: PlanSection) -> None:
         raise ValueError("strategy auto ignores action, it ties and removes; remove plan.action")
     if action == "remove" and strategy in ("released", "basis", "file", "none"):
         raise ValueError(f"strategy {strategy} ignores action; remove plan.action")
-    if action == "remove" and _is_set(section, "share"):
+    if action == "remove" and section.is_set("share"):
         raise ValueError("action remove ignores share, a unit is removed whole; remove plan.share")
     ignored = []
     if strategy != "loss":
@@ -166,27 +181,21 @@ def check_choice(section: PlanSection) -> None:
     if not section.scores:
         ignored.append("fold_norm")
     for name in ignored:
-        if _is_set(section, name):
+        if section.is_set(name):
             raise ValueError(f"strategy {strategy} ignores {name}; remove plan.{name}")
     if section.fold_norm and section.scores_text:
         raise ValueError(
             f"score {section.score} is measured on text, where the norm has its gain; remove "
             "plan.fold_norm"
         )
-    budget = section.budget
-    if strategy == "basis" and budget and (budget.parameters or budget.bytes) is None:
+    counted = None if section.budget is None else section.budget.counted
+    if strategy == "basis" and counted not in (None, "parameters", "bytes"):
         raise ValueError(
             "strategy basis shares no heads and saves no cache; set plan.budget.parameters or "
             "plan.budget.bytes"
         )
-    cache = budget is not None and budget.cache is not None
-    if cache and action == "tie" and strategy != "auto":
+    if counted == "cache" and action == "tie" and strategy != "auto":
         raise ValueError(
             "budget.cache: a tied unit still caches keys and values of its own; set "
             "plan.action=remove, or use spans or heads.kv_heads"
         )
-
-
-def _is_set(section: PlanSection, name: str) -> bool:
-    # A resolved recipe states the defaults too: they change nothing.
-    return getattr(section, name) != type(section).model_fields[name].get_default()

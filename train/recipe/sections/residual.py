@@ -29,17 +29,13 @@ class ResidualSection(Section):
 
     @model_validator(mode="after")
     def _inputs(self) -> Self:
-        if self.init == "zero" and self._is_set("whiten"):
+        if self.init == "zero" and self.is_set("whiten"):
             raise ValueError("init zero ignores whiten; remove residual.whiten")
-        if not self.measures and self._is_set("calibration_blocks"):
+        if not self.measures and self.is_set("calibration_blocks"):
             raise ValueError(
                 "calibration_blocks are those of a whitened svd; remove residual.calibration_blocks"
             )
         return self
-
-    def _is_set(self, name: str) -> bool:
-        # A resolved recipe states the defaults too: they change nothing.
-        return getattr(self, name) != type(self).model_fields[name].get_default()
 
     def parameters(self, plan: SharingPlan, config: Any) -> int:
         """Of the residuals of a plan."""

@@ -112,17 +112,13 @@ class SpansSection(Section):
         searching = ("share", "max_followers", "skip_layers") if self.strategy == "listed" else ()
         measuring = () if self.measures else ("sink", "calibration_blocks")
         for name in (*searching, *measuring):
-            if self._is_set(name):
+            if self.is_set(name):
                 raise ValueError(f"strategy listed ignores {name}; remove spans.{name}")
-        if self._is_set("leaders") and "kv" not in self.shares:
+        if self.is_set("leaders") and "kv" not in self.shares:
             raise ValueError(
                 "leaders is about the keys and values of kv spans, and there are none; remove "
                 "spans.leaders"
             )
-
-    def _is_set(self, name: str) -> bool:
-        # A resolved recipe states the defaults too: they change nothing.
-        return getattr(self, name) != type(self).model_fields[name].get_default()
 
     @property
     def measures(self) -> bool:

@@ -13,8 +13,8 @@ from sa_models.heads import HeadLayout
 from sa_models.materialize.gauge import absorbed, align_planes, align_values
 from sa_models.materialize.ties import unit as unit_of
 from sa_models.scores.gauge_invariant import aligned_scores
-from sa_models.scores.weight_cosine import InMemory
 from tests.support.gauge import HEAD_DIM, change_gauge_, tiny, tokens
+from tests.support.in_memory import InMemory
 
 
 def parts(model, unit: tuple[int, int]) -> dict[str, torch.Tensor]:

@@ -13,7 +13,7 @@ from sa_models.heads import HeadLayout
 from sa_models.scores import weight_cosine
 from sa_models.scores.gauge_invariant import ALIGNED, FoldedNorm, aligned_scores
 from sa_models.scores.significance import weight_terms
-from sa_models.scores.weight_cosine import SCORES, InMemory, unit_scores
+from sa_models.scores.weight_cosine import SCORES, unit_scores
 from tests.support.gauge import (
     HEAD_DIM,
     HIDDEN,
@@ -22,6 +22,7 @@ from tests.support.gauge import (
     tiny,
     tokens,
 )
+from tests.support.in_memory import InMemory
 
 
 def reader(model) -> InMemory:

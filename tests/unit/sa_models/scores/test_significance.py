@@ -12,7 +12,8 @@ import torch
 from sa_models.heads import PROJECTIONS, HeadLayout
 from sa_models.scores.gauge_invariant import ALIGNED, aligned_scores
 from sa_models.scores.significance import Terms, chance, upper_tail, weight_terms
-from sa_models.scores.weight_cosine import InMemory, best_matches, unit_scores
+from sa_models.scores.weight_cosine import best_matches, unit_scores
+from tests.support.in_memory import InMemory
 
 LAYOUT = HeadLayout(layers=9, hidden_size=40, heads=8, kv_heads=4, head_dim=8)
 WIDE = replace(LAYOUT, hidden_size=256)

@@ -13,13 +13,14 @@ from sa_models.errors import PostshareError
 from sa_models.heads import HeadLayout, unit_view
 from sa_models.scores import weight_cosine
 from sa_models.scores.weight_cosine import (
-    InMemory,
     Matches,
     best_matches,
     random_matches,
     unit_scores,
 )
-from sa_models.search.pairs import Budget, make_plan, select_pairs, units_to_tie
+from sa_models.search.budget import units_of_heads, units_of_ratio
+from sa_models.search.pairs import check_count, make_plan, select_pairs
+from tests.support.in_memory import InMemory
 
 
 def tiny(kv_heads: int, layers: int = 4) -> LlamaForCausalLM:
@@ -128,25 +129,25 @@ def test_the_highest_scores_are_taken_in_ascending_order() -> None:
 )
 def test_ratio_is_floored_in_decimal(ratio: float, units: int, expected: int) -> None:
     layout = HeadLayout(layers=units // 4, hidden_size=16, heads=4, kv_heads=4, head_dim=4)
-    assert Budget(ratio=ratio).units(layout) == expected
+    assert units_of_ratio(ratio, layout) == expected
 
 
 def test_a_count_of_heads_may_not_split_a_kv_group() -> None:
     layout = HeadLayout(layers=4, hidden_size=16, heads=4, kv_heads=2, head_dim=4)
-    assert Budget(heads=6).units(layout) == 3
+    assert units_of_heads(6, layout) == 3
     with pytest.raises(PostshareError, match=r"KV group of 2 heads.* the nearest is 4"):
-        Budget(heads=5).units(layout)
+        units_of_heads(5, layout)
 
 
 def test_a_ratio_that_cannot_be_met_names_the_highest_that_can() -> None:
     layout = HeadLayout(layers=4, hidden_size=16, heads=4, kv_heads=4, head_dim=4)
-    assert units_to_tie(Budget(heads=12), layout) == 12
+    check_count(12, layout)
     with pytest.raises(PostshareError, match=r"13 of 16 units, possible are 1 to 12 .*0\.7500"):
-        units_to_tie(Budget(heads=13), layout)
+        check_count(13, layout)
     with pytest.raises(PostshareError, match="asks for 0 of 16"):
-        units_to_tie(Budget(ratio=0.05), layout)
+        check_count(units_of_ratio(0.05, layout), layout)
     with pytest.raises(PostshareError, match="layer 9"):
-        units_to_tie(Budget(heads=1), layout, skip_layers=(9,))
+        check_count(1, layout, skip_layers=(9,))
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2])
@@ -155,12 +156,18 @@ def test_effective_equals_requested(kv_heads: int) -> None:
     layout = HeadLayout.from_config(model.config)
     scores = unit_scores(InMemory(dict(model.named_parameters())), layout, "qk")
     for ratio in (0.1, 0.3, 0.5, 0.8):
-        plan = make_plan(best_matches(scores, layout), layout, Budget(ratio=ratio), "qkvo")
+        plan = make_plan(
+            best_matches(scores, layout), layout, units_of_ratio(ratio, layout), "qkvo"
+        )
         plan.validate(model.config)
-        wanted = Budget(ratio=ratio).units(layout)
+        wanted = units_of_ratio(ratio, layout)
         assert plan.savings(model.config).tied_units == wanted
         released = make_plan(
-            best_matches(scores, layout), layout, Budget(ratio=ratio), "qkvo", released=True
+            best_matches(scores, layout),
+            layout,
+            units_of_ratio(ratio, layout),
+            "qkvo",
+            released=True,
         )
         released.validate(model.config)
         assert {t.target for t in released.ties} == {t.target for t in plan.ties}

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sa_models.errors import PostshareError
+from tests.support.in_memory import text_blocks
 from train.data import sources, token_table
 from train.data.blocks import Blocks, PositionSampler, permutation, prepare_data
 from train.recipe.recipe import DataSource, Recipe, validate
@@ -111,7 +112,7 @@ def test_documents_are_laid_end_to_end(
     blocks, validation = prepare(train=train, validation=held, bos=bos, eos=eos)
     ids = expected(documents, bos=bos, eos=eos)
     assert flat(blocks) == ids[: len(ids) // 4 * 4]
-    assert blocks.tokens == len(ids) // 4 * 4
+    assert len(blocks) * blocks.length == len(ids) // 4 * 4
     assert flat(validation) == expected(texts(9, seed=1), bos=bos, eos=eos)[: validation.tokens]
     block = blocks[3]
     assert set(block) == {"input_ids", "labels"}
@@ -128,7 +129,7 @@ def test_tokenizer_without_bos_ends_documents_only(tmp_path: Path) -> None:
         needed_blocks=1,
         vocab_size=WORDS + 2,
     )
-    assert flat(blocks) == expected(documents, bos=False)[: blocks.tokens]
+    assert flat(blocks) == expected(documents, bos=False)[: len(blocks) * blocks.length]
 
 
 def test_missing_eos_is_an_error(tmp_path: Path) -> None:
@@ -144,7 +145,7 @@ def test_missing_eos_is_an_error(tmp_path: Path) -> None:
 
 def test_document_mask_restarts_positions_and_masks_first_labels() -> None:
     documents = [[0, 5, 1], [0, 6, 7, 8, 1], [0, 1], [0, 9, 10, 1]]
-    blocks = Blocks.from_documents(documents, 6, document_mask=True)
+    blocks = text_blocks(documents, 6, document_mask=True)
     assert len(blocks) == 2
     assert blocks[0]["input_ids"].tolist() == [0, 5, 1, 0, 6, 7]
     assert blocks[0]["labels"].tolist() == [-100, 5, 1, -100, 6, 7]
@@ -188,7 +189,7 @@ def test_masked_documents_do_not_see_each_other(attention: str) -> None:
     model = LlamaForCausalLM(config).eval()
     draw = np.random.default_rng(0)
     documents = [draw.integers(0, WORDS, length).tolist() for length in (5, 1, 7, 3, 9, 7)]
-    masked = Blocks.from_documents(documents, 16, document_mask=True)
+    masked = text_blocks(documents, 16, document_mask=True)
     batch = torch.utils.data.default_collate([masked[0], masked[1]])
     with torch.no_grad():
         packed = model(
@@ -315,7 +316,7 @@ def test_several_processes_tokenize_the_same(tmp_path: Path, prepare: Callable[.
     documents = texts(300)
     path = write_jsonl(tmp_path / "t.jsonl", documents)
     blocks, _ = prepare(train=path, validation=path, processes=2)
-    assert flat(blocks) == expected(documents)[: blocks.tokens]
+    assert flat(blocks) == expected(documents)[: len(blocks) * blocks.length]
 
 
 # --- sources ------------------------------------------------------------------------------------
@@ -387,7 +388,7 @@ def test_streaming_reads_only_what_the_run_needs(
     blocks, validation = prepare(needed=40, **data)
     assert len(validation) >= 3
     assert 40 <= len(blocks) <= 45
-    assert flat(blocks) == expected(documents)[: blocks.tokens]
+    assert flat(blocks) == expected(documents)[: len(blocks) * blocks.length]
     assert sum(seen) <= 4 * token_table.STREAM_BATCH
     seen.clear()
     again, _ = prepare(needed=40, **data)
@@ -575,7 +576,7 @@ def test_position_resumes_exactly_at_another_world_size() -> None:
 
 
 def test_sampler_drives_a_data_loader() -> None:
-    blocks = Blocks.from_documents([list(range(40))], 4)
+    blocks = text_blocks([list(range(40))], 4)
     sampler = PositionSampler(len(blocks), batch_size=4, micro_batch_size=2, steps=3)
     batches = list(DataLoader(blocks, batch_sampler=sampler))
     assert len(batches) == len(sampler) == 6

@@ -16,9 +16,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sa_models.calibration.token_losses import IGNORED
 from sa_models.errors import PostshareError
+from tests.support.in_memory import packed as packed_ids
 from train.data import chat, instruct
 from train.data.blocks import Blocks, PositionSampler, prepare_data
-from train.data.packed import Packed
 from train.data.record_blocks import RecordBlocks, first_records
 from train.data.token_table import load_tokenizer
 from train.evaluation.perplexity import perplexity
@@ -208,9 +208,7 @@ def packed(lengths: list[int], prompts: list[int], block: int) -> RecordBlocks:
         [int(i >= prompt) for i in range(length)]
         for length, prompt in zip(lengths, prompts, strict=True)
     ]
-    return RecordBlocks(
-        Packed.from_documents(rows), Packed.from_documents(masks), np.array(prompts), block
-    )
+    return RecordBlocks(packed_ids(rows), packed_ids(masks), np.array(prompts), block)
 
 
 def test_records_are_packed_whole_truncated_or_dropped() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from train.data.blocks import Blocks
+from tests.support.in_memory import text_blocks
 from train.demo import corpus, demo_base_path
 from train.demo.corpus import Document, in_validation, stdlib_documents, without_near_duplicates
 from train.demo.tokenizer import train_tokenizer
@@ -183,7 +183,7 @@ def test_base_beats_a_unigram_model_threefold(
     validation: list[Document],
 ) -> None:
     counts = Counter(token for ids in encode(tokenizer, train) for token in ids)
-    held = Blocks.from_documents(encode(tokenizer, validation), 256)
+    held = text_blocks(encode(tokenizer, validation), 256)
     every = max(1, len(held) // 24)
     chosen = [held[index] for index in range(0, len(held), every)]
     total, vocabulary = sum(counts.values()), base.config.vocab_size
@@ -193,7 +193,7 @@ def test_base_beats_a_unigram_model_threefold(
         for token in block["input_ids"][1:].tolist()
     ]
     unigram = math.exp(sum(nll) / len(nll))
-    subset = Blocks.from_documents([block["input_ids"].tolist() for block in chosen], 256)
+    subset = text_blocks([block["input_ids"].tolist() for block in chosen], 256)
     result = perplexity(base, subset, 8, progress=False)
     assert result.tokens == len(nll)
     assert 3 * result.perplexity <= unigram, (result.perplexity, unigram)

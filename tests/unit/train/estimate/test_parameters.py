@@ -14,7 +14,7 @@ from sa_models.errors import PostshareError
 from sa_models.heads import HeadLayout
 from sa_models.plan import HeadTie, SharingPlan
 from sa_models.savings import llama_parameters
-from sa_models.search import pairs
+from sa_models.search.budget import units_of_ratio
 from sa_models.spans import AttentionSpan
 from sa_models.weights.structure import convert
 from train.estimate import llama_shapes
@@ -22,6 +22,7 @@ from train.estimate import parameters as estimate
 from train.estimate.dry_run import count, print_dry_run, size
 from train.estimate.gpu_memory import Memory, layer_activations, memory_per_gpu, whole_models
 from train.estimate.llama_shapes import KNOWN, LlamaShape, find_shape
+from train.planning.problem import PlanProblem
 from train.recipe.recipe import PlanSection, Recipe, TrainSection, load_recipe, validate
 
 PUBLISHED = {
@@ -133,7 +134,7 @@ def test_units_asked_for_are_those_that_selection_ties(
     ratio: float, layers: int, units: int
 ) -> None:
     layout = HeadLayout(layers, 4 * units, 4 * units, units, 1)
-    expected = pairs.Budget(ratio=ratio).units(layout)
+    expected = units_of_ratio(ratio, layout)
     section = PlanSection.model_validate({"budget": {"ratio": ratio}})
     shape = LlamaShape(
         num_hidden_layers=layers,
@@ -144,10 +145,10 @@ def test_units_asked_for_are_those_that_selection_ties(
     )
     assert HeadLayout.from_config(shape) == layout
     if expected:
-        assert estimate.requested_units(section, shape, SharingPlan()) == expected
+        assert estimate.requested_units(PlanProblem(section, shape)) == expected
     else:
         with pytest.raises(PostshareError, match="asks for 0 of"):
-            estimate.requested_units(section, shape, SharingPlan())
+            estimate.requested_units(PlanProblem(section, shape))
 
 
 @pytest.mark.parametrize(
@@ -165,7 +166,7 @@ def test_units_asked_for_are_those_that_selection_ties(
 )
 def test_a_budget_that_cannot_be_met_is_refused(plan: dict[str, object], part: str) -> None:
     with pytest.raises(PostshareError, match=part):
-        estimate.plan_savings(PlanSection.model_validate(plan), TINY)
+        estimate.plan_savings(PlanProblem(PlanSection.model_validate(plan), TINY))
 
 
 def test_savings_before_the_plan_are_those_of_the_plan(tmp_path: Path) -> None:
@@ -175,10 +176,9 @@ def test_savings_before_the_plan_are_those_of_the_plan(tmp_path: Path) -> None:
     from_file = {"strategy": "file", "path": str(tmp_path / "plan.json")}
     by_budget = {"share": ["q", "v"], "budget": {"heads": 4}}
     for section in (from_file, by_budget):
-        assert estimate.plan_savings(PlanSection.model_validate(section), TINY) == plan.savings(
-            TINY
-        )
-    none = estimate.plan_savings(PlanSection(strategy="none"), TINY)
+        problem = PlanProblem(PlanSection.model_validate(section), TINY)
+        assert estimate.plan_savings(problem) == plan.savings(TINY)
+    none = estimate.plan_savings(PlanProblem(PlanSection(strategy="none"), TINY))
     assert (none.tied_units, none.stored_parameters) == (0, llama_parameters(TINY))
 
 
@@ -206,7 +206,7 @@ def test_counts_with_spans_and_kv_heads_are_those_of_the_converted_model(
         dense = LlamaForCausalLM(config_of(shape))
     model = convert(dense, structure)
     sizes = {name: p.numel() for name, p in model.named_parameters()}
-    savings = estimate.plan_savings(PlanSection(strategy="none"), shape, structure)
+    savings = estimate.plan_savings(PlanProblem(PlanSection(strategy="none"), shape, structure))
     assert savings.base_parameters == sum(p.numel() for p in dense.parameters())
     assert savings.stored_parameters == sum(sizes.values())
     assert estimate.trainable_parameters(shape, ("*",), structure) == sum(sizes.values())

@@ -11,7 +11,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sa_models.errors import PostshareError
-from train.data.blocks import Blocks, prepare_data
+from tests.support.in_memory import text_blocks
+from train.data.blocks import prepare_data
 from train.data.token_table import load_tokenizer
 from train.evaluation.perplexity import perplexity
 from train.recipe.recipe import validate
@@ -40,7 +41,7 @@ def documents(*lengths: int) -> list[list[int]]:
 def test_is_the_token_weighted_mean(model: LlamaForCausalLM) -> None:
     """With document masks, blocks predict different numbers of tokens: a mean of means is wrong."""
     ids = documents(3, 2, 1, 10, 16, 7, 9)
-    blocks = Blocks.from_documents(ids, 16, document_mask=True)
+    blocks = text_blocks(ids, 16, document_mask=True)
     model.train()
     result = perplexity(model, blocks, batch_size=2, progress=False)
     assert model.training
@@ -57,7 +58,7 @@ def test_is_the_token_weighted_mean(model: LlamaForCausalLM) -> None:
 
 
 def test_does_not_depend_on_the_batch_size(model: LlamaForCausalLM) -> None:
-    blocks = Blocks.from_documents(documents(12 * 7), 12)
+    blocks = text_blocks(documents(12 * 7), 12)
     losses = [
         perplexity(model, blocks, batch_size, progress=False).loss for batch_size in (1, 3, 7, 50)
     ]
@@ -68,14 +69,14 @@ def test_does_not_depend_on_the_batch_size(model: LlamaForCausalLM) -> None:
 
 
 def test_half_precision_logits_are_summed_in_full(model: LlamaForCausalLM) -> None:
-    blocks = Blocks.from_documents(documents(64 * 40), 64)
+    blocks = text_blocks(documents(64 * 40), 64)
     full = perplexity(model, blocks, 8, progress=False).loss
     half = perplexity(model.bfloat16(), blocks, 8, progress=False).loss
     assert half == pytest.approx(full, rel=5e-3)
 
 
 def test_refuses_what_has_no_value(model: LlamaForCausalLM) -> None:
-    blocks = Blocks.from_documents(documents(12), 12)
+    blocks = text_blocks(documents(12), 12)
     with pytest.raises(PostshareError, match=r"no token to evaluate"):
         perplexity(model, blocks, 1, limit=0, progress=False)
     with torch.no_grad():

@@ -21,6 +21,7 @@ from sa_models.modeling import SharedLlamaForCausalLM
 from sa_models.savings import llama_parameters
 from sa_models.scores.fisher import estimate_sensitivity
 from sa_models.weights.compact_folder import CompactFolder
+from tests.support.in_memory import text_blocks
 from tests.support.spans_base import (
     LAYERS,
     LENGTH,
@@ -34,6 +35,7 @@ from tests.support.spans_base import (
 )
 from train.common.run_files import SEARCH_CACHE
 from train.data.blocks import Blocks
+from train.data.calibration import calibration_batches
 from train.distributed.engines.start import start
 from train.estimate.dry_run import print_dry_run
 from train.estimate.llama_shapes import LlamaShape
@@ -49,6 +51,7 @@ from train.planning.auto_result import Factored
 from train.planning.auto_search import search_auto
 from train.planning.auto_space import ANY, FULL, REMOVALS, auto_passes
 from train.planning.basis import saving_plan
+from train.planning.problem import PlanProblem
 from train.recipe.recipe import Recipe
 from train.recipe.sections.plan import PlanSection
 from train.stages.materialize import materialize_on_text, merged_folder
@@ -109,7 +112,7 @@ def own_words(model: LlamaForCausalLM, count: int) -> Blocks:
         for _ in range(LENGTH - 1):
             chances = model(rows, use_cache=False).logits[:, -1].softmax(-1)
             rows = torch.cat([rows, chances.multinomial(1, generator=generator)], 1)
-    return Blocks.from_documents(rows.tolist(), LENGTH)
+    return text_blocks(rows.tolist(), LENGTH)
 
 
 def test_planted_ties_are_found_projection_by_projection(home: Path, tmp_path: Path) -> None:
@@ -123,7 +126,9 @@ def test_planted_ties_are_found_projection_by_projection(home: Path, tmp_path: P
         model.model.norm.weight *= 8  # sure of its words, so that every change tells
     of = made(home, tmp_path / "run", 3 * UNIT // 2, plan={"calibration_blocks": 8})
     blocks = own_words(model, 8)
-    searched = search_auto(of, model, blocks, SharingPlan(), model.config, of.folder)
+    problem = PlanProblem(of.plan, model.config)
+    text = calibration_batches(blocks, 8, of.evaluate.batch_size, model.device)
+    searched = search_auto(problem, model, text, of.folder)
     found = searched.chosen.plan
     ties = {(t.target, t.source, "".join(t.projections)) for t in found.ties}
     assert ties == set(planted)
@@ -506,14 +511,14 @@ def test_a_budget_that_cannot_be_met_names_the_nearest(home: Path, tmp_path: Pat
     nearest = str(caught.value).rsplit("=", 1)[1]
     section = PlanSection.model_validate({"strategy": "auto", "budget": {"bytes": nearest}})
     config = base_model(home).config
-    saved = plan_savings(section, config).removed_parameters  # type: ignore[arg-type]
+    saved = plan_savings(PlanProblem(section, config)).removed_parameters
     assert 18 * UNIT < saved < 24 * UNIT  # all units but those of layer 0 can be tied, and more
 
 
 def test_a_7b_is_bounded() -> None:
     """Actions of a state, shortlists and rounds, written out; see docs/planning.md."""
     section = PlanSection.model_validate({"strategy": "auto", "budget": {"bytes": "-10%"}})
-    bound = auto_passes(section, LlamaShape(), SharingPlan())  # type: ignore[arg-type]
+    bound = auto_passes(PlanProblem(section, LlamaShape()))
     needed, row = 673_841_562, 128 * 4096
     searches = 0
     for smallest in (2 * row, 4 * row, 3 * row):

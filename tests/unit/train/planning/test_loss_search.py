@@ -31,12 +31,13 @@ from tests.support.spans_base import (
     write_text,
 )
 from train.common.run_files import SEARCH_CACHE
+from train.data.calibration import calibration_batches
 from train.distributed.engines.start import start
 from train.estimate.parameters import plan_savings
 from train.planning import loss_search
-from train.planning.budget import amount, search_space
 from train.planning.find import find_ties
 from train.planning.loss_search import choose_by_gradient
+from train.planning.problem import PlanProblem
 from train.recipe.recipe import Recipe
 from train.recipe.sections.plan import PlanSection
 from train.stages.pipeline import plan, run
@@ -190,7 +191,7 @@ def test_magnitude_and_gradient_remove_the_least(
     section = {"strategy": "magnitude", "action": "remove", "budget": {"ratio": 0.2}}
     made = recipe(home, tmp_path / "run", plan=section)
     reader = WeightsFolder(home / "base")
-    found, _ = find_ties(made.plan, reader, SharingPlan())
+    found, _ = find_ties(PlanProblem(made.plan, base.config), reader)
 
     def value(layer: int, unit: int, name: str) -> float:
         rows = slice(unit * 8, unit * 8 + 8)
@@ -212,7 +213,11 @@ def test_magnitude_and_gradient_remove_the_least(
     section |= {"strategy": "gradient", "calibration_blocks": BLOCKS}
     made = recipe(home, tmp_path / "run", plan=section)
     blocks = Run(made, start(made)).blocks[0]
-    found = choose_by_gradient(made, base_model(home), blocks, SharingPlan(), base.config)
+    found = choose_by_gradient(
+        PlanProblem(made.plan, base.config),
+        base_model(home),
+        calibration_batches(blocks, BLOCKS, made.evaluate.batch_size, torch.device("cpu")),
+    )
     tokens = calibration(made)
     base(tokens, labels=tokens, use_cache=False).loss.backward()
     least = sorted(units, key=lambda u: value(*u, "gradient"))[:4]
@@ -235,16 +240,17 @@ def test_a_budget_in_parameters_is_met_and_not_by_more_than_a_unit(
     config = base_model(home).config
     asked = section(strategy=strategy, budget={counted: share}, share=["q", "v"])
     wanted = parse_share(share)
-    predicted = plan_savings(asked, config)  # type: ignore[arg-type]
+    problem = PlanProblem(asked, config)
+    predicted = plan_savings(problem)
     saved = predicted.removed_parameters
     unit = 2 * 8 * config.hidden_size
     assert wanted <= saved / predicted.base_parameters
     assert (saved - unit) / predicted.base_parameters < wanted
     if strategy == "cosine":
-        found, _ = find_ties(asked, WeightsFolder(home / "base"), SharingPlan())
+        found, _ = find_ties(problem, WeightsFolder(home / "base"))
         assert found.savings(config).removed_parameters == saved
     if strategy == "loss":
-        space = search_space(asked, config, SharingPlan())
+        space = problem.space
         assert (space.tie_saves, space.removal_saves) == (unit, 2 * unit)
         assert space.needed == math.ceil(wanted * predicted.base_parameters)
 
@@ -254,13 +260,13 @@ def test_spans_and_kv_heads_count_towards_a_share(home: Path) -> None:
     structure = SharingPlan(kv_heads=2)
     given = structure.savings(config).removed_parameters
     base = structure.savings(config).base_parameters
-    asked = amount(section(budget={"bytes": "-20%"}), config, structure)
+    asked = PlanProblem(section(budget={"bytes": "-20%"}), config, structure).required
     assert asked.needed + given == math.ceil(base / 5)
     low = f"-{100 * given / base - 0.01:.2f}%"
     with pytest.raises(PostshareError, match="spans and KV heads alone save"):
-        amount(section(budget={"parameters": low}), config, structure)
+        _ = PlanProblem(section(budget={"parameters": low}), config, structure).required
     cache = section(strategy="loss", action="remove", budget={"cache": "-60%"})
-    space = search_space(cache, config, structure)
+    space = PlanProblem(cache, config, structure).space
     assert (space.tie_saves, space.removal_saves) == (0, 16)
     assert space.needed == math.ceil(0.6 * 2 * LAYERS * 32) - 2 * LAYERS * 16
 
@@ -292,7 +298,7 @@ def test_the_nearest_budget_is_said_and_can_be_met(
         (counted,) = fields["budget"]
         nearest = str(caught.value).rsplit("=", 1)[1]
         met = section(**(fields | {"budget": {counted: nearest}}))
-        plan_savings(met, base_model(home).config)  # type: ignore[arg-type]
+        plan_savings(PlanProblem(met, base_model(home).config))
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ from sa_models.scores.activations import HeadOutputs, output_scores
 from sa_models.scores.gauge_invariant import FoldedNorm, aligned_scores
 from sa_models.scores.significance import chance, weight_terms
 from sa_models.scores.weight_cosine import best_matches
-from sa_models.search.pairs import Budget, make_plan
+from sa_models.search.budget import units_of_ratio
+from sa_models.search.pairs import make_plan
 from sa_models.weights.safetensors_folder import WeightsFolder
 from tests.support.spans_base import (
     LAYERS,
@@ -49,7 +50,7 @@ def test_aligned_weights_with_the_norm_folded(home: Path, tmp_path: Path, capsys
     layout = HeadLayout.from_config(folder.config)
     scores = aligned_scores(FoldedNorm(folder), layout, "qk_aligned")
     matches = best_matches(scores, layout)
-    assert plan == make_plan(matches, layout, Budget(ratio=0.3), "qkv")
+    assert plan == make_plan(matches, layout, units_of_ratio(0.3, layout), "qkv")
     pairs = {(tie.target, tie.source) for tie in plan.ties}
     terms = weight_terms(FoldedNorm(folder), layout, "qk_aligned")
     for pair in said["pairs"]:
@@ -71,7 +72,7 @@ def test_outputs_on_the_first_training_blocks(home: Path, tmp_path: Path) -> Non
     outputs = HeadOutputs.measure(base_model(home), [{"input_ids": ids(made, 3)}])
     layout = outputs.layout
     expected = make_plan(
-        best_matches(output_scores(outputs), layout), layout, Budget(ratio=0.3), "qkv"
+        best_matches(output_scores(outputs), layout), layout, units_of_ratio(0.3, layout), "qkv"
     )
     assert [(t.target, t.source) for t in plan.ties] == [
         (t.target, t.source) for t in expected.ties

@@ -12,6 +12,7 @@ from sa_models.heads import HeadLayout
 from sa_models.search.spans import best_spans
 from train.estimate.llama_shapes import KNOWN, LlamaShape, find_shape
 from train.estimate.parameters import expected_structure, plan_savings
+from train.planning.problem import PlanProblem
 from train.recipe import yaml12
 from train.recipe.load import description, locate
 from train.recipe.recipe import load_recipe
@@ -86,7 +87,7 @@ class TestEveryRecipe:
     def test_plan_arithmetic(self, file: Path) -> None:
         recipe = load_recipe(file)
         shape = shape_of(str(file))
-        savings = plan_savings(recipe.plan, shape, expected_structure(recipe, shape))
+        savings = plan_savings(PlanProblem(recipe.plan, shape, expected_structure(recipe, shape)))
         if recipe.plan.budget is None:
             assert savings.tied_parameters == 0
             return
@@ -107,7 +108,7 @@ class TestEveryRecipe:
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_published_settings_save_what_was_worked_out_by_hand(name: str) -> None:
-    savings = plan_savings(load_recipe(name).plan, shape_of(name))
+    savings = plan_savings(PlanProblem(load_recipe(name).plan, shape_of(name)))
     assert (savings.tied_units, savings.units, savings.tied_parameters) == EXPECTED[name]
 
 
@@ -119,7 +120,7 @@ def test_spans_and_kv_heads_save_what_was_worked_out_by_hand(name: str) -> None:
     followers = {f: span.leader for f, span in plan.leader_of().items()}
     if leader_of is not None:
         assert followers == leader_of
-    savings = plan_savings(recipe.plan, shape, plan)
+    savings = plan_savings(PlanProblem(recipe.plan, shape, plan))
     assert savings.removed_parameters == parameters
     assert savings.cache_ratio == cache
 
@@ -130,7 +131,7 @@ def test_spans_and_kv_heads_save_what_was_worked_out_by_hand(name: str) -> None:
 )
 def test_auto_asks_for_as_much_as_30_percent_of_attention(name: str, attention: int) -> None:
     recipe, size = load_recipe(name), 2
-    base, stored = plan_savings(recipe.plan, shape_of(name)).bytes(size)
+    base, stored = plan_savings(PlanProblem(recipe.plan, shape_of(name))).bytes(size)
     assert (base - stored) / size / attention == pytest.approx(0.3, abs=0.006)
     assert recipe.materialize.reconstruct
     assert recipe.materialize.heal_steps == 2000
@@ -141,7 +142,7 @@ def test_shared_attention_saves_the_published_share() -> None:
     """6.25 % of the KV cache and 2 % of the parameters of Llama-2-7B (2407.12866)."""
     for name in ("llama2-7b-sa-23-26", "llama2-7b-sa-27-30"):
         recipe, shape = load_recipe(name), shape_of(name)
-        savings = plan_savings(recipe.plan, shape, expected_structure(recipe, shape))
+        savings = plan_savings(PlanProblem(recipe.plan, shape, expected_structure(recipe, shape)))
         assert savings.cache_ratio == 0.0625
         assert savings.removed_parameters / 6_738_415_616 == pytest.approx(0.02, abs=2e-4)
         assert recipe.train.steps == 0

@@ -19,12 +19,13 @@ from sa_models.weights.safetensors_folder import WeightsFolder, read_config
 from train.commands.compare import command as comparing
 from train.demo import demo_base_path
 from train.evaluation.models import find_models
+from train.models import materialize
 from train.models.base_model import load_model
 from train.planning.basis import basis_plan
+from train.planning.problem import PlanProblem
 from train.recipe.recipe import Recipe, validate
 from train.report.data import read_run
 from train.report.tables import basis as basis_table
-from train.stages import materialize
 from train.stages.pipeline import export, run
 from train.tracking.metrics_log import read_rows
 
@@ -216,7 +217,8 @@ def test_a_size_that_cannot_be_is_refused_with_the_nearest(tmp_path: Path) -> No
     assert not made.folder.exists()
     nearest = str(e.value).rsplit("=", 1)[-1]
     plan["budget"] = {"bytes": nearest}
-    comes_to = basis_plan(recipe(tmp_path / "run", plan=plan).plan, read_config(demo_base_path()))
+    met = recipe(tmp_path / "run", plan=plan).plan
+    comes_to = basis_plan(PlanProblem(met, read_config(demo_base_path())))
     assert comes_to.basis is not None
     assert {*comes_to.basis.q, *comes_to.basis.k, *comes_to.basis.v} <= {1, 2}
 

@@ -27,6 +27,7 @@ from train.evaluation.summary import saved_sentence, summary_table
 from train.models.base_model import load_dense
 from train.planning.find import find_ties, requested_ratio
 from train.planning.plan_maps import save_ties
+from train.planning.problem import PlanProblem
 from train.recipe.recipe import PlanSection, Recipe, validate
 from train.recipe.warnings import recipe_warnings
 from train.stages.pipeline import run
@@ -122,9 +123,9 @@ def test_the_removed_units_are_the_targets_of_the_ties(
     for spans in (SharingPlan(), structure):
         for action in ("tie", "remove"):
             made = PlanSection.model_validate(section | {"action": action})
-            found[action] = find_ties(made, WeightsFolder(tmp_path), spans)[0]
-            savings = plan_savings(made, model.config, spans)
-            assert savings == found[action].savings(model.config)
+            problem = PlanProblem(made, model.config, spans)
+            found[action] = find_ties(problem, WeightsFolder(tmp_path))[0]
+            assert plan_savings(problem) == found[action].savings(model.config)
         removed = found["remove"].removed
         assert len(removed) == kv_heads
         assert found["remove"].ties == ()
@@ -148,12 +149,13 @@ def test_disk_space_holds_the_zeros_of_the_dense_form() -> None:
 
 
 def test_a_budget_that_empties_a_layer_is_refused(tmp_path: Path) -> None:
-    tiny.model(num_hidden_layers=2).save_pretrained(tmp_path)
+    model = tiny.model(num_hidden_layers=2)
+    model.save_pretrained(tmp_path)
     section = PlanSection.model_validate(
         {"strategy": "random", "action": "remove", "budget": {"heads": 4}}
     )
     with pytest.raises(PostshareError, match=r"layer 1 would lose all its units \(4\)"):
-        find_ties(section, WeightsFolder(tmp_path), SharingPlan())
+        find_ties(PlanProblem(section, model.config), WeightsFolder(tmp_path))
 
 
 def test_the_dry_run_of_a_7b() -> None:

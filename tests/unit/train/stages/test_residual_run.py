@@ -27,6 +27,7 @@ from train.estimate import parameters as estimate
 from train.estimate.llama_shapes import find_shape
 from train.evaluation.perplexity import perplexity
 from train.models.base_model import base_folder
+from train.planning.problem import PlanProblem
 from train.recipe.recipe import Recipe, validate
 from train.stages.pipeline import run
 from train.stages.residual import residual_of, trainable
@@ -127,7 +128,7 @@ def test_what_is_stored_is_counted(healed: Recipe) -> None:
     with pytest.raises(PostshareError, match="take all that the ties save"):
         Target(plan, config, 1, 10**6).heads_of_equal_bytes()
     shape, _ = find_shape(healed.model)
-    expected = estimate.residual_parameters(healed, shape, SharingPlan())
+    expected = estimate.residual_parameters(healed.residual, PlanProblem(healed.plan, shape))
     assert count <= expected == 3 * 256 * 3 * 7
 
 

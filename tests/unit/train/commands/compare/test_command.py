@@ -18,6 +18,7 @@ from train.common.run_files import COMPARED_RECIPE, PLAN_FILE
 from train.evaluation.summary import read_block_losses
 from train.models.base_model import base_folder
 from train.planning.basis import basis_plan
+from train.planning.problem import PlanProblem
 from train.recipe.recipe import Recipe, validate
 from train.tracking.metrics_log import read_rows
 
@@ -47,7 +48,8 @@ def target(tmp_path: Path) -> Target:
     from sa_models.weights.safetensors_folder import WeightsFolder
     from train.planning.find import find_ties
 
-    plan, _ = find_ties(made.plan, WeightsFolder(base_folder(made.model)), SharingPlan())
+    weights = WeightsFolder(base_folder(made.model))
+    plan, _ = find_ties(PlanProblem(made.plan, weights.config), weights)
     return Target(plan, config, 2)
 
 
@@ -66,7 +68,7 @@ def test_where_auto_shares_bases_the_control_is_auto_without_them(
 ) -> None:
     section = {"strategy": "auto", "budget": {"bytes": "-8%"}, "calibration_blocks": 3}
     own = recipe(tmp_path / "run", plan=section)
-    shared = Target(basis_plan(own.plan, target.config), target.config, 2)
+    shared = Target(basis_plan(PlanProblem(own.plan, target.config)), target.config, 2)
     made = variant(CONTROLS["heads"], own, shared, 0, str(tmp_path / "heads"))
     assert made is not None
     assert made.plan == own.plan.model_copy(update={"basis": False})

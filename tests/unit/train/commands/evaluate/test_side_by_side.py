@@ -324,4 +324,4 @@ def test_a_damaged_result_is_computed_again(run: Path, tmp_path: Path) -> None:
 
 def test_options_that_name_no_task_are_refused() -> None:
     with pytest.raises(PostshareError, match="--tasks"):
-        side_by_side.check_options(side_by_side.Options(tasks=()))
+        side_by_side.check_options(side_by_side.EvaluateOptions(tasks=()))

@@ -1,0 +1,162 @@
+"""The problem that a search of a plan solves: what a recipe's budget asks of a model's units.
+
+Imports no torch, so that an estimate needs none.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from sa_models.errors import PostshareError
+from sa_models.heads import HeadLayout
+from sa_models.plan import SharingPlan, Unit
+from sa_models.savings import PlanSavings
+from sa_models.search import pairs
+from sa_models.search.actions import KINDS, Space, make_space
+from sa_models.search.budget import (
+    Amount,
+    amount_of_share,
+    amount_of_units,
+    units_of_heads,
+    units_of_ratio,
+)
+
+if TYPE_CHECKING:
+    from train.recipe.sections.plan import Budget, PlanSection
+
+
+@dataclass(frozen=True)
+class AllowedUnits:
+    """Units that may be tied, and removed; layers whose units are no sources."""
+
+    tied: list[Unit]
+    removable: list[Unit]
+    followers: frozenset[int]
+
+
+@dataclass(frozen=True)
+class PlanProblem:
+    """A recipe's plan section on a model with a structure.
+
+    Attributes:
+        config: of the base model, or its :class:`~train.estimate.llama_shapes.LlamaShape`.
+        structure: KV heads and spans, which become part of the plan.
+    """
+
+    section: PlanSection
+    config: Any
+    structure: SharingPlan = field(default_factory=SharingPlan)
+
+    def within(self, structure: SharingPlan) -> PlanProblem:
+        """The same section on the model with another structure."""
+        return replace(self, structure=structure)
+
+    @property
+    def budget(self) -> Budget:
+        """Of the section, whose strategy needs one."""
+        assert self.section.budget is not None
+        return self.section.budget
+
+    @cached_property
+    def layout(self) -> HeadLayout:
+        """With the structure's KV heads."""
+        return self.structure.layout(self.config)
+
+    @cached_property
+    def savings(self) -> PlanSavings:
+        """Of the structure alone."""
+        return self.structure.savings(self.config)
+
+    @cached_property
+    def remaining(self) -> Amount:
+        """What the budget leaves to the units; nothing (``needed`` 0 or less) where the structure
+        meets it.
+
+        Raises:
+            PostshareError: a number of heads that splits a KV group.
+        """
+        budget, layout = self.budget, self.layout
+        if budget.share is not None:
+            return amount_of_share(*budget.share, self.savings, layout, self.section.share)
+        if budget.heads is not None:
+            return amount_of_units(units_of_heads(budget.heads, layout), layout)
+        assert budget.ratio is not None
+        return amount_of_units(units_of_ratio(budget.ratio, layout), layout)
+
+    @cached_property
+    def required(self) -> Amount:
+        """What the units have to save.
+
+        Raises:
+            PostshareError: as :attr:`remaining`; or a share that the structure alone saves.
+        """
+        asked = self.remaining
+        if self.budget.share is not None and asked.needed <= 0:
+            counted, share = self.budget.share
+            raise PostshareError(
+                f"plan.budget.{counted}: spans and KV heads alone save "
+                f"{asked.given / asked.total:.2%}, which is the {float(share):.2%} asked for; "
+                "raise it, or set plan.strategy=none and plan.budget=null"
+            )
+        return asked
+
+    @property
+    def kind(self) -> str:
+        """What a strategy with one kind of action does to a unit: tie, or remove."""
+        return "remove" if self.section.action == "remove" else "tie"
+
+    def skipped_layers(self, kind: str) -> tuple[int, ...]:
+        """Layers whose units are not tied (removed): those of the recipe, and followers.
+
+        A follower lacks some of the projections that ties share. From a layer in a span, its
+        leader's included, no unit can be removed.
+        """
+        spans = self.structure.spans
+        kept = (layer for s in spans for layer in (s.followers if kind == "tie" else s.layers))
+        return tuple(sorted({*self.section.skip_layers, *kept}))
+
+    @cached_property
+    def allowed(self) -> AllowedUnits:
+        return AllowedUnits(
+            pairs.eligible_units(self.layout, self.skipped_layers("tie")),
+            pairs.eligible_units(self.layout, self.skipped_layers("remove")),
+            frozenset(self.structure.leader_of()),
+        )
+
+    @cached_property
+    def units(self) -> int:
+        """How many units a strategy with one kind of action changes.
+
+        Raises:
+            PostshareError: as :attr:`required`; or a share that cannot be met, with the nearest
+                that can.
+        """
+        asked, allowed = self.required, self.allowed
+        count = asked.units(self.kind)
+        if asked.counted != "units":
+            possible = allowed.tied if self.kind == "tie" else allowed.removable
+            asked.check(len(possible) * asked.saves(self.kind))
+        return count
+
+    @cached_property
+    def space(self) -> Space:
+        """What strategies loss, magnitude and gradient choose from.
+
+        Raises:
+            PostshareError: a budget that cannot be met, with the nearest that can.
+        """
+        asked, allowed = self.required, self.allowed
+        space = make_space(
+            self.layout,
+            KINDS if self.section.action == "any" else (self.section.action,),
+            self.section.share,
+            allowed.tied,
+            allowed.removable,
+            allowed.followers,
+            (asked.tie_saves, asked.removal_saves),
+            asked.needed,
+        )
+        asked.check(space.most())
+        return space
