@@ -13,6 +13,7 @@ from pathlib import Path
 
 from transformers import LlamaForCausalLM, PreTrainedModel
 
+from sa_models.atomic_files import write_json
 from sa_models.errors import PostshareError
 from sa_models.export import export as exporting
 from sa_models.export.manifest import update_notes
@@ -22,7 +23,6 @@ from sa_models.plan import SharingPlan
 from sa_models.weights.compact_folder import open_weights
 from sa_models.weights.safetensors_folder import WeightsFolder
 from sa_models.weights.structure import convert
-from train.common.files import write_json
 from train.common.progress import ExportProgress
 from train.common.run_files import SUMMARY_FILE
 from train.data.blocks import Blocks

@@ -17,6 +17,7 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from sa_models.atomic_files import beside
 from sa_models.errors import PostshareError
 from sa_models.heads import HeadLayout
 from sa_models.plan import SharingPlan
@@ -239,7 +240,7 @@ def begin(recipe: Recipe, needs_data: bool = True, trains: bool = False) -> Run:
     return current
 
 
-UNCLAIMED = (SEARCH_CACHE, SIGNS, f".{RECIPE_FILE}.*.tmp")
+UNCLAIMED = (SEARCH_CACHE, SIGNS, beside(Path(RECIPE_FILE)).name)
 """What may lie in a folder that is no run's yet."""
 STARTED = ("run.json", "continued", MERGED, "residual", "heal", "export", SUMMARY_FILE)
 

@@ -7,7 +7,6 @@ On other nodes one process may send system metrics to the same wandb run.
 from __future__ import annotations
 
 import json
-import os
 import resource
 import sys
 import time
@@ -20,6 +19,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from sa_models.atomic_files import write_text
 from sa_models.errors import PostshareError
 from train.distributed.launch_env import launched_place
 from train.tracking.wandb_run import WandbRun, agree_on_run, check_wandb
@@ -188,11 +188,9 @@ def read_rows(path: Path) -> list[Row]:
 def truncate_rows(path: Path, step: int) -> None:
     """Drop the rows beyond `step`."""
     rows = [row for row in read_rows(path) if row["step"] <= step]
-    beside = path.with_name(path.name + ".tmp")
     with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        os.replace(beside, path)
+        write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def memory_bytes() -> int:

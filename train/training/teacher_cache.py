@@ -32,9 +32,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from sa_models.atomic_files import new_file, write_json
 from sa_models.errors import PostshareError
-from sa_models.weights.atomic_files import flush
-from train.common.files import damage, file_entry, file_hash, write_json
+from train.common.files import damage, file_entry, file_hash
 from train.common.identity import refuse_other_run
 from train.common.progress import bar
 from train.data.blocks import Blocks, permutation
@@ -213,11 +213,9 @@ class TeacherCache:
 
     def _write(self, chunk: int, answers: dict[str, Tensor]) -> None:
         file = self._file(chunk)
-        beside = file.with_suffix(".tmp")
         file.with_suffix(".json").unlink(missing_ok=True)
-        save_file(answers, beside)
-        flush(beside)
-        beside.replace(file)
+        with new_file(file) as beside:
+            save_file(answers, beside)
         write_json(file.with_suffix(".json"), file_entry(file) | {"tokens": self._text(chunk)})
 
     def _file(self, chunk: int) -> Path:
