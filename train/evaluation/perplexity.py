@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch.utils.data import default_collate
 
 from sa_models.calibration.token_losses import IGNORED, row_losses
 from sa_models.errors import PostshareError
+from train.common.progress import bar
 from train.data.blocks import Block, Blocks
 
 
@@ -81,18 +80,16 @@ def block_losses(
     nats: list[float] = []
     tokens: list[int] = []
     try:
-        starts = range(0, count, batch_size)
-        console = Console(stderr=True)
-        quiet = not (progress and console.is_terminal)
-        for start in track(starts, "evaluating", console=console, disable=quiet, transient=True):
-            batch = default_collate(
-                [blocks[index] for index in range(start, min(start + batch_size, count))]
-            )
-            labels = batch.pop("labels")[:, 1:].to(device)
-            inputs = {name: tensor.to(device) for name, tensor in batch.items()}
-            logits = model(**inputs, use_cache=False).logits[:, :-1]
-            nats += row_losses(logits, labels)
-            tokens += (labels != IGNORED).sum(1).tolist()
+        with bar("evaluating", shown=progress) as show:
+            for start in range(0, count, batch_size):
+                stop = min(start + batch_size, count)
+                batch = default_collate([blocks[index] for index in range(start, stop)])
+                labels = batch.pop("labels")[:, 1:].to(device)
+                inputs = {name: tensor.to(device) for name, tensor in batch.items()}
+                logits = model(**inputs, use_cache=False).logits[:, :-1]
+                nats += row_losses(logits, labels)
+                tokens += (labels != IGNORED).sum(1).tolist()
+                show(stop, count)
     finally:
         model.train(was_training)
     return BlockLosses(tuple(nats), tuple(tokens))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,6 +12,7 @@ from sa_models.materialize.merge import check_merge
 from sa_models.plan import SharingPlan
 from sa_models.weights.safetensors_folder import WeightsFolder
 from sa_models.weights.structure import convert
+from train.common.progress import note
 from train.common.run_files import PLAN_FILE
 from train.data.blocks import Blocks
 from train.models.base_model import load_dense
@@ -108,7 +108,7 @@ def find_by_loss(current: Run, base: Path, structure: SharingPlan, blocks: Block
         save_search(searched, recipe.plan, layout, parameters, size, current.folder)
         current.say("", search_table(searched.found, layout), search_sentence(searched))
         if (line := unstable(searched.agreement, searched.blocks)) is not None:
-            print(f"warning: {line}", file=sys.stderr, flush=True)
+            note(f"warning: {line}")
     found.validate(config)
     return found
 
@@ -139,7 +139,7 @@ def find_by_auto(
         current.say(factored_note(searched.factored, searched.chosen.plan))
     agreement = searched.chosen.agreement
     if agreement is not None and (line := unstable(agreement, searched.blocks)) is not None:
-        print(f"warning: {line}", file=sys.stderr, flush=True)
+        note(f"warning: {line}")
     return searched.plan
 
 

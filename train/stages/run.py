@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,6 +23,7 @@ from sa_models.plan import SharingPlan
 from sa_models.weights.safetensors_folder import WeightsFolder, read_config
 from sa_models.weights.structure import Leaders
 from train.common.identity import refuse_other_run
+from train.common.progress import note
 from train.common.run_files import (
     CHANCE_FILE,
     ISOTROPY_PICTURE,
@@ -113,7 +113,7 @@ class Run:
         )
         if self.ranks.is_main:
             for line in (*blocks[0].notes, *blocks[1].notes):
-                print(line, file=sys.stderr, flush=True)
+                note(line)
         return blocks
 
     @cached_property
