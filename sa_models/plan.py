@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from .atomic_files import write_json
 from .basis import SharedBasis, check_basis, parameter_range, read_basis
 from .errors import PostshareError
 from .heads import PROJECTIONS, HeadLayout
@@ -123,11 +124,8 @@ class SharingPlan:
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the JSON beside and rename it into place."""
-        path = Path(path)
-        beside = path.with_name(path.name + ".tmp")
-        beside.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
-        os.replace(beside, path)
+        """Write the JSON, whole or not at all."""
+        write_json(Path(path), self.to_dict())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SharingPlan:

@@ -11,7 +11,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +22,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import LlamaConfig, PreTrainedTokenizerBase
 
+from sa_models.atomic_files import beside, new_folder
 from sa_models.errors import PostshareError
 from sa_models.export.manifest import (
     Identity,
@@ -40,7 +41,6 @@ from sa_models.materialize.reader import MaterializedReader
 from sa_models.modeling import compact_config, select_units
 from sa_models.plan import SharingPlan
 from sa_models.savings import PlanSavings
-from sa_models.weights.atomic_files import flush
 from sa_models.weights.compact_folder import DenseReader, ExpandedFolder, dense_config
 from sa_models.weights.companion_files import (
     copy_code,
@@ -157,11 +157,8 @@ def export_model(
     todo = [name for name in kinds if not job.is_finished(name)]
     if todo:
         job.check_space(todo)
-        with one_thread(), job.beside(todo) as beside:
-            job.make(beside)
-            for name, path in beside.items():
-                os.rename(path, folder / name)
-            flush(folder)
+        with one_thread(), job.new_folders(todo) as made:
+            job.make(made)
     return ExportResult(
         paths={name: folder / name for name in kinds},
         bytes={name: read_manifest(folder / name)["tensors"]["bytes"] for name in kinds},
@@ -250,7 +247,7 @@ class _Job:
     def check_space(self, names: Sequence[str]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         for name in self.sizes:
-            shutil.rmtree(self._beside(name), ignore_errors=True)
+            shutil.rmtree(beside(self.folder / name), ignore_errors=True)
         needed = sum(self.sizes[name] for name in names)
         free = shutil.disk_usage(self.folder).free
         if needed > free:
@@ -259,44 +256,36 @@ class _Job:
                 f"{free / 1e9:.3f} GB are free; free disk space or choose another folder"
             )
 
-    def _beside(self, name: str) -> Path:
-        return self.folder / f"{name}.tmp"
-
     @contextmanager
-    def beside(self, names: Sequence[str]) -> Iterator[dict[str, Path]]:
-        """New folders beside the final ones; whatever happens, none is left half written."""
-        folders = {name: self._beside(name) for name in names}
+    def new_folders(self, names: Sequence[str]) -> Iterator[dict[str, Path]]:
+        """Folders that get their names together; whatever happens, none is left half written."""
         try:
-            for path in folders.values():
-                path.mkdir()
-            yield folders
+            with ExitStack() as stack:
+                yield {name: stack.enter_context(new_folder(self.folder / name)) for name in names}
         except (OSError, SafetensorError) as error:
             reason = " ".join(str(error).split())
             raise PostshareError(
                 f"the export could not be written to {self.folder} ({reason}); free disk space or "
                 "choose another folder, then export again"
             ) from error
-        finally:
-            for path in folders.values():
-                shutil.rmtree(path, ignore_errors=True)
 
-    def make(self, beside: dict[str, Path]) -> None:
+    def make(self, folders: dict[str, Path]) -> None:
         """Write the formats, one after the other; then hash them while they are verified."""
         with ThreadPoolExecutor(1) as pool:  # one shard in memory, not one for each format
             stop = Event()
             try:
-                advance = self._advance("write", sum(map(self._read_for, beside)))
+                advance = self._advance("write", sum(map(self._read_for, folders)))
                 tasks = [
                     pool.submit(self._write_weights, kind, path, advance, stop)
-                    for kind, path in beside.items()
+                    for kind, path in folders.items()
                 ]
                 for task in tasks:
                     task.result()
-                for kind, path in beside.items():
+                for kind, path in folders.items():
                     self._write_companions(kind, path)
-                sums = {kind: pool.submit(seal, path) for kind, path in beside.items()}
-                self._verify(beside)
-                for kind, path in beside.items():
+                sums = {kind: pool.submit(seal, path) for kind, path in folders.items()}
+                self._verify(folders)
+                for kind, path in folders.items():
                     parameters = self.sizes[kind] // self.dtype.itemsize
                     facts = describe(kind, self.plan, self.savings, self.identity, parameters)
                     files = sums[kind].result()
@@ -350,10 +339,10 @@ class _Job:
         elif isinstance(self.tokenizer, PreTrainedTokenizerBase):
             self.tokenizer.save_pretrained(path)
 
-    def _verify(self, beside: dict[str, Path]) -> None:
+    def _verify(self, folders: dict[str, Path]) -> None:
         readers: dict[str, DenseReader] = {
             kind: ExpandedFolder(path) if kind == "compact" else WeightsFolder(path)
-            for kind, path in beside.items()
+            for kind, path in folders.items()
             if kind != "adapter"
         }
         for kind, reader in readers.items():
@@ -361,12 +350,12 @@ class _Job:
         passes = 1 if self.residual is None else len(readers)
         advance = self._advance("verify", passes * self.sizes["dense"])
         residual = self.residual
-        if "adapter" in beside:
-            files = sorted(beside["adapter"].glob("*.safetensors"))
-            verify_bytes(beside["adapter"], files, self.sizes["adapter"])
-            residual = load_adapter(beside["adapter"])
-        if isinstance(self.weights, ExpandedFolder) and "compact" in beside:
-            verify_stored(ExpandedFolder(beside["compact"]), self.weights)
+        if "adapter" in folders:
+            files = sorted(folders["adapter"].glob("*.safetensors"))
+            verify_bytes(folders["adapter"], files, self.sizes["adapter"])
+            residual = load_adapter(folders["adapter"])
+        if isinstance(self.weights, ExpandedFolder) and "compact" in folders:
+            verify_stored(ExpandedFolder(folders["compact"]), self.weights)
         if residual is None:
             exported = readers.pop("compact", None) or readers.pop("dense")
             verify_equal(exported, readers.get("dense", self.weights), advance)

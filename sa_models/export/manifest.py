@@ -16,12 +16,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from sa_models.atomic_files import flush, write_json, write_text
 from sa_models.errors import PostshareError
 from sa_models.export.model_card import model_card
 from sa_models.heads import HeadLayout
 from sa_models.plan import SharingPlan
 from sa_models.savings import PlanSavings
-from sa_models.weights.atomic_files import flush
 
 MANIFEST = "manifest.json"
 CARD = "README.md"
@@ -98,7 +98,7 @@ def seal(folder: Path) -> dict[str, dict[str, Any]]:
 def _seal_file(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-        os.fsync(file.fileno())
+    flush(path)
     return {"bytes": path.stat().st_size, "sha256": digest}
 
 
@@ -118,10 +118,9 @@ def write_manifest(
         notes: see :func:`sa_models.export.export.export_model`.
     """
     manifest = {**facts, "source": _state(source_shards), "notes": dict(notes)}
-    _replace_text(folder / CARD, model_card(manifest))
+    write_text(folder / CARD, model_card(manifest))
     manifest["files"] = {**files, CARD: _seal_file(folder / CARD)}
-    _replace_text(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
-    flush(folder)
+    write_json(folder / MANIFEST, manifest)
 
 
 def update_notes(folder: str | os.PathLike[str], notes: Mapping[str, Any]) -> None:
@@ -133,10 +132,9 @@ def update_notes(folder: str | os.PathLike[str], notes: Mapping[str, Any]) -> No
     folder = Path(folder)
     manifest = read_manifest(folder)
     manifest["notes"] = {**manifest["notes"], **notes}
-    _replace_text(folder / CARD, model_card(manifest))
+    write_text(folder / CARD, model_card(manifest))
     manifest["files"][CARD] = _seal_file(folder / CARD)
-    _replace_text(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
-    flush(folder)
+    write_json(folder / MANIFEST, manifest)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -181,12 +179,3 @@ def recognize(folder: Path, identity: Identity, source_shards: list[Path]) -> bo
 
 def _state(files: list[Path]) -> dict[str, list[int]]:
     return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
-
-
-def _replace_text(path: Path, text: str) -> None:
-    beside = path.with_name(path.name + ".tmp")
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)

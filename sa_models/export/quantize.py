@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from sa_models.atomic_files import new_folder
 from sa_models.configuration import SharedLlamaConfig
 from sa_models.errors import PostshareError
 from sa_models.export.manifest import CARD, MANIFEST, read_manifest, seal, write_manifest
 from sa_models.export.quantized_folder import is_projection, is_quantized, quantized_bytes
-from sa_models.weights.atomic_files import new_folder
 from sa_models.weights.compact_folder import CompactFolder
 from sa_models.weights.companion_files import copy_code
 from sa_models.weights.safetensors_folder import INDEX, SINGLE, WeightsFolder, read_model_type

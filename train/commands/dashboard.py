@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from sa_models.atomic_files import write_json
 from sa_models.errors import PostshareError
-from train.common.files import write_json
 from train.recipe.sections.wandb import WandbSection
 from train.tracking.dashboard_panels import SECTIONS, X_AXIS, Panel
 from train.tracking.wandb_run import has_account

@@ -6,10 +6,10 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from sa_models.atomic_files import new_folder
 from sa_models.errors import PostshareError
 from sa_models.export.packed_adapter import PACKED_FILE, pack, unpack
 from sa_models.export.peft_adapter import ADAPTER_WEIGHTS, Pairs, load_adapter, save_adapter
-from sa_models.weights.atomic_files import new_folder
 
 
 def pack_folder(adapter: Path, output: Path, size: str) -> str:

@@ -7,13 +7,14 @@ Text stays readable where a picture is shown 320 pixels wide, as thumbnails and 
 from __future__ import annotations
 
 import io
-import os
 from pathlib import Path
 from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+
+from sa_models.atomic_files import new_file
 
 INK, GRID, MUTED = "#1f2328", "#d8dee4", "#6e7781"
 BLUE, ORANGE, GREEN, VERMILLION = "#0072b2", "#e69f00", "#009e73", "#d55e00"
@@ -63,6 +64,5 @@ def save(figure: Figure, path: Path) -> None:
     FigureCanvasSVG(figure).print_svg(drawing, metadata={"Date": None})
     vector = path.with_suffix(".svg")
     for file, content in ((path, image.getvalue()), (vector, drawing.getvalue().encode())):
-        beside = file.with_name(file.name + ".tmp")
-        beside.write_bytes(content)
-        os.replace(beside, file)
+        with new_file(file) as beside:
+            beside.write_bytes(content)

@@ -1,19 +1,10 @@
-"""Files that are whole or not there: hashes, and JSON."""
+"""Hashes of files, as manifests hold them."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 from pathlib import Path
 from typing import Any
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write beside and rename."""
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    os.replace(beside, path)
 
 
 def file_hash(path: Path) -> str:

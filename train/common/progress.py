@@ -1,96 +1,124 @@
-"""Progress of the stages that are not training: one bar with an ETA on stderr, for terminals."""
+"""Progress on stderr: bars with the time that is left, and lines that do not tear them.
+
+All bars that are shown at a time are rows of one live display; a second one on the same terminal
+would write over the first. Where stderr is no terminal, only a bar that says so prints lines.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import sys
+import time
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.filesize import decimal
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+console = Console(stderr=True)
+_display: Progress | None = None
+"""What is live; None while no bar is shown."""
 
 
-class ExportProgress:
-    """Shows the bytes that an export has written and verified
-    (``sa_models.export.export.Progress``)."""
-
-    def __init__(self) -> None:
-        console = Console(stderr=True)
-        self._bars = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            DownloadColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
-        self._tasks: dict[str, TaskID] = {}
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        if stage not in self._tasks:
-            self._tasks[stage] = self._bars.add_task(f"export: {stage}", total=total)
-        self._bars.update(self._tasks[stage], completed=done, total=total)
-
-    def __enter__(self) -> ExportProgress:
-        self._bars.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._bars.stop()
+class Show(Protocol):
+    def __call__(self, done: int, total: int, text: str = "") -> None:
+        """Show how much is done, and a text in the place of the percentage."""
 
 
-class EvaluationProgress:
-    """One bar for what a model is asked, with an ETA."""
-
-    def __init__(self) -> None:
-        self._console = Console(stderr=True)
-        self._bars = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TimeRemainingColumn(),
-            console=self._console,
-            transient=True,
-            disable=not self._console.is_terminal,
-        )
-
-    @contextmanager
-    def bar(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
-        """A bar of `total` steps; call what it gives with the number of steps done since."""
-        task = self._bars.add_task(what, total=total)
-        try:
-            yield lambda done: self._bars.advance(task, done)
-        finally:
-            self._bars.remove_task(task)
-
-    @contextmanager
-    def paused(self, what: str) -> Iterator[None]:
-        """No bar of ours, while another library shows its own."""
-        self._bars.stop()
-        self._console.print(what)
-        try:
-            yield
-        finally:
-            self._bars.start()
-
-    def __enter__(self) -> EvaluationProgress:
-        self._bars.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._bars.stop()
+def note(text: str) -> None:
+    """Print a line on stderr, above the bars that are shown."""
+    if _display is None:
+        print(text, file=sys.stderr, flush=True)
+    else:
+        console.print(Text(text), soft_wrap=True)
 
 
 @contextmanager
-def bar(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar with an ETA on stderr, where there is a terminal to show it."""
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(what)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+def bar(
+    what: str,
+    *,
+    of_bytes: bool = False,
+    lines: int = 0,
+    first: int = 0,
+    keep: bool = False,
+    shown: bool = True,
+) -> Iterator[Show]:
+    """A bar for as long as the block runs; call what it gives with (done, total).
+
+    Args:
+        of_bytes: done and total are bytes, and shown as such.
+        lines: about how many to print where stderr is no terminal.
+        first: what was done before, by another process.
+        keep: leave the bar's last state on the terminal.
+        shown: false shows nothing.
+    """
+    if not shown:
+        yield lambda done, total, text="": None
+    elif console.is_terminal:
+        with _row(what, of_bytes, first, keep) as show:
+            yield show
+    else:
+        yield _printed(what, lines, first)
+
+
+@contextmanager
+def _row(what: str, of_bytes: bool, first: int, keep: bool) -> Iterator[Show]:
+    """A row of the live display, which the first one starts and the last one ends."""
+    global _display
+    if _display is None:
+        _display = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=20),
+            TextColumn("{task.fields[text]}", markup=False),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            redirect_stdout=sys.stdout.isatty(),  # what goes into a file must not end up here
+        )
+        _display.start()
+    display = _display
+    task = display.add_task(what, completed=first, text="")
+
+    def show(done: int, total: int, text: str = "") -> None:
+        if not text and of_bytes:
+            text = f"{decimal(done)} of {decimal(total)}"
+        display.update(task, completed=done, total=total, text=text or share(done, total))
+
+    try:
+        yield show
+    finally:
+        if keep:
+            console.print(display.make_tasks_table([t for t in display.tasks if t.id == task]))
+        display.remove_task(task)
+        if not display.tasks:
+            display.stop()
+            _display = None
+
+
+def _printed(what: str, lines: int, first: int) -> Show:
+    started, last = time.perf_counter(), first
+
+    def show(done: int, total: int, text: str = "") -> None:
+        nonlocal last
+        every = max(1, total // max(1, lines))
+        due = done // every > last // every or done in (first + 1, total)
+        if lines and due and done > last:
+            left = (time.perf_counter() - started) / (done - first) * (total - done)
+            note(f"{what} {text or share(done, total)} ETA {clock(left)}")
+        last = done
+
+    return show
+
+
+def share(done: int, total: int) -> str:
+    return f"{done / max(total, 1):.0%}"
+
+
+def clock(seconds: float) -> str:
+    """`3:07`, or `2:03:07`."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"

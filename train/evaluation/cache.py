@@ -9,8 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from sa_models.atomic_files import write_json
 from sa_models.errors import PostshareError
-from train.common.files import write_json
 from train.common.identity import identity_hash
 from train.evaluation.score import Score
 

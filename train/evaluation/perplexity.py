@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from rich.console import Console
-from rich.progress import track
 
 from sa_models.calibration.token_losses import IGNORED, row_losses
 from sa_models.errors import PostshareError
+from train.common.progress import bar
 from train.data.blocks import Block, Blocks
 from train.data.reader import read_batches
 
@@ -81,21 +80,14 @@ def block_losses(
     nats: list[float] = []
     tokens: list[int] = []
     try:
-        console = Console(stderr=True)
-        quiet = not (progress and console.is_terminal)
         batches = read_batches(blocks, range(count), batch_size, device)
-        for batch in track(
-            batches,
-            "evaluating",
-            -(-count // batch_size),
-            console=console,
-            disable=quiet,
-            transient=True,
-        ):
-            labels = batch.pop("labels")[:, 1:]
-            logits = model(**batch, use_cache=False).logits[:, :-1]
-            nats += row_losses(logits, labels)
-            tokens += (labels != IGNORED).sum(1).tolist()
+        with bar("evaluating", shown=progress) as show:
+            for batch in batches:
+                labels = batch.pop("labels")[:, 1:]
+                logits = model(**batch, use_cache=False).logits[:, :-1]
+                nats += row_losses(logits, labels)
+                tokens += (labels != IGNORED).sum(1).tolist()
+                show(len(nats), count)
     finally:
         model.train(was_training)
     return BlockLosses(tuple(nats), tuple(tokens))

@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sa_models.atomic_files import write_json
 from sa_models.errors import PostshareError
 from sa_models.export.manifest import read_manifest
-from train.common.files import write_json
 from train.common.run_files import SCORES_FILE
 from train.evaluation.models import export_of
 from train.evaluation.score import Score

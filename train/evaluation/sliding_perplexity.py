@@ -15,17 +15,15 @@ Windows never span two texts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from sa_models.calibration.progress import Progress
 from sa_models.calibration.token_losses import IGNORED, row_losses
 from sa_models.errors import PostshareError
-
-Advance = Callable[[int], None]
-"""Called with the number of windows done since the last call."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +98,7 @@ def window_losses(
     context: int,
     stride: int,
     batch_size: int,
-    advance: Advance = lambda done: None,
+    progress: Progress = lambda done, total: None,
 ) -> WindowLosses:
     """Losses of all windows of all texts, in their order.
 
@@ -111,6 +109,7 @@ def window_losses(
         model: in evaluation mode.
         texts: token ids, each with its prefix (:func:`encode`).
         batch_size: windows in a forward.
+        progress: called with (done, total) windows after each forward.
 
     Raises:
         PostshareError: a token has no embedding, or `stride` does not fit.
@@ -131,7 +130,7 @@ def window_losses(
         chosen = order[start : start + batch_size]
         for at, loss in zip(chosen, _losses(model, ids, [made[i] for i in chosen]), strict=True):
             nats[at] = loss
-        advance(len(chosen))
+        progress(start + len(chosen), len(order))
     return WindowLosses(tuple(nats), tuple(w.scored for w in made))
 
 

@@ -11,7 +11,7 @@ import multiprocessing
 import os
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
+from sa_models.calibration.progress import Progress
 from train.evaluation.models import Judged
 from train.evaluation.score import Score
 
@@ -50,12 +51,12 @@ def measure_speed(
     settings: SpeedSettings,
     dtype: torch.dtype,
     device: torch.device,
-    advance: Callable[[int], None] = lambda done: None,
+    progress: Progress = lambda done, total: None,
 ) -> list[list[Score]]:
     """The scores of each model: all of them are in memory together.
 
     Args:
-        advance: called with 1 for each round of each model.
+        progress: called with (done, total) after each round of each model.
     """
     stated = {
         "prompt": settings.prompt,
@@ -73,7 +74,7 @@ def measure_speed(
             measured = run_round(one, settings)
             if number:  # the first warms up
                 taken[at].append(measured)
-                advance(1)
+                progress(sum(map(len, taken)), len(models) * settings.rounds)
     both = zip(taken, resident, strict=True)
     return [_scores(rounds, held, settings, stated) for rounds, held in both]
 

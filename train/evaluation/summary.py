@@ -13,9 +13,9 @@ from rich import box
 from rich.table import Table
 from transformers import PreTrainedModel
 
+from sa_models.atomic_files import write_json
 from sa_models.plan import SharingPlan
 from sa_models.savings import PlanSavings
-from train.common.files import write_json
 from train.common.run_files import BLOCKS_FILE
 from train.data.blocks import Blocks
 from train.evaluation.perplexity import BlockLosses, Perplexity, block_losses

@@ -9,7 +9,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from train.common.files import write_json
+from sa_models.atomic_files import write_json
 from train.evaluation.score import Change, Score, as_json, change
 
 

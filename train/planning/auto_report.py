@@ -19,9 +19,9 @@ import torch
 from rich import box
 from rich.table import Table
 
+from sa_models.atomic_files import write_json
 from sa_models.plan import SharingPlan
 from sa_models.weights.structure import Leaders
-from train.common.files import write_json
 from train.common.progress import bar
 from train.common.run_files import PARETO_PICTURE, SEARCH_FILE
 from train.evaluation.decode_time import bytes_read, decode_time

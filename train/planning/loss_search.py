@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from rich import box
 from rich.table import Table
 
+from sa_models.atomic_files import write_json
 from sa_models.calibration.partial_forward import Batch
 from sa_models.heads import PROJECTIONS, HeadLayout
 from sa_models.plan import SharingPlan
@@ -34,7 +35,6 @@ from sa_models.search.algorithms import (
 )
 from sa_models.search.measured_loss import MeasuredLoss
 from sa_models.search.ranking import Agreement, EstimatedRanking
-from train.common.files import write_json
 from train.common.progress import bar
 from train.common.run_files import PARETO_PICTURE, SEARCH_CACHE, SEARCH_FILE
 from train.planning.problem import PlanProblem

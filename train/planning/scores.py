@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sa_models.atomic_files import write_json
 from sa_models.calibration.progress import Progress
 from sa_models.heads import HeadLayout
 from sa_models.plan import SharingPlan, Unit
@@ -22,7 +23,6 @@ from sa_models.scores.significance_text import MIN_BLOCKS, linear_map_terms, map
 from sa_models.scores.weight_cosine import Reader, unit_scores
 from sa_models.weights.safetensors_folder import WeightsFolder
 from sa_models.weights.structure import converted
-from train.common.files import write_json
 from train.common.progress import bar
 from train.common.run_files import CHANCE_FILE
 from train.data.calibration import calibration_inputs

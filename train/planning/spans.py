@@ -11,6 +11,7 @@ import torch
 from rich import box
 from rich.table import Table
 
+from sa_models.atomic_files import write_json
 from sa_models.plan import SharingPlan
 from sa_models.scores.attention_maps import (
     Isotropy,
@@ -22,7 +23,6 @@ from sa_models.search import spans as span_search
 from sa_models.search.spans import SpanChoice
 from sa_models.spans import AttentionSpan, ranges
 from sa_models.weights.structure import convert
-from train.common.files import write_json
 from train.common.progress import bar
 from train.common.run_files import ISOTROPY_PICTURE, SPANS_FILE
 from train.data.blocks import Blocks

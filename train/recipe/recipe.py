@@ -6,13 +6,13 @@ A recipe is resolved as defaults <- YAML <- `a.b=c` from the command line. Unkno
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
 from pydantic import ValidationError, model_validator
 
+from sa_models.atomic_files import write_text
 from sa_models.errors import PostshareError
 from train.recipe import yaml12
 from train.recipe.explain import explain
@@ -76,10 +76,7 @@ class Recipe(RecipeFields):
 
     def save(self, path: Path | str) -> None:
         """Write the resolved recipe to `path`, whole or not at all."""
-        target = Path(path)
-        beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-        beside.write_text(self.to_yaml(), encoding="utf-8")
-        os.replace(beside, target)
+        write_text(Path(path), self.to_yaml())
 
 
 def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Recipe:

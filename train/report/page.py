@@ -7,7 +7,6 @@ whole in itself: it loads nothing.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from sa_models.atomic_files import write_text
 from sa_models.errors import PostshareError
 from train.evaluation.summary import model_names
 from train.report import plots, runs, tables, verdict
@@ -45,10 +45,8 @@ def write_report(folders: Sequence[Path], output: Path | None = None) -> Path:
         target, page = output or folders[0] / REPORT_FILE, run_page(read_run(folders[0]))
     else:
         target, page = output or Path(REPORT_FILE), runs_page([read_run(f) for f in folders])
-    beside = target.with_name(target.name + ".tmp")
     try:
-        beside.write_text(page, encoding="utf-8")
-        os.replace(beside, target)
+        write_text(target, page)
     except OSError as error:
         raise PostshareError(
             f"{target} cannot be written ({error.strerror}); give another file with --output"

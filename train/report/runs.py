@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from train.common.figure_style import GRID, MUTED, SERIES, color_and_mark
+from train.common.progress import clock
 from train.evaluation.pareto import pareto
 from train.evaluation.summary import bytes_of
 from train.report.data import RunData
@@ -19,7 +20,6 @@ from train.report.plots import SIZE, draw_curve, draw_trend
 from train.report.svg import Picture, render
 from train.report.tables import Table
 from train.report.verdict import difference, spread
-from train.tracking.metrics_log import clock
 
 LINES = ("-", "--", ":", "-.")
 CURVES = (

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from sa_models.basis import FACTORED, factor_sizes
+from train.common.progress import clock
 from train.common.sizes import size
 from train.evaluation.score import PERPLEXITY
 from train.evaluation.speed import TASK as SPEED
@@ -16,7 +17,6 @@ from train.evaluation.summary import summary_cells
 from train.report.data import RunData, Training
 from train.report.rivals import Rivals
 from train.report.verdict import difference, spread
-from train.tracking.metrics_log import clock
 
 MOST_ROWS = 400
 """Of a table of pairs; plan.json has them all."""

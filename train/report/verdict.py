@@ -6,13 +6,13 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from train.common.progress import clock
 from train.common.sizes import size
 from train.evaluation.bootstrap import Interval, interval
 from train.evaluation.speed import TASK as SPEED
 from train.evaluation.summary import bytes_of, model_names
 from train.report.data import RunData
 from train.report.rivals import Rivals
-from train.tracking.metrics_log import clock
 
 RESIDENT = "resident bytes"
 LARGE = 10**8

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from transformers import LlamaForCausalLM, PreTrainedModel
 
+from sa_models.atomic_files import write_json
 from sa_models.errors import PostshareError
 from sa_models.export import export as exporting
 from sa_models.export.manifest import update_notes
@@ -22,8 +23,7 @@ from sa_models.plan import SharingPlan
 from sa_models.weights.compact_folder import open_weights
 from sa_models.weights.safetensors_folder import WeightsFolder
 from sa_models.weights.structure import convert
-from train.common.files import write_json
-from train.common.progress import ExportProgress
+from train.common.progress import bar
 from train.common.run_files import SUMMARY_FILE
 from train.data.blocks import Blocks
 from train.distributed.engines import start as engines
@@ -229,7 +229,11 @@ def write_exports(current: Run) -> None:
     tokenizer = current.tokenizer if own else current.base
 
     def work() -> None:
-        with ExportProgress() as progress:
+        with (
+            bar("export: write", of_bytes=True) as write,
+            bar("export: verify", of_bytes=True) as verify,
+        ):
+            shows = {"write": write, "verify": verify}
             exporting.export_model(
                 open_weights(weights),
                 current.plan,
@@ -244,7 +248,7 @@ def write_exports(current: Run) -> None:
                 tokenizer=tokenizer,
                 recipe=recipe.model_dump(mode="json"),
                 notes={"name": recipe.name, "base_model": recipe.model.path},
-                progress=progress,
+                progress=lambda stage, done, total: shows[stage](done, total),
             )
 
     current.on_main(work)

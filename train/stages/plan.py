@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,6 +13,7 @@ from sa_models.materialize.merge import check_merge
 from sa_models.plan import SharingPlan
 from sa_models.weights.safetensors_folder import WeightsFolder
 from sa_models.weights.structure import convert
+from train.common.progress import note
 from train.common.run_files import PLAN_FILE
 from train.data.blocks import Blocks
 from train.data.calibration import calibration_batches
@@ -121,7 +121,7 @@ def find_by_loss(current: Run, base: Path, structure: SharingPlan, blocks: Block
         save_search(searched, problem, current.export_dtype.itemsize, current.folder)
         current.say("", search_table(searched.found, problem.layout), search_sentence(searched))
         if (line := unstable(searched.agreement, searched.blocks)) is not None:
-            print(f"warning: {line}", file=sys.stderr, flush=True)
+            note(f"warning: {line}")
     found.validate(config)
     return found
 
@@ -154,7 +154,7 @@ def find_by_auto(
         current.say(factored_note(searched.factored, searched.chosen.plan))
     agreement = searched.chosen.agreement
     if agreement is not None and (line := unstable(agreement, searched.blocks)) is not None:
-        print(f"warning: {line}", file=sys.stderr, flush=True)
+        note(f"warning: {line}")
     return searched.plan
 
 

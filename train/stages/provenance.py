@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
+from sa_models.atomic_files import write_json
 from sa_models.errors import PostshareError
-from train.common.files import write_json
 from train.common.run_files import PROVENANCE_FILE
 from train.common.versions import versions
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from sa_models.atomic_files import new_folder, write_json
 from sa_models.calibration.input_moments import Where, input_moments
 from sa_models.errors import PostshareError
 from sa_models.export.peft_adapter import (
@@ -29,9 +30,7 @@ from sa_models.export.peft_adapter import (
 from sa_models.materialize.low_rank_residual import Pair, lost, low_rank, share_left
 from sa_models.materialize.reader import MaterializedReader
 from sa_models.materialize.residual_shapes import residual_shapes
-from sa_models.weights.atomic_files import new_folder
 from sa_models.weights.structure import convert
-from train.common.files import write_json
 from train.common.progress import bar
 from train.common.run_files import ADAPTER_FOLDER
 from train.data.calibration import calibration_inputs

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,12 +16,14 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from sa_models.atomic_files import beside
 from sa_models.errors import PostshareError
 from sa_models.heads import HeadLayout
 from sa_models.plan import SharingPlan
 from sa_models.weights.safetensors_folder import WeightsFolder, read_config
 from sa_models.weights.structure import Leaders
 from train.common.identity import refuse_other_run
+from train.common.progress import note
 from train.common.run_files import (
     CHANCE_FILE,
     ISOTROPY_PICTURE,
@@ -112,7 +113,7 @@ class Run:
         )
         if self.ranks.is_main:
             for line in (*blocks[0].notes, *blocks[1].notes):
-                print(line, file=sys.stderr, flush=True)
+                note(line)
         return blocks
 
     @cached_property
@@ -239,7 +240,7 @@ def begin(recipe: Recipe, needs_data: bool = True, trains: bool = False) -> Run:
     return current
 
 
-UNCLAIMED = (SEARCH_CACHE, SIGNS, f".{RECIPE_FILE}.*.tmp")
+UNCLAIMED = (SEARCH_CACHE, SIGNS, beside(Path(RECIPE_FILE)).name)
 """What may lie in a folder that is no run's yet."""
 STARTED = ("run.json", "continued", MERGED, "residual", "heal", "export", SUMMARY_FILE)
 

@@ -7,20 +7,18 @@ On other nodes one process may send system metrics to the same wandb run.
 from __future__ import annotations
 
 import json
-import os
 import resource
 import sys
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from sa_models.atomic_files import write_text
 from sa_models.errors import PostshareError
+from train.common.progress import bar, note
 from train.distributed.launch_env import launched_place
 from train.tracking.wandb_run import WandbRun, agree_on_run, check_wandb
 
@@ -128,7 +126,7 @@ class Tracker:
     def say(self, text: str) -> None:
         """Print a line above the progress line."""
         if self.main:
-            self._line.say(text)
+            note(text)
 
     def __enter__(self) -> Tracker:
         return self
@@ -188,11 +186,9 @@ def read_rows(path: Path) -> list[Row]:
 def truncate_rows(path: Path, step: int) -> None:
     """Drop the rows beyond `step`."""
     rows = [row for row in read_rows(path) if row["step"] <= step]
-    beside = path.with_name(path.name + ".tmp")
     with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        os.replace(beside, path)
+        write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def memory_bytes() -> int:
@@ -210,35 +206,16 @@ class ProgressLine:
     """One line on stderr: redrawn on a terminal, else a new line about 20 times a training."""
 
     def __init__(self, job: str, steps: int, done: int) -> None:
-        self.job, self.steps, self.first = job, steps, done
-        self.every = max(1, steps // 20)
-        self.started = time.perf_counter()
+        self.steps = steps
         self.average: float | None = None
         self.slowest = ""
-        self.console = Console(stderr=True)
-        self.bar: Progress | None = None
-        self.task = TaskID(0)
-        if self.console.is_terminal:
-            self.bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=20),
-                TextColumn("{task.completed}/{task.total} {task.fields[text]} ETA"),
-                TimeRemainingColumn(),
-                console=self.console,
-            )
-            self.task = self.bar.add_task(job, total=steps, completed=done, text="")
-            self.bar.start()
+        self._stack = ExitStack()
+        self._show = self._stack.enter_context(bar(job, lines=20, first=done, keep=True))
 
     def show(self, row: Row) -> None:
         step, loss = row["step"], row["lm_loss"]
         self.average = loss if self.average is None else 0.9 * self.average + 0.1 * loss
-        if self.bar is not None:
-            self.bar.update(self.task, completed=step, text=self._text(row))
-        elif step % self.every == 0 or step in (self.first + 1, self.steps):
-            elapsed = time.perf_counter() - self.started
-            left = elapsed / (step - self.first) * (self.steps - step)
-            text = f"{self.job} {step}/{self.steps} {self._text(row)} ETA {clock(left)}"
-            print(text, file=sys.stderr, flush=True)
+        self._show(step, self.steps, f"{step}/{self.steps} {self._text(row)}")
 
     def _text(self, row: Row) -> str:
         parts = [f"loss {self.average:.4f}"]
@@ -256,19 +233,5 @@ class ProgressLine:
             parts.append(self.slowest)
         return "  ".join(parts)
 
-    def say(self, text: str) -> None:
-        if self.bar is not None:
-            self.bar.console.print(text, markup=False, highlight=False)
-        else:
-            print(text, file=sys.stderr, flush=True)
-
     def close(self) -> None:
-        if self.bar is not None:
-            self.bar.stop()
-
-
-def clock(seconds: float) -> str:
-    """`3:07`, or `2:03:07`."""
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
+        self._stack.close()

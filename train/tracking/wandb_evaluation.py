@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from train.common.files import write_json
+from sa_models.atomic_files import write_json
 from train.data.sources import STDLIB
 from train.demo import DEMO_BASE
 from train.tracking.dashboard_panels import evaluation_values

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import netrc
 import os
-import sys
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from urllib.parse import urlparse
 import torch
 
 from sa_models.errors import PostshareError
+from train.common.progress import note
 from train.common.signals import TrainingStopped
 from train.distributed.launch_env import Place
 from train.tracking.dashboard_panels import X_AXIS
@@ -255,7 +255,4 @@ class WandbRun:
         self._run, self._off = None, True
         reason = " ".join(str(failed[0]).split())[:200] if failed else f"silent for {seconds:.0f} s"
         later = f"; later: wandb sync {Path(folder).parent}" if folder else ""
-        print(
-            f"warning: wandb failed and is off from here on ({reason}){later}",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
+        note(f"warning: wandb failed and is off from here on ({reason}){later}")

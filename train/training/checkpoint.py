@@ -24,9 +24,9 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
+from sa_models.atomic_files import beside, flush, rename_into_place, write_json
 from sa_models.errors import PostshareError
-from sa_models.weights.atomic_files import flush, rename_into_place
-from train.common.files import damage, file_entry, write_json
+from train.common.files import damage, file_entry
 from train.common.identity import identity_hash, refuse_other_run
 from train.training.sharded_state import Snapshot, restore, take_snapshot
 
@@ -61,7 +61,7 @@ class _Writing:
     """A checkpoint that is not in place yet; `part` is this rank's share of the work."""
 
     position: Position
-    beside: Path
+    folder: Path
     final: Path
     part: Future[None]
 
@@ -107,13 +107,13 @@ class Checkpoints:
         """
         self.wait()
         final = self.folder / f"step-{position.step:06d}"
-        beside = final.with_name(final.name + ".tmp")
-        self._together(beside, lambda: self._clear(beside), main=True)
-        self._together(beside, lambda: beside.mkdir(parents=True, exist_ok=True))
+        folder = beside(final)
+        self._together(folder, lambda: self._clear(folder), main=True)
+        self._together(folder, lambda: folder.mkdir(parents=True, exist_ok=True))
         writer = self.engine.sharded or self.engine.is_main  # else every rank has the same
         snapshot = take_snapshot(self.engine.shards()) if writer else None
-        part = self._thread.submit(self._write_part, beside, snapshot)
-        self._writing = _Writing(position, beside, final, part)
+        part = self._thread.submit(self._write_part, folder, snapshot)
+        self._writing = _Writing(position, folder, final, part)
         return final
 
     def poll(self) -> None:
@@ -136,29 +136,29 @@ class Checkpoints:
         if self._writing is None:
             return
         writing, self._writing = self._writing, None
-        self._together(writing.beside, writing.part.result)
-        self._together(writing.beside, lambda: self._finish(writing), main=True)
+        self._together(writing.folder, writing.part.result)
+        self._together(writing.folder, lambda: self._finish(writing), main=True)
         self.newest = writing.final
 
     def close(self) -> None:
         """End the thread. A checkpoint that was not waited for is not finished."""
         self._thread.shutdown()
 
-    def _clear(self, beside: Path) -> None:
-        if beside.exists():
-            shutil.rmtree(beside)
+    def _clear(self, folder: Path) -> None:
+        if folder.exists():
+            shutil.rmtree(folder)
 
-    def _write_part(self, beside: Path, snapshot: Snapshot | None) -> None:
+    def _write_part(self, folder: Path, snapshot: Snapshot | None) -> None:
         if snapshot is None:
             return
         rank, world = (self.engine.rank, self.engine.world) if self.engine.sharded else (0, 1)
-        path = beside / PART.format(rank, world)
+        path = folder / PART.format(rank, world)
         snapshot.write(path)
         flush(path)
         write_json(path.with_suffix(".json"), file_entry(path))
 
     def _finish(self, writing: _Writing) -> None:
-        beside = writing.beside
+        folder = writing.folder
         state = {
             "version": VERSION,
             **asdict(writing.position),
@@ -166,15 +166,15 @@ class Checkpoints:
             "identity_hash": identity_hash(self.identity),
             "written_by": self._written_by(),
         }
-        write_json(beside / STATE, state)
-        files = {STATE: file_entry(beside / STATE)}
+        write_json(folder / STATE, state)
+        files = {STATE: file_entry(folder / STATE)}
         for part in range(self.engine.world if self.engine.sharded else 1):
-            path = beside / PART.format(part, self.engine.world if self.engine.sharded else 1)
+            path = folder / PART.format(part, self.engine.world if self.engine.sharded else 1)
             entry = path.with_suffix(".json")
             files[path.name] = json.loads(entry.read_text(encoding="utf-8"))
             entry.unlink()
-        write_json(beside / MANIFEST, {"version": VERSION, "files": files})
-        rename_into_place(beside, writing.final)
+        write_json(folder / MANIFEST, {"version": VERSION, "files": files})
+        rename_into_place(folder, writing.final)
         self._rotate(writing.position.step)
 
     def _rotate(self, newest: int) -> None:
@@ -204,7 +204,7 @@ class Checkpoints:
         name = kind.get(engine.backend, f"ZeRO-{engine.stage}")
         return name if engine.world == 1 else f"{name}, {engine.world} processes"
 
-    def _together(self, beside: Path, work: Callable[[], None], main: bool = False) -> None:
+    def _together(self, folder: Path, work: Callable[[], None], main: bool = False) -> None:
         """Do a part of the writing, on the main process only or on all; one's error is all's."""
         error: Exception | None = None
         if self.engine.is_main or not main:
@@ -216,7 +216,7 @@ class Checkpoints:
         if failed < 0:
             return
         if self.engine.is_main:
-            shutil.rmtree(beside, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
         reason = " ".join(str(error).split()) if error else f"see rank {failed}"
         if error and not self.engine.is_main:
             self.say(f"rank {self.engine.rank}: {reason}")

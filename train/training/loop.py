@@ -13,7 +13,6 @@ random seed) or lies in the checkpoint (weights, optimizer state): that is why r
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections import deque
 from collections.abc import Generator
@@ -30,6 +29,7 @@ from torch.utils.data import DataLoader
 from sa_models.calibration.token_losses import IGNORED
 from sa_models.errors import PostshareError
 from sa_models.heads import HeadLayout
+from train.common.progress import note
 from train.common.signals import StopSignal, TrainingStopped
 from train.data.blocks import Blocks, PositionSampler
 from train.distributed.engines.base import Engine
@@ -313,10 +313,6 @@ def penalty_row(pulled: PenaltyResult | None) -> Row:
 
 def due(every: int, step: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def note(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 # --- evaluation -----------------------------------------------------------------------------------

@@ -17,10 +17,8 @@ import gc
 import hashlib
 import json
 import math
-import sys
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,11 +29,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sa_models.atomic_files import new_file, write_json
 from sa_models.errors import PostshareError
-from sa_models.weights.atomic_files import flush
-from train.common.files import damage, file_entry, file_hash, write_json
+from train.common.files import damage, file_entry, file_hash
 from train.common.identity import refuse_other_run
-from train.common.progress import bar
+from train.common.progress import bar, note
 from train.data.blocks import Blocks, permutation
 from train.data.reader import read_batch
 from train.distributed.shared_folder import VISIBLE_SECONDS
@@ -138,13 +136,13 @@ class TeacherCache:
     def _missing(self, chunks: int) -> list[int]:
         """Chunks that are not there whole; the ranks share the hashing."""
         missing = torch.zeros(chunks, device=self.engine.device)
-        with self._bar("checking the teacher's answers") as advance:
+        with bar("checking the teacher's answers", shown=self.engine.is_main) as advance:
             mine = range(self.engine.rank, chunks, self.engine.world)
             for done, chunk in enumerate(mine, start=1):
                 problem = self._problem(chunk)
                 missing[chunk] = float(problem is not None)
                 if problem:
-                    print(f"{self._file(chunk)} {problem}: it is computed again", file=sys.stderr)
+                    note(f"{self._file(chunk)} {problem}: it is computed again")
                 advance(done, len(mine))
         return self.engine.reduce_sum(missing).nonzero().flatten().tolist()
 
@@ -167,7 +165,7 @@ class TeacherCache:
         teacher = Teacher(self.recipe, self.engine)
         world, problem = self.engine.world, None
         rounds = math.ceil(len(missing) / world)
-        with self._bar("asking the teacher") as advance:
+        with bar("asking the teacher", shown=self.engine.is_main) as advance:
             for number in range(rounds):
                 watch.note("asking the teacher", number + 1)
                 at = number * world + self.engine.rank
@@ -213,11 +211,9 @@ class TeacherCache:
 
     def _write(self, chunk: int, answers: dict[str, Tensor]) -> None:
         file = self._file(chunk)
-        beside = file.with_suffix(".tmp")
         file.with_suffix(".json").unlink(missing_ok=True)
-        save_file(answers, beside)
-        flush(beside)
-        beside.replace(file)
+        with new_file(file) as beside:
+            save_file(answers, beside)
         write_json(file.with_suffix(".json"), file_entry(file) | {"tokens": self._text(chunk)})
 
     def _file(self, chunk: int) -> Path:
@@ -234,9 +230,6 @@ class TeacherCache:
                 if name != "labels":
                     digest.update(name.encode() + value.numpy().tobytes())
         return digest.hexdigest()
-
-    def _bar(self, what: str) -> Any:
-        return bar(what) if self.engine.is_main else nullcontext(lambda done, total: None)
 
     def _together(self, problem: Exception | None) -> None:
         """One rank's error is everybody's."""

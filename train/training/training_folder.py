@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,11 +18,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
+from sa_models.atomic_files import new_folder, write_json
 from sa_models.errors import PostshareError
 from sa_models.export.peft_adapter import file_name, plain_name, write_adapter
-from sa_models.weights.atomic_files import rename_into_place
 from sa_models.weights.safetensors_folder import ShardWriter
-from train.common.files import write_json
 from train.common.identity import refuse_other_run
 from train.common.run_files import ADAPTER_FOLDER
 from train.distributed.shared_folder import require_shared
@@ -146,49 +145,43 @@ def write_weights(folder: Path, engine: Engine, model: Any, recipe: Recipe) -> N
     weights = engine.full_weights()
     if recipe.lora is not None:
         weights = merged(weights, recipe.lora)
-    beside = folder.with_name(folder.name + ".tmp")
     error: Exception | None = None
-    writer: ShardWriter | None = None
-    residual: dict[str, torch.Tensor] = {}
     if engine.is_main:
-        shutil.rmtree(beside, ignore_errors=True)
         try:
-            beside.mkdir(parents=True)
-            config = copy.deepcopy(model.config)
-            config.dtype = torch.float32
-            config.save_pretrained(beside)
-            if model.generation_config is not None:
-                model.generation_config.save_pretrained(beside)
-            writer = ShardWriter(beside, recipe.export.shard_bytes)
-        except OSError as caught:
-            error = caught
-    # Every rank runs this to its end, whatever happens to the main one's disk: it is a collective.
-    for name, tensor in weights:
-        if writer is not None and error is None:
-            try:
-                if (at := file_name(name)) is not None:
-                    residual[at] = tensor.clone()  # small; the tensor may be a buffer's
-                else:
-                    writer.add(plain_name(name), tensor)
-            except (OSError, SafetensorError) as caught:
-                error = caught
-    if writer is not None and error is None:
-        try:
-            writer.close()
-            if residual:
-                (beside / ADAPTER_FOLDER).mkdir()
-                write_adapter(beside / ADAPTER_FOLDER, model.peft_config["default"], residual)
-            rename_into_place(beside, folder)
+            with new_folder(folder) as beside:
+                _write_model(beside, weights, model, recipe.export.shard_bytes)
         except (OSError, SafetensorError) as caught:
             error = caught
+    # Every rank runs this to its end, whatever happens to the main one's disk: it is a collective.
+    for _ in weights:
+        pass
     if engine.reduce_max(float(error is not None)):
-        if engine.is_main:
-            shutil.rmtree(beside, ignore_errors=True)
         reason = " ".join(str(error).split()) if error else "see the main process"
         raise PostshareError(
             f"the weights could not be written to {folder} ({reason}); free disk space and start "
             "again: training continues from its last checkpoint"
         ) from error
+
+
+def _write_model(
+    folder: Path, weights: Iterable[tuple[str, torch.Tensor]], model: Any, shard_bytes: int
+) -> None:
+    config = copy.deepcopy(model.config)
+    config.dtype = torch.float32
+    config.save_pretrained(folder)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+    writer = ShardWriter(folder, shard_bytes)
+    residual: dict[str, torch.Tensor] = {}
+    for name, tensor in weights:
+        if (at := file_name(name)) is not None:
+            residual[at] = tensor.clone()  # small; the tensor may be a buffer's
+        else:
+            writer.add(plain_name(name), tensor)
+    writer.close()
+    if residual:
+        (folder / ADAPTER_FOLDER).mkdir()
+        write_adapter(folder / ADAPTER_FOLDER, model.peft_config["default"], residual)
 
 
 def _read(path: Path) -> dict[str, Any]:

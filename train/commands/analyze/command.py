@@ -18,12 +18,12 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging
 
+from sa_models.atomic_files import write_json
 from sa_models.errors import PostshareError
 from sa_models.scores.significance import LEVEL
 from sa_models.scores.significance_text import MIN_BLOCKS
 from train.commands.analyze.measures import Analysis, analyze_model, score_section
 from train.commands.analyze.model import Weights, cut_blocks, find_model, load_expanded
-from train.common.files import write_json
 from train.common.run_files import RECIPE_FILE
 from train.data.calibration import MAP_LENGTH
 from train.evaluation.models import Judged, read_device

@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sa_models.atomic_files import write_json
 from sa_models.errors import PostshareError
 from sa_models.weights.safetensors_folder import WeightsFolder
 from train.commands.compare import results
 from train.commands.compare.controls import CONTROLS, Target, changed, check, variant
 from train.commands.compare.plot import save_picture
 from train.commands.compare.results import Entry
-from train.common.files import write_json
 from train.common.run_files import COMPARED_RECIPE, COMPARISON_FILE, SUMMARY_FILE
 from train.distributed.engines import start as engines
 from train.evaluation.perplexity import BlockLosses

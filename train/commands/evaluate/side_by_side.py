@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from sa_models.errors import PostshareError
 from sa_models.export.quantized_folder import is_quantized
-from train.common.progress import EvaluationProgress
+from train.common.progress import bar, note
 from train.common.run_files import RECIPE_FILE
 from train.evaluation import sliding_perplexity
 from train.evaluation.cache import ResultCache, default_folder
@@ -139,20 +139,19 @@ class Comparison:
             if task not in (PERPLEXITY, SPEED)
             and any((m.name, task) not in results for m in self.models)
         }
-        with EvaluationProgress() as progress:
-            for model in self.models:
-                missing = [t for name, t in keys if name == model.name and (name, t) not in results]
-                if not missing:
-                    continue
-                loaded = model.load(self.dtype, self.device)
-                for task in missing:
-                    found = self._ask(model, loaded, task, ready, progress)
-                    cache.write(keys[model.name, task], found)
-                    results[model.name, task] = found
-                del loaded
-                gc.collect()
-            if SPEED in self.options.tasks:
-                self._measure_speed(results, progress)
+        for model in self.models:
+            missing = [t for name, t in keys if name == model.name and (name, t) not in results]
+            if not missing:
+                continue
+            loaded = model.load(self.dtype, self.device)
+            for task in missing:
+                found = self._ask(model, loaded, task, ready)
+                cache.write(keys[model.name, task], found)
+                results[model.name, task] = found
+            del loaded
+            gc.collect()
+        if SPEED in self.options.tasks:
+            self._measure_speed(results)
         self._conclude(results, cached, len(keys))
 
     def _keys(self, model: Judged) -> dict[str, dict[str, Any]]:
@@ -197,29 +196,22 @@ class Comparison:
         loaded: Any,
         task: str,
         ready: dict[str, TaskSet],
-        progress: EvaluationProgress,
     ) -> list[Score]:
         tokenizer = model.load_tokenizer()
         if task != PERPLEXITY:
-            with progress.paused(f"{model.name}: {task}"):  # lm-eval has bars of its own
-                return self.harness.run(ready[task], loaded, tokenizer)
+            note(f"{model.name}: {task}")  # lm-eval has bars of its own
+            return self.harness.run(ready[task], loaded, tokenizer)
         texts = sliding_perplexity.encode(tokenizer, self.text.texts)
-        count = sum(
-            len(sliding_perplexity.windows(len(text) - 1, self.context, self._stride))
-            for text in texts
-        )
-        with progress.bar(f"{model.name}: {task}", count) as advance:
+        with bar(f"{model.name}: {task}") as show:
             size = self.options.harness.batch_size
             losses = sliding_perplexity.window_losses(
-                loaded, texts, self.context, self._stride, size, advance
+                loaded, texts, self.context, self._stride, size, show
             )
         return perplexities(losses, texts, self.text, self.context, self._stride)
 
-    def _measure_speed(
-        self, results: dict[tuple[str, str], list[Score]], progress: EvaluationProgress
-    ) -> None:
-        with progress.bar(SPEED, len(self.models) * self.speed.rounds) as advance:
-            measured = measure_speed(self.models, self.speed, self.dtype, self.device, advance)
+    def _measure_speed(self, results: dict[tuple[str, str], list[Score]]) -> None:
+        with bar(SPEED) as show:
+            measured = measure_speed(self.models, self.speed, self.dtype, self.device, show)
         for model, scores in zip(self.models, measured, strict=True):
             results[model.name, SPEED] = scores
 
@@ -240,8 +232,8 @@ class Comparison:
         console = Console(highlight=False)
         shown, notes = table(scores, facts)
         console.print(shown)
-        for note in notes:
-            console.print(note, soft_wrap=True)
+        for line in notes:
+            console.print(line, soft_wrap=True)
         if self.options.output is not None:
             save_json(self.options.output, scores, facts)
             console.print(f"{self.options.output}")

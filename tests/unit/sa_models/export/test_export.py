@@ -342,6 +342,7 @@ def test_compact_config_and_carried_code(tmp_path: Path) -> None:
     assert code == {
         f"{name}.py"
         for name in (
+            "atomic_files",
             "attention",
             "basis",
             "cache",

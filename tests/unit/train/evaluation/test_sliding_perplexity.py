@@ -99,9 +99,12 @@ def test_batches_do_not_matter() -> None:
 
 
 def test_progress_counts_windows() -> None:
-    done: list[int] = []
-    found = sliding_perplexity.window_losses(tiny.model().eval(), texts(), 16, 5, 4, done.append)
-    assert sum(done) == len(found.nats)
+    seen: list[tuple[int, int]] = []
+    found = sliding_perplexity.window_losses(
+        tiny.model().eval(), texts(), 16, 5, 4, lambda done, total: seen.append((done, total))
+    )
+    count = len(found.nats)
+    assert seen == [(min(done, count), count) for done in range(4, count + 4, 4)]
 
 
 def test_disjoint_windows_are_those_of_lm_eval() -> None:

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-import train.tracking.metrics_log as tracking
 from sa_models.errors import PostshareError
 from tests.support import tiny
 from tests.support.tiny import row
-from train.tracking.metrics_log import Tracker, clock, read_rows, truncate_rows
+from train.common import progress
+from train.tracking.metrics_log import Tracker, read_rows, truncate_rows
 from train.training.loop import train
 
 # --- metrics.jsonl --------------------------------------------------------------------------------
@@ -87,14 +87,10 @@ def test_without_a_terminal_a_line_every_few_steps(
 def test_on_a_terminal_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=120)
-    monkeypatch.setattr(tracking, "Console", lambda **options: console)
+    monkeypatch.setattr(progress, "console", console)
     with Tracker("post", tiny.recipe(tmp_path, steps=4), tmp_path, 10) as tracker:
         tracker.log(row(7))
         tracker.say("saved [bold]")
     text = screen.getvalue()
     assert "7/10 loss 2.0000" in text
     assert "saved [bold]" in text
-
-
-def test_clock() -> None:
-    assert (clock(7), clock(187.4), clock(7387)) == ("0:07", "3:07", "2:03:07")
