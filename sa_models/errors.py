@@ -2,4 +2,5 @@
 
 
 class PostshareError(Exception):
-    """Bad input. The message is one line: the cause, then the cure. The CLI exits with 2."""
+    """Bad input. The message is one line: the cause, then the cure; of several faults of a recipe,
+    a line each. The CLI exits with 2."""

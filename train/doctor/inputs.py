@@ -12,6 +12,7 @@ from train.distributed.engines import start as engine
 from train.doctor.facts import TooLate, limited
 from train.doctor.findings import Finding, bad, from_error, ok, warn
 from train.models.base_model import NEEDED_FILES, base_folder
+from train.recipe.faults import FaultyRecipeError
 from train.recipe.recipe import DataSource, Recipe, load_recipe
 
 LIMIT = 30.0
@@ -22,6 +23,8 @@ def resolve(name: str, overrides: Sequence[str]) -> tuple[Recipe | None, list[Fi
     """The recipe, or why there is none."""
     try:
         return load_recipe(name, overrides), []
+    except FaultyRecipeError as error:
+        return None, [from_error("recipe", PostshareError(line)) for line in error.lines]
     except PostshareError as error:
         return None, [from_error("recipe", error)]
 
@@ -34,7 +37,7 @@ def check_start(recipe: Recipe, world: int) -> Iterator[Finding]:
 
     refusals: tuple[tuple[str, Callable[[], object]], ...] = (
         ("launch", lambda: engine.check_launch(recipe, engine.launched_stage())),
-        ("launch", lambda: recipe.train.accumulation(world)),
+        ("launch", lambda: recipe.accumulation(world)),
         ("lora", lambda: check_gpu(recipe)),
         ("run folder", lambda: limited(lambda: check_folder(recipe), LIMIT)),
         ("wandb", lambda: check_wandb(recipe.wandb)),

@@ -38,7 +38,7 @@ def print_dry_run(recipe: Recipe, gpus: int | None = None, console: Console | No
     console = console or Console()
     shape, origin = find_shape(recipe.model)
     gpus = gpus or parameters.most_gpus(recipe.train)
-    accumulation = recipe.train.accumulation(gpus)
+    accumulation = recipe.accumulation(gpus)
     facts = _facts(recipe, shape, origin, gpus, accumulation)
     needed = _memory(recipe, shape, gpus) if recipe.steps != 0 else None
     console.print(Syntax(recipe.to_yaml(), "yaml", background_color="default"))

@@ -1,13 +1,15 @@
-"""One line for what is wrong with a recipe: the path, the value, and what is allowed there."""
+"""A line for each key or value of a recipe that is wrong: its path, and what is allowed there."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 Schema = dict[str, Any]
 _BOUNDS = (
@@ -27,24 +29,51 @@ _TYPES = {
 }
 
 
-def explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """The first error of `error`, unknown keys before all others.
+@dataclass(frozen=True)
+class Fault:
+    """One key or value that is wrong.
 
-    A misspelt required key is both unknown and missing; the unknown key is the one to correct.
+    Attributes:
+        path: of the key, list indices included.
+        text: the path, the cause, the cure.
+        unknown, missing: the key is there in vain, or is not there.
+        meant: of an unknown key, the path of the one that was most likely meant, if any is near.
     """
-    errors = error.errors(include_url=False)
-    first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
-    path = ".".join(str(part) for part in first["loc"])
+
+    path: tuple[str, ...]
+    text: str
+    unknown: bool = False
+    missing: bool = False
+    meant: tuple[str, ...] = ()
+
+
+def explain(error: ValidationError, model: type[BaseModel]) -> list[Fault]:
+    """What `error` is about: a value once, however many forms it could have had, and a list or a
+    mapping for itself only where nothing in it is wrong."""
     schema = _schema(model)
-    if first["type"] == "extra_forbidden":
-        return f"unknown key {path}; {_nearest(schema, first['loc'])}"
-    if first["type"] == "missing":
-        return f"{path} is missing; set it to {allowed_values(schema, _find(schema, first['loc']))}"
-    if first["type"] == "value_error":
-        reason = str(first["ctx"]["error"])
-        return f"{path}: {reason}" if path else reason
-    allowed = allowed_values(schema, _find(schema, first["loc"]))
-    return f"{path} is {_short(first['input'])}; allowed: {allowed}"
+    found: dict[tuple[str, ...], Fault] = {}
+    for one in error.errors(include_url=False):
+        fault = _fault(schema, one)
+        found.setdefault(fault.path, fault)
+    around = {path[:size] for path in found for size in range(len(path))}
+    return [fault for path, fault in found.items() if path not in around]
+
+
+def _fault(schema: Schema, error: ErrorDetails) -> Fault:
+    loc, kind = error["loc"], error["type"]
+    if kind in ("extra_forbidden", "invalid_key"):
+        meant, near = _nearest(schema, loc)
+        path = tuple(map(str, loc))
+        return Fault(path, f"unknown key {'.'.join(path)}; {near}", unknown=True, meant=meant)
+    while loc and _find(schema, loc) is None:
+        loc = loc[:-1]  # the rest names the form of the value that was tried
+    path = tuple(map(str, loc))
+    name, allowed = ".".join(path), allowed_values(schema, _find(schema, loc))
+    if kind == "missing":
+        return Fault(path, f"{name} is missing; set it to {allowed}", missing=True)
+    if kind == "value_error":
+        return Fault(path, f"{name}: {error['ctx']['error']}")
+    return Fault(path, f"{name} is {_short(error['input'])}; allowed: {allowed}")
 
 
 @cache
@@ -120,19 +149,24 @@ def _paths(schema: Schema, node: Schema, prefix: str = "") -> Iterator[str]:
             yield from _paths(schema, child, f"{prefix}{key}.")
 
 
-def _nearest(schema: Schema, loc: tuple[int | str, ...]) -> str:
-    """The valid key that was most likely meant: a sibling, or a key of another section."""
+def _nearest(schema: Schema, loc: tuple[int | str, ...]) -> tuple[tuple[str, ...], str]:
+    """The valid key that was most likely meant: a sibling, or a key of another section.
+
+    Returns:
+        its path, () where none is near; and what to say.
+    """
     *parents, wrong = map(str, loc)
     parent = _find(schema, loc[:-1]) or schema
     siblings = [key for b in branches(schema, parent) for key in b.get("properties", {})]
     prefix = "".join(f"{part}." for part in parents)
     if close := difflib.get_close_matches(wrong, siblings, n=1, cutoff=0.6):
-        return f"did you mean {prefix}{close[0]}?"
+        return (*parents, close[0]), f"did you mean {prefix}{close[0]}?"
     by_leaf: dict[str, str] = {}
     for path in _paths(schema, schema):
         by_leaf.setdefault(path.rsplit(".", 1)[-1], path)
     if close := difflib.get_close_matches(wrong, by_leaf, n=1, cutoff=0.6):
-        return f"did you mean {by_leaf[close[0]]}?"
+        path = by_leaf[close[0]]
+        return tuple(path.split(".")), f"did you mean {path}?"
     where = f"valid in {prefix[:-1]}" if parents else "valid at the top"
     nearest = max(siblings, key=lambda key: difflib.SequenceMatcher(None, wrong, key).ratio())
-    return f"did you mean {prefix}{nearest}? {where}: {', '.join(siblings)}"
+    return (), f"did you mean {prefix}{nearest}? {where}: {', '.join(siblings)}"

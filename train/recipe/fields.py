@@ -82,6 +82,14 @@ class RecipeFields(Section):
         steps = self.train.steps
         return None if steps is None else steps + self.materialize.heal_steps
 
+    def accumulation(self, world_size: int) -> int:
+        """Forward passes per optimizer step on each process; 1 where nothing trains.
+
+        Raises:
+            PostshareError: see :meth:`TrainSection.accumulation`.
+        """
+        return 1 if self.steps == 0 else self.train.accumulation(world_size)
+
     @property
     def plans(self) -> bool:
         """Whether there is a sharing plan: ties, removed units, spans, KV heads or a basis."""

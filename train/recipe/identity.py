@@ -32,4 +32,7 @@ def run_identity(recipe: Recipe) -> dict[str, Any]:
         if k in ("steps", "epochs", "learning_rate") or k not in FREE_TRAIN
     }
     value["data"].pop("processes")
+    if recipe.steps == 0:  # these are about training
+        for key in ("batch_size", "learning_rate"):
+            del value["train"][key]
     return value

@@ -1,26 +1,26 @@
 """The typed recipe: what a run is.
 
 A recipe is resolved as defaults <- YAML <- `a.b=c` from the command line. Unknown keys are errors
-(`train.recipe.explain` names the nearest valid one), and so is an option that would have no effect.
+(`train.recipe.explain` names the nearest valid one), and so is an option that would have no effect;
+`train.recipe.faults` finds all of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from pydantic import ValidationError, model_validator
 
 from sa_models.atomic_files import write_text
 from sa_models.errors import PostshareError
 from train.recipe import yaml12
-from train.recipe.explain import explain
+from train.recipe.faults import FaultyRecipeError, faults
 from train.recipe.fields import RecipeFields
-from train.recipe.load import override as apply
-from train.recipe.load import read
-from train.recipe.recovery import written_out
-from train.recipe.rules import disagreements
+from train.recipe.load import override, read
+from train.recipe.recovery import resolved
+from train.recipe.rules import RULES
 from train.recipe.sections.distill import DistillSection
 from train.recipe.sections.inputs import DataSection, DataSource, ModelSection
 from train.recipe.sections.lora import LoraSection
@@ -59,16 +59,12 @@ __all__ = [
 class Recipe(RecipeFields):
     """One run of postshare, from a base model to its exports."""
 
+    rules = RULES
+
     @model_validator(mode="before")
     @classmethod
-    def _recovery_written_out(cls, data: Any) -> Any:
-        return written_out(data) if isinstance(data, dict) else data
-
-    @model_validator(mode="after")
-    def _sections_agree(self) -> Self:
-        if (problem := next(disagreements(self), None)) is not None:
-            raise ValueError(problem)
-        return self
+    def _resolved(cls, data: Any) -> Any:
+        return resolved(data) if isinstance(data, dict) else data
 
     def to_yaml(self) -> str:
         """The resolved recipe: every field, defaults included."""
@@ -83,21 +79,32 @@ def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Reci
     """The recipe of a YAML file or of a shipped name, with `a.b=c` overrides applied.
 
     Raises:
-        PostshareError: no such recipe, not YAML, or the first thing in it that is wrong.
+        PostshareError: no such recipe, or not YAML; or all that is wrong in it and in the
+            overrides, as :class:`~train.recipe.faults.FaultyRecipeError` says it.
     """
     data = read(path_or_name)
-    for override in overrides:
-        apply(data, override)
-    return validate(data, origin=str(path_or_name))
+    refused: dict[str, str] = {}
+    for text in overrides:
+        try:
+            override(data, text)
+        except PostshareError as error:
+            refused[text] = str(error)
+    if not refused:
+        return validate(data, origin=str(path_or_name))
+    paths = [tuple(text.partition("=")[0].strip().split(".")) for text in refused]
+    lines = [*refused.values(), *faults(data, unknown=paths)]
+    if len(lines) == 1:  # it is on the command line, not in the recipe
+        raise PostshareError(lines[0])
+    raise FaultyRecipeError(str(path_or_name), lines)
 
 
 def validate(data: dict[str, Any], origin: str = "recipe") -> Recipe:
     """`data`, as YAML gives it, as a recipe.
 
     Raises:
-        PostshareError: one line: the path of the first error, its value, and what is allowed.
+        FaultyRecipeError: all that is wrong: the path of each, its value, and what is allowed.
     """
     try:
         return Recipe.model_validate(data)
-    except ValidationError as error:
-        raise PostshareError(f"{origin}: {explain(error, Recipe)}") from None
+    except ValidationError:
+        raise FaultyRecipeError(origin, faults(data)) from None

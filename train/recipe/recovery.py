@@ -1,15 +1,20 @@
 """One word, or a few in a row, for how quality comes back: what they stand for in the sections.
 
 `recovery` is an abbreviation. It is written out before the recipe is checked, so that the resolved
-recipe has the sections alone, and says what was meant.
+recipe has the sections alone, and says what was meant; so is what a recipe without any training
+leaves out.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field
+
+from train.recipe.sections.base import FaultsError
+from train.recipe.sections.training import untrained
 
 Step = Literal["penalty", "decoupled", "progressive", "residual", "reconstruct", "heal", "distill"]
 Recovery = (
@@ -25,6 +30,27 @@ NAMED: dict[str, tuple[str, ...]] = {
 }
 RESIDUAL_RANK = 8
 OF_SECTION = {"penalty": PULLS, "distill": ("distill",), "residual": ("residual",)}
+WRITTEN: set[tuple[str, ...]] = {
+    ("train", "steps"), ("materialize",), ("penalty",), ("residual",), ("distill",),
+}  # fmt: skip
+"""What it is written out to."""
+
+
+def resolved(data: dict[str, Any]) -> dict[str, Any]:
+    """A recipe with its recovery written out, and with what training needs where nothing trains.
+
+    Args:
+        data: as YAML gives it; not changed.
+
+    Raises:
+        FaultsError: see :func:`written_out`.
+    """
+    data = written_out(data)
+    train, materialize = data.get("train"), data.get("materialize")
+    heals = isinstance(materialize, dict) and materialize.get("heal_steps", 0) != 0
+    if not isinstance(train, dict) or train.get("steps") != 0 or heals:
+        return data
+    return {**data, "train": untrained(train)}
 
 
 def written_out(data: dict[str, Any]) -> dict[str, Any]:
@@ -37,8 +63,8 @@ def written_out(data: dict[str, Any]) -> dict[str, Any]:
         data: as YAML gives it; returned as it is where there is no `recovery`.
 
     Raises:
-        ValueError: unknown steps, in no order in which they can happen, without effect, or beside a
-            section that says otherwise.
+        FaultsError: unknown steps, in no order in which they can happen, without effect, or beside
+            a section that says otherwise.
     """
     if data.get("recovery") is None or not isinstance(data.get("train"), dict):
         return data
@@ -46,21 +72,25 @@ def written_out(data: dict[str, Any]) -> dict[str, Any]:
         return data  # the recipe's own check says so
     names = _names(data["recovery"])
     data = copy.deepcopy({key: value for key, value in data.items() if key != "recovery"})
-    _check(names, data)
     pulls, heals = any(name in PULLS for name in names), "heal" in names
-    steps = _steps(data["train"], pulls, heals)
+    if lines := [*_misused(names, data), *_idle(data["train"].get("steps"), pulls, heals)]:
+        raise FaultsError(lines)
+    steps = data["train"].get("steps")
     before = 0 if steps is None or not pulls else steps // 2 if heals else steps
+    contradictions: list[str] = []
     if heals and steps is not None:
         data["train"]["steps"] = before
-        _set(data, "materialize", "heal_steps", steps - before)
+        contradictions += _set(data, "materialize", "heal_steps", steps - before)
     if "reconstruct" in names:
-        _set(data, "materialize", "reconstruct", True)
+        contradictions += _set(data, "materialize", "reconstruct", True)
     if "residual" in names:
         _refine(data, "residual", rank=RESIDUAL_RANK)
     if "distill" in names:
         _refine(data, "distill")
     if pulls:
-        _pull(data, names[0], before)
+        contradictions += _pull(data, names[0], before)
+    if contradictions:
+        raise FaultsError(contradictions)
     return data
 
 
@@ -69,47 +99,44 @@ def _names(value: Any) -> tuple[str, ...]:
         return NAMED[value]
     if isinstance(value, list | tuple) and value and all(name in STEPS for name in value):
         return tuple(value)
-    raise ValueError(
-        f"recovery is {value!r}; allowed: {', '.join(NAMED)}, or a list of {', '.join(STEPS)}"
-    )
+    allowed = f"allowed: {', '.join(NAMED)}, or a list of {', '.join(STEPS)}"
+    raise FaultsError([f"recovery is {value!r}; {allowed}"])
 
 
-def _check(names: tuple[str, ...], data: dict[str, Any]) -> None:
+def _misused(names: tuple[str, ...], data: dict[str, Any]) -> Iterator[str]:
     in_order = tuple(name for name in STEPS if name in names)
     if names != in_order:
-        raise ValueError(
+        yield (
             f"recovery: steps are named once, in the order {', '.join(STEPS)}; write "
             f"[{', '.join(in_order)}]"
         )
-    if len(pulls := [name for name in names if name in PULLS]) > 1:
-        raise ValueError(f"recovery: {' and '.join(pulls)} are ways of one pull; keep one")
+    if len(pulls := [name for name in in_order if name in PULLS]) > 1:
+        yield f"recovery: {' and '.join(pulls)} are ways of one pull; keep one"
     for section, wanted in OF_SECTION.items():
         if data.get(section) is not None and not set(wanted) & set(names):
-            raise ValueError(
+            yield (
                 f"recovery does not name {wanted[0]}, so the section {section} has no effect; "
                 f"add it to recovery, or remove {section}"
             )
 
 
-def _steps(train: dict[str, Any], pulls: bool, heals: bool) -> int | None:
-    steps: int | None = train.get("steps")
+def _idle(steps: int | None, pulls: bool, heals: bool) -> Iterator[str]:
     if heals and not steps:
-        raise ValueError(
+        yield (
             "recovery: heal takes its share of train.steps, the optimizer steps of the whole run; "
             "set train.steps to a number above 0"
         )
     if not heals and not pulls and steps != 0:
-        raise ValueError(
+        yield (
             "recovery: nothing in it trains, so train.steps has no effect; add heal, or set "
             "train.steps=0"
         )
-    return steps
 
 
-def _pull(data: dict[str, Any], name: str, steps: int) -> None:
+def _pull(data: dict[str, Any], name: str, steps: int) -> Iterator[str]:
     if name == "penalty":
         name = "coupled"
-    _set(data, "penalty", "mode", name)
+    yield from _set(data, "penalty", "mode", name)
     if name == "progressive" and steps:
         _refine(data, "penalty", schedule="linear", ramp_steps=max(1, steps // 2))
 
@@ -124,9 +151,9 @@ def _refine(data: dict[str, Any], section: str, **defaults: Any) -> dict[str, An
     return {}
 
 
-def _set(data: dict[str, Any], section: str, key: str, value: Any) -> None:
+def _set(data: dict[str, Any], section: str, key: str, value: Any) -> Iterator[str]:
     if _refine(data, section, **{key: value}).get(key, value) != value:
-        raise ValueError(
+        yield (
             f"{section}.{key} is {data[section][key]}, and {value} by recovery; remove "
             f"{section}.{key}, or recovery"
         )

@@ -15,48 +15,46 @@ from train.recipe.sections.materialize import MaterializeSection
 from train.recipe.sections.penalty import PenaltySection
 
 
-def disagreements(recipe: RecipeFields) -> Iterator[str]:
-    """What sections of a recipe say against one another, or ask for in vain: one line each."""
+def something_is_shared(recipe: RecipeFields) -> Iterator[str]:
+    """The first rule: what all others take for granted."""
     if "plan" not in recipe.model_fields_set and not recipe.plans:
         yield (
             "nothing is shared; set plan, spans or heads (to train without sharing: "
             "plan.strategy=none)"
         )
+
+
+def _one_plan(recipe: RecipeFields) -> Iterator[str]:
     if recipe.plan.strategy == "file" and recipe.changes_structure:
         yield (
             "plan: the plan file says which spans and KV heads there are; remove spans and "
             "heads, or write them into the file"
         )
+
+
+def _stored_once(recipe: RecipeFields) -> Iterator[str]:
     compact_only = recipe.export.formats == ("compact",)
     if compact_only and recipe.plan.strategy == "none" and recipe.spans is None:
         yield (
             "export: without ties and spans nothing is stored once instead of often; set "
             "export.formats=[dense]"
         )
-    if recipe.plan.strategy == "none":
-        if recipe.penalty != PenaltySection():
-            yield "penalty: plan.strategy is none, nothing to pull; remove penalty"
-        yield from _nothing_to_materialize(recipe)
-    if recipe.plan.action == "remove":
-        yield from _nothing_is_tied(recipe, "plan.action is remove")
-    if recipe.plan.strategy == "basis":
-        yield from _only_factors(recipe)
-    yield from _text_is_read(recipe)
-    yield from _penalty_mode(recipe)
-    if recipe.data.streaming and recipe.train.steps is None:
-        yield "train.epochs: a stream has no known length; set train.steps instead"
-    if recipe.data.document_mask and recipe.model.attention == "flash_attention_2":
-        yield from _one_row_for_flash_attention(recipe)
-    yield from _distill(recipe)
-    yield from _residual(recipe)
-    yield from _lora(recipe)
+
+
+def _nothing_to_pull(recipe: RecipeFields) -> Iterator[str]:
+    if recipe.plan.strategy == "none" and recipe.penalty != PenaltySection():
+        yield "penalty: plan.strategy is none, nothing to pull; remove penalty"
 
 
 def _nothing_to_materialize(recipe: RecipeFields) -> Iterator[str]:
-    if not recipe.changes_structure and recipe.materialize != MaterializeSection():
-        yield ("materialize: plan.strategy is none, nothing is tied; remove materialize")
+    if recipe.plan.strategy != "none":
+        return
+    if not recipe.changes_structure:
+        if recipe.materialize != MaterializeSection():
+            yield "materialize: plan.strategy is none, nothing is tied; remove materialize"
+        return
     if recipe.materialize.merge != "copy":
-        yield ("materialize.merge: plan.strategy is none, nothing is merged; remove it")
+        yield "materialize.merge: plan.strategy is none, nothing is merged; remove it"
     if recipe.materialize.reconstruct and recipe.train.steps != 0:
         yield (
             "materialize.reconstruct: spans and KV heads are there before train.steps, nothing "
@@ -64,7 +62,13 @@ def _nothing_to_materialize(recipe: RecipeFields) -> Iterator[str]:
         )
 
 
-def _nothing_is_tied(recipe: RecipeFields, why: str) -> Iterator[str]:
+def _nothing_is_tied(recipe: RecipeFields) -> Iterator[str]:
+    if recipe.plan.action == "remove":
+        why = "plan.action is remove"
+    elif recipe.plan.strategy == "basis":
+        why = "plan.strategy is basis"
+    else:
+        return
     if recipe.penalty != PenaltySection():
         yield f"penalty: {why}, nothing to pull; remove penalty"
     if recipe.materialize.merge != "copy":
@@ -72,7 +76,8 @@ def _nothing_is_tied(recipe: RecipeFields, why: str) -> Iterator[str]:
 
 
 def _only_factors(recipe: RecipeFields) -> Iterator[str]:
-    yield from _nothing_is_tied(recipe, "plan.strategy is basis")
+    if recipe.plan.strategy != "basis":
+        return
     if recipe.changes_structure:
         yield (
             "plan.strategy basis goes with no spans and no other KV heads yet; remove spans "
@@ -94,7 +99,14 @@ def _text_is_read(recipe: RecipeFields) -> Iterator[str]:
         )
 
 
+def _stream_length(recipe: RecipeFields) -> Iterator[str]:
+    if recipe.data.streaming and recipe.train.steps is None:
+        yield "train.epochs: a stream has no known length; set train.steps instead"
+
+
 def _one_row_for_flash_attention(recipe: RecipeFields) -> Iterator[str]:
+    if not recipe.data.document_mask or recipe.model.attention != "flash_attention_2":
+        return
     # transformers passes it no mask; it finds the borders in the positions, of one row only.
     for key, rows in (
         ("train.micro_batch_size", recipe.train.micro_batch_size),
@@ -213,6 +225,25 @@ def _penalty_mode(recipe: RecipeFields) -> Iterator[str]:
         )
     if steps and (problem := unfinished(section, steps)) is not None:
         yield problem
+
+
+RULES = (
+    something_is_shared,
+    _one_plan,
+    _stored_once,
+    _nothing_to_pull,
+    _nothing_to_materialize,
+    _nothing_is_tied,
+    _only_factors,
+    _text_is_read,
+    _penalty_mode,
+    _stream_length,
+    _one_row_for_flash_attention,
+    _distill,
+    _residual,
+    _lora,
+)
+"""What sections of a recipe say against one another, or ask for in vain."""
 
 
 def unfinished(section: PenaltySection, steps: int) -> str | None:

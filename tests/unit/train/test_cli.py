@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-import train
+import train.stages
 from sa_models.errors import PostshareError
 from train.cli import app, launched, main
 from train.common.signals import TrainingStopped
@@ -41,7 +41,7 @@ def pipeline(monkeypatch: pytest.MonkeyPatch) -> FakePipeline:
 
 def install(monkeypatch: pytest.MonkeyPatch, fake: FakePipeline) -> FakePipeline:
     monkeypatch.setitem(sys.modules, "train.stages.pipeline", fake)  # type: ignore[arg-type]
-    monkeypatch.setattr(train, "pipeline", fake, raising=False)
+    monkeypatch.setattr(train.stages, "pipeline", fake, raising=False)
     monkeypatch.delenv("RANK", raising=False)
     return fake
 
@@ -81,6 +81,19 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert captured.err == (
         "error: demo: unknown key train.lerning_rate; did you mean train.learning_rate?\n"
     )
+    assert pipeline.calls == []
+
+
+def test_several_faults_are_a_line_each_and_exit_code_2(
+    pipeline: FakePipeline, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert exit_code("run", "demo", "train.lerning_rate=1", "train.batch_size=0", "seed") == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "error: demo: 3 faults",
+        "  'seed' is no override; write key=value, such as train.steps=10",
+        "  unknown key train.lerning_rate; did you mean train.learning_rate?",
+        "  train.batch_size is 0; allowed: a whole number >= 1",
+    ]
     assert pipeline.calls == []
 
 

@@ -72,7 +72,7 @@ class PlainEngine(Engine):
                 "device": accelerator.device.type,
                 "parameters": "fp32",
                 "autocast": "bf16" if train.precision == "bf16" else None,
-                "gradient_accumulation_steps": train.accumulation(accelerator.num_processes),
+                "gradient_accumulation_steps": recipe.accumulation(accelerator.num_processes),
                 "gradient_clipping": train.clip_norm,
             },
         )

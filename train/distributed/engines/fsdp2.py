@@ -75,7 +75,7 @@ class FsdpEngine(Engine):
                 "parameters": "fp32",
                 "compute": train.precision,
                 "reduce": "fp32",
-                "gradient_accumulation_steps": train.accumulation(accelerator.num_processes),
+                "gradient_accumulation_steps": recipe.accumulation(accelerator.num_processes),
                 "gradient_clipping": train.clip_norm,
             },
         )

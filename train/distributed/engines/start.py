@@ -42,7 +42,7 @@ def start(recipe: Recipe) -> Engine:
     patience = recipe.train.hang_timeout
     with meeting(None if patience is None else FIRST_STEP * patience):
         accelerator = join()
-    recipe.train.accumulation(accelerator.num_processes)
+    recipe.accumulation(accelerator.num_processes)
     if stage == 0:
         from train.distributed.engines.zero0 import WholeEngine
 

@@ -39,7 +39,7 @@ def deepspeed_config(
 ) -> dict[str, Any]:
     """The whole DeepSpeed configuration of a recipe: no "auto", and nothing left to a default
     that changes numbers. This is the one place that states clipping under ZeRO."""
-    train = recipe.train
+    train, accumulation = recipe.train, recipe.accumulation(world)
     zero: dict[str, Any] = {
         "stage": stage,
         "contiguous_gradients": True,
@@ -65,9 +65,9 @@ def deepspeed_config(
     if offload is not None and offload.parameters:
         zero["offload_param"] = host
     return {
-        "train_batch_size": train.batch_size,
+        "train_batch_size": train.micro_batch_size * accumulation * world,
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
-        "gradient_accumulation_steps": train.accumulation(world),
+        "gradient_accumulation_steps": accumulation,
         "gradient_clipping": train.clip_norm or 0.0,
         # Without partitioning DeepSpeed adds up bf16 gradients: there autocast computes in bf16.
         "bf16": {"enabled": train.precision == "bf16" and stage > 0},

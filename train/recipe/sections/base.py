@@ -1,14 +1,17 @@
-"""The common ground of a recipe's sections: strictness, and types of their fields."""
+"""The common ground of a recipe's sections: strictness, rules, and types of their fields."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Iterable, Iterator
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
+    ValidationInfo,
+    model_validator,
 )
 
 Projection = Literal["q", "k", "v", "o"]
@@ -39,8 +42,30 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 Weight = Annotated[float, Field(ge=0)]
 
 
+Rule = Callable[[Any], Iterator[str]]
+"""Of a section: what its fields say against one another, or ask for in vain, one line each."""
+
+UNRULED = "unruled"
+"""The context of a validation that checks keys and types alone."""
+
+
+class FaultsError(ValueError):
+    """Several things that are wrong at once.
+
+    Attributes:
+        lines: one for each: the cause, then the cure.
+    """
+
+    def __init__(self, lines: Iterable[str]) -> None:
+        self.lines = list(dict.fromkeys(lines))
+        super().__init__("\n".join(self.lines))
+
+
 class Section(BaseModel):
     """What all parts of a recipe share: no unknown key, no coercion, no change after loading."""
+
+    rules: ClassVar[tuple[Rule, ...]] = ()
+    """All are checked, whatever the others say."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -56,3 +81,9 @@ class Section(BaseModel):
         A resolved recipe states the defaults too: they change nothing.
         """
         return bool(getattr(self, name) != type(self).model_fields[name].get_default())
+
+    @model_validator(mode="after")
+    def _keeps_rules(self, info: ValidationInfo) -> Self:
+        if info.context != UNRULED and (lines := [s for rule in self.rules for s in rule(self)]):
+            raise FaultsError(lines)
+        return self

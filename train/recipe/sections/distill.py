@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal, Self
+from collections.abc import Iterator
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from train.recipe.sections.base import Name, Positive, Section, Weight
-
-if TYPE_CHECKING:
-    pass
 
 
 class DistillSection(Section):
@@ -33,16 +31,18 @@ class DistillSection(Section):
     cache: bool = False
     """Compute the teacher's top_k once, before the training, and keep it in the run folder."""
 
-    @model_validator(mode="after")
-    def _cache(self) -> Self:
+    def _likeliest(self) -> Iterator[str]:
         if self.cache and self.top_k is None:
-            raise ValueError("cache keeps the likeliest tokens only; set distill.top_k, say to 64")
+            yield "cache keeps the likeliest tokens only; set distill.top_k, say to 64"
+
+    def _features(self) -> Iterator[str]:
         if self.cache and self.features:
-            raise ValueError(
+            yield (
                 "cache holds no hidden states and attention outputs; set distill.cache=false, or "
                 "hidden_weight and attention_weight to 0"
             )
-        return self
+
+    rules = (_likeliest, _features)
 
     @property
     def features(self) -> bool:

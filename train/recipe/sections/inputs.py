@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
@@ -85,16 +86,6 @@ class DataSection(Section):
     processes: Positive = 1
     """Processes that tokenize."""
 
-    @model_validator(mode="after")
-    def _validation_text(self) -> Self:
-        if self.validation is None and self.validation_fraction == 0:
-            raise ValueError("no held-out text; set data.validation or data.validation_fraction")
-        if self.validation is not None and self.validation_fraction > 0:
-            raise ValueError(
-                "validation and validation_fraction exclude each other; keep one of them"
-            )
-        return self
-
     @model_validator(mode="before")
     @classmethod
     def _records_are_masked(cls, value: Any) -> Any:
@@ -102,20 +93,30 @@ class DataSection(Section):
             return {"document_mask": True, **value}
         return value
 
-    @model_validator(mode="after")
-    def _records(self) -> Self:
-        if self.format == "text":
-            return self
-        if not self.document_mask:
-            raise ValueError(
-                f"format {self.format} never lets records see each other; remove document_mask"
-            )
-        if self.streaming:
-            raise ValueError(f"format {self.format} is read whole; set data.streaming=false")
+    def _validation_text(self) -> Iterator[str]:
+        if self.validation is None and self.validation_fraction == 0:
+            yield "no held-out text; set data.validation or data.validation_fraction"
+        if self.validation is not None and self.validation_fraction > 0:
+            yield "validation and validation_fraction exclude each other; keep one of them"
+
+    def _documents(self) -> Iterator[str]:
+        if self.format != "text" and not self.document_mask:
+            yield f"format {self.format} never lets records see each other; remove document_mask"
+
+    def _whole(self) -> Iterator[str]:
+        if self.format != "text" and self.streaming:
+            yield f"format {self.format} is read whole; set data.streaming=false"
+
+    def _template(self) -> Iterator[str]:
         if self.format == "chat" and not (self.bos and self.eos):
-            raise ValueError("format chat takes BOS and EOS from the template; remove bos and eos")
+            yield "format chat takes BOS and EOS from the template; remove bos and eos"
+
+    def _columns(self) -> Iterator[str]:
+        if self.format == "text":
+            return
+        fields = "instruction, input and output" if self.format == "alpaca" else "messages"
         for source in (*self.train, *(self.validation or ())):
             if source.text != "text":
-                fields = "instruction, input and output" if self.format == "alpaca" else "messages"
-                raise ValueError(f"format {self.format} reads {fields}; remove text: {source.text}")
-        return self
+                yield f"format {self.format} reads {fields}; remove text: {source.text}"
+
+    rules = (_validation_text, _documents, _whole, _template, _columns)

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
 from train.recipe.sections.base import Positive, Section, distinct
-
-if TYPE_CHECKING:
-    pass
 
 Shapes = Mapping[str, tuple[int, ...]]
 """{parameter name: shape}."""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Self
-
-from pydantic import model_validator
+from collections.abc import Iterator
 
 from sa_models.materialize.merge_kinds import MEASURED, Merge
 from train.recipe.sections.base import (
@@ -34,11 +32,11 @@ class MaterializeSection(Section):
     heal_learning_rate: Rate | None = None
     """Learning rate of these steps (default: train.learning_rate)."""
 
-    @model_validator(mode="after")
-    def _heal(self) -> Self:
+    def _heal(self) -> Iterator[str]:
         if self.heal_learning_rate is not None and self.heal_steps == 0:
-            raise ValueError("heal_learning_rate without healing; set materialize.heal_steps")
-        return self
+            yield "heal_learning_rate without healing; set materialize.heal_steps"
+
+    rules = (_heal,)
 
     @property
     def measures(self) -> bool:

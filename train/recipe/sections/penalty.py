@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
-
-from pydantic import model_validator
+from collections.abc import Iterator
+from typing import Annotated, Literal
 
 from train.recipe.sections.base import (
     SEQUENCE,
@@ -34,42 +33,37 @@ class PenaltySection(Section):
     ramp_steps: Count = 0
     """Optimizer steps of the ramp; for progressive, those in which a target reaches its source."""
 
-    @model_validator(mode="after")
-    def _ramp(self) -> Self:
+    def _loss(self) -> Iterator[str]:
         if sum(self.loss_weights) <= 0:
-            raise ValueError("loss_weights are both 0; set at least one above 0")
-        if (self.schedule == "constant") != (self.ramp_steps == 0):
-            raise ValueError(
-                "a ramp takes both schedule (linear or cosine) and ramp_steps >= 1; set both"
+            yield "loss_weights are both 0; set at least one above 0"
+
+    def _ramp(self) -> Iterator[str]:
+        if self.mode == "progressive" and self.ramp_steps == 0:
+            yield (
+                "mode progressive takes the steps in which a target reaches its source, and how; "
+                "set ramp_steps >= 1 and schedule linear or cosine"
             )
-        if (problem := idle_option(self)) is not None:
-            raise ValueError(problem)
-        return self
+        elif (self.schedule == "constant") != (self.ramp_steps == 0):
+            yield "a ramp takes both schedule (linear or cosine) and ramp_steps >= 1; set both"
+
+    def _kind(self) -> Iterator[str]:
+        if self.mode != "coupled" and self.kind != "l2":
+            yield (
+                f"mode {self.mode} moves units along their difference, by its length: kind "
+                f"{self.kind} has no such step; remove kind, or set mode coupled"
+            )
+
+    def _weighing(self) -> Iterator[str]:
+        if self.mode != "progressive":
+            return
+        for key in ("loss_weights", "coefficient"):
+            # A resolved recipe states the defaults too: they change nothing.
+            if getattr(self, key) != type(self).model_fields[key].get_default():
+                yield f"mode progressive has no loss to weigh, so {key} has no effect; remove {key}"
+
+    rules = (_loss, _ramp, _kind, _weighing)
 
     @property
     def weights(self) -> tuple[float, float]:
         """Factors on the language-model loss and on the penalty."""
         return (1.0, 0.0) if self.mode == "progressive" else self.loss_weights
-
-
-def idle_option(section: PenaltySection) -> str | None:
-    """What is wrong with the options of a mode that edits the weights; None: nothing."""
-    if section.mode == "coupled":
-        return None
-    if section.kind != "l2":
-        return (
-            f"mode {section.mode} moves units along their difference, by its length: kind "
-            f"{section.kind} has no such step; remove kind, or set mode coupled"
-        )
-    if section.mode == "decoupled":
-        return None
-    if section.ramp_steps == 0:
-        return (
-            "mode progressive takes the steps in which a target reaches its source, and how; set "
-            "ramp_steps >= 1 and schedule linear or cosine"
-        )
-    defaults = type(section)()
-    for key in ("loss_weights", "coefficient"):
-        if getattr(section, key) != getattr(defaults, key):
-            return f"mode progressive has no loss to weigh, so {key} has no effect; remove {key}"
-    return None

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from fractions import Fraction
 from functools import cached_property
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field
 
 from sa_models.search.budget import Counted, parse_share
 from train.recipe.sections.base import Count, Name, Positive, Projections, Section, distinct
@@ -45,13 +46,11 @@ class Budget(Section):
     cache: Saved | None = None
     """What to save of the KV cache, such as -10%; by removed units, since tied ones keep theirs."""
 
-    @model_validator(mode="after")
-    def _exactly_one(self) -> Self:
+    def _exactly_one(self) -> Iterator[str]:
         if sum(getattr(self, name) is not None for name in type(self).model_fields) != 1:
-            raise ValueError(
-                "takes exactly one of ratio, heads, parameters, bytes and cache; set one of them"
-            )
-        return self
+            yield "takes exactly one of ratio, heads, parameters, bytes and cache; set one of them"
+
+    rules = (_exactly_one,)
 
     @cached_property
     def share(self) -> tuple[Counted, Fraction] | None:
@@ -115,19 +114,91 @@ class PlanSection(Section):
     fold_norm: bool = False
     """Fold the gain of each layer's input norm into q, k and v before they are compared."""
 
-    @model_validator(mode="after")
-    def _strategy_inputs(self) -> Self:
+    def _budget(self) -> Iterator[str]:
         needs_budget = self.strategy in CHOOSING
         if needs_budget and self.budget is None:
-            raise ValueError(f"strategy {self.strategy} needs a budget; set plan.budget.ratio")
+            yield f"strategy {self.strategy} needs a budget; set plan.budget.ratio"
         if not needs_budget and self.budget is not None:
-            raise ValueError(f"strategy {self.strategy} ignores budget; set plan.budget=null")
+            yield f"strategy {self.strategy} ignores budget; set plan.budget=null"
+
+    def _path(self) -> Iterator[str]:
         if self.strategy == "file" and self.path is None:
-            raise ValueError("strategy file needs the plan; set plan.path")
+            yield "strategy file needs the plan; set plan.path"
         if self.strategy != "file" and self.path is not None:
-            raise ValueError(f"strategy {self.strategy} ignores path; set plan.strategy=file")
-        check_choice(self)
-        return self
+            yield f"strategy {self.strategy} ignores path; set plan.strategy=file"
+
+    def _action(self) -> Iterator[str]:
+        strategy, action = self.strategy, self.action
+        if strategy in REMOVING and action != "remove":
+            yield f"strategy {strategy} chooses units to remove; set plan.action=remove"
+        elif strategy == "basis" and action != "tie":
+            yield "strategy basis ignores action; remove plan.action"
+        elif strategy == "auto" and action != "tie":
+            yield "strategy auto ignores action, it ties and removes; remove plan.action"
+        elif action == "any" and strategy not in MEASURED:
+            yield "action any needs measured losses to compare; set plan.strategy=loss"
+        elif action == "remove" and strategy in ("released", "file", "none"):
+            yield f"strategy {strategy} ignores action; remove plan.action"
+
+    def _idle_options(self) -> Iterator[str]:
+        strategy = self.strategy
+        ignored = []
+        if strategy != "loss":
+            ignored.append("search")
+        if not self.measures:
+            ignored.append("calibration_blocks")
+        if strategy in (*MEASURED, *REMOVING):
+            ignored.append("score")
+        if strategy in ("auto", "basis"):
+            ignored.append("share")
+        if strategy != "auto":
+            ignored.append("basis")
+        if strategy == "basis":
+            ignored.append("skip_layers")
+        if not self.scores:
+            ignored.append("fold_norm")
+        for name in ignored:
+            if self.is_set(name):
+                yield f"strategy {strategy} ignores {name}; remove plan.{name}"
+
+    def _removal_shares_nothing(self) -> Iterator[str]:
+        ignored = self.strategy in ("auto", "basis")  # as it is
+        if self.action == "remove" and self.is_set("share") and not ignored:
+            yield "action remove ignores share, a unit is removed whole; remove plan.share"
+
+    def _fold_norm(self) -> Iterator[str]:
+        if self.fold_norm and self.scores_text:
+            yield (
+                f"score {self.score} is measured on text, where the norm has its gain; remove "
+                "plan.fold_norm"
+            )
+
+    def _basis_budget(self) -> Iterator[str]:
+        budget = self.budget
+        if self.strategy == "basis" and budget and (budget.parameters or budget.bytes) is None:
+            yield (
+                "strategy basis shares no heads and saves no cache; set plan.budget.parameters or "
+                "plan.budget.bytes"
+            )
+
+    def _cache_budget(self) -> Iterator[str]:
+        cache = self.budget is not None and self.budget.cache is not None
+        if cache and self.action == "tie" and self.strategy not in ("auto", "basis"):
+            yield (
+                "budget.cache: a tied unit still caches keys and values of its own; set "
+                "plan.action=remove, or use spans or heads.kv_heads"
+            )
+
+    rules = (
+        _budget,
+        _path,
+        _action,
+        _idle_options,
+        _removal_shares_nothing,
+        _fold_norm,
+        _basis_budget,
+        _cache_budget,
+    )
 
     @property
     def searches(self) -> bool:
@@ -148,54 +219,3 @@ class PlanSection(Section):
     def measures(self) -> bool:
         """Whether calibration text is needed to choose units."""
         return self.searches or self.scores_text
-
-
-def check_choice(section: PlanSection) -> None:
-    """Raises ValueError for an option that would have no effect."""
-    strategy, action = section.strategy, section.action
-    if strategy in REMOVING and action != "remove":
-        raise ValueError(f"strategy {strategy} chooses units to remove; set plan.action=remove")
-    if strategy == "basis" and action != "tie":
-        raise ValueError("strategy basis ignores action; remove plan.action")
-    if action == "any" and strategy not in MEASURED:
-        raise ValueError("action any needs measured losses to compare; set plan.strategy=loss")
-    if strategy == "auto" and action != "tie":
-        raise ValueError("strategy auto ignores action, it ties and removes; remove plan.action")
-    if action == "remove" and strategy in ("released", "basis", "file", "none"):
-        raise ValueError(f"strategy {strategy} ignores action; remove plan.action")
-    if action == "remove" and section.is_set("share"):
-        raise ValueError("action remove ignores share, a unit is removed whole; remove plan.share")
-    ignored = []
-    if strategy != "loss":
-        ignored.append("search")
-    if not section.measures:
-        ignored.append("calibration_blocks")
-    if strategy in (*MEASURED, *REMOVING):
-        ignored.append("score")
-    if strategy in ("auto", "basis"):
-        ignored.append("share")
-    if strategy != "auto":
-        ignored.append("basis")
-    if strategy == "basis":
-        ignored.append("skip_layers")
-    if not section.scores:
-        ignored.append("fold_norm")
-    for name in ignored:
-        if section.is_set(name):
-            raise ValueError(f"strategy {strategy} ignores {name}; remove plan.{name}")
-    if section.fold_norm and section.scores_text:
-        raise ValueError(
-            f"score {section.score} is measured on text, where the norm has its gain; remove "
-            "plan.fold_norm"
-        )
-    counted = None if section.budget is None else section.budget.counted
-    if strategy == "basis" and counted not in (None, "parameters", "bytes"):
-        raise ValueError(
-            "strategy basis shares no heads and saves no cache; set plan.budget.parameters or "
-            "plan.budget.bytes"
-        )
-    if counted == "cache" and action == "tie" and strategy != "auto":
-        raise ValueError(
-            "budget.cache: a tied unit still caches keys and values of its own; set "
-            "plan.action=remove, or use spans or heads.kv_heads"
-        )

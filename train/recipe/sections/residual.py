@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, Self
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from sa_models.materialize.residual_shapes import residual_parameters
 from train.recipe.sections.base import Positive, Section
@@ -27,15 +28,17 @@ class ResidualSection(Section):
     train: Literal["both", "residual"] = Field(default="both")
     """What healing trains: the residuals and train.trainable, or the residuals alone."""
 
-    @model_validator(mode="after")
-    def _inputs(self) -> Self:
+    def _whitening(self) -> Iterator[str]:
         if self.init == "zero" and self.is_set("whiten"):
-            raise ValueError("init zero ignores whiten; remove residual.whiten")
+            yield "init zero ignores whiten; remove residual.whiten"
+
+    def _text(self) -> Iterator[str]:
         if not self.measures and self.is_set("calibration_blocks"):
-            raise ValueError(
+            yield (
                 "calibration_blocks are those of a whitened svd; remove residual.calibration_blocks"
             )
-        return self
+
+    rules = (_whitening, _text)
 
     def parameters(self, plan: SharingPlan, config: Any) -> int:
         """Of the residuals of a plan."""

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from sa_models.plan import SharingPlan
 from sa_models.spans import AttentionSpan
 from train.recipe.sections.base import Count, Positive, Section, distinct
-
-if TYPE_CHECKING:
-    pass
 
 Layers = Annotated[
     tuple[Count, ...], Field(strict=False), AfterValidator(lambda v: tuple(sorted(distinct(v))))
@@ -73,52 +71,48 @@ class SpansSection(Section):
     calibration_blocks: Positive = 8
     """Training blocks for losses and for attention maps (of their first 512 tokens)."""
 
-    @model_validator(mode="after")
-    def _strategy_inputs(self) -> Self:
+    def _listed(self) -> Iterator[str]:
         listed = self.strategy == "listed"
-        if listed != (self.spans is not None):
-            raise ValueError(
-                "strategy listed needs the spans; set spans.spans, or another spans.strategy"
-                if listed
-                else f"strategy {self.strategy} finds the spans itself; remove spans.spans"
+        if listed and self.spans is None:
+            yield "strategy listed needs the spans; set spans.spans, or another spans.strategy"
+        elif listed and self.layers is not None:
+            yield "strategy listed ignores layers; remove spans.layers"
+        if not listed and self.spans is not None:
+            yield f"strategy {self.strategy} finds the spans itself; remove spans.spans"
+        if not listed and self.layers is None:
+            yield f"strategy {self.strategy} needs the number of followers; set spans.layers"
+
+    def _idle_options(self) -> Iterator[str]:
+        searching = ("share", "max_followers", "skip_layers") if self.strategy == "listed" else ()
+        measuring = () if self.measures else ("sink", "calibration_blocks")
+        for name in (*searching, *measuring):
+            if self.is_set(name):
+                yield f"strategy listed ignores {name}; remove spans.{name}"
+
+    def _leaders(self) -> Iterator[str]:
+        if self.is_set("leaders") and "kv" not in self.shares:
+            yield (
+                "leaders is about the keys and values of kv spans, and there are none; remove "
+                "spans.leaders"
             )
-        if listed != (self.layers is None):
-            raise ValueError(
-                "strategy listed ignores layers; remove spans.layers"
-                if listed
-                else f"strategy {self.strategy} needs the number of followers; set spans.layers"
+
+    def _maps(self) -> Iterator[str]:
+        if self.match_heads and any(span.head_map for span in self.spans or ()):
+            yield "match_heads and a head_map exclude each other; remove one of them"
+
+    def _matching(self) -> Iterator[str]:
+        if self.match_heads and "kv" in self.shares:
+            yield (
+                "match_heads compares attention maps, which kv spans do not share; set "
+                "spans.match_heads=false"
             )
-        self._refuse_unused()
-        if self.match_heads:
-            self._check_matching()
-        return self
+
+    rules = (_listed, _idle_options, _leaders, _maps, _matching)
 
     @property
     def shares(self) -> set[str]:
         """What the followers reuse."""
         return {self.share} if self.spans is None else {span.share for span in self.spans}
-
-    def _check_matching(self) -> None:
-        spans = self.spans or ()
-        if any(span.head_map for span in spans):
-            raise ValueError("match_heads and a head_map exclude each other; remove one of them")
-        if "kv" in self.shares:
-            raise ValueError(
-                "match_heads compares attention maps, which kv spans do not share; set "
-                "spans.match_heads=false"
-            )
-
-    def _refuse_unused(self) -> None:
-        searching = ("share", "max_followers", "skip_layers") if self.strategy == "listed" else ()
-        measuring = () if self.measures else ("sink", "calibration_blocks")
-        for name in (*searching, *measuring):
-            if self.is_set(name):
-                raise ValueError(f"strategy listed ignores {name}; remove spans.{name}")
-        if self.is_set("leaders") and "kv" not in self.shares:
-            raise ValueError(
-                "leaders is about the keys and values of kv spans, and there are none; remove "
-                "spans.leaders"
-            )
 
     @property
     def measures(self) -> bool:

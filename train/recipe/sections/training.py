@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from sa_models.errors import PostshareError
 from train.recipe.sections.base import (
@@ -20,7 +21,11 @@ from train.recipe.sections.base import (
 
 
 class TrainSection(Section):
-    """The post-training itself. Counts are of optimizer steps and of sequences."""
+    """The post-training itself. Counts are of optimizer steps and of sequences.
+
+    Where nothing trains (steps 0, no healing), batch_size, micro_batch_size and learning_rate need
+    not be set.
+    """
 
     steps: Count | None = None
     """Optimizer steps; 0 shares without training (DirectShare)."""
@@ -78,21 +83,27 @@ class TrainSection(Section):
     """Also keep the checkpoint with the lowest validation loss; checkpoint_every must then be a
     multiple of evaluate_every."""
 
-    @model_validator(mode="after")
-    def _lengths(self) -> Self:
-        if (self.steps is None) == (self.epochs is None):
-            raise ValueError("takes exactly one of steps and epochs; set one, the other null")
+    def _length(self) -> Iterator[str]:
+        if (self.steps, self.epochs).count(None) != 1:
+            yield "takes exactly one of steps and epochs; set one, the other null"
+
+    def _micro_batches(self) -> Iterator[str]:
         if self.batch_size % self.micro_batch_size:
-            raise ValueError(self._indivisible(1))
+            yield self._indivisible(1)
+
+    def _decay(self) -> Iterator[str]:
         if self.decay_steps is not None and self.schedule != "wsd":
-            raise ValueError(f"schedule {self.schedule} ignores decay_steps; set schedule wsd")
+            yield f"schedule {self.schedule} ignores decay_steps; set schedule wsd"
+
+    def _best(self) -> Iterator[str]:
         every = self.evaluate_every, self.checkpoint_every
         if self.keep_best and (0 in every or every[1] % every[0]):
-            raise ValueError(
+            yield (
                 f"keep_best knows the loss of evaluated checkpoints only, and checkpoint_every "
                 f"{every[1]} is no multiple of evaluate_every {every[0]}; set both"
             )
-        return self
+
+    rules = (_length, _micro_batches, _decay, _best)
 
     def accumulation(self, world_size: int) -> int:
         """Forward passes per optimizer step on each of `world_size` processes.
@@ -112,3 +123,14 @@ class TrainSection(Section):
             f"batch_size {self.batch_size} is no multiple of micro_batch_size "
             f"{self.micro_batch_size}{processes}; the nearest is train.batch_size={nearest}"
         )
+
+
+def untrained(section: dict[str, Any]) -> dict[str, Any]:
+    """The section of a recipe in which nothing trains: it need not say how.
+
+    Args:
+        section: as YAML gives it; its own values stay.
+    """
+    micro = section.get("micro_batch_size")
+    batch = micro if type(micro) is int and micro > 0 else 1  # else the recipe's own check says so
+    return {"batch_size": batch, "micro_batch_size": 1, "learning_rate": 5e-5, **section}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from collections.abc import Iterator
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from train.recipe.sections.base import Name, Section
 
@@ -23,11 +24,11 @@ class WandbSection(Section):
     upload: bool = False
     """Log the exported folders as artifacts, with the base, data and plan they come from."""
 
-    @model_validator(mode="after")
-    def _somewhere_to_upload(self) -> Self:
+    def _somewhere_to_upload(self) -> Iterator[str]:
         if self.upload and self.mode == "disabled":
-            raise ValueError(
+            yield (
                 "wandb.upload: wandb.mode is disabled, nothing is uploaded; set wandb.mode=online "
                 "(or offline), or remove upload"
             )
-        return self
+
+    rules = (_somewhere_to_upload,)

@@ -660,6 +660,15 @@ def test_a_wrong_recipe_is_a_finding_among_others() -> None:
     assert "versions" in out
 
 
+def test_each_fault_of_a_recipe_is_a_finding_with_its_cure() -> None:
+    none, findings = inputs.resolve("demo", ["train.stepz=3", "train.batch_size=0"])
+    assert none is None
+    assert [(f.topic, f.found, f.cure) for f in findings] == [
+        ("recipe", "demo: unknown key train.stepz", "did you mean train.steps?"),
+        ("recipe", "demo: train.batch_size is 0", "allowed: a whole number >= 1"),
+    ]
+
+
 def test_data_is_looked_up_without_fetching(tmp_path: Path) -> None:
     from train.recipe.sections.inputs import DataSource
 

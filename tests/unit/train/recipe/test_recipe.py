@@ -1,14 +1,20 @@
 from __future__ import annotations
 
 import copy
+import json
+import re
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 from pydantic import ValidationError
 
 from sa_models.errors import PostshareError
+from train.estimate.parameters import length
 from train.recipe import yaml12
+from train.recipe.faults import faults
+from train.recipe.identity import run_identity
 from train.recipe.recipe import Recipe, load_recipe, validate
 from train.recipe.schema import schema_text
 from train.recipe.warnings import recipe_warnings
@@ -34,11 +40,22 @@ def minimal(tmp_path: Path) -> Path:
 
 
 def message(path: Path, *overrides: str) -> str:
+    """The one line that says what is wrong."""
     with pytest.raises(PostshareError) as caught:
         load_recipe(path, list(overrides))
     text = str(caught.value)
     assert "\n" not in text
     return text
+
+
+def messages(path: Path, *overrides: str) -> list[str]:
+    """The lines for several faults, below one with their number."""
+    with pytest.raises(PostshareError) as caught:
+        load_recipe(path, list(overrides))
+    first, *lines = str(caught.value).split("\n")
+    assert first == f"{path}: {len(lines)} faults"
+    assert all(line.startswith("  ") for line in lines)
+    return [line[2:] for line in lines]
 
 
 def test_defaults_are_the_published_penalty_and_optimizer(minimal: Path) -> None:
@@ -189,7 +206,6 @@ def test_overrides_reach_every_level(minimal: Path) -> None:
         ("plan.budget={}", ["plan.budget:", "exactly one of ratio, heads"]),
         ("plan.budget=null", ["strategy cosine needs a budget"]),
         ("plan.strategy=none", ["strategy none ignores budget"]),
-        ("plan.strategy=file", ["strategy file ignores budget"]),
         ("plan.path=plan.json", ["strategy cosine ignores path"]),
         ("penalty.loss_weights=[0, 0]", ["loss_weights are both 0"]),
         ("penalty.loss_weights=[1, -1]", ["penalty.loss_weights.1 is -1"]),
@@ -228,6 +244,217 @@ def test_an_unknown_key_is_named_before_what_it_left_missing() -> None:
     data["train"]["batchsize"] = data["train"].pop("batch_size")
     with pytest.raises(PostshareError, match=r"train\.batchsize; did you mean train\.batch_size\?"):
         validate(data)
+
+
+# --- all faults at once ---------------------------------------------------------------------------
+
+
+def test_all_missing_keys_are_named_at_once(tmp_path: Path) -> None:
+    assert messages(recipe_file(tmp_path, "name: mine\n")) == [
+        "model is missing; set it to a mapping with path",
+        "data is missing; set it to a mapping with train, sequence_length",
+        "train is missing; set it to a mapping with batch_size, micro_batch_size, learning_rate",
+        "nothing is shared; set plan, spans or heads (to train without sharing: "
+        "plan.strategy=none)",
+    ]
+    data = copy.deepcopy(MINIMAL)
+    data["train"] = {"steps": 10}
+    del data["model"]["path"], data["data"]["sequence_length"], data["name"]
+    assert messages(recipe_file(tmp_path, yaml12.dump(data | {"lora": {}}))) == [
+        "name is missing; set it to text that matches ^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        "model.path is missing; set it to non-empty text",
+        "data.sequence_length is missing; set it to a whole number >= 2",
+        "train.batch_size is missing; set it to a whole number >= 1",
+        "train.micro_batch_size is missing; set it to a whole number >= 1",
+        "train.learning_rate is missing; set it to a number > 0 and <= 10",
+        "lora.rank is missing; set it to a whole number >= 1",
+    ]
+
+
+def required(schema: dict[str, Any]) -> list[tuple[str, ...]]:
+    """The paths of required keys: at the top, and in its sections."""
+    found: list[tuple[str, ...]] = [(key,) for key in schema["required"]]
+    for name, value in schema["properties"].items():
+        for ref in re.findall(r"#/\$defs/(\w+)", str(value)):
+            found += [(name, key) for key in schema["$defs"][ref].get("required", [])]
+    return [path for path in found if path[0] != "spans"]
+
+
+def test_every_required_key_has_a_stand_in_of_the_right_type() -> None:
+    paths = required(Recipe.model_json_schema())
+    assert {("train", "batch_size"), ("residual", "rank"), ("name",)} < set(paths)
+    for path in paths:
+        data = copy.deepcopy(MINIMAL) | {"lora": {"rank": 1}, "residual": {"rank": 1}}
+        section = data
+        for key in path[:-1]:
+            section = section[key]
+        del section[path[-1]]
+        (line, *rest) = faults(data)
+        assert line.startswith(f"{'.'.join(path)} is missing; set it to ")
+        assert rest == [], path
+
+
+def test_all_kinds_of_faults_are_named_at_once(minimal: Path) -> None:
+    lines = messages(
+        minimal,
+        "train.batchsize=8",  # unknown, beside the right one
+        "train.precision=fp16",
+        "train.decay_steps=3",
+        "data.validation=held_out.txt",
+        "distill={cache: true, temperature: 0}",
+        "wandb={upload: true, tags: 3}",
+        "data.streaming=true",
+        "train.steps=null",
+        "train.epochs=1",
+        "train.steps",
+        "data.train.7.path=x",
+    )
+    assert lines == [
+        "'train.steps' is no override; write key=value, such as train.steps=10",
+        "override data.train.7.path: '7' is no index into 1 entries; use 0 to 1 (1 adds one)",
+        "unknown key train.batchsize; did you mean train.batch_size?",
+        "train.precision is 'fp16'; allowed: one of fp32, bf16",
+        "distill.temperature is 0; allowed: a number > 0 and <= 100",
+        "wandb.tags is 3; allowed: a list of non-empty text",
+        "data: validation and validation_fraction exclude each other; keep one of them",
+        "train: schedule cosine ignores decay_steps; set schedule wsd",
+        "distill: cache keeps the likeliest tokens only; set distill.top_k, say to 64",
+        "wandb: wandb.upload: wandb.mode is disabled, nothing is uploaded; set wandb.mode=online "
+        "(or offline), or remove upload",
+    ]
+
+
+def test_sections_are_compared_although_a_key_is_missing(tmp_path: Path) -> None:
+    data = copy.deepcopy(MINIMAL)
+    del data["train"]["batch_size"]
+    data |= {"lora": {"rank": 2}, "materialize": {"heal_steps": 3}, "plan": {"strategy": "none"}}
+    data["spans"] = [{"leader": 0, "followers": [1]}]
+    first, *rest = messages(recipe_file(tmp_path, yaml12.dump(data)), "penalty.kind=mse")
+    assert first == "train.batch_size is missing; set it to a whole number >= 1"
+    assert [line.partition(":")[0] for line in rest] == ["penalty", "lora"]
+
+
+def test_a_rule_that_reads_what_is_not_known_says_nothing(minimal: Path) -> None:
+    """Each of these would be refused if the key had its default."""
+    for override in ("plan.budgt={ratio: 0.3}", "plan.budget={ratio: x}", "plan.budget=3"):
+        assert message(minimal, "plan.budget=null", override).count(";") == 1
+    structure = "spans=[{leader: 0, followers: [1]}]"
+    assert "did you mean plan?" in message(
+        minimal,
+        "plann.strategy=cosine",
+        "plan.path=p.json",
+        "plan.strategy=file",
+        "plan.budget=null",
+    )
+    assert "plan.strategy is 'nne'" in message(minimal, "plan.strategy=nne", structure)
+    assert "train.steps is -1" in message(minimal, "train.steps=-1", "distill={}")
+    assert "did you mean train.steps?" in message(
+        minimal,
+        "train.stesp=5",
+        "train.steps=null",
+        "penalty={mode: progressive, ramp_steps: 7, schedule: linear}",
+    )
+
+
+def test_nothing_shared_is_one_fault_whatever_else_there_is_to_share(tmp_path: Path) -> None:
+    data = structured(penalty={"coefficient": 2.0}, export={"formats": ["compact"]})
+    assert "nothing is shared" in message(recipe_file(tmp_path, yaml12.dump(data)))
+
+
+def test_within_a_section_all_rules_are_checked(minimal: Path) -> None:
+    assert messages(
+        minimal,
+        "plan.strategy=file",
+        "plan.seed=3",
+        "plan.score=output",
+        "plan.fold_norm=true",
+        "plan.basis=false",
+    ) == [
+        "plan: strategy file ignores budget; set plan.budget=null",
+        "plan: strategy file needs the plan; set plan.path",
+        "plan: strategy file ignores basis; remove plan.basis",
+        "plan: strategy file ignores fold_norm; remove plan.fold_norm",
+    ]
+    assert messages(minimal, "penalty={mode: progressive, kind: mse, coefficient: 2.0}") == [
+        "penalty: mode progressive takes the steps in which a target reaches its source, and how; "
+        "set ramp_steps >= 1 and schedule linear or cosine",
+        "penalty: mode progressive moves units along their difference, by its length: kind mse has "
+        "no such step; remove kind, or set mode coupled",
+        "penalty: mode progressive has no loss to weigh, so coefficient has no effect; remove "
+        "coefficient",
+    ]
+
+
+def test_a_value_of_several_forms_is_one_fault(minimal: Path) -> None:
+    lines = messages(minimal, "train=3", "recovery=heal")
+    assert lines == [
+        "recovery is 'heal'; allowed: one of default, paper or a list of one or more of: one of "
+        "penalty, decoupled, progressive, residual, reconstruct, heal, distill or null",
+        "train is 3; allowed: a mapping with batch_size, micro_batch_size, learning_rate",
+    ]
+
+
+def test_keys_that_are_no_words_are_unknown_keys(tmp_path: Path) -> None:
+    text = yaml12.dump(MINIMAL) + "4: 5\n"
+    assert "unknown key 4; did you mean" in message(recipe_file(tmp_path, text))
+
+
+def test_a_faulty_recipe_leaves_the_defaults_as_they_are(minimal: Path) -> None:
+    with pytest.raises(PostshareError):
+        load_recipe(minimal, ["kind=mse", "merge=mean"])  # of sections that the recipe leaves out
+    assert load_recipe(minimal).penalty.kind == "l2"
+    assert load_recipe(minimal).materialize.merge == "copy"
+
+
+# --- where nothing trains -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def untrained(tmp_path: Path) -> Path:
+    return recipe_file(tmp_path, yaml12.dump(MINIMAL | {"train": {"steps": 0}}))
+
+
+def test_what_training_needs_is_not_required_where_nothing_trains(untrained: Path) -> None:
+    recipe = load_recipe(untrained)
+    assert recipe.accumulation(3) == 1
+    assert length(recipe).steps == 0
+    assert load_recipe(untrained, ["train.micro_batch_size=4"]).train.batch_size == 4
+    missing = ["train.batch_size", "train.micro_batch_size", "train.learning_rate"]
+    for training in ("train.steps=1", "materialize.heal_steps=3"):
+        assert [line.split()[0] for line in messages(untrained, training)] == missing
+    given = "train={epochs: 1}"
+    assert [line.split()[0] for line in messages(untrained, given)] == missing
+
+
+def test_without_training_the_batch_and_the_rate_decide_nothing(untrained: Path) -> None:
+    def identity(*overrides: str) -> dict[str, Any]:
+        return run_identity(load_recipe(untrained, overrides))
+
+    stated = ["train.batch_size=8", "train.micro_batch_size=2", "train.learning_rate=1e-3"]
+    assert identity(*stated) == identity()  # a run folder of an older recipe goes on
+    assert identity(*stated, "train.steps=3")["train"]["batch_size"] == 8
+    healed = [*stated, "materialize.heal_steps=3"]
+    assert identity(*healed) != identity(*healed, "train.batch_size=4")
+
+
+@pytest.mark.parametrize(
+    ("change", "valid"),
+    [
+        ({"train": {"steps": 0}}, True),
+        ({"train": {"steps": 0}, "materialize": {"heal_steps": 0}}, True),
+        ({"train": {"steps": 0}, "materialize": {"heal_steps": 3}}, False),
+        ({"train": {"steps": 3}}, False),
+        ({"train": {"epochs": 1.0}}, False),
+        ({"train": {}}, False),
+        ({}, True),
+        ({"train": MINIMAL["train"] | {"learning_rate": "fast"}}, False),
+    ],
+)
+def test_editors_ask_for_the_same(change: dict[str, Any], valid: bool) -> None:
+    validator = jsonschema.Draft202012Validator(json.loads(schema_text()))
+    assert validator.is_valid(MINIMAL | change) == valid
+    if valid:
+        validate(MINIMAL | change)
 
 
 def test_accumulation_divides_or_names_the_nearest_batch() -> None:

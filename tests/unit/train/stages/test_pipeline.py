@@ -190,14 +190,12 @@ def test_a_start_that_was_killed_while_it_wrote_the_recipe_is_started_again(
 
 
 def test_directshare_without_training(tmp_path: Path, text: Path) -> None:
-    made = recipe(
-        tmp_path / "run",
-        "demo-base",
-        text,
-        train={"steps": 0},
-        plan={"budget": {"ratio": 0.3}, "share": ["q", "k", "v", "o"]},
-    )
+    sections = {"plan": {"budget": {"ratio": 0.3}, "share": ["q", "k", "v", "o"]}}
+    how = dict.fromkeys(("batch_size", "micro_batch_size", "learning_rate"), ...)
+    made = recipe(tmp_path / "run", "demo-base", text, train={"steps": 0} | how, **sections)
     run(made)
+    stated = recipe(tmp_path / "run", "demo-base", text, train={"steps": 0}, **sections)
+    run(stated)  # goes on in the same folder: how to train decides nothing
     summary = json.loads((made.folder / "summary.json").read_text())
     assert summary["perplexity"]["continued"] is None
     assert summary["perplexity"]["post"] is None

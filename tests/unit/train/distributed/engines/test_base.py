@@ -256,6 +256,11 @@ def test_deepspeed_configuration_is_complete(stage: int) -> None:
     assert "offload_optimizer" not in zero
 
 
+def test_where_nothing_trains_any_number_of_processes_will_do() -> None:
+    config = deepspeed_config(recipe(steps=0), 1, world=3, on_cpu=True)
+    assert (config["train_batch_size"], config["gradient_accumulation_steps"]) == (6, 1)
+
+
 def test_deepspeed_configuration_with_offload() -> None:
     def zero(on_cpu: bool, offload: Offload) -> dict[str, Any]:
         return deepspeed_config(recipe(), 3, 2, on_cpu, offload)["zero_optimization"]
