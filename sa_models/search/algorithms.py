@@ -67,7 +67,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """What a search found.
 
     Attributes:
@@ -138,7 +138,7 @@ def greedy(
     ranking: Ranking,
     options: GreedyOptions | None = None,
     progress: Progress | None = None,
-) -> Found:
+) -> SearchResult:
     """Take the best of the shortlist, again and again, until the budget is met.
 
     Args:
@@ -189,7 +189,7 @@ def greedy(
         if progress is not None:
             progress(min(space.saved(state), space.needed), space.needed)
     kept = {action: known[action] for action in state}
-    return Found(state, current, base, tuple(path), kept, asked)
+    return SearchResult(state, current, base, tuple(path), kept, asked)
 
 
 def _cheapest(space: Space, state: State, known: dict[Action, float], count: int) -> list[Action]:
@@ -217,7 +217,7 @@ def evolve(
     ranking: Ranking,
     options: EvolutionOptions | None = None,
     progress: Progress | None = None,
-) -> Found:
+) -> SearchResult:
     """Cross and mutate states that meet the budget; the best one that was ever measured wins.
 
     Args:
@@ -260,7 +260,7 @@ def evolve(
     if progress is not None:
         progress(total, total)
     kept = {a: rises.get(a, math.nan) for a in state}
-    return Found(state, loss(state), base, path, kept, 1 + len(losses) + len(path))
+    return SearchResult(state, loss(state), base, path, kept, 1 + len(losses) + len(path))
 
 
 def _name(state: State) -> list[tuple]:

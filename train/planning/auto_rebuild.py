@@ -24,7 +24,7 @@ from train.data.calibration import calibration_batches, spread_indices
 from train.evaluation.bootstrap import interval
 from train.evaluation.perplexity import BlockLosses, block_losses
 from train.models.materialize import on_text
-from train.planning.auto_result import AutoSearched, Factored
+from train.planning.auto_result import AutoResult, Factored
 from train.planning.auto_space import REBUILT
 from train.planning.basis import saving_plan
 
@@ -35,13 +35,13 @@ if TYPE_CHECKING:
 
 
 def compare_rebuilt(
-    searched: AutoSearched,
+    searched: AutoResult,
     recipe: Recipe,
     load: Callable[[], LlamaForCausalLM],
     blocks: Blocks,
     device: torch.device,
     folder: Path,
-) -> AutoSearched:
+) -> AutoResult:
     """The best few candidates again, with their loss after reconstruction, the chosen one first.
 
     That is the best one as it is, of those whose loss then cannot be told from the lowest: a 95 %

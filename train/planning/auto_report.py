@@ -28,7 +28,7 @@ from train.evaluation.decode_time import bytes_read, decode_time
 from train.evaluation.pareto import pareto
 from train.planning.auto_result import (
     BASIS,
-    AutoSearched,
+    AutoResult,
     Candidate,
     Factored,
     Point,
@@ -54,7 +54,7 @@ NOISY = 0.25
 """Spread of a ratio of times, above which the bytes that are read say more than the time."""
 
 
-def pareto_points(searched: AutoSearched, config: LlamaConfig) -> list[Point]:
+def pareto_points(searched: AutoResult, config: LlamaConfig) -> list[Point]:
     """The measured plans that no other beats in bytes and quality, fewest parameters saved first.
 
     The chosen plan is one of them or has an equal, except where the budget counts something else or
@@ -66,7 +66,7 @@ def pareto_points(searched: AutoSearched, config: LlamaConfig) -> list[Point]:
 
 
 def time_front(
-    searched: AutoSearched,
+    searched: AutoResult,
     dense: LlamaForCausalLM,
     prompt: torch.Tensor,
     leaders: Leaders,
@@ -121,7 +121,7 @@ def _removed(point: Point, config: Any) -> int:
 # --- tables ---------------------------------------------------------------------------------------
 
 
-def compared_table(searched: AutoSearched, config: LlamaConfig) -> Table:
+def compared_table(searched: AutoResult, config: LlamaConfig) -> Table:
     """Every plan that meets the budget, the best candidate first, Basis Sharing last."""
     factored = searched.factored
     taken = factored is not None and factored.taken
@@ -151,7 +151,7 @@ def compared_table(searched: AutoSearched, config: LlamaConfig) -> Table:
     return table
 
 
-def cost_table(searched: AutoSearched, config: LlamaConfig) -> Table:
+def cost_table(searched: AutoResult, config: LlamaConfig) -> Table:
     """What every choice of the best candidate costs, in the order in which they were made."""
     chosen = searched.chosen
     title = "chosen on calibration text"
@@ -186,7 +186,7 @@ def front_table(front: Sequence[Timed], config: LlamaConfig, size: int, context:
     return table
 
 
-def auto_sentence(searched: AutoSearched) -> str:
+def auto_sentence(searched: AutoResult) -> str:
     """What the search took."""
     return (
         f"searched in {searched.seconds:.0f} s: {searched.passes:.0f} forward passes over "
@@ -214,7 +214,7 @@ def factored_note(factored: Factored, other: SharingPlan) -> str:
     )
 
 
-def _rebuilt(searched: AutoSearched) -> str:
+def _rebuilt(searched: AutoResult) -> str:
     count = len({c.plan for c in searched.candidates if c.rebuilt is not None})
     return f"; {count} plans compared after reconstruction" if count else ""
 
@@ -245,7 +245,7 @@ def _versus(point: Point, base: Point) -> str:
 
 
 def save_auto(
-    searched: AutoSearched, front: Sequence[Timed], config: LlamaConfig, size: int, folder: Path
+    searched: AutoResult, front: Sequence[Timed], config: LlamaConfig, size: int, folder: Path
 ) -> None:
     """Write plan-search.json, and the picture of the front, into the run folder.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sa_models.plan import SharingPlan
-from sa_models.search.algorithms import Found, Passes
+from sa_models.search.algorithms import Passes, SearchResult
 from sa_models.search.ranking import Agreement
 from train.evaluation.bootstrap import Interval
 from train.evaluation.decode_time import DecodeTime
@@ -55,7 +55,7 @@ class Candidate:
 
     name: str
     points: tuple[Point, ...]
-    found: Found | None = None
+    found: SearchResult | None = None
     agreement: Agreement | None = None
     rebuilt: float | None = None
 
@@ -94,7 +94,7 @@ class Factored:
 
 
 @dataclass(frozen=True)
-class AutoSearched:
+class AutoResult:
     """What was compared, and what it took.
 
     Attributes:

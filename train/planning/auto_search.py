@@ -25,7 +25,7 @@ from sa_models.plan import SharingPlan
 from sa_models.scores.slope import Change, slopes
 from sa_models.search import structures as plan_structures
 from sa_models.search.actions import Action, Space, State, as_plan
-from sa_models.search.algorithms import Found, greedy
+from sa_models.search.algorithms import SearchResult, greedy
 from sa_models.search.measured_loss import MeasuredLoss, state_key
 from sa_models.search.ranking import Agreement, EstimatedRanking, Estimator
 from sa_models.spans import SHARES as SPAN_SHARES
@@ -33,7 +33,7 @@ from sa_models.weights.structure import convert
 from train.common.progress import bar
 from train.common.run_files import SEARCH_CACHE
 from train.planning import auto_space
-from train.planning.auto_result import AutoSearched, Candidate, Point
+from train.planning.auto_result import AutoResult, Candidate, Point
 from train.planning.auto_space import FULL, STRUCTURES_SEARCHED
 from train.planning.problem import PlanProblem
 
@@ -47,7 +47,7 @@ def search_auto(
     batches: Sequence[Batch],
     folder: Path,
     spans: bool = True,
-) -> AutoSearched:
+) -> AutoResult:
     """Search everything that strategy auto may do.
 
     Args:
@@ -74,7 +74,7 @@ def search_auto(
             "spans; lower plan.budget, or set export.formats=[compact]"
         )
     base = search.own.measured
-    return AutoSearched(
+    return AutoResult(
         search.point("dense", search.own, frozenset(), base(frozenset()), 0.0),
         tuple(sorted(candidates, key=lambda candidate: candidate.expected)),
         tuple(tried),
@@ -123,7 +123,7 @@ class _Search:
 
     def units(self, place: _Place, spaces: dict[str, Space]) -> list[Candidate]:
         """A greedy search in every space."""
-        searched: list[tuple[str, Found, Agreement | None]] = []
+        searched: list[tuple[str, SearchResult, Agreement | None]] = []
         for name, space in spaces.items():
             ranking = EstimatedRanking(
                 space, place.measured, place.structure.leader_of(), place.estimator
@@ -286,7 +286,7 @@ class _Tried:
     model: LlamaForCausalLM
 
 
-def _states(found: Found) -> list[State]:
+def _states(found: SearchResult) -> list[State]:
     """The state after every step of a path."""
     taken: set[Action] = set()
     states = []

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from transformers import LlamaConfig
 
     from sa_models.plan import SharingPlan
-    from train.planning.auto_result import AutoSearched, Point, Timed
+    from train.planning.auto_result import AutoResult, Point, Timed
 
 
 @rc_context(FILE_STYLE)
@@ -74,7 +74,7 @@ def save_pareto(
 
 @rc_context(FILE_STYLE)
 def save_front(
-    searched: AutoSearched,
+    searched: AutoResult,
     front: Sequence[Point],
     timed: Sequence[Timed],
     noisy: bool,
@@ -171,9 +171,7 @@ def _draw_decoding(axes: Axes, timed: Sequence[Timed], chosen: Point, noisy: boo
     )
 
 
-def _draw_rebuilt(
-    axes: Axes, searched: AutoSearched, stored: Callable[[SharingPlan], float]
-) -> None:
+def _draw_rebuilt(axes: Axes, searched: AutoResult, stored: Callable[[SharingPlan], float]) -> None:
     """Quality against bytes of the plans that were compared after reconstruction."""
     assert searched.base_rebuilt is not None
     factored = searched.factored

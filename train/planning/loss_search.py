@@ -25,8 +25,8 @@ from sa_models.scores.magnitude import least_important
 from sa_models.search.actions import Action, as_plan, ordered
 from sa_models.search.algorithms import (
     EvolutionOptions,
-    Found,
     Passes,
+    SearchResult,
     Step,
     evolution_passes,
     evolve,
@@ -46,7 +46,7 @@ SHOWN_STEPS = 40
 
 
 @dataclass(frozen=True)
-class Searched:
+class LossSearch:
     """What a search found, and what it took.
 
     Attributes:
@@ -55,7 +55,7 @@ class Searched:
         bound: of both, stated before the search.
     """
 
-    found: Found
+    found: SearchResult
     agreement: Agreement
     blocks: int
     passes: float
@@ -81,7 +81,7 @@ def choose_by_gradient(
 
 def search_plan(
     problem: PlanProblem, model: LlamaForCausalLM, batches: Sequence[Batch], folder: Path
-) -> tuple[SharingPlan, Searched]:
+) -> tuple[SharingPlan, LossSearch]:
     """The plan of strategy loss.
 
     Args:
@@ -105,7 +105,7 @@ def search_plan(
     measured.restore()
     plan = replace(as_plan(found.state), kv_heads=structure.kv_heads, spans=structure.spans)
     assert ranking.agreement is not None
-    return plan, Searched(
+    return plan, LossSearch(
         found,
         ranking.agreement,
         sum(len(batch["input_ids"]) for batch in batches),
@@ -128,7 +128,7 @@ def unstable(agreement: Agreement, blocks: int) -> str | None:
 
 
 def search_table(
-    found: Found,
+    found: SearchResult,
     layout: HeadLayout,
     start: str = "none (dense)",
     title: str = "chosen on calibration text",
@@ -164,7 +164,7 @@ def search_table(
     return table
 
 
-def search_sentence(searched: Searched) -> str:
+def search_sentence(searched: LossSearch) -> str:
     """What the search took."""
     return (
         f"searched in {searched.seconds:.0f} s: {searched.passes:.0f} forward passes over "
@@ -179,7 +179,7 @@ def parameters_of(actions: Iterable[Action], layout: HeadLayout) -> int:
 
 
 def save_search(
-    searched: Searched,
+    searched: LossSearch,
     problem: PlanProblem,
     size: int,
     folder: Path,
@@ -228,7 +228,7 @@ def step_dict(step: Step, parameters: int) -> dict[str, Any]:
     }
 
 
-def rises_list(found: Found) -> list[dict[str, Any]]:
+def rises_list(found: SearchResult) -> list[dict[str, Any]]:
     """What every chosen action costs."""
     return [
         {**action_dict(action), "loss_rise": finite(found.rises[action])}

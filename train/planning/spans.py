@@ -49,7 +49,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class FoundSpans:
+class SpanMeasurements:
     """What the measurements say; :attr:`choices` begins with the strategy of the recipe."""
 
     spans: tuple[AttentionSpan, ...]
@@ -108,7 +108,7 @@ class SpanFinder:
         self.batch_size = recipe.evaluate.batch_size
         self._losses: dict[tuple[AttentionSpan, ...], float] = {}
 
-    def find(self, listed: tuple[AttentionSpan, ...]) -> FoundSpans:
+    def find(self, listed: tuple[AttentionSpan, ...]) -> SpanMeasurements:
         """Measure, choose, and compare with the other ways to choose.
 
         Args:
@@ -143,7 +143,9 @@ class SpanFinder:
                 choices.append(Choice(name, spans, mean, self.loss(spans)))
                 advance(done, len(options))
         choices.sort(key=lambda choice: choice.strategy != section.strategy)
-        return FoundSpans(choices[0].spans, isotropy, self.count, base_loss, tuple(choices), rises)
+        return SpanMeasurements(
+            choices[0].spans, isotropy, self.count, base_loss, tuple(choices), rises
+        )
 
     def loss(self, spans: tuple[AttentionSpan, ...]) -> float:
         """Calibration loss (nats per token) with these spans, untrained."""
@@ -189,7 +191,7 @@ class SpanFinder:
         return calibration_inputs(self.blocks, self.count, self.model.device)
 
 
-def spans_table(found: FoundSpans) -> Table:
+def spans_table(found: SpanMeasurements) -> Table:
     """The strategies side by side: what they pick, how alike the maps are, what it costs."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in ("spans", "followers", "isotropy", "perplexity, untrained", "vs dense"):
@@ -209,7 +211,7 @@ def spans_table(found: FoundSpans) -> Table:
     return table
 
 
-def save_found(found: FoundSpans, folder: Path) -> None:
+def save_spans(found: SpanMeasurements, folder: Path) -> None:
     """Write the measurements as JSON and draw the isotropy, into the run folder."""
     from train.planning.plan_maps import save_isotropy
 

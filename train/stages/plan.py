@@ -40,7 +40,7 @@ from train.planning.loss_search import (
 )
 from train.planning.problem import PlanProblem
 from train.planning.scores import calibration_text, chance_line, save_chances
-from train.planning.spans import SpanFinder, save_found, spans_table
+from train.planning.spans import SpanFinder, save_spans, spans_table
 from train.recipe.sections.structure import listed_structure
 from train.stages.run import Run, base_of
 
@@ -85,7 +85,7 @@ def find_structure(current: Run, base: Path, blocks: Blocks | None) -> SharingPl
         return structure
     model = measured_model(current, base, SharingPlan(kv_heads=structure.kv_heads))
     found = SpanFinder(current.recipe, model, blocks).find(structure.spans)
-    save_found(found, current.folder)
+    save_spans(found, current.folder)
     current.say("", spans_table(found))
     return replace(structure, spans=found.spans)
 

@@ -16,9 +16,9 @@ from sa_models.heads import HeadLayout
 from sa_models.search.actions import Action, Space, State, as_plan, make_space
 from sa_models.search.algorithms import (
     EvolutionOptions,
-    Found,
     GreedyOptions,
     Ranked,
+    SearchResult,
     evolution_passes,
     evolve,
     greedy,
@@ -178,7 +178,7 @@ def test_an_action_that_saves_more_may_cost_more() -> None:
 
 
 @pytest.mark.parametrize("search", [greedy, evolve])
-def test_the_slopes_of_the_text_choose_nothing(search: Callable[..., Found]) -> None:
+def test_the_slopes_of_the_text_choose_nothing(search: Callable[..., SearchResult]) -> None:
     """They change every measured loss, and none of the choices."""
     among = space()
     table = Table(among)
@@ -218,7 +218,7 @@ def batches(seed: int = 1) -> list[dict[str, torch.Tensor]]:
 
 def searched(
     path: Path | None, kinds: tuple[str, ...] = ("tie", "remove"), seed: int = 1
-) -> tuple[Found, MeasuredLoss, EstimatedRanking]:
+) -> tuple[SearchResult, MeasuredLoss, EstimatedRanking]:
     model = dense("gqa")
     layout = HeadLayout.from_config(model.config)
     units = [(layer, unit) for layer in range(1, 6) for unit in range(layout.units)]

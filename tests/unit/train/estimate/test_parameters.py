@@ -17,9 +17,10 @@ from sa_models.savings import llama_parameters
 from sa_models.search.budget import units_of_ratio
 from sa_models.spans import AttentionSpan
 from sa_models.weights.structure import convert
+from train.common.sizes import count, size
 from train.estimate import llama_shapes
 from train.estimate import parameters as estimate
-from train.estimate.dry_run import count, print_dry_run, size
+from train.estimate.dry_run import print_dry_run
 from train.estimate.gpu_memory import Memory, layer_activations, memory_per_gpu, whole_models
 from train.estimate.llama_shapes import KNOWN, LlamaShape, find_shape
 from train.planning.problem import PlanProblem
@@ -472,13 +473,3 @@ def test_a_dry_run_counts_healing() -> None:
     assert "200 steps (200 of healing), 2,048 tokens per step, 409,600 (410 K) tokens" in text
     assert "1,869,952 (1.87 M)" in text.split("trained", 1)[1].splitlines()[0]
     assert "ZeRO" in text
-
-
-def test_sizes_read_well() -> None:
-    assert [size(n) for n in (12, 34_000, 5_600_000, 13_476_831_232)] == [
-        "12 B",
-        "34.0 kB",
-        "5.6 MB",
-        "13.5 GB",
-    ]
-    assert count(1_235_814_400) == "1,235,814,400 (1.24 B)"
