@@ -392,8 +392,9 @@ def _warn(recipe: Recipe) -> None:
 def _warn_of_hiding() -> None:
     from train.common.shadowing import NO_PYTHON, hiding
 
-    # Below a launcher this is not what it has started.
-    if "WORLD_SIZE" not in os.environ and (own := hiding(Path.cwd())) is not None:
+    # What a launcher sets, accelerate's for one process the second alone: it has started us.
+    launched = {"WORLD_SIZE", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys()
+    if not launched and (own := hiding(Path.cwd())) is not None:
         typer.echo(
             f"warning: {own.name} is what `-m train` runs in this folder, not postshare; to start "
             f"several processes here: {NO_PYTHON}",

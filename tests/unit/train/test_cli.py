@@ -146,7 +146,8 @@ def test_a_train_of_ones_own_is_warned_about(
     monkeypatch: pytest.MonkeyPatch,
     command: str,
 ) -> None:
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    for variable in ("WORLD_SIZE", "ACCELERATE_MIXED_PRECISION"):
+        monkeypatch.delenv(variable, raising=False)
     monkeypatch.chdir(tmp_path)
     assert exit_code(command, "demo") == 0
     assert capsys.readouterr().err == ""
