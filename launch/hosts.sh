@@ -31,6 +31,7 @@ mkfifo "$pipe"
 exec 9<>"$pipe" 8<"$pipe"
 rm "$pipe"
 for rank in "${!hosts[@]}"; do
+  # -m train: of this checkout, which need not be installed there.
   printf -v command '%q ' "${launch[@]}" --machine_rank "$rank" -m train "$@"
   printf -v script '%s\n' \
     "cd $(printf %q "$PWD") && [ ! -d .venv/bin ] || PATH=\$PWD/.venv/bin:\$PATH" \

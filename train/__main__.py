@@ -1,4 +1,4 @@
-"""`accelerate launch ... -m train RECIPE key=value`: the main job on any number of processes."""
+"""`python -m train RECIPE key=value`: `postshare run`, also under a launcher."""
 
 from train.cli import launched
 

@@ -76,6 +76,7 @@ def run(
         print_dry_run(loaded, gpus)
         return
     _warn(loaded)
+    _warn_of_hiding()
     _stage("run", loaded)
 
 
@@ -305,11 +306,13 @@ def unpack(
 def prepare(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
     """Download and cache model and data, once per node; then HF_HUB_OFFLINE=1 works."""
     loaded = _load(recipe, overrides)
+    _warn_of_hiding()
     _stage("prepare", loaded)
 
 
 @app.command(
-    epilog="Example: postshare doctor demo   (or: accelerate launch ... -m train doctor demo)"
+    epilog="Example: postshare doctor demo   "
+    "(or: accelerate launch ... --no_python postshare doctor demo)"
 )
 def doctor(
     recipe: Annotated[
@@ -386,6 +389,19 @@ def _warn(recipe: Recipe) -> None:
             typer.echo(f"warning: {line}", err=True)
 
 
+def _warn_of_hiding() -> None:
+    from train.common.shadowing import NO_PYTHON, hiding
+
+    # What a launcher sets, accelerate's for one process the second alone: it has started us.
+    launched = {"WORLD_SIZE", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys()
+    if not launched and (own := hiding(Path.cwd())) is not None:
+        typer.echo(
+            f"warning: {own.name} is what `-m train` runs in this folder, not postshare; to start "
+            f"several processes here: {NO_PYTHON}",
+            err=True,
+        )
+
+
 def _main_process() -> bool:
     """Whether this is the process that speaks; read from the launcher, before torch is there."""
     return os.environ.get("RANK", "0") == "0"
@@ -437,7 +453,7 @@ def _say(line: str) -> None:
 
 
 def launched(arguments: list[str] | None = None) -> NoReturn:
-    """`python -m train`, as `accelerate launch` calls it.
+    """`python -m train`, as `accelerate launch ... -m train` calls it.
 
     `RECIPE key=value` is `postshare run`; a command's name first, such as doctor, is that command.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import time
@@ -28,10 +29,18 @@ RECIPE = (
     "evaluate.continued=false",
 )
 
+MODULE = ("-m", "train")
+COMMAND = ("--no_python", "postshare", "run")
 Send = Callable[[subprocess.Popen[str]], None]
 
 
-def start(folder: Path, *overrides: str, when: Callable[[], bool], send: Send) -> Launch:
+def start(
+    folder: Path,
+    *overrides: str,
+    when: Callable[[], bool],
+    send: Send,
+    form: tuple[str, ...] = MODULE,
+) -> Launch:
     """Launch two ranks and send once `when` is true."""
 
     def meanwhile(launcher: subprocess.Popen[str]) -> None:
@@ -41,7 +50,7 @@ def start(folder: Path, *overrides: str, when: Callable[[], bool], send: Send) -
         send(launcher)
 
     return launch(
-        "ddp", "-m", "train", *RECIPE, *overrides, f"output_dir={folder}", timeout=100,
+        "ddp", *form, *RECIPE, *overrides, f"output_dir={folder}", timeout=100,
         meanwhile=meanwhile,
     )  # fmt: skip
 
@@ -50,12 +59,17 @@ def ranks_of(launcher: subprocess.Popen[Any]) -> list[int]:
     children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
     return [
         int(pid) for pid in children
-        if b"-m\0train\0" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        if re.search(rb"-m\0train\0|/postshare\0run\0", Path(f"/proc/{pid}/cmdline").read_bytes())
     ]  # fmt: skip
 
 
 def to_launcher(launcher: subprocess.Popen[str]) -> None:
     launcher.send_signal(signal.SIGTERM)
+
+
+def by_hand(launcher: subprocess.Popen[str]) -> None:
+    """Ctrl-C: the processes have sessions of their own, so it reaches the launcher alone."""
+    launcher.send_signal(signal.SIGINT)
 
 
 def to_everybody(launcher: subprocess.Popen[str]) -> None:
@@ -73,23 +87,35 @@ def warning_to_ranks(launcher: subprocess.Popen[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "send",
+    ("send", "form"),
     [
-        to_launcher,
-        pytest.param(to_everybody, marks=pytest.mark.slow),
-        pytest.param(warning_to_ranks, marks=pytest.mark.slow),  # make test-cluster has it, too
+        (to_launcher, COMMAND),
+        pytest.param(to_launcher, MODULE, marks=pytest.mark.slow),  # the other test has -m train
+        pytest.param(by_hand, COMMAND, marks=pytest.mark.slow),
+        pytest.param(by_hand, MODULE, marks=pytest.mark.slow),
+        pytest.param(to_everybody, COMMAND, marks=pytest.mark.slow),
+        pytest.param(to_everybody, MODULE, marks=pytest.mark.slow),
+        pytest.param(warning_to_ranks, COMMAND, marks=pytest.mark.slow),
+        pytest.param(warning_to_ranks, MODULE, marks=pytest.mark.slow),  # also: make test-cluster
     ],
 )
-def test_in_a_training_all_ranks_save_the_same_step(tmp_path: Path, send: Send) -> None:
+def test_in_a_training_all_ranks_save_the_same_step(
+    tmp_path: Path, send: Send, form: tuple[str, ...]
+) -> None:
     metrics = tmp_path / "run" / "metrics.jsonl"
     result = start(
-        tmp_path / "run", when=lambda: metrics.is_file() and len(read_rows(metrics)) >= 3, send=send
+        tmp_path / "run",
+        when=lambda: metrics.is_file() and len(read_rows(metrics)) >= 3,
+        send=send,
+        form=form,
     )
     assert not result.timed_out, result.report()
     assert result.status == 1, "the launcher's own, whatever its ranks exit with"
     (saved,) = steps_in(tmp_path / "run" / "checkpoints")
     assert saved == len(read_rows(metrics)) < 200
     assert result.output.count(f"stopped after step {saved} of 200") == 1, result.report()
+    again = f"resume with: accelerate launch <the same options> {' '.join(form)} {RECIPE[0]}"
+    assert again in result.output, result.report()
     if send is warning_to_ranks:
         assert "exitcode  : 75" in result.output, result.report()
 

@@ -36,6 +36,21 @@ class Launch:
         return f"{' '.join(self.command)}\n{ending}\n{self.output}"
 
 
+def surroundings() -> dict[str, str]:
+    """The environment of a launch."""
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONFAULTHANDLER": "1",  # a crashed rank prints its stack
+        "PYTHONPATH": os.pathsep.join(
+            filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")])
+        ),
+        # The command postshare, and the ninja with which DeepSpeed compiles.
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
+    }
+
+
 def launch(
     config: str | Path,
     script: str | Path,
@@ -44,15 +59,18 @@ def launch(
     timeout: float = 300,
     environment: dict[str, str] | None = None,
     meanwhile: Callable[[subprocess.Popen[str]], None] | None = None,
+    folder: Path = REPOSITORY,
 ) -> Launch:
     """Run `accelerate launch --config_file launch/accelerate/<config>.yaml script arguments`.
 
     Args:
         config: the name of a shipped launch file, or a path.
-        script: a Python file, or "-m" with the module first among `arguments`.
+        script: a Python file, or "-m" with the module first among `arguments`, or "--no_python"
+            with a command.
         processes: overrides the launch file's number.
         timeout: seconds, after which the whole process group is killed.
         meanwhile: called with the launcher once it has been started.
+        folder: the working folder.
     """
     file = config if isinstance(config, Path) else LAUNCH_FILES / f"{config}.yaml"
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
@@ -61,26 +79,14 @@ def launch(
     if processes is not None:
         command += ["--num_processes", str(processes)]
     command += [str(script), *map(str, arguments)]
-    surroundings = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONUNBUFFERED": "1",
-        "PYTHONFAULTHANDLER": "1",  # a crashed rank prints its stack
-        "PYTHONPATH": os.pathsep.join(
-            filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")])
-        ),
-        # DeepSpeed compiles with the ninja of this environment.
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
-        **(environment or {}),
-    }
     process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        cwd=REPOSITORY,
-        env=surroundings,
+        cwd=folder,
+        env={**surroundings(), **(environment or {})},
         start_new_session=True,
     )
     try:

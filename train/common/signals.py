@@ -58,11 +58,13 @@ class TrainingStopped(Exception):  # noqa: N818 - nothing went wrong
 def resume_command(world: int) -> str:
     """The command line of this process again: the run folder knows where it stopped."""
     program, arguments = Path(sys.argv[0]), sys.argv[1:]
+    as_module = program.name == "__main__.py"
+    start = ["-m", program.parent.name] if as_module else [program.name]
+    command = shlex.join([*start, *arguments])
     if world > 1:  # the launcher's own options are not ours to know
-        return f"accelerate launch <the same options> -m train {shlex.join(arguments)}"
-    if program.name == "__main__.py":
-        return f"python -m {program.parent.name} {shlex.join(arguments)}"
-    return shlex.join([program.name, *arguments])
+        how = "" if as_module else "--no_python "
+        return f"accelerate launch <the same options> {how}{command}"
+    return f"python {command}" if as_module else command
 
 
 # --- one watch a process, as signals are the process's --------------------------------------------

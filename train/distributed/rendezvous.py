@@ -104,7 +104,7 @@ def _give_up(patience: float) -> None:
         f"error: rank {os.environ['RANK']} has waited {patience:.0f} s for the process group: the "
         "ranks have started and cannot connect to one another; open all ports between the hosts, "
         "or set GLOO_SOCKET_IFNAME (NCCL_SOCKET_IFNAME) to the network they share: "
-        "`... -m train doctor` finds out which",
+        "`... --no_python postshare doctor` finds out which",
         file=sys.stderr, flush=True,
     )  # fmt: skip
     os._exit(ExitCode.RANK_LOST)

@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -30,7 +31,7 @@ from train.doctor import devices, network, ranks
 from train.doctor.builds import release_own
 from train.doctor.facts import Facts, TooLate, collect, limited
 from train.doctor.findings import LEFT_WAITING, Finding, Level, Situation, from_error
-from train.doctor.inputs import check_inputs, check_start, resolve
+from train.doctor.inputs import check_inputs, check_start, check_working_folder, resolve
 from train.doctor.probes import (
     Channel,
     Reduction,
@@ -142,6 +143,7 @@ class _Visit:
             if situation.world == 1:
                 port = int(os.environ.get("MASTER_PORT") or ACCELERATE_PORT)
                 findings.append(network.free_port(port))
+                findings += check_working_folder(Path.cwd())
             verdict = all(finding.level < Level.BAD for finding in findings)
             show(findings, self.console)
         missing = situation.missing if self.channel.is_main else []

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from sa_models.errors import PostshareError
+from train.common.shadowing import NO_PYTHON, hiding
 from train.demo import DEMO_BASE
 from train.distributed.engines import start as engine
 from train.doctor.facts import TooLate, limited
@@ -55,6 +56,16 @@ def check_start(recipe: Recipe, world: int) -> Iterator[Finding]:
                 f"{recipe.folder}: {error.strerror or error}",
                 "choose a folder that can be read",
             )
+
+
+def check_working_folder(folder: Path) -> Iterator[Finding]:
+    """Whether a launch from there by `-m train` would start this package."""
+    if (own := hiding(folder)) is not None:
+        yield warn(
+            "working folder",
+            f"{own}, which is not postshare's, is what `accelerate launch -m train` runs here",
+            f"{NO_PYTHON}, or another folder",
+        )
 
 
 def check_inputs(recipe: Recipe) -> Iterator[Finding]:

@@ -48,8 +48,8 @@ def check_world(s: Situation) -> Iterator[Finding]:
     if s.world == 1:
         yield ok(
             topic,
-            "one; for what lies between processes, start the doctor by `accelerate launch ... -m "
-            "train doctor`",
+            "one; for what lies between processes, start the doctor by `accelerate launch ... "
+            "--no_python postshare doctor`",
         )
     elif not s.missing:
         names = {f.host for f in s.facts}

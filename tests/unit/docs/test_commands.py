@@ -26,6 +26,8 @@ def arguments_of_train(command: Command) -> list[str] | None:
     words = list(command.words)
     if words[0] == "postshare":
         return words[1:]
+    if "--no_python" in words and words[words.index("--no_python") + 1 :][:1] == ["postshare"]:
+        return words[words.index("--no_python") + 2 :]
     if "-m" in words and words[words.index("-m") + 1 :][:1] == ["train"]:
         rest = words[words.index("-m") + 2 :]
         return rest if rest and rest[0] in COMMANDS else ["run", *rest]
@@ -72,6 +74,7 @@ def test_commands_can_be_typed(page: Path, monkeypatch: pytest.MonkeyPatch) -> N
         ("postshare evaluate", "Missing parameter"),
         ("postshare run demo plan.buget.bytes=-4%", "did you mean plan.budget?"),
         ("accelerate launch -m train demo train.steps=some", "a whole number"),
+        ("accelerate launch --no_python postshare run demo train.steps=some", "a whole number"),
         (
             "sbatch --nodes=4 launch/slurm/train.sbatch recipes/none.yaml",
             "no recipe 'recipes/none.yaml'",

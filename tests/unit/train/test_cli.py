@@ -138,6 +138,30 @@ def test_warnings_come_before_the_run(
     assert capsys.readouterr().err.startswith("warning: v will be shared without having been")
 
 
+@pytest.mark.parametrize("command", ["run", "prepare"])
+def test_a_train_of_ones_own_is_warned_about(
+    pipeline: FakePipeline,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+) -> None:
+    for variable in ("WORLD_SIZE", "ACCELERATE_MIXED_PRECISION"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert exit_code(command, "demo") == 0
+    assert capsys.readouterr().err == ""
+    (tmp_path / "train.py").touch()
+    assert exit_code(command, "demo") == 0
+    assert capsys.readouterr().err == (
+        "warning: train.py is what `-m train` runs in this folder, not postshare; to start several "
+        "processes here: accelerate launch ... --no_python postshare run RECIPE\n"
+    )
+    monkeypatch.setenv("WORLD_SIZE", "2")  # a launcher has started us
+    assert exit_code(command, "demo") == 0
+    assert capsys.readouterr().err == ""
+
+
 def test_a_dry_run_needs_no_network_and_writes_nothing(
     pipeline: FakePipeline,
     capsys: pytest.CaptureFixture[str],

@@ -660,6 +660,18 @@ def test_a_wrong_recipe_is_a_finding_among_others() -> None:
     assert "versions" in out
 
 
+def test_a_train_of_ones_own_is_a_warning_with_the_form_that_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert list(inputs.check_working_folder(tmp_path)) == []
+    (tmp_path / "train.py").touch()
+    found = only(inputs.check_working_folder(tmp_path), Level.WARN)
+    assert str(tmp_path / "train.py") in found.found
+    assert "--no_python postshare run" in found.cure
+    monkeypatch.chdir(tmp_path)
+    assert "working folder" in run_alone(None)[1]
+
+
 def test_each_fault_of_a_recipe_is_a_finding_with_its_cure() -> None:
     none, findings = inputs.resolve("demo", ["train.stepz=3", "train.batch_size=0"])
     assert none is None

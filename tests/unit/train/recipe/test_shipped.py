@@ -1,15 +1,18 @@
 from __future__ import annotations
 
+import math
 import random
 import re
 from math import ceil, floor
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from sa_models.errors import PostshareError
 from sa_models.heads import HeadLayout
 from sa_models.search.spans import best_spans
+from train.data.record_blocks import first_records
 from train.estimate.llama_shapes import KNOWN, LlamaShape, find_shape
 from train.estimate.parameters import expected_structure, plan_savings
 from train.planning.problem import PlanProblem
@@ -18,6 +21,7 @@ from train.recipe.load import description, locate
 from train.recipe.recipe import load_recipe
 from train.recipe.shipped import shipped_recipes
 from train.recipe.warnings import recipe_warnings
+from train.training.optimizer import learning_rate_factor
 
 REPOSITORY = Path(__file__).resolve().parents[4]
 FILES = sorted((REPOSITORY / "recipes").rglob("*.y*ml"))
@@ -167,6 +171,25 @@ def test_published_instruction_tuning() -> None:
     assert (data.format, [s.path for s in data.train]) == ("alpaca", ["yahma/alpaca-cleaned"])
     assert (train.epochs, train.learning_rate, train.schedule) == (2, 2e-5, "cosine")
     assert (train.warmup_steps, train.precision, train.clip_norm) == (1000, "bf16", 1.0)
+    assert [train.accumulation(gpus) for gpus in (2, 4, 8)] == [4, 2, 1]
+
+
+def test_instruction_tuning_has_the_published_length_and_rates() -> None:
+    """The release: 51,760 records, 32 a step; its cosine is laid out for 15,000 steps."""
+    train = load_recipe("llama3-8b-sa-23-26-alpaca").train
+    assert train.epochs is not None
+    records, steps = 51_760, 2 * 51_760 / 32
+    assert steps == 3235
+    # Records of 200 tokens on average, in their order: how many find room in a block of 512.
+    draw = random.Random(0)
+    lengths = np.array([min(512, 40 + int(draw.expovariate(1 / 165))) for _ in range(records)])
+    blocks = len(first_records(lengths, 512)) - 1
+    assert float(lengths.mean()) == pytest.approx(200, abs=10)
+    assert 0.98 * blocks * train.epochs / train.batch_size == pytest.approx(steps, rel=0.1)
+    assert train.batch_size * records / blocks == pytest.approx(32, rel=0.1)
+    for step in range(1000, 3235):
+        theirs = (1 + math.cos(math.pi * (step - 1000) / 14_000)) / 2
+        assert learning_rate_factor(step, 3235, train) == pytest.approx(theirs, rel=0.02)
 
 
 def test_gqa_is_exported_as_a_stock_llama_and_spans_are_not() -> None:
@@ -178,14 +201,24 @@ def test_gqa_is_exported_as_a_stock_llama_and_spans_are_not() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "gpus", "accumulation"), [("llama2-7b", 4, 4), ("llama2-13b", 8, 1)]
+    ("name", "gpus", "accumulation", "epochs"),
+    [("llama2-7b", 4, 4, 1.0), ("llama2-13b", 8, 1, 0.01)],
 )
-def test_published_batches(name: str, gpus: int, accumulation: int) -> None:
+def test_published_batches_and_lengths(
+    name: str, gpus: int, accumulation: int, epochs: float
+) -> None:
     recipe = load_recipe(f"{name}-postshare-30")
     assert recipe.train.accumulation(gpus) == accumulation
     assert recipe.data.sequence_length == 4096
     assert (recipe.train.learning_rate, recipe.train.schedule) == (5e-5, "cosine")
-    assert (recipe.train.epochs, recipe.train.precision) == (1, "bf16")
+    assert recipe.train.precision == "bf16"
+    if recipe.train.epochs is None:
+        assert recipe.train.steps is not None
+        sequences = 20.2e9 / 4 / 4096  # of 20231101.en: bytes, tokens, sequences
+        found = recipe.train.steps * recipe.train.batch_size / sequences
+        assert found == pytest.approx(epochs, rel=0.05)
+    else:
+        assert recipe.train.epochs == epochs
 
 
 def test_directshare_does_not_train() -> None:

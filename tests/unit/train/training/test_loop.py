@@ -409,6 +409,8 @@ def test_an_error_of_the_data_reaches_the_caller(tmp_path: Path) -> None:
 def test_the_command_that_resumes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["/venv/bin/postshare", "run", "demo", "model.path=a b"])
     assert resume_command(1) == "postshare run demo 'model.path=a b'"
+    several = "accelerate launch <the same options> --no_python postshare run demo 'model.path=a b'"
+    assert resume_command(2) == several
     monkeypatch.setattr("sys.argv", ["/repo/train/__main__.py", "demo"])
     assert resume_command(1) == "python -m train demo"
     assert resume_command(2) == "accelerate launch <the same options> -m train demo"
