@@ -39,14 +39,19 @@ def texts(tree: ast.Module) -> dict[str, str]:
 
 
 def messages(file: Path, modules: dict[str, ast.Module]) -> list[str]:
-    """The texts of a module, in which its own and its imported constants are written out."""
+    """The texts of a module, with its constants, own and imported, written out or as gaps."""
     tree = ast.parse(file.read_text(encoding="utf-8"))
     constants = texts(tree)
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module in modules:
             known = texts(modules[node.module])
             constants |= {a.name: known[a.name] for a in node.names if a.name in known}
-    return [text for node in ast.walk(tree) if (text := literal(node, constants)) is not None]
+    return [
+        text
+        for node in ast.walk(tree)
+        for known in (constants, {})
+        if (text := literal(node, known)) is not None
+    ]
 
 
 def test_quoted_messages_are_in_the_source() -> None:
