@@ -11,6 +11,7 @@ import typer
 
 from train.commands.completion import complete_override, complete_recipe
 from train.common.exit_codes import ExitCode
+from train.common.imports import large_imports
 from train.common.signals import Interrupted, TrainingStopped, exit_code, watching
 
 if TYPE_CHECKING:
@@ -325,7 +326,8 @@ def doctor(
     ] = 60.0,
 ) -> None:
     """Before a big job: would it start, run and save here? Exit code 0: go, 2: no-go."""
-    from train.doctor.diagnosis import diagnose
+    with large_imports():
+        from train.doctor.diagnosis import diagnose
 
     if not diagnose(recipe, overrides or [], patience):
         sys.exit(ExitCode.BAD_INPUT)
@@ -376,7 +378,8 @@ def _load(recipe: str, overrides: list[str] | None) -> Recipe:
 
 def _stage(name: Literal["run", "plan", "export", "evaluate", "prepare"], recipe: Recipe) -> None:
     """Call the function of `train.stages.pipeline` of this name."""
-    from train.stages import pipeline
+    with large_imports():
+        from train.stages import pipeline
 
     getattr(pipeline, name)(recipe)
 

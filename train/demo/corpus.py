@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 import re
 import sys
 import sysconfig
@@ -131,7 +132,7 @@ def _stdlib() -> Path:
 def _modules(root: Path) -> list[tuple[str, Path]]:
     """Names and files of the modules that take part, sorted by name."""
     found = []
-    for path in root.rglob("*.py"):
+    for path in _python_files(root):
         parts = path.relative_to(root).with_suffix("").parts
         if _LEFT_OUT_FOLDERS.intersection(parts) or parts[0] in _LEFT_OUT_TOP:
             continue
@@ -141,6 +142,13 @@ def _modules(root: Path) -> list[tuple[str, Path]]:
         if name not in _LEFT_OUT_MODULES:
             found.append((name, path))
     return sorted(found)
+
+
+def _python_files(root: Path) -> Iterator[Path]:
+    """Below a folder, but for what is left out: site-packages may hold many times as many."""
+    for folder, folders, files in os.walk(root):
+        folders[:] = set(folders) - _LEFT_OUT_FOLDERS
+        yield from (Path(folder, file) for file in files if file.endswith(".py"))
 
 
 def _texts(modules: Iterable[tuple[str, Path]]) -> Iterator[tuple[str, str]]:

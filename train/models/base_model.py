@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, set_seed
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from sa_models.configuration import SharedLlamaConfig
 from sa_models.errors import PostshareError
@@ -81,7 +81,7 @@ def load_base(recipe: Recipe) -> LlamaForCausalLM:
         PostshareError: see :func:`base_folder` and :class:`WeightsFolder`.
     """
     if recipe.model.config is not None:
-        set_seed(recipe.seed)
+        torch.manual_seed(recipe.seed)
         config = fresh_config(recipe.model)
         config._attn_implementation = recipe.model.attention
         return LlamaForCausalLM(config)

@@ -42,7 +42,6 @@ from train.models.sharded_source import Source, base_source, compact_source, fac
 from train.planning.find import requested_ratio
 from train.recipe.recipe import Recipe
 from train.recipe.rules import unfinished
-from train.report.page import write_report
 from train.stages.lora import report_merged
 from train.stages.materialize import (
     materialize_on_text,
@@ -307,6 +306,7 @@ def tell_wandb(current: Run) -> None:
 
 def show(current: Run) -> None:
     """Write report.html; say where everything is."""
+    from train.report.page import write_report  # draws, which a training does not wait for
 
     def work() -> None:
         page = write_report([current.folder])
