@@ -10,7 +10,7 @@ from .plan import SharingPlan
 
 @strict
 class SharedLlamaConfig(LlamaConfig):
-    """A LlamaConfig whose ``sharing`` field holds a version 1 sharing plan (see DESIGN's JSON).
+    """A LlamaConfig whose ``sharing`` field holds a sharing plan, as `plan.json` does.
 
     Sizes (heads, hidden size, layers) are those of the dense model that the compact one equals.
     """

@@ -33,7 +33,7 @@ class SharedDecoderLayer(GradientCheckpointingLayer):
     """A Llama layer that takes its leader's tensors and hands on its own.
 
     They are arguments and results, not state: sharing then survives gradient checkpointing, and
-    does not depend on a cache (contract 6).
+    does not depend on a cache.
     """
 
     def __init__(self, config: SharedLlamaConfig, layer_idx: int, plan: SharingPlan) -> None:
@@ -173,8 +173,8 @@ def refuse_lost_gradient(entering: torch.Tensor, given: tuple[torch.Tensor, ...]
 class SharedLlamaForCausalLM(LlamaForCausalLM):
     """A Llama that applies the sharing plan of its config.
 
-    Computes what the materialized dense Llama computes (contract 1); with spans, what their papers
-    define. Raises PostshareError when the plan does not fit the config.
+    Computes what the materialized dense Llama computes; with spans, what their papers define.
+    Raises PostshareError when the plan does not fit the config.
     """
 
     config_class = SharedLlamaConfig

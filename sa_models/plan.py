@@ -70,7 +70,7 @@ class SharingPlan:
     # --- JSON ---------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
-        """The version 1 JSON value (DESIGN: ``plan.json`` and ``sharing`` in ``config.json``)."""
+        """The version 1 JSON value, of ``plan.json`` and of ``sharing`` in ``config.json``."""
         value: dict[str, Any] = {
             "version": VERSION,
             "kv_heads": self.kv_heads,
@@ -153,7 +153,7 @@ class SharingPlan:
         """The chain-free plan that is materialized and exported.
 
         The plan itself, unless it is ``released``: there a target that is also a source keeps its
-        own weights, which is what the released implementation computes (METHODS.md).
+        own weights, which is what the released implementation computes.
         """
         if not self.released:
             return self
@@ -164,6 +164,10 @@ class SharingPlan:
             if free:
                 kept.append(replace(tie, projections=free))
         return replace(self, ties=tuple(kept), released=False)
+
+    def shared_projections(self) -> frozenset[str]:
+        """The projections that ties share."""
+        return frozenset(p for tie in self.effective().ties for p in tie.projections)
 
     def structure(self) -> SharingPlan:
         """The part that is applied before training: KV heads and spans alone."""

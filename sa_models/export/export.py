@@ -195,7 +195,7 @@ def _check_arguments(formats: Sequence[str], dtype: torch.dtype, plan: SharingPl
 
 @dataclass
 class _Job:
-    """One call of :func:`export`."""
+    """One call of :func:`export_model`."""
 
     folder: Path
     weights: MaterializedReader | ExpandedFolder

@@ -1,4 +1,4 @@
-"""Verification of an export, from the files that it wrote (contract 1 and contract 2).
+"""Verification of an export, from the files that it wrote.
 
 Three things are compared: every tensor, bit for bit; one decoder layer at a time, what the stock
 layer and the compact layer compute; and the bytes on disk with the plan's arithmetic.

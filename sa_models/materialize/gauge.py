@@ -1,8 +1,9 @@
 """The gauge of a head, changed to another's: the same function, in weights that are closest.
 
-A head's weights may be changed without changing its function (METHODS.md, invariances of a head).
-Before two heads are averaged, or one is pulled to the other, one of them is brought into the
-other's gauge. One transform for a KV group under GQA.
+A head's weights may be changed without changing its function: v and o by any invertible M, q and k
+of a RoPE plane by a common angle and by inverse scales. Before two heads are averaged, or one is
+pulled to the other, one of them is brought into the other's gauge. One transform for a KV group
+under GQA.
 
 * q and k, for every RoPE plane: the scale that gives q and k the ratio of norms that they have in
   the source, and the angle arg c_i of :mod:`sa_models.scores.gauge_invariant`.

@@ -1,4 +1,4 @@
-"""Scores between units that do not change with a head's gauge (METHODS.md, invariances of a head).
+"""Scores between units that do not change with a head's gauge.
 
 The weights of a head may be changed without changing its function: v and o by any invertible M, q
 and k of a RoPE plane by a common angle and by inverse scales. Raw cosines change with them; these

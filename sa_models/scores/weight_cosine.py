@@ -40,7 +40,7 @@ def unit_scores(
     Args:
         reader: the dense weights.
         score: ``q``, ``k``, ``v``, ``qk``, ``qkv``: the projections that are compared;
-            ``softmax``: softmax(W_q W_k^T) W_v of every query head (METHODS.md).
+            ``softmax``: softmax(W_q W_k^T) W_v of every query head.
 
     Returns:
         float64 (layers * units, layers * units), symmetric, ones on the diagonal; the unit

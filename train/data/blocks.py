@@ -30,8 +30,9 @@ so far, independent of the world size.
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -102,6 +103,16 @@ def _mix(sizes: Sequence[int], weights: Sequence[float]) -> list[int]:
     shares = [weight / sum(weights) for weight in weights]
     epoch = max(size / share for size, share in zip(sizes, shares, strict=True))
     return [max(size, round(epoch * share)) for size, share in zip(sizes, shares, strict=True)]
+
+
+def blocks_hash(blocks: Iterable[Block]) -> str:
+    """SHA-256 (hex) of all that a model reads of these blocks, in their order."""
+    digest = hashlib.sha256()
+    for block in blocks:
+        for name, tensor in sorted(block.items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 def prepare_data(

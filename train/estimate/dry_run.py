@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.syntax import Syntax
 from rich.table import Table
 
+from sa_models.plan import SharingPlan
 from sa_models.spans import ranges
 from train.common.sizes import byte_unit, count, size
 from train.estimate import gpu_memory, parameters
@@ -45,7 +46,7 @@ def print_dry_run(recipe: Recipe, gpus: int | None = None, console: Console | No
     console.print(facts)
     if needed is not None:
         console.print(needed)
-    for line in [*recipe_warnings(recipe), *_length_warning(recipe, shape)]:
+    for line in [*recipe_warnings(recipe, _shared(recipe)), *_length_warning(recipe, shape)]:
         console.print(f"[yellow]warning:[/] {line}")
 
 
@@ -234,6 +235,13 @@ def _memory(recipe: Recipe, shape: LlamaShape, gpus: int) -> Table:
     for stage, row in zip(stages, rows, strict=True):
         table.add_row(str(stage), *(f"{number / factor:,.1f}" for number in row))
     return table
+
+
+def _shared(recipe: Recipe) -> frozenset[str] | None:
+    """Projections that a plan file ties; None where the plan is still to be found."""
+    if recipe.plan.strategy != "file":
+        return None
+    return SharingPlan.load(recipe.plan.path or "").shared_projections()
 
 
 def _length_warning(recipe: Recipe, shape: LlamaShape) -> list[str]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from sa_models.heads import HeadLayout
 from sa_models.plan import SharingPlan
 from sa_models.savings import llama_parameters
-from train.estimate.parameters import parameter_shapes, trainable_parameters
+from train.estimate.parameters import has_basis, parameter_shapes, trainable_parameters
 
 if TYPE_CHECKING:
     from train.estimate.llama_shapes import LlamaShape
@@ -176,6 +176,6 @@ def whole_models(recipe: Recipe, shape: LlamaShape) -> WholeModels:
     beside that which it changes, and a factorization the factors. What is measured on one block of
     text at a time is left out.
     """
-    two = recipe.materialize.reconstruct or recipe.plan.strategy == "basis"
+    two = recipe.materialize.reconstruct or has_basis(recipe.plan)
     count, stage = (2, "materialize") if two else (1, "evaluate")
     return WholeModels(count, stage, 4 * count * llama_parameters(shape))

@@ -23,7 +23,7 @@ from train.recipe.sections.structure import listed_structure
 
 if TYPE_CHECKING:
     from train.estimate.llama_shapes import LlamaShape
-    from train.recipe.recipe import Recipe, TrainSection
+    from train.recipe.recipe import PlanSection, Recipe, TrainSection
     from train.recipe.sections.lora import LoraSection
     from train.recipe.sections.residual import ResidualSection
 
@@ -215,12 +215,23 @@ def disk_space(recipe: Recipe, shape: LlamaShape) -> Disk:
     # Without checkpoint_every one is written when the run is stopped, and no other.
     kept = train.keep_checkpoints * trainings + 1 if train.checkpoint_every else 1
     # Of a merge on text, and of the first factors, whole fp32 weights are written as well.
-    on_text = recipe.materialize.measures or recipe.plan.strategy == "basis"
+    on_text = recipe.materialize.measures or has_basis(recipe.plan)
     written = trainings + on_text
     weights = 4 * savings.base_parameters * written
     teacher = cached_bytes(recipe)
     everything = kept * checkpoint + weights + exports + teacher
     return Disk(checkpoint, weights, exports, everything, teacher)
+
+
+def has_basis(section: PlanSection) -> bool:
+    """Whether the plan is known to have a basis, which calibration text factorizes.
+
+    Raises:
+        PostshareError: a plan file that cannot be read.
+    """
+    if section.strategy == "file":
+        return SharingPlan.load(section.path or "").basis is not None
+    return section.strategy == "basis"
 
 
 def cached_bytes(recipe: Recipe) -> int:

@@ -1,8 +1,8 @@
 """The time that decoding one token takes with a plan, measured on the compact model.
 
 Each model is timed against the dense one, token by token in turn: what else the machine does then
-falls on both, and no more than two models are held. The bytes that a token reads stand beside it:
-a tied unit is stored once and read as often as it is used, so that ties save no reading.
+falls on both. They share all but their attention weights. The bytes that a token reads stand beside
+it: a tied unit is stored once and read as often as it is used, so that ties save no reading.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from transformers import DynamicCache, LlamaConfig
 from sa_models.basis import FACTORED, SharedBasis
 from sa_models.heads import HeadLayout
 from sa_models.materialize.shared_basis import with_factors
-from sa_models.materialize.ties import materialize_
 from sa_models.modeling import SharedLlamaForCausalLM
 from sa_models.plan import SharingPlan
 from sa_models.weights.parameter_shapes import compact_shapes
@@ -56,11 +55,12 @@ def decode_time(
     """Time the compact model of a plan against the dense one.
 
     Args:
-        dense: the base model in evaluation mode; a plan's structure is made from it.
+        dense: the base model in evaluation mode; a plan's structure is made from it. It stays as
+            it is.
         prompt: int64 (1, context), in the cache when a token is decoded.
     """
     compact = compact_model(dense, plan, leaders)
-    steps = [_decoder(model, prompt) for model in (own_attention(dense), compact)]
+    steps = [_decoder(model, prompt) for model in (dense, compact)]
     pairs: list[tuple[float, float]] = []
     started = time.perf_counter()
     for _ in range(ROUNDS[1]):
@@ -79,6 +79,7 @@ def compact_model(
 ) -> SharedLlamaForCausalLM:
     """The compact model of an untrained plan; the dense one stays as it is.
 
+    Tied units are stored once, as their source's, so that nothing has to be written into targets.
     The factors of a basis, which are found on calibration text, are zeros: the time that they take
     does not depend on what they hold.
     """
@@ -90,8 +91,8 @@ def compact_model(
             if name not in names
         }
         return with_factors(own_attention(dense), plan, factors).eval()
-    model = own_attention(convert(dense, plan, leaders))
-    materialize_(dict(model.named_parameters()), HeadLayout.from_config(model.config), plan)
+    # A model with spans stores the weights of o anew, in place.
+    model = convert(own_attention(dense) if plan.spans else dense, plan, leaders)
     return SharedLlamaForCausalLM.from_materialized(model, plan).eval()
 
 

@@ -39,6 +39,12 @@ def open_folder(folder: Path) -> WeightsFolder | QuantizedFolder:
     return KINDS[str(read_model_type(folder))](folder)
 
 
+def weight_hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 (hex) of the weights and the config of a model's folder, by the file's name."""
+    files = [*folder.glob("*.safetensors"), folder / "config.json"]
+    return {file.name: file_hash(file) for file in sorted(files)}
+
+
 @dataclass(frozen=True)
 class Judged:
     """One model.
@@ -87,9 +93,8 @@ class Judged:
         """What decides its outputs: the hashes of weights, configs and tokenizer files."""
         patterns = (*COMPANIONS, GENERATION_CONFIG)
         files = [file for pattern in patterns for file in self.tokenizer.glob(pattern)]
-        own = [*self.folder.glob("*.safetensors"), self.folder / "config.json"]
         value: dict[str, Any] = {
-            "model": {file.name: file_hash(file) for file in sorted(own)},
+            "model": weight_hashes(self.folder),
             "tokenizer": {
                 f.name: file_hash(f)
                 for f in sorted(files)

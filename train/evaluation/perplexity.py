@@ -40,8 +40,9 @@ class BlockLosses:
         loss = sum(self.nats) / tokens
         if not math.isfinite(loss):
             raise PostshareError(
-                f"the evaluation loss is {loss}; look for the step where it first appears in "
-                "metrics.jsonl and lower train.learning_rate"
+                f"the evaluation loss is {loss}; of a trained model look for the step where it "
+                "first appears in metrics.jsonl and lower train.learning_rate, of another one "
+                "check the weights"
             )
         return Perplexity(loss=loss, perplexity=math.exp(loss), tokens=tokens)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,17 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from sa_models.atomic_files import write_json
+from sa_models.errors import PostshareError
 from sa_models.plan import SharingPlan
 from sa_models.savings import PlanSavings
+from train.common.identity import identity_hash
 from train.common.run_files import BLOCKS_FILE
-from train.data.blocks import Blocks
+from train.data.blocks import Blocks, blocks_hash
 from train.evaluation.perplexity import BlockLosses, Perplexity, block_losses
 
 EVALUATION_FILE = "evaluation.json"
+VERSION = 1
+"""Of what is computed: raise it when a loss is computed otherwise."""
 
 MODELS = {
     "base": "base",
@@ -32,39 +37,89 @@ STRUCTURED = MODELS | {"direct": "direct", "post": "post-trained"}
 """With removed units, spans, fewer KV heads or a basis it is not the PostShare paper's method."""
 
 
+@dataclass(frozen=True)
+class EvaluatedModel:
+    """A model of a run.
+
+    Attributes:
+        load: makes it, on the CPU.
+        made_of: all that decides its outputs beyond rounding (hashes of weights, the plan, the
+            attention implementation), JSON-ready.
+    """
+
+    load: Callable[[], PreTrainedModel]
+    made_of: dict[str, Any]
+
+
 def evaluate_models(
-    models: dict[str, Callable[[], PreTrainedModel]],
+    models: Mapping[str, EvaluatedModel],
     blocks: Blocks,
     batch_size: int,
     limit: int | None,
     device: torch.device,
     folder: Path,
+    say: Callable[[str], None] = print,
 ) -> dict[str, Perplexity]:
     """Perplexity of each model on the same blocks, one model in memory at a time.
 
-    Writes ``evaluation.json``, and the loss of each block (``evaluation-blocks.json``); what this
-    holds already for these blocks is not measured again.
+    Writes ``evaluation.json``, and the loss of each block (``evaluation-blocks.json``). What this
+    holds already of these very models and blocks is not measured again: an entry names both by a
+    hash. The batch size is no part of it, nor is the device: they change a loss by rounding.
+
+    Args:
+        say: is told which models are measured again, and why.
+
+    Raises:
+        PostshareError: there is no token to predict, or a model's loss is not finite.
     """
     count = min(len(blocks), limit or len(blocks))
-    measured = {n: b for n, b in read_block_losses(folder).items() if len(b.nats) == count}
-    for name, load in models.items():
-        if name not in measured:
-            model = load()
-            model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides it
-            measured[name] = block_losses(model, blocks, batch_size, limit=limit)
+    text = blocks_hash(blocks[index] for index in range(count))
+    keys = {
+        name: identity_hash({"version": VERSION, "text": text, "model": model.made_of})
+        for name, model in models.items()
+    }
+    held = _read_entries(folder)
+    known = {n: e for n, e in held.items() if e.get("of") == keys.get(n)}
+    stale = [name for name in models if name in held and name not in known]
+    if stale:
+        unsaid = all("of" not in held[name] for name in stale)
+        reason = (
+            f"{BLOCKS_FILE} is of an earlier version, which does not say what was measured"
+            if unsaid
+            else "their weights or the held-out text are not those that were measured"
+        )
+        say(f"measured again: {', '.join(stale)} ({reason})")
+    measured = {name: _losses(entry) for name, entry in known.items()}
+    for name, model in models.items():
+        if name in measured:
+            continue
+        loaded = model.load()
+        loaded.to(device)  # type: ignore[arg-type]  # transformers' decorator hides it
+        measured[name] = block_losses(loaded, blocks, batch_size, limit=limit)
+        del loaded
+        gc.collect()  # the projections of a compact model refer to each other
+        try:
             found = {n: asdict(b.perplexity) for n, b in measured.items()}
-            write_json(folder / EVALUATION_FILE, {"blocks": count, "models": found})
-            write_json(folder / BLOCKS_FILE, {n: asdict(b) for n, b in measured.items()})
+        except PostshareError as error:
+            raise PostshareError(f"{name}: {error}") from None
+        write_json(folder / EVALUATION_FILE, {"blocks": count, "models": found})
+        entries = {n: {"of": keys[n], **asdict(b)} for n, b in measured.items()}
+        write_json(folder / BLOCKS_FILE, entries)
     return {name: measured[name].perplexity for name in models}
 
 
 def read_block_losses(folder: Path) -> dict[str, BlockLosses]:
     """What ``evaluation-blocks.json`` of a run folder holds, by model; nothing where it is not."""
+    return {name: _losses(entry) for name, entry in _read_entries(folder).items()}
+
+
+def _read_entries(folder: Path) -> dict[str, dict[str, Any]]:
     file = folder / BLOCKS_FILE
-    if not file.is_file():
-        return {}
-    value = json.loads(file.read_text(encoding="utf-8"))
-    return {n: BlockLosses(tuple(b["nats"]), tuple(b["tokens"])) for n, b in value.items()}
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def _losses(entry: Mapping[str, Any]) -> BlockLosses:
+    return BlockLosses(tuple(entry["nats"]), tuple(entry["tokens"]))
 
 
 @dataclass(frozen=True)

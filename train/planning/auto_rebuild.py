@@ -6,6 +6,7 @@ layer's own, makes up for a removal better: it leaves all other columns free, a 
 
 from __future__ import annotations
 
+import gc
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -75,7 +76,10 @@ def compare_rebuilt(
             model = on_text(recipe, plan, model, blocks, device)
         model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides it
         measured = [blocks[i] for i in spread_indices(len(blocks), section.calibration_blocks)]
-        return asdict(block_losses(model, measured, recipe.evaluate.batch_size, progress=False))
+        losses = block_losses(model, measured, recipe.evaluate.batch_size, progress=False)
+        del model
+        gc.collect()  # the projections of a compact model refer to each other
+        return asdict(losses)
 
     def losses_of(plan: SharingPlan) -> BlockLosses:
         options = {"plan": plan.to_dict(), "merge": section.merge, "leaders": recipe.leaders}

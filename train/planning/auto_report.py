@@ -7,6 +7,7 @@ quality; a few of its plans are timed.
 
 from __future__ import annotations
 
+import gc
 import math
 import statistics
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from rich import box
 from rich.table import Table
 
 from sa_models.atomic_files import write_json
+from sa_models.heads import HeadLayout
 from sa_models.plan import SharingPlan
 from sa_models.weights.structure import Leaders
 from train.common.progress import bar
@@ -76,7 +78,9 @@ def time_front(
     """Decode with a few plans of the front, evenly spread, the chosen one and Basis Sharing, last.
 
     Args:
-        dense: the base model, without any structure.
+        dense: the base model, without any structure. Its attention weights get memory of their
+            own, as those of the models that it is compared with have: what was loaded may be pages
+            of a file.
         prompt: int64 (1, context).
         size: bytes of one exported parameter.
     """
@@ -89,11 +93,15 @@ def time_front(
         wanted.append((searched.factored.plan, None))
     timed: list[Timed] = []
     context = prompt.shape[1]
+    for name, parameter in dense.named_parameters():
+        if HeadLayout.parse_name(name) is not None:
+            parameter.data = parameter.data.clone()
     with bar("timing the front") as advance:
         for done, (plan, point) in enumerate(wanted, start=1):
             decode = decode_time(dense, plan, prompt, leaders)
             read = bytes_read(plan, config, context, size)
             timed.append(Timed(plan, point, decode, read, context))
+            gc.collect()  # the projections of a compact model refer to each other
             advance(done, len(wanted))
     # A machine's pace drifts from plan to plan; the ratios do not, and all are of one dense model.
     dense_seconds = statistics.median(t.decode.seconds / t.decode.ratio for t in timed)

@@ -83,8 +83,7 @@ def _unpulled(recipe: RecipeFields, shared: Iterable[str] | None) -> list[str]:
     if missing:
         lines.append(
             f"{', '.join(missing)} will be shared without having been pulled: penalty.projections "
-            "leaves out what the plan shares; on mixed7M, o shared without having been pulled "
-            "cost 6.5 perplexity points; remove penalty.projections"
+            "leaves out what the plan shares, which costs quality; remove penalty.projections"
         )
     idle = [p for p in penalty.projections if p not in ties]
     if idle:

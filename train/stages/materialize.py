@@ -56,13 +56,20 @@ def materialize_on_text(current: Run) -> None:
     current.on_main(work)
 
 
+def untrained_folder(current: Run) -> Path:
+    """Folder of the weights that `tied_base` starts from: the base's, or what was merged of it."""
+    if reads_text(current) and current.steps == 0 and merged_folder(current).is_dir():
+        return merged_folder(current)
+    return base_of(current)
+
+
 def tied_base(current: Run) -> LlamaForCausalLM:
     """The base with the plan materialized, untrained; with text to read, `blocks` must be there."""
-    attention, measures = current.recipe.model.attention, reads_text(current)
-    if measures and current.steps == 0 and merged_folder(current).is_dir():
-        return tied(current, load_model(merged_folder(current), attention))  # it is of the base
-    model = load_dense(base_of(current), attention)
-    if measures:
+    attention, folder = current.recipe.model.attention, untrained_folder(current)
+    if folder != base_of(current):
+        return tied(current, load_model(folder, attention))
+    model = load_dense(folder, attention)
+    if reads_text(current):
         blocks, device = current.blocks[0], current.ranks.device
         model = on_text(current.recipe, current.plan, model, blocks, device)
     return tied(current, model)

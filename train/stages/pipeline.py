@@ -1,23 +1,23 @@
 """The stages of a run, top to bottom: plan, post-train, materialize, export, evaluate, report.
 
-Each stage reads files and writes files in the run folder, so any of them can be run alone, and a
-stage that has finished is skipped on a second start. Every rank runs this; what is not training is
-done by the main process, while the others wait for its outcome.
+Each stage reads files and writes files in the run folder, and one that has finished is skipped on a
+second start. Planning, and on what a run has left exporting and evaluating, are commands of their
+own. Every rank runs this; what is not training is done by the main process, while the others wait
+for its outcome.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
-from transformers import LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaForCausalLM
 
 from sa_models.atomic_files import write_json
 from sa_models.errors import PostshareError
 from sa_models.export import export as exporting
 from sa_models.export.manifest import update_notes
-from sa_models.export.peft_adapter import insert_, load_adapter
+from sa_models.export.peft_adapter import insert_
 from sa_models.modeling import SharedLlamaForCausalLM
 from sa_models.plan import SharingPlan
 from sa_models.weights.compact_folder import open_weights
@@ -35,19 +35,25 @@ from train.evaluation.summary import (
     summary_table,
     weight_bytes,
 )
-from train.models.base_model import load_base, load_dense, load_model
+from train.models.base_model import load_base, load_model
 from train.models.lora import TRAINABLE as ADAPTERS
 from train.models.lora import adapt
 from train.models.sharded_source import Source, base_source, compact_source, factored_source
 from train.planning.find import requested_ratio
 from train.recipe.recipe import Recipe
 from train.recipe.rules import unfinished
+from train.stages.evaluation import (
+    evaluated_models,
+    export_formats,
+    exported,
+    require_exports,
+    shipped,
+)
 from train.stages.lora import report_merged
 from train.stages.materialize import (
     materialize_on_text,
     merged_folder,
     tied,
-    tied_base,
     trained_folder,
 )
 from train.stages.plan import make_plan
@@ -70,6 +76,7 @@ def run(recipe: Recipe) -> None:
 def stages(recipe: Recipe) -> None:
     """As `run`; other runs may follow in this process. Call `engine.shutdown` after the last."""
     current = begin(recipe, trains=True)
+    check_length(current)
     make_plan(current)
     post_train(current)
     materialize_on_text(current)
@@ -95,16 +102,14 @@ def plan(recipe: Recipe) -> None:
 
 def export(recipe: Recipe) -> None:
     """`postshare export`: the exports of a finished training."""
-    current = begin(recipe, needs_data=False)
-    require_trained(current)
+    current = begin(recipe, needs_data=False, requires=require_trained)
     materialize_on_text(current)
     write_exports(current)
 
 
 def evaluate(recipe: Recipe) -> None:
     """`postshare evaluate`: perplexity of the run's models, its summary, its report."""
-    current = begin(recipe)
-    require_trained(current)
+    current = begin(recipe, requires=require_evaluable)
     judge(current)
     tell_wandb(current)
     show(current)
@@ -129,13 +134,17 @@ def prepare(recipe: Recipe) -> None:
 # --- the stages -----------------------------------------------------------------------------------
 
 
+def check_length(current: Run) -> None:
+    """Refuse a penalty that the training is too short for; of epochs only the data tells."""
+    if current.steps and (problem := unfinished(current.recipe.penalty, current.steps)):
+        raise PostshareError(problem)
+
+
 def post_train(current: Run) -> None:
     """Train the control without any sharing (*continued*), then the model with its structure.
 
     The control takes as many steps as the model, its healing included.
     """
-    if current.steps and (problem := unfinished(current.recipe.penalty, current.steps)):
-        raise PostshareError(problem)
     steps = current.steps + current.recipe.materialize.heal_steps
     if current.shares and current.recipe.evaluate.continued and steps > 0:
         train_one(current, "continued", current.folder / "continued", None, steps)
@@ -228,6 +237,8 @@ def write_exports(current: Run) -> None:
     tokenizer = current.tokenizer if own else current.base
 
     def work() -> None:
+        judged = current.folder / "export" / shipped(current)
+        is_there = judged.is_dir()
         with (
             bar("export: write", of_bytes=True) as write,
             bar("export: verify", of_bytes=True) as verify,
@@ -249,6 +260,13 @@ def write_exports(current: Run) -> None:
                 notes={"name": recipe.name, "base_model": recipe.model.path},
                 progress=lambda stage, done, total: shows[stage](done, total),
             )
+        summary = current.folder / SUMMARY_FILE
+        if summary.is_file() and not is_there:
+            summary.unlink()
+            current.say(
+                f"note: {summary} was of an earlier export and is removed until this one is "
+                "evaluated (`postshare evaluate RECIPE`)"
+            )
 
     current.on_main(work)
 
@@ -263,25 +281,22 @@ def judge(current: Run) -> None:
 
 def measure(current: Run, blocks: Blocks) -> None:
     """Evaluate what is not evaluated yet, write evaluation.json and summary.json, print both."""
-    recipe, base, dtype = current.recipe, base_of(current), current.export_dtype
-    attention = recipe.model.attention
-
-    models: dict[str, Callable[[], PreTrainedModel]] = {"base": lambda: load_dense(base, attention)}
-    if (current.folder / "continued" / "weights").is_dir():
-        weights = current.folder / "continued" / "weights"
-        models["continued"] = lambda: load_dense(weights, attention, through=dtype)
-    models["direct"] = lambda: tied_base(current)
-    if current.steps > 0 or recipe.materialize.heal_steps > 0 or recipe.residual is not None:
-        models["post"] = lambda: load_export(current)
-    limit, size = recipe.evaluate.blocks, recipe.evaluate.batch_size
-    device = current.ranks.device
-    measured = evaluate_models(models, blocks, size, limit, device, current.folder)
+    recipe, section = current.recipe, current.recipe.evaluate
+    measured = evaluate_models(
+        evaluated_models(current),
+        blocks,
+        section.batch_size,
+        section.blocks,
+        current.ranks.device,
+        current.folder,
+        current.say,
+    )
     summary = summarize(
         measured,
         current.plan,
         current.plan.savings(current.config),
         requested_ratio(recipe.plan, current.plan, current.plan.layout(current.config)),
-        {"base": weight_bytes(base)}
+        {"base": weight_bytes(base_of(current))}
         | {kind: weight_bytes(current.folder / "export" / kind) for kind in exported(current)},
         trained(current),
         0 if recipe.residual is None else recipe.residual.parameters(current.plan, current.config),
@@ -332,27 +347,32 @@ def next_step(current: Run) -> str:
     return f"load it: see {current.folder / 'export' / kind / 'README.md'}"
 
 
-def load_export(current: Run) -> PreTrainedModel:
-    """The model that is shipped, with fp32 parameters: the compact export, else the dense one."""
-    attention = current.recipe.model.attention
-    for kind, load in (("compact", SharedLlamaForCausalLM), ("dense", LlamaForCausalLM)):
-        folder = current.folder / "export" / kind
-        if folder.is_dir():
-            model = load.from_pretrained(folder, dtype="auto", attn_implementation=attention)
-            if kind == "compact" and current.recipe.residual is not None:
-                insert_(model, load_adapter(folder.with_name("adapter")))
-            return model.float()
-    raise PostshareError(f"{current.folder} has no export; run `postshare export` first")
-
-
 # --- where things are -----------------------------------------------------------------------------
 
 
 def require_trained(current: Run) -> None:
-    if not (trained_folder(current) / "config.json").is_file():
-        raise PostshareError(
-            f"{current.folder} holds no finished training; start it with `postshare run`"
-        )
+    """Raises PostshareError: the plan, a training or the residuals that are exported are missing.
+
+    Asked of the main process, which may be alone: `blocks` are not read.
+    """
+    recipe, folder = current.recipe, current.folder
+    heals = recipe.materialize.heal_steps > 0
+    trainings = [folder] if recipe.train.steps != 0 else []
+    for training in [*trainings, *([folder / "heal"] if heals else [])]:
+        if not (training / "weights" / "config.json").is_file():
+            raise PostshareError(
+                f"{training} holds no finished training; start it with `postshare run`"
+            )
+    _ = current.plan
+    if recipe.residual is not None and not heals:
+        fitted(current)
+
+
+def require_evaluable(current: Run) -> None:
+    """Raises PostshareError: as `require_trained`; or the exports are missing."""
+    require_trained(current)
+    if current.shares:
+        require_exports(current)
 
 
 def trained(current: Run) -> TrainingCost:
@@ -360,18 +380,3 @@ def trained(current: Run) -> TrainingCost:
     results = [read_result(current.folder), read_result(current.folder / "heal")]
     done = [result for result in results if result is not None]
     return TrainingCost(sum(r.tokens for r in done), sum(r.seconds for r in done))
-
-
-def exported(current: Run) -> tuple[str, ...]:
-    """The folders of the export."""
-    formats = export_formats(current)
-    adapter = current.recipe.residual is not None and "compact" in formats
-    return (*formats, "adapter") if adapter else formats
-
-
-def export_formats(current: Run) -> tuple[exporting.Format, ...]:
-    """With KV heads alone there is nothing compact to store; with spans, no stock form."""
-    plan = current.plan
-    if plan.structure() == plan and not plan.spans:
-        return ("dense",)
-    return current.recipe.export.formats if plan.has_stock_form else ("compact",)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 from transformers import LlamaForCausalLM
 
 from sa_models.calibration.partial_forward import Batch
+from sa_models.errors import PostshareError
 from sa_models.materialize.merge import check_merge
 from sa_models.plan import SharingPlan
 from sa_models.weights.safetensors_folder import WeightsFolder
@@ -42,6 +44,7 @@ from train.planning.problem import PlanProblem
 from train.planning.scores import calibration_text, chance_line, save_chances
 from train.planning.spans import SpanFinder, save_spans, spans_table
 from train.recipe.sections.structure import listed_structure
+from train.recipe.warnings import recipe_warnings
 from train.stages.run import Run, base_of
 
 
@@ -73,6 +76,8 @@ def make_plan(current: Run) -> None:
             draw_plan(found, scores, found.layout(current.config), section, current.folder)
             save_chances(section, base, found, text, current.folder)
             found.save(file)
+        if current.recipe.residual is not None and not current.plan.ties:
+            raise PostshareError("residual: the plan ties nothing; remove residual")
         show_plan(current)
 
     current.on_main(work)
@@ -106,13 +111,13 @@ def measured_text(current: Run, blocks: Blocks) -> list[Batch]:
 
 
 def find_by_loss(current: Run, base: Path, structure: SharingPlan, blocks: Blocks) -> SharingPlan:
-    """The plan of strategies loss and gradient, which measure the base with its structure."""
+    """The plan of the strategies that measure the base with its structure."""
     section, config = current.recipe.plan, current.config
     problem = PlanProblem(section, config, structure)
-    model = measured_model(current, base, structure)
     if section.strategy == "auto":
-        found = find_by_auto(current, base, model, problem, blocks)
-    elif section.strategy == "gradient":
+        return find_by_auto(current, base, problem, blocks)
+    model = measured_model(current, base, structure)
+    if section.strategy == "gradient":
         found = choose_by_gradient(problem, model, measured_text(current, blocks))
     else:
         found, searched = search_plan(
@@ -126,26 +131,25 @@ def find_by_loss(current: Run, base: Path, structure: SharingPlan, blocks: Block
     return found
 
 
-def find_by_auto(
-    current: Run, base: Path, model: LlamaForCausalLM, problem: PlanProblem, blocks: Blocks
-) -> SharingPlan:
-    """The plan of strategy auto; shows what it was compared with, and what each choice costs."""
+def find_by_auto(current: Run, base: Path, problem: PlanProblem, blocks: Blocks) -> SharingPlan:
+    """The plan of strategy auto; shows what it was compared with, and what each choice costs.
+
+    Searching, comparing and timing load the base anew, so that none holds what another needed.
+    """
     recipe, config, size = current.recipe, current.config, current.export_dtype.itemsize
-    spans = recipe.export.formats != ("dense",)
+    device, spans = current.ranks.device, recipe.export.formats != ("dense",)
+    model = measured_model(current, base, problem.structure)
     text = measured_text(current, blocks)
     searched = search_auto(problem, model, text, current.folder, spans)
+    del model
+    gc.collect()  # the projections of models with spans refer to each other
     if recipe.materialize.reconstruct:
         load = partial(load_dense, base, recipe.model.attention)
-        device = current.ranks.device
-        model.to("cpu")  # type: ignore[arg-type]  # two others come
         searched = compare_rebuilt(searched, recipe, load, blocks, device, current.folder)
-        model.to(device)  # type: ignore[arg-type]
-    dense = model
-    if problem.structure != SharingPlan():
-        del model
-        dense = measured_model(current, base, SharingPlan())
-    prompt = blocks[0]["input_ids"][None].to(dense.device)
-    front = time_front(searched, dense, prompt, current.leaders, config, size)
+    model = measured_model(current, base, SharingPlan())
+    prompt = blocks[0]["input_ids"][None].to(device)
+    front = time_front(searched, model, prompt, current.leaders, config, size)
+    del model
     save_auto(searched, front, config, size, current.folder)
     tables = (compared_table(searched, config), cost_table(searched, config))
     current.say("", *tables, front_table(front, config, size, prompt.shape[1]))
@@ -155,6 +159,7 @@ def find_by_auto(
     agreement = searched.chosen.agreement
     if agreement is not None and (line := unstable(agreement, searched.blocks)) is not None:
         note(f"warning: {line}")
+    searched.plan.validate(config)
     return searched.plan
 
 
@@ -174,3 +179,7 @@ def show_plan(current: Run) -> None:
             "note: a plan with spans has no dense form, no stock Llama computes it: only the "
             "compact folder will be exported"
         )
+    said = recipe_warnings(current.recipe)  # on the command line, before the plan was known
+    for line in recipe_warnings(current.recipe, found.shared_projections()):
+        if line not in said:
+            note(f"warning: {line}")

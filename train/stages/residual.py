@@ -55,9 +55,6 @@ def fit_residual(current: Run, weights: Path) -> None:
 
     Args:
         weights: folder of the weights into which the ties will be written.
-
-    Raises:
-        PostshareError: the plan ties nothing.
     """
     section = current.recipe.residual
     if section is None:
@@ -67,8 +64,6 @@ def fit_residual(current: Run, weights: Path) -> None:
     def work() -> None:
         folder = current.folder / RESIDUAL_FOLDER
         if not (folder / FIT_FILE).is_file():
-            if not current.plan.ties:
-                raise PostshareError("residual: the plan ties nothing; remove residual")
             _fit(current, weights, None if blocks is None else _moments(current, weights, blocks))
         left = json.loads((folder / FIT_FILE).read_text(encoding="utf-8"))["left"].values()
         current.say(

@@ -212,12 +212,19 @@ def base_of(current: Run) -> Path:
 # --- claiming the folder --------------------------------------------------------------------------
 
 
-def begin(recipe: Recipe, needs_data: bool = True, trains: bool = False) -> Run:
+def begin(
+    recipe: Recipe,
+    needs_data: bool = True,
+    trains: bool = False,
+    requires: Callable[[Run], None] | None = None,
+) -> Run:
     """Check everything that can be checked without training, then claim the run folder.
 
     Args:
         needs_data: whether to read (and cache) the data before anything is written.
         trains: whether a training may follow, for which a teacher has to be there.
+        requires: called on the main process; raises PostshareError where the folder lacks what
+            the command starts from. It may read `base`, not `blocks` or `tokenizer`.
 
     Raises:
         PostshareError: any of the inputs is wrong, or the folder belongs to another run or to
@@ -228,11 +235,13 @@ def begin(recipe: Recipe, needs_data: bool = True, trains: bool = False) -> Run:
     if trains:
         check_gpu(recipe)
     current.on_main(lambda: check_wandb(recipe.wandb))
+    current.on_main(lambda: check_folder(recipe))
     if current.base is not None:
         current.on_main(lambda: check_plan(recipe, WeightsFolder(base_of(current))))
     if trains and recipe.distill is not None:
         find_teacher(current)
-    current.on_main(lambda: check_folder(recipe))
+    if requires is not None:
+        current.on_main(lambda: requires(current))
     if needs_data:
         _ = current.blocks
     require_shared(recipe.folder, current.ranks)
@@ -243,6 +252,11 @@ def begin(recipe: Recipe, needs_data: bool = True, trains: bool = False) -> Run:
 UNCLAIMED = (SEARCH_CACHE, SIGNS, beside(Path(RECIPE_FILE)).name)
 """What may lie in a folder that is no run's yet."""
 STARTED = ("run.json", "continued", MERGED, "residual", "heal", "export", SUMMARY_FILE)
+
+
+def has_started(folder: Path) -> bool:
+    """Whether a run folder holds more than a plan."""
+    return any((folder / name).exists() for name in STARTED)
 
 
 def check_folder(recipe: Recipe) -> None:
@@ -260,19 +274,35 @@ def check_folder(recipe: Recipe) -> None:
             raise PostshareError(
                 f"{folder} is not empty and is no run folder; choose another output_dir"
             )
-    elif any((folder / name).exists() for name in STARTED):
+    elif has_started(folder):
         refuse_other_run(folder, run_identity(load_recipe(file)), run_identity(recipe))
 
 
 def claim(current: Run) -> None:
-    """Write recipe and start. A plan of another recipe, never trained with, is dropped."""
+    """Write recipe and start. A plan of another recipe or file, never trained with, is dropped."""
     folder, file = current.folder, current.folder / RECIPE_FILE
-    if file.is_file() and run_identity(load_recipe(file)) != run_identity(current.recipe):
-        for stale in PLAN_OUTPUTS:
-            (folder / stale).unlink(missing_ok=True)
+    if file.is_file():
+        other = run_identity(load_recipe(file)) != run_identity(current.recipe)
+        changed = _plan_file_changed(current)
+        if other or (changed and not has_started(folder)):
+            for stale in PLAN_OUTPUTS:
+                (folder / stale).unlink(missing_ok=True)
+        elif changed:
+            current.say(
+                f"note: {current.recipe.plan.path} has changed since; the run keeps the plan that "
+                f"it began with, {folder / PLAN_FILE}"
+            )
     folder.mkdir(parents=True, exist_ok=True)
     current.recipe.save(file)
     record_start(folder, current.config, current.ranks.world, current.ranks.device)
+
+
+def _plan_file_changed(current: Run) -> bool:
+    """Whether the recipe's plan file is no longer what the run folder has taken from it."""
+    section, kept = current.recipe.plan, current.folder / PLAN_FILE
+    if section.strategy != "file" or not kept.is_file():
+        return False
+    return SharingPlan.load(section.path or "") != SharingPlan.load(kept)
 
 
 def find_teacher(current: Run) -> Path:

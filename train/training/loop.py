@@ -96,8 +96,8 @@ def prepare(engine: Engine, job: TrainJob, recipe: Recipe) -> None:
         parameter.data = parameter.data.contiguous()
     if recipe.train.gradient_checkpointing:
         job.model.activation_checkpointing_enable({"use_reentrant": False})
-    zero = engine.backend != "plain"
-    optimizer = build_optimizer(job.model, recipe.train, job.learning_rate, engine.device, zero)
+    plain = engine.backend == "plain"
+    optimizer = build_optimizer(job.model, recipe.train, job.learning_rate, engine.device, plain)
     engine.prepare(job.model, optimizer)
     engine.model.train()
 

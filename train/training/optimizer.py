@@ -82,9 +82,14 @@ def build_optimizer(
     section: TrainSection,
     learning_rate: float,
     device: torch.device,
-    zero: bool = False,
+    plain: bool = True,
 ) -> torch.optim.Optimizer:
-    """AdamW over the model's trainable parameters, fused; `device` is where it will train.
+    """AdamW over the model's trainable parameters, fused.
+
+    Args:
+        device: where it will train.
+        plain: whether it will hold whole parameters: on one process or under DDP, not under
+            DeepSpeed or FSDP2.
 
     Raises:
         PostshareError: `adamw_8bit` without a GPU, without bitsandbytes, or under ZeRO and FSDP2.
@@ -92,7 +97,7 @@ def build_optimizer(
     groups = parameter_groups(model, section.weight_decay, section.weight_decay_exclude)
     betas = (section.betas[0], section.betas[1])
     if section.optimizer == "adamw_8bit":
-        if zero:
+        if not plain:
             raise PostshareError(
                 "train.optimizer adamw_8bit quantizes whole parameters, which ZeRO and FSDP2 "
                 "split; use train.optimizer=adamw, or one process or DDP"

@@ -1,4 +1,4 @@
-"""Contract 6 and the definitions of SA, CLA and GQA: logits, masks, gradients, compiling."""
+"""The definitions of SA, CLA and GQA, without a cache: logits, masks, gradients, compiling."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ def test_savings_by_hand() -> None:
 
 
 def test_the_paper_by_arithmetic() -> None:
-    """METHODS: Llama-2-7B with four followers saves 6.25 % of the cache and 2 % of the weights."""
+    """Llama-2-7B with four followers saves 6.25 % of the cache and 2 % of the weights."""
     llama = LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32)
     savings = plan(AttentionSpan(22, (23, 24, 25, 26))).savings(llama)
     assert savings.cache_ratio == 0.0625

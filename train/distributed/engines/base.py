@@ -1,6 +1,7 @@
 """The engine: backward and step on one process, DDP, ZeRO or FSDP2, behind one small interface.
 
-The launcher decides which one starts; the training loop never asks:
+The launcher decides which one starts. The training loop asks which it is once, because 8-bit
+AdamW needs whole parameters:
 
 - :class:`train.distributed.engines.ddp.PlainEngine`: one process, or DDP through Accelerate;
 - :class:`train.distributed.engines.zero.ZeroEngine`: DeepSpeed ZeRO-1, 2 and 3, driven explicitly,

@@ -1,4 +1,4 @@
-"""Contract 1 and 2: materialized = exported = loaded, and the plan's bytes are those on disk."""
+"""Exports: materialized = exported = loaded, and the plan's bytes are those on disk."""
 
 from __future__ import annotations
 

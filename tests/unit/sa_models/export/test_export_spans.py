@@ -1,4 +1,4 @@
-"""Contracts 1 and 2 with spans and pooled KV heads, from dense and from trained folders."""
+"""Exports with spans and pooled KV heads, from dense and from trained folders."""
 
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from sa_models.basis import SharedBasis
 from sa_models.errors import PostshareError
 from sa_models.heads import HeadLayout
 from sa_models.plan import HeadTie, SharingPlan
@@ -306,6 +307,34 @@ def test_whole_models_are_two_where_one_is_reconstructed(tmp_path: Path) -> None
         "held whole  53.9 GB: 2 fp32 models on the main process's device to materialize, however "
         "training is spread" in out.file.getvalue()  # type: ignore[attr-defined]
     )
+
+
+def test_a_plan_file_with_a_basis_is_estimated_as_strategy_basis_is(tmp_path: Path) -> None:
+    """Both write `merged/`, and hold the factors beside the model that they are of."""
+    shape = KNOWN["meta-llama/Llama-2-7b-hf"]
+    plans = {
+        "basis": SharingPlan(basis=SharedBasis(2, *((1024,) * 16 for _ in "qkv"))),
+        "ties": SharingPlan((HeadTie((1, 0), (0, 0), ("q",)),)),
+    }
+    found = {}
+    for name, plan in plans.items():
+        plan.save(tmp_path / f"{name}.json")
+        section = {"strategy": "file", "path": str(tmp_path / f"{name}.json"), "budget": None}
+        of = recipe_for("x", plan=section, train={"steps": 0})
+        found[name] = (estimate.disk_space(of, shape).weights, whole_models(of, shape).count)
+    assert found == {"basis": (4 * 6_738_415_616, 2), "ties": (0, 1)}
+
+
+def test_a_dry_run_warns_about_what_a_plan_file_shares_and_is_not_pulled(tmp_path: Path) -> None:
+    SharingPlan((HeadTie((1, 0), (0, 0), ("q", "o")),)).save(tmp_path / "plan.json")
+    section = {"strategy": "file", "path": str(tmp_path / "plan.json"), "budget": None}
+    value = recipe_for("x", model={"config": {}}, plan=section).model_dump(mode="json")
+    out = Console(file=io.StringIO(), width=300)
+    print_dry_run(validate(value | {"penalty": {"projections": ["q", "k"]}}), console=out)
+    lines = out.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    first, second = (line for line in lines if "pulled" in line)
+    assert first.startswith("warning: o will be shared without having been pulled")
+    assert second.startswith("warning: k will be pulled and not shared")
 
 
 def saved_bytes(

@@ -20,6 +20,7 @@ from sa_models.heads import HeadLayout
 from sa_models.modeling import SharedLlamaForCausalLM
 from sa_models.savings import llama_parameters
 from sa_models.scores.fisher import estimate_sensitivity
+from sa_models.spans import AttentionSpan
 from sa_models.weights.compact_folder import CompactFolder
 from tests.support.in_memory import text_blocks
 from tests.support.spans_base import (
@@ -549,6 +550,8 @@ def test_the_model_that_is_timed_is_the_plan_s_and_leaves_the_base(home: Path) -
         assert loss == pytest.approx(reference_loss(base, one, tokens), abs=1e-5)
         timed = decode_time(base, one, tokens)
         assert timed.seconds > 0
+    spans = SharingPlan(spans=(AttentionSpan(2, (3,)), AttentionSpan(4, (5,), "kv")))
+    assert decode_time(base, spans, tokens).seconds > 0
     shared = saving_plan(base.config, 5 * UNIT)
     assert shared is not None
     stored = sum(p.numel() for p in compact_model(base, shared).parameters())
@@ -556,6 +559,7 @@ def test_the_model_that_is_timed_is_the_plan_s_and_leaves_the_base(home: Path) -
     assert decode_time(base, shared, tokens).seconds > 0
     for name, parameter in base.named_parameters():
         assert torch.equal(parameter, before[name])
+        assert parameter.is_contiguous(), name  # a model with spans stores o otherwise
 
 
 def test_a_tie_reads_what_it_does_not_store(home: Path) -> None:

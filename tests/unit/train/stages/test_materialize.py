@@ -21,13 +21,13 @@ from sa_models.weights.compact_folder import open_weights
 from sa_models.weights.safetensors_folder import WeightsFolder
 from train.data.calibration import calibration_batches
 from train.evaluation.perplexity import perplexity
+from train.models import materialize as materializing
 from train.models.base_model import load_dense
 from train.models.sharded_source import compact_source
 from train.recipe.recipe import Recipe, validate
-from train.stages import materialize as materializing
 from train.stages.materialize import materialize_on_text, merged_folder, tied
 from train.stages.pipeline import export, run
-from train.stages.run import begin
+from train.stages.run import base_of, begin
 
 torch.set_num_threads(1)
 
@@ -66,7 +66,7 @@ def test_the_stages_read_what_was_merged_once(
     made = recipe(tmp_path / "run", merge, steps, heal)
     run(made)
     current = begin(made)
-    trained = made.folder / "weights" if steps else materializing.base_of(current)
+    trained = made.folder / "weights" if steps else base_of(current)
     # What the definition gives for the trained weights, and not for those of the base.
     expected = load_dense(trained, "sdpa")
     text = calibration_batches(current.blocks[0], 3, 1, torch.device("cpu"))
@@ -141,9 +141,7 @@ def test_the_stages_read_what_was_reconstructed(
     current = begin(made)
     # The trained weights, and for DirectShare those of the base: one solve where they are the same.
     assert len(solves) == (2 if steps else 1)
-    trained = load_dense(
-        made.folder / "weights" if steps else materializing.base_of(current), "sdpa"
-    )
+    trained = load_dense(made.folder / "weights" if steps else base_of(current), "sdpa")
     expected = tied(current, copy.deepcopy(trained), merge)
     text = calibration_batches(current.blocks[0], 5, 1, torch.device("cpu"))
     solved = reconstruct_(expected, trained, current.plan, text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from sa_models.atomic_files import beside
 from sa_models.errors import PostshareError
+from sa_models.plan import HeadTie, SharingPlan
+from train.demo import demo_base_path
 from train.distributed.engines.start import start
 from train.evaluation.perplexity import perplexity
 from train.models.base_model import load_dense
 from train.recipe.identity import run_identity
 from train.recipe.recipe import Recipe, validate
-from train.stages.pipeline import plan, run
+from train.stages.pipeline import evaluate, export, plan, run
 from train.stages.run import Run, begin
 from train.tracking.metrics_log import read_rows
 
@@ -134,6 +137,197 @@ def test_a_finished_run_does_nothing_on_a_second_start(
     )
     run(finished)
     assert {f: f.stat().st_mtime_ns for f in files} == before
+
+
+def copied(finished: Recipe, folder: Path, **sections: Any) -> Recipe:
+    """A finished run in a folder of its own, whose recipe has other sections."""
+    shutil.copytree(finished.folder, folder)
+    value = finished.model_dump(mode="json") | {"output_dir": str(folder)}
+    return validate(value | {name: value[name] | section for name, section in sections.items()})
+
+
+def losses(folder: Path) -> dict[str, float]:
+    models = json.loads((folder / "evaluation.json").read_text())["models"]
+    return {name: value["loss"] for name, value in models.items()}
+
+
+def test_another_export_is_measured_again(
+    finished: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Found by reading: the old perplexity stood in the summary and on the new export's card."""
+    made = copied(finished, tmp_path / "run", export={"dtype": "float32"})  # the base is in bf16
+    before = losses(made.folder)
+    shutil.rmtree(made.folder / "export")
+    export(made)
+    assert not (made.folder / "summary.json").exists()  # it was of the other one
+    assert "summary.json was of an earlier export" in capsys.readouterr().out.replace("\n", "")
+    evaluate(made)
+    assert "measured again: continued, post" in capsys.readouterr().out.replace("\n", " ")
+    after = losses(made.folder)
+    assert (after["base"], after["direct"]) == (before["base"], before["direct"])
+    summary = json.loads((made.folder / "summary.json").read_text())
+    blocks = begin(made).blocks[1]
+    for name, folder in (("post", "export/dense"), ("continued", "continued/weights")):
+        model = load_dense(made.folder / folder, "sdpa")
+        expected = perplexity(model, blocks, 8, limit=4, progress=False)
+        assert after[name] == pytest.approx(expected.loss, rel=1e-6)
+        assert after[name] != before[name]
+        assert summary["perplexity"][name] == pytest.approx(expected.perplexity, rel=1e-6)
+    card = (made.folder / "export/compact/README.md").read_text()
+    assert f"| `perplexity.post` | {summary['perplexity']['post']:.6g} |" in card
+    # The compact folder of another dtype, which the recipe no longer asks for, is not judged.
+    only = validate(made.model_dump(mode="json") | {"export": {"formats": ["dense"]}})
+    shutil.rmtree(made.folder / "export" / "dense")
+    run(only)
+    assert losses(only.folder)["post"] == pytest.approx(before["post"], rel=1e-5)
+
+
+def test_other_held_out_text_of_as_many_blocks_is_measured_again(
+    finished: Recipe, text: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other.jsonl"
+    other.write_bytes(text.read_bytes())
+    data = {"validation": str(other)}
+    made = recipe(
+        tmp_path / "run",
+        "demo-base",
+        text,
+        data=data,
+        train={"steps": 0},
+        export={"formats": ["dense"]},
+    )
+    run(made)
+    before = losses(made.folder)
+    rows = text.read_text().splitlines()
+    other.write_text("\n".join(rows[::-1]) + "\n")
+    evaluate(made)
+    after = losses(made.folder)
+    assert all(abs(after[name] - before[name]) > 1e-4 for name in ("base", "direct"))
+
+
+def test_the_losses_of_an_older_run_folder_are_measured_again(
+    finished: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its entries do not say what they are of."""
+    made = copied(finished, tmp_path / "run")
+    file = made.folder / "evaluation-blocks.json"
+    value = json.loads(file.read_text())
+    old = {n: {"nats": [9.0] * len(b["nats"]), "tokens": b["tokens"]} for n, b in value.items()}
+    file.write_text(json.dumps(old))
+    run(made)
+    said = capsys.readouterr().out.replace("\n", " ")
+    assert "measured again: base, continued, direct, post" in said
+    assert losses(made.folder) == losses(finished.folder)
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_an_unfinished_healing_is_no_finished_training(
+    steps: int, text: Path, tmp_path: Path
+) -> None:
+    made = recipe(
+        tmp_path / "run",
+        "demo-base",
+        text,
+        train={"steps": steps},
+        materialize={"heal_steps": 2},
+        evaluate={"blocks": 1, "continued": False},
+    )
+    with pytest.raises(PostshareError, match="holds no finished training; start it with"):
+        export(made)
+    assert not made.folder.exists()
+    plan(made)
+    if steps:
+        shutil.copytree(demo_base_path(), made.folder / "weights")
+    for command in (export, evaluate):
+        with pytest.raises(PostshareError, match="heal holds no finished training; start it with"):
+            command(made)
+    assert not (made.folder / "export").exists()
+
+
+def test_an_evaluation_without_an_export_is_refused_before_anything_is_measured(
+    finished: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = copied(finished, tmp_path / "run")
+    shutil.rmtree(made.folder / "export" / "dense")
+    (made.folder / "evaluation-blocks.json").unlink()
+    for name in ("train.evaluation.summary.block_losses", "train.stages.run.prepare_data"):
+        monkeypatch.setattr(name, lambda *_, **__: pytest.fail("work before the check"))
+    with pytest.raises(PostshareError, match="export/dense is not there; run `postshare export`"):
+        evaluate(made)
+
+
+def test_the_folder_of_another_run_is_refused_before_its_model_is_fetched(
+    finished: Recipe, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("train.stages.run.base_folder", lambda *_: pytest.fail("fetched"))
+    with pytest.raises(PostshareError, match="holds another run"):
+        run(recipe(finished.folder, "someone/llama", text))
+
+
+def test_residuals_of_a_plan_without_ties_are_refused_before_training(
+    text: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "plan.json"
+    SharingPlan(removed=((1, 0),)).save(file)
+    made = recipe(
+        tmp_path / "run",
+        "demo-base",
+        text,
+        plan={"strategy": "file", "path": str(file), "budget": ...},
+        residual={"rank": 2},
+    )
+    with pytest.raises(PostshareError, match="the plan ties nothing; remove residual"):
+        run(made)
+    assert not (made.folder / "run.json").exists()
+    assert not (made.folder / "continued").exists()
+
+
+def test_a_plan_file_that_has_changed_is_read_again_until_a_run_has_begun_with_it(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "plan.json"
+    made = recipe(
+        tmp_path / "run",
+        "demo-base",
+        text,
+        plan={"strategy": "file", "path": str(file), "budget": ...},
+        train={"steps": 0},
+        evaluate={"blocks": 1},
+    )
+    plans = [SharingPlan((HeadTie((1, head), (0, 0), ("q",)),)) for head in range(3)]
+    plans[0].save(file)
+    plan(made)
+    plans[1].save(file)
+    run(made)
+    assert SharingPlan.load(made.folder / "plan.json") == plans[1]
+    plans[2].save(file)
+    capsys.readouterr()
+    run(made)
+    assert SharingPlan.load(made.folder / "plan.json") == plans[1]
+    assert "has changed since; the run keeps" in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_what_a_plan_file_shares_and_the_penalty_leaves_out_is_warned_about(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "plan.json"
+    SharingPlan((HeadTie((1, 0), (0, 1), ("q", "v")),)).save(file)
+    made = recipe(
+        tmp_path / "run",
+        "demo-base",
+        text,
+        plan={"strategy": "file", "path": str(file), "budget": ...},
+        penalty={"projections": ["q", "k"]},
+    )
+    stages = "train.stages.pipeline.post_train"
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(stages, lambda current: (_ for _ in ()).throw(PostshareError("stop")))
+        with pytest.raises(PostshareError, match="stop"):
+            run(made)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+    assert len(lines) == 2
+    assert "v will be shared without having been pulled" in lines[0]
+    assert "k will be pulled and not shared" in lines[1]
 
 
 def test_another_recipe_in_the_same_folder_is_refused(finished: Recipe, text: Path) -> None:

@@ -102,7 +102,7 @@ def test_eight_bit_adamw_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(PostshareError, match=r"needs a CUDA GPU; use train.optimizer=adamw"):
         build_optimizer(tiny.model(), asked, 1e-3, CPU)
     with pytest.raises(PostshareError, match=r"which ZeRO and FSDP2 split"):
-        build_optimizer(tiny.model(), asked, 1e-3, torch.device("cuda"), zero=True)
+        build_optimizer(tiny.model(), asked, 1e-3, torch.device("cuda"), plain=False)
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     with pytest.raises(PostshareError, match=r"needs bitsandbytes.*pip install 'postshare.gpu.'"):
         build_optimizer(tiny.model(), asked, 1e-3, torch.device("cuda"))

@@ -1,0 +1,121 @@
+"""The models of a run that are evaluated, each with what it is made of; and the run's exports."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from transformers import LlamaForCausalLM, PreTrainedModel
+
+from sa_models.errors import PostshareError
+from sa_models.export.manifest import read_manifest
+from sa_models.export.peft_adapter import insert_, load_adapter
+from sa_models.modeling import SharedLlamaForCausalLM
+from train.data.blocks import blocks_hash
+from train.data.calibration import spread_indices
+from train.evaluation.models import weight_hashes
+from train.evaluation.summary import EvaluatedModel
+from train.models.base_model import load_dense
+from train.stages.materialize import reads_text, tied_base, untrained_folder
+from train.stages.run import Run, base_of
+
+if TYPE_CHECKING:
+    from sa_models.export.export import Format
+
+
+def evaluated_models(current: Run) -> dict[str, EvaluatedModel]:
+    """Base, *continued*, *direct* and *post*, as far as the run has them."""
+    recipe, base, dtype = current.recipe, base_of(current), current.export_dtype
+    attention = recipe.model.attention
+    common = {"attention": attention}
+    of_base = {**common, "weights": weight_hashes(base)}
+    models = {"base": EvaluatedModel(partial(load_dense, base, attention), of_base)}
+    weights = current.folder / "continued" / "weights"
+    if weights.is_dir():
+        models["continued"] = EvaluatedModel(
+            partial(load_dense, weights, attention, through=dtype),
+            {**common, "weights": weight_hashes(weights), "through": str(dtype)},
+        )
+    models["direct"] = EvaluatedModel(partial(tied_base, current), {**of_base, **_tied(current)})
+    if recipe.steps != 0 or recipe.residual is not None:
+        models["post"] = EvaluatedModel(
+            partial(load_export, current), {**common, "export": _export_hashes(current)}
+        )
+    return models
+
+
+def _tied(current: Run) -> dict[str, Any]:
+    """What makes *direct* of the base."""
+    section, made = current.recipe.materialize, untrained_folder(current)
+    merged = text = None
+    if made != base_of(current):
+        merged = weight_hashes(made)
+    elif reads_text(current):
+        blocks = current.blocks[0]
+        read = spread_indices(len(blocks), section.calibration_blocks)
+        text = blocks_hash(blocks[index] for index in read)
+    return {
+        "plan": current.plan.hash(),
+        "leaders": current.leaders,
+        "merge": section.merge,
+        "reconstruct": section.reconstruct,
+        "merged": merged,
+        "calibration": text,
+    }
+
+
+# --- exports --------------------------------------------------------------------------------------
+
+
+def export_formats(current: Run) -> tuple[Format, ...]:
+    """With KV heads alone there is nothing compact to store; with spans, no stock form."""
+    plan = current.plan
+    if plan.structure() == plan and not plan.spans:
+        return ("dense",)
+    return current.recipe.export.formats if plan.has_stock_form else ("compact",)
+
+
+def exported(current: Run) -> tuple[str, ...]:
+    """The folders of the export."""
+    formats = export_formats(current)
+    adapter = current.recipe.residual is not None and "compact" in formats
+    return (*formats, "adapter") if adapter else formats
+
+
+def require_exports(current: Run) -> None:
+    """Raises PostshareError: an export that the recipe asks for is missing, or is not finished."""
+    for kind in exported(current):
+        folder = current.folder / "export" / kind
+        if not folder.is_dir():
+            raise PostshareError(f"{folder} is not there; run `postshare export` first")
+        read_manifest(folder)
+
+
+def shipped(current: Run) -> str:
+    """The export that is the run's model: compact, where the recipe has it."""
+    return "compact" if "compact" in export_formats(current) else "dense"
+
+
+def load_export(current: Run) -> PreTrainedModel:
+    """The model that is shipped, with fp32 parameters."""
+    kind = shipped(current)
+    folder = current.folder / "export" / kind
+    load = SharedLlamaForCausalLM if kind == "compact" else LlamaForCausalLM
+    model = load.from_pretrained(
+        folder, dtype="auto", attn_implementation=current.recipe.model.attention
+    )
+    if kind == "compact" and current.recipe.residual is not None:
+        insert_(model, load_adapter(folder.with_name("adapter")))
+    return model.float()
+
+
+def _export_hashes(current: Run) -> dict[str, str]:
+    """SHA-256 (hex) of weights and configs of the model that is shipped, as its manifest has it."""
+    kind = shipped(current)
+    kinds = (kind, "adapter") if kind == "compact" and current.recipe.residual else (kind,)
+    return {
+        f"{each}/{name}": facts["sha256"]
+        for each in kinds
+        for name, facts in read_manifest(current.folder / "export" / each)["files"].items()
+        if name.endswith((".safetensors", "config.json"))
+    }
