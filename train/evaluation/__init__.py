@@ -1,4 +1,4 @@
-"""What models score: perplexity, tasks of lm-eval, speed; intervals, tables, the summary of a run.
+"""What models score: perplexity and speed; intervals, tables, the summary of a run.
 
 Imports `models` and what is below it.
 """
