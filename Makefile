@@ -82,8 +82,8 @@ test-faults: $(STAMP)
 test-harness: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 		--constraint constraints.txt --editable '.[dev,eval]'
-	$(BIN)/python -m pytest tests/unit/train/evaluation/test_lm_eval_tasks.py tests/unit/train/evaluation/test_sliding_perplexity.py \
-		-rs $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests/unit/train/commands/evaluate/test_lm_eval_tasks.py \
+		tests/unit/train/evaluation/test_sliding_perplexity.py -rs $(PYTEST_ARGS)
 
 # Likewise: where torchao is installed, transformers imports it, and it warns.
 test-quantize: $(STAMP)

@@ -1,4 +1,7 @@
-"""The embedded default: a corpus and a base model that need no network."""
+"""The embedded default: a corpus and a base model that need no network.
+
+Imports `recipe` and `common`.
+"""
 
 from __future__ import annotations
 

@@ -92,16 +92,6 @@ def test_whole_recipes_in_the_pages_are_valid() -> None:
         validate(yaml12.parse(block.code, block.page.name))
 
 
-FILES = re.compile(r"(?<![\w/.-])((?:train|sa_models|recipes|launch|tests|docs)/[\w./-]+\.\w+)")
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_files_of_the_repository_that_a_page_names_are_there(page: Path) -> None:
-    named = set(FILES.findall(page.read_text(encoding="utf-8")))
-    made_by_reader = {"recipes/X.yaml", "recipes/mine.yaml"}
-    assert {name for name in named - made_by_reader if not (REPOSITORY / name).exists()} == set()
-
-
 def test_make_targets_are_there() -> None:
     makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
     targets = set(re.findall(r"^([\w-]+):", makefile, re.MULTILINE))

@@ -1,1 +1,4 @@
-"""`postshare analyze`: what a model's attention has in common, without training."""
+"""`postshare analyze`: what a model's attention has in common, without training.
+
+Imports no other command.
+"""

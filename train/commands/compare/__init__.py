@@ -1,1 +1,4 @@
-"""`postshare compare`: a recipe beside its controls."""
+"""`postshare compare`: a recipe beside its controls.
+
+Imports no other command.
+"""

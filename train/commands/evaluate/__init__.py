@@ -1,1 +1,4 @@
-"""`postshare evaluate`: models side by side."""
+"""`postshare evaluate`: models side by side, perplexity and tasks of lm-eval.
+
+Imports no other command.
+"""

@@ -22,12 +22,12 @@ from transformers.utils import logging
 
 from sa_models.errors import PostshareError
 from sa_models.export.quantized_folder import is_quantized
+from train.commands.evaluate.lm_eval_data import data_hash
+from train.commands.evaluate.lm_eval_tasks import Harness, HarnessSettings, TaskSet, require_harness
 from train.common.progress import bar, note
 from train.common.run_files import RECIPE_FILE
 from train.evaluation import sliding_perplexity
 from train.evaluation.cache import ResultCache, default_folder
-from train.evaluation.lm_eval_data import data_hash
-from train.evaluation.lm_eval_tasks import Harness, HarnessSettings, TaskSet, require_harness
 from train.evaluation.models import Judged, find_models, open_folder, read_device
 from train.evaluation.run_scores import add_scores
 from train.evaluation.score import PERPLEXITY, Score, item_hash

@@ -307,7 +307,7 @@ def test_without_lm_eval_its_tasks_say_how_to_get_it(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(
-        "train.evaluation.lm_eval_tasks.importlib.util.find_spec", lambda name: None
+        "train.commands.evaluate.lm_eval_tasks.importlib.util.find_spec", lambda name: None
     )
     assert evaluate(str(run), "--tasks", "rte") == 2
     assert "run `pip install 'postshare[eval]'`" in capsys.readouterr().err

@@ -1,8 +1,8 @@
 """Tasks of lm-eval, the harness the field uses, on models that are in memory.
 
 A task is lm-eval's own: its prompts, its metrics, its number of examples; only its data may come
-from a local folder (`train.evaluation.lm_eval_data`). A group, such as mmlu, is one score over the
-questions of all its tasks, weighted as the group says.
+from a local folder (`train.commands.evaluate.lm_eval_data`). A group, such as mmlu, is one score
+over the questions of all its tasks, weighted as the group says.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import datasets
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sa_models.errors import PostshareError
-from train.evaluation.lm_eval_data import LocalTask, find_local
+from train.commands.evaluate.lm_eval_data import LocalTask, find_local
 from train.evaluation.score import Score, item_hash
 
 SPLIT_KEYS = ("training_split", "validation_split", "test_split", "fewshot_split")

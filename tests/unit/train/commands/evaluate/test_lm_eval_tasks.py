@@ -14,7 +14,7 @@ import torch
 
 from sa_models.errors import PostshareError
 from tests.support import small_models
-from train.evaluation.lm_eval_tasks import Harness, HarnessSettings
+from train.commands.evaluate.lm_eval_tasks import Harness, HarnessSettings
 from train.evaluation.models import Judged
 from train.evaluation.score import change
 

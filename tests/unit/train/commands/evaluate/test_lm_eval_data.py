@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from sa_models.errors import PostshareError
-from train.evaluation.lm_eval_data import LocalTask, data_hash, find_local
+from train.commands.evaluate.lm_eval_data import LocalTask, data_hash, find_local
 
 
 def test_splits_by_name(tmp_path: Path) -> None:
