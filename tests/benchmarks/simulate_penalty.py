@@ -31,7 +31,7 @@ from sa_models.scores.weight_cosine import random_matches
 from sa_models.search.pairs import Budget, make_plan
 from train.estimate.llama_shapes import KNOWN, LlamaShape
 from train.penalty.coupled import CHUNK_ELEMENTS
-from train.penalty.distances import reduced_values
+from train.penalty.distances import L2
 from train.penalty.sharded_exchange import Pair, Routes, route, unit_shape
 
 FLOPS = 989.4e12
@@ -145,7 +145,7 @@ def simulate(
     moved.fill_diagonal_(0)
     nodes = torch.arange(gpus) // GPUS_PER_NODE
     far = moved * (nodes[:, None] != nodes)
-    numbers = 8 * reduced_values("l2") * len(pairs) * 2 * (gpus - 1)
+    numbers = 8 * L2().reduced * len(pairs) * 2 * (gpus - 1)
     total = int(moved.sum()) + numbers
     busiest, between = int(moved.sum(1).max()), int(far.sum(1).max())
     parameters = llama_parameters(shape)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +13,8 @@ from rich.table import Table
 from sa_models.heads import HeadLayout
 from sa_models.materialize.low_rank_residual import check_rank
 from sa_models.plan import SharingPlan
-from sa_models.scores.magnitude import least_important, unit_norms
+from sa_models.scores.magnitude import least_important
+from sa_models.scores.registry import IMPORTANCES_OF_WEIGHTS
 from sa_models.scores.weight_cosine import best_matches, random_matches
 from sa_models.search import pairs
 from sa_models.spans import ranges
@@ -110,11 +112,12 @@ def find_ties(
     if section.strategy == "basis":
         return basis_plan(section, weights.config), None
     layout = structure.layout(weights.config)
-    if section.strategy == "magnitude":
+    if section.strategy in IMPORTANCES_OF_WEIGHTS:
         space = search_space(section, weights.config, structure)
-        norms = unit_norms(converted(weights, structure), layout)
+        measure = resolve_name(IMPORTANCES_OF_WEIGHTS[section.strategy])
+        importance = measure(converted(weights, structure), layout)
         count = -(-space.needed // space.removal_saves)
-        plan = replace(structure, removed=least_important(norms, space.removable, count))
+        plan = replace(structure, removed=least_important(importance, space.removable, count))
         plan.validate(weights.config)
         return plan, None
     followers, skipped = structure.leader_of(), skipped_layers(section, structure)

@@ -10,6 +10,7 @@ from transformers import LlamaForCausalLM
 
 from sa_models.materialize.merge import check_merge
 from sa_models.plan import SharingPlan
+from sa_models.scores.registry import IMPORTANCES_OF_TEXT
 from sa_models.weights.safetensors_folder import WeightsFolder
 from sa_models.weights.structure import convert
 from train.common.progress import note
@@ -29,7 +30,7 @@ from train.planning.auto_report import (
 from train.planning.auto_search import search_auto
 from train.planning.find import draw_plan, find_ties, plan_table, requested_ratio
 from train.planning.loss_search import (
-    choose_by_gradient,
+    choose_by_importance,
     save_search,
     search_plan,
     search_sentence,
@@ -97,8 +98,8 @@ def find_by_loss(current: Run, base: Path, structure: SharingPlan, blocks: Block
     """The plan of strategies loss and gradient, which measure the base with its structure."""
     recipe, config = current.recipe, current.config
     model = measured_model(current, base, structure)
-    if recipe.plan.strategy == "gradient":
-        found = choose_by_gradient(recipe, model, blocks, structure, config)
+    if recipe.plan.strategy in IMPORTANCES_OF_TEXT:
+        found = choose_by_importance(recipe, model, blocks, structure, config)
     elif recipe.plan.strategy == "auto":
         found = find_by_auto(current, base, model, structure, blocks)
     else:

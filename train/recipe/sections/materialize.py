@@ -6,7 +6,7 @@ from typing import Self
 
 from pydantic import model_validator
 
-from sa_models.materialize.merge import MEASURED, Merge
+from sa_models.materialize.registry import MEASURED, Merge
 from train.recipe.sections.base import (
     Count,
     Positive,

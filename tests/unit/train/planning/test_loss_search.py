@@ -36,7 +36,7 @@ from train.estimate.parameters import plan_savings
 from train.planning import loss_search
 from train.planning.budget import amount, search_space
 from train.planning.find import find_ties
-from train.planning.loss_search import choose_by_gradient
+from train.planning.loss_search import choose_by_importance
 from train.recipe.recipe import Recipe
 from train.recipe.sections.plan import PlanSection
 from train.stages.pipeline import plan, run
@@ -212,7 +212,7 @@ def test_magnitude_and_gradient_remove_the_least(
     section |= {"strategy": "gradient", "calibration_blocks": BLOCKS}
     made = recipe(home, tmp_path / "run", plan=section)
     blocks = Run(made, start(made)).blocks[0]
-    found = choose_by_gradient(made, base_model(home), blocks, SharingPlan(), base.config)
+    found = choose_by_importance(made, base_model(home), blocks, SharingPlan(), base.config)
     tokens = calibration(made)
     base(tokens, labels=tokens, use_cache=False).loss.backward()
     least = sorted(units, key=lambda u: value(*u, "gradient"))[:4]
