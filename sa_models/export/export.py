@@ -36,8 +36,8 @@ from sa_models.export.peft_adapter import AdaptedReader, Pairs, load_adapter, ro
 from sa_models.export.verify import verify_bytes, verify_equal, verify_stored
 from sa_models.heads import HeadLayout
 from sa_models.materialize.low_rank_residual import pairs_hash
-from sa_models.materialize.merge_kinds import Merge
 from sa_models.materialize.reader import MaterializedReader
+from sa_models.materialize.registry import Merge
 from sa_models.modeling import compact_config, select_units
 from sa_models.plan import SharingPlan
 from sa_models.savings import PlanSavings

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pkgutil import resolve_name
 from typing import NamedTuple
 
 import torch
@@ -28,7 +29,7 @@ from sa_models.materialize.gauge import (
     align_planes,
     align_values,
 )
-from sa_models.materialize.merge_kinds import GAUGED, MEASURED, Merge
+from sa_models.materialize.registry import GAUGED, IN_GAUGE, Merge
 from sa_models.plan import HeadTie, SharingPlan, Unit
 
 PAIRS = ("qk", "vo")
@@ -113,7 +114,7 @@ def check_merge(plan: SharingPlan, merge: Merge) -> None:
         PostshareError: see :func:`groups`; ``absorb`` where no tie shares v and keeps o; or a layer
             that lacks a projection which would be aligned.
     """
-    if merge not in GAUGED + MEASURED:
+    if merge not in IN_GAUGE:
         return
     found = groups(plan.effective().ties)
     if merge == "absorb" and not any(
@@ -178,12 +179,13 @@ def merge_group(
         PostshareError: a unit whose v or o is zero.
     """
     dtype = read(group.pair[0], group.source).dtype
-    change = _absorbed if merge == "absorb" else _averaged
+    change = resolve_name(GAUGED[merge]) if merge in GAUGED else averaged
     new = change(group, head_dim, read, average)
     return {where: value.to(dtype) for where, value in new.items()}
 
 
-def _averaged(group: Group, head_dim: int, read: Read, average: Average) -> Slices:
+def averaged(group: Group, head_dim: int, read: Read, average: Average) -> Slices:
+    """The targets in the source's gauge, and the average of what is shared."""
     source = read_pair(group, group.source, read)
     members = {
         p: [Member(group.source, rows, None)] for p, rows in zip(group.pair, source, strict=True)
@@ -204,7 +206,8 @@ def _averaged(group: Group, head_dim: int, read: Read, average: Average) -> Slic
     return new
 
 
-def _absorbed(group: Group, head_dim: int, read: Read, average: Average) -> Slices:
+def absorbing(group: Group, head_dim: int, read: Read, average: Average) -> Slices:
+    """Copies; where v is shared and o kept, the o that fits the source's v best."""
     source = read_pair(group, group.source, read)
     new = Slices()
     for target, shared in group.targets:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -40,7 +41,7 @@ from sa_models.materialize.merge import (
     groups,
     merge_group,
 )
-from sa_models.materialize.merge_kinds import Merge
+from sa_models.materialize.registry import MEASURED, Merge
 from sa_models.materialize.ties import unit
 from sa_models.plan import SharingPlan
 from sa_models.ties import Unit
@@ -91,8 +92,7 @@ def merge_on_text_(
         for p in group.pair:
             sharing = [target for target, shared in group.targets if p in shared]
             merged |= {(p, at) for at in (group.source, *sharing) if sharing}
-    kind = _Fisher if merge == "weighted_mean" else _Inputs
-    measured: _Measured = kind(model, layout, merged, gauge_of)
+    measured: _Measured = resolve_name(MEASURED[merge])(model, layout, merged, gauge_of)
     with measured.recording():
         run_text(model, batches, measured.add, progress)
     new: Slices = {}
@@ -109,7 +109,7 @@ class _Measured(Protocol):
     def average(self, projection: str, members: list[Member]) -> torch.Tensor: ...
 
 
-class _Fisher:
+class Fisher:
     """Sums over rows of squared gradients: {(projection, unit): float64 (width, hidden_size)}."""
 
     def __init__(
@@ -165,7 +165,7 @@ class _Fisher:
         return total / torch.stack(weights).sum(0)
 
 
-class _Inputs:
+class Inputs:
     """The inputs of all projections that are merged."""
 
     def __init__(

@@ -9,7 +9,7 @@ import torch
 
 from sa_models.heads import PROJECTIONS, HeadLayout
 from sa_models.materialize.merge import Group, groups, merge_group
-from sa_models.materialize.merge_kinds import GAUGED, Merge
+from sa_models.materialize.registry import GAUGED, Merge
 from sa_models.materialize.ties import merge_slices, shared_slices
 from sa_models.plan import SharingPlan, Unit
 from sa_models.weights.compact_folder import DenseReader, cast, features_of

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from pkgutil import resolve_name
 
 import torch
 
 from sa_models.errors import PostshareError
 from sa_models.heads import PROJECTIONS, HeadLayout, unit_view
 from sa_models.materialize.merge import groups, merge_group
-from sa_models.materialize.merge_kinds import GAUGED, MEASURED, Merge
+from sa_models.materialize.registry import GAUGED, MEASURED, PLAIN, Merge
 from sa_models.plan import HeadTie, SharingPlan
 from sa_models.ties import Unit
 
@@ -31,17 +32,33 @@ def merge_slices(slices: list[torch.Tensor], merge: Merge) -> torch.Tensor:
     Raises:
         PostshareError: they differ, and the merge needs calibration text.
     """
-    if merge == "copy" or all(torch.equal(slices[0], other) for other in slices[1:]):
+    if merge not in MEASURED:
+        return resolve_name(PLAIN[merge])(slices)
+    if _equal(slices):
+        return slices[0]
+    raise PostshareError(
+        f"merge {merge} needs calibration text, and the units of a tie are not one yet; call "
+        "merge_on_text_ first, or set materialize.merge=aligned_mean"
+    )
+
+
+def first(slices: list[torch.Tensor]) -> torch.Tensor:
+    """The source's."""
+    return slices[0]
+
+
+def mean(slices: list[torch.Tensor]) -> torch.Tensor:
+    """Summed in fp32 in the order given, rounded once."""
+    if _equal(slices):
         return slices[0]  # the rounded mean of equal values need not be theirs
-    if merge in MEASURED:
-        raise PostshareError(
-            f"merge {merge} needs calibration text, and the units of a tie are not one yet; call "
-            "merge_on_text_ first, or set materialize.merge=aligned_mean"
-        )
     total = slices[0].to(torch.float32, copy=True)
     for other in slices[1:]:
         total += other
     return (total / len(slices)).to(slices[0].dtype)
+
+
+def _equal(slices: list[torch.Tensor]) -> bool:
+    return all(torch.equal(slices[0], other) for other in slices[1:])
 
 
 def shared_slices(ties: Iterable[HeadTie]) -> dict[tuple[str, int, int], list[tuple[int, int]]]:

@@ -114,6 +114,19 @@ def estimate_sensitivity(
     return sums.result()
 
 
+def gradient_importance(
+    model: LlamaForCausalLM,
+    batches: Iterable[Batch],
+    without: Iterable[int] = (),
+    progress: Progress | None = None,
+) -> torch.Tensor:
+    """|sum of weight * gradient| of every unit, see :class:`Sensitivity`: float64 (layers, units).
+
+    Args: see :func:`estimate_sensitivity`.
+    """
+    return estimate_sensitivity(model, batches, (), without, progress).gradient
+
+
 @contextmanager
 def _evaluation(model: LlamaForCausalLM) -> Iterator[None]:
     """SDPA, no dropout, and no parameter's gradient but those of attention, for a while."""

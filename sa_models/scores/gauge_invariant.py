@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -29,9 +30,8 @@ from sa_models.errors import PostshareError
 from sa_models.heads import HeadLayout
 from sa_models.plan import Unit
 from sa_models.scores import weight_cosine
-from sa_models.scores.weight_cosine import Parts, Reader, gram_matrix
-
-ALIGNED = ("qk_aligned", "vo", "qkvo_aligned")
+from sa_models.scores.significance import PairTerms, Terms, sum_terms
+from sa_models.scores.weight_cosine import Parts, Reader, gram_matrix, unit_weight
 
 
 def aligned_scores(
@@ -40,7 +40,7 @@ def aligned_scores(
     """Gauge-invariant similarity of every two units of a model.
 
     Args:
-        score: one of :data:`ALIGNED`, defined in this module.
+        score: ``qk_aligned``, ``vo`` or ``qkvo_aligned``, defined in this module.
 
     Returns:
         float64 (layers * units, layers * units), symmetric, ones on the diagonal, as
@@ -56,6 +56,34 @@ def aligned_scores(
     # Two bars, one after the other: their units of work are not the same.
     parts = (aligned_scores(reader, layout, part, progress) for part in ("qk_aligned", "vo"))
     return sum(parts, torch.zeros((), dtype=torch.float64)) / 2
+
+
+def aligned_terms(reader: Reader, layout: HeadLayout, score: str) -> PairTerms:
+    """The terms of these scores, for p-values."""
+
+    @lru_cache(maxsize=64)
+    def weight(unit: Unit, projection: str) -> torch.Tensor:
+        return unit_weight(reader, layout, projection, unit).double()
+
+    def qk(target: Unit, source: Unit) -> Terms:
+        a, b = (planes(weight(u, "q"), weight(u, "k"), layout.head_dim) for u in (target, source))
+        products = (a * b.conj()).unflatten(1, (-1, layout.hidden_size)).sum(1)
+        return sum_terms(products / (a.norm() * b.norm()))
+
+    def vo(target: Unit, source: Unit) -> Terms:
+        def product(one: Unit, two: Unit) -> torch.Tensor:
+            # Column x of V1 and V2 with O1^T O2 between, the heads of a group added: never (D, D).
+            o1, o2 = (weight(u, "o").unflatten(0, (-1, layout.head_dim)) for u in (one, two))
+            between = (o1 @ o2.mT).sum(0)
+            return (weight(one, "v") * (between @ weight(two, "v"))).sum(0)
+
+        norms = product(target, target).sum() * product(source, source).sum()
+        return sum_terms(values=product(target, source) / norms.sqrt())
+
+    def both(target: Unit, source: Unit) -> Terms:
+        return Terms(qk(target, source).planes / 2, vo(target, source).values / 2)
+
+    return {"qk_aligned": qk, "vo": vo, "qkvo_aligned": both}[score]
 
 
 def _cosines(products: torch.Tensor) -> torch.Tensor:
@@ -188,12 +216,3 @@ class _Scaled:
     def __getitem__(self, key: slice | tuple[slice, slice]) -> torch.Tensor:
         columns = key[1] if isinstance(key, tuple) else slice(None)
         return self.view[key].float() * self.gain[columns]
-
-
-def unit_weight(reader: Reader, layout: HeadLayout, projection: str, unit: Unit) -> torch.Tensor:
-    """The slice of one unit, fp32 (width, hidden_size); only it is read."""
-    view = reader.slice(layout.parameter_name(unit[0], projection))
-    start = unit[1] * layout.width(projection)
-    stop = start + layout.width(projection)
-    part = view[:, start:stop].t() if projection == "o" else view[start:stop]
-    return part.float()

@@ -28,10 +28,7 @@ from typing import Protocol
 
 import torch
 
-from sa_models.heads import HeadLayout
 from sa_models.plan import Unit
-from sa_models.scores.gauge_invariant import planes, unit_weight
-from sa_models.scores.weight_cosine import Reader
 
 DRAWS = 1000
 LEVEL = 0.05
@@ -130,48 +127,7 @@ def upper_tail(sample: torch.Tensor, value: float) -> float:
     return float(tail(torch.tensor(shape, dtype=torch.float64), at))
 
 
-# --- the terms of the weight scores ---------------------------------------------------------------
-
-
-def weight_terms(reader: Reader, layout: HeadLayout, score: str) -> PairTerms:
-    """The terms of a score of weights: of similarity.SCORES or of aligned.ALIGNED.
-
-    The features are the inputs of q, k and v: hidden_size.
-    """
-
-    @lru_cache(maxsize=64)
-    def weight(unit: Unit, projection: str) -> torch.Tensor:
-        return unit_weight(reader, layout, projection, unit).double()
-
-    def raw(target: Unit, source: Unit) -> Terms:
-        if score == "softmax":
-            a, b = (_function(*(weight(u, p) for p in "qkv")) for u in (target, source))
-        else:
-            a, b = (torch.cat([weight(u, p) for p in score]) for u in (target, source))
-        return _terms(values=(a * b).sum(0) / (a.norm() * b.norm()))
-
-    def qk(target: Unit, source: Unit) -> Terms:
-        a, b = (planes(weight(u, "q"), weight(u, "k"), layout.head_dim) for u in (target, source))
-        products = (a * b.conj()).unflatten(1, (-1, layout.hidden_size)).sum(1)
-        return _terms(products / (a.norm() * b.norm()))
-
-    def vo(target: Unit, source: Unit) -> Terms:
-        def product(one: Unit, two: Unit) -> torch.Tensor:
-            # Column x of V1 and V2 with O1^T O2 between, the heads of a group added: never (D, D).
-            o1, o2 = (weight(u, "o").unflatten(0, (-1, layout.head_dim)) for u in (one, two))
-            between = (o1 @ o2.mT).sum(0)
-            return (weight(one, "v") * (between @ weight(two, "v"))).sum(0)
-
-        norms = product(target, target).sum() * product(source, source).sum()
-        return _terms(values=product(target, source) / norms.sqrt())
-
-    def both(target: Unit, source: Unit) -> Terms:
-        return Terms(qk(target, source).planes / 2, vo(target, source).values / 2)
-
-    return {"qk_aligned": qk, "vo": vo, "qkvo_aligned": both}.get(score, raw)
-
-
-def _terms(planes: torch.Tensor | None = None, values: torch.Tensor | None = None) -> Terms:
+def sum_terms(planes: torch.Tensor | None = None, values: torch.Tensor | None = None) -> Terms:
     """Terms of which one kind is absent."""
     if planes is None:
         assert values is not None
@@ -179,9 +135,3 @@ def _terms(planes: torch.Tensor | None = None, values: torch.Tensor | None = Non
     if values is None:
         values = torch.zeros(planes.shape[1], dtype=torch.float64)
     return Terms(planes, values)
-
-
-def _function(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """softmax(W_q W_k^T) W_v of the heads of a unit; signs of inputs change its columns only."""
-    heads = q.unflatten(0, (-1, len(k)))
-    return (torch.softmax(heads @ k.T, dim=-1) @ v).flatten(0, 1)

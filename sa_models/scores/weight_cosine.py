@@ -10,14 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 import torch
 
 from sa_models.calibration.progress import Progress
 from sa_models.heads import HeadLayout
+from sa_models.plan import Unit
+from sa_models.scores.significance import PairTerms, Terms, sum_terms
 
-SCORES = ("q", "k", "v", "qk", "qkv", "softmax")
 TIE_TOLERANCE = 1e-6
 """Scores closer than this are equal: the earliest source wins (fp32 cosines are no finer)."""
 
@@ -53,6 +55,38 @@ def unit_scores(
         gram = gram_matrix(parts, layout, progress)
     norms = gram.diagonal().sqrt()
     return gram / (norms[:, None] * norms[None, :])
+
+
+def cosine_terms(reader: Reader, layout: HeadLayout, score: str) -> PairTerms:
+    """The terms of these scores, for p-values."""
+
+    @lru_cache(maxsize=64)
+    def weight(unit: Unit, projection: str) -> torch.Tensor:
+        return unit_weight(reader, layout, projection, unit).double()
+
+    def terms(target: Unit, source: Unit) -> Terms:
+        if score == "softmax":
+            a, b = (_function(*(weight(u, p) for p in "qkv")) for u in (target, source))
+        else:
+            a, b = (torch.cat([weight(u, p) for p in score]) for u in (target, source))
+        return sum_terms(values=(a * b).sum(0) / (a.norm() * b.norm()))
+
+    return terms
+
+
+def _function(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """softmax(W_q W_k^T) W_v of the heads of a unit; signs of inputs change its columns only."""
+    heads = q.unflatten(0, (-1, len(k)))
+    return (torch.softmax(heads @ k.T, dim=-1) @ v).flatten(0, 1)
+
+
+def unit_weight(reader: Reader, layout: HeadLayout, projection: str, unit: Unit) -> torch.Tensor:
+    """The slice of one unit, fp32 (width, hidden_size); only it is read."""
+    view = reader.slice(layout.parameter_name(unit[0], projection))
+    start = unit[1] * layout.width(projection)
+    stop = start + layout.width(projection)
+    part = view[:, start:stop].t() if projection == "o" else view[start:stop]
+    return part.float()
 
 
 @dataclass(frozen=True)

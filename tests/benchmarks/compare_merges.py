@@ -14,7 +14,7 @@ from pathlib import Path
 
 from sa_models.heads import HeadLayout
 from sa_models.materialize.merge_calibrated import merge_on_text_
-from sa_models.materialize.merge_kinds import MEASURED
+from sa_models.materialize.registry import MEASURED
 from sa_models.materialize.ties import materialize_
 from sa_models.plan import SharingPlan
 from train.data.calibration import calibration_batches

@@ -16,7 +16,8 @@ from pathlib import Path
 from sa_models.heads import HeadLayout
 from sa_models.materialize.ties import materialize_
 from sa_models.plan import SharingPlan
-from sa_models.scores.significance import LEVEL, chance, weight_terms
+from sa_models.scores.registry import weight_terms
+from sa_models.scores.significance import LEVEL, chance
 from sa_models.weights.safetensors_folder import WeightsFolder
 from train.distributed.engines.start import start
 from train.evaluation.perplexity import perplexity

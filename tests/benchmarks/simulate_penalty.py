@@ -32,7 +32,7 @@ from sa_models.search.budget import units_of_ratio
 from sa_models.search.pairs import make_plan
 from train.estimate.llama_shapes import KNOWN, LlamaShape
 from train.penalty.coupled import CHUNK_ELEMENTS
-from train.penalty.distances import reduced_values
+from train.penalty.distances import L2
 from train.penalty.sharded_exchange import Pair, Routes, route, unit_shape
 
 FLOPS = 989.4e12
@@ -148,7 +148,7 @@ def simulate(
     moved.fill_diagonal_(0)
     nodes = torch.arange(gpus) // GPUS_PER_NODE
     far = moved * (nodes[:, None] != nodes)
-    numbers = 8 * reduced_values("l2") * len(pairs) * 2 * (gpus - 1)
+    numbers = 8 * L2().reduced * len(pairs) * 2 * (gpus - 1)
     total = int(moved.sum()) + numbers
     busiest, between = int(moved.sum(1).max()), int(far.sum(1).max())
     parameters = llama_parameters(shape)

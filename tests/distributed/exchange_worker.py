@@ -19,8 +19,8 @@ from tests.support.pulled import LAYOUTS, Weights, chained_plan, star_plan
 from train.distributed.engines.base import Shard
 from train.penalty.coupled import Penalty, PenaltyResult
 from train.penalty.decoupled import Pull
-from train.penalty.distances import DISTANCES
 from train.recipe.recipe import PenaltySection
+from train.recipe.sections.penalty import KINDS
 
 RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 WEIGHT = 0.7
@@ -227,8 +227,8 @@ CUTS = {"each": each, "joined": joined, "ragged": ragged}
 def main() -> None:
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     torch.use_deterministic_algorithms(True)
-    cells = list(itertools.product(LAYOUTS, DISTANCES, CUTS, (2**20,)))
-    cells += itertools.product(LAYOUTS, DISTANCES, ("ragged",), (500,))
+    cells = list(itertools.product(LAYOUTS, KINDS, CUTS, (2**20,)))
+    cells += itertools.product(LAYOUTS, KINDS, ("ragged",), (500,))
     for cell in cells:
         check(*cell)
     print(f"{len(cells)} cells hold")

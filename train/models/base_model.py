@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from sa_models.configuration import SharedLlamaConfig
 from sa_models.errors import PostshareError
 from sa_models.heads import HeadLayout
-from sa_models.materialize.merge_kinds import Merge
+from sa_models.materialize.registry import Merge
 from sa_models.materialize.ties import materialize_
 from sa_models.modeling import SharedLlamaForCausalLM
 from sa_models.plan import SharingPlan

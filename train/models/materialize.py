@@ -12,8 +12,8 @@ from safetensors import SafetensorError
 from sa_models.atomic_files import new_folder
 from sa_models.errors import PostshareError
 from sa_models.materialize.merge_calibrated import merge_on_text_
-from sa_models.materialize.merge_kinds import MEASURED
 from sa_models.materialize.reconstruct_o import reconstruct_
+from sa_models.materialize.registry import MEASURED
 from sa_models.materialize.shared_basis import factorized
 from sa_models.plan import SharingPlan
 from sa_models.weights.safetensors_folder import ShardWriter

@@ -23,8 +23,8 @@ from sa_models.configuration import SharedLlamaConfig
 from sa_models.errors import PostshareError
 from sa_models.export.peft_adapter import Pairs, rank_of, wrap_
 from sa_models.heads import HeadLayout
-from sa_models.materialize.merge_kinds import Merge
 from sa_models.materialize.reader import MaterializedReader
+from sa_models.materialize.registry import Merge
 from sa_models.modeling import SharedLlamaForCausalLM, compact_config, select_units
 from sa_models.weights.compact_folder import CompactFolder, DenseReader, open_weights
 from sa_models.weights.parameter_shapes import compact_shapes

@@ -5,7 +5,8 @@ the number of pairs (not of pairs times projections; PostShare, section 3.2). It
 fp32 from the master weights, outside the model's graph, once per optimizer step, and its gradient
 is added to the reduced gradient before clipping. There are three ways to it, with one result:
 
-* pair by pair, for a CPU that holds whole parameters: passes over memory are what costs time;
+* pair by pair, for a CPU that holds whole parameters: passes over memory are what costs time (the
+  exchange, on one rank, takes 2.5 times as long for l2);
 * chunk by chunk, on a GPU that holds whole parameters, and for kinds that need autograd;
 * where the ranks hold ranges of parameters (:class:`train.distributed.engines.base.Shard`), by
   exchanging the paired elements (:mod:`train.penalty.sharded_exchange`). Only where each rank keeps
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from sa_models.heads import HeadLayout, unit_view
 from sa_models.plan import PROJECTIONS, SharingPlan
-from train.penalty.distances import DISTANCES, OF_DIFFERENCE, cosines
+from train.penalty.distances import OfDifference, cosines, distance
 from train.penalty.sharded_exchange import Exchange, Pair
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ class Penalty:
     """The penalty of a plan on a model of the given layout.
 
     Args:
-        kind: a key of `DISTANCES`.
+        kind: see :data:`train.recipe.sections.penalty.KINDS`.
         projections: pulled for every tie; None pulls each tie's own, which are those that will be
             shared. A projection that another tie of the same target shares is left to that tie.
 
@@ -115,7 +116,7 @@ class Penalty:
     ) -> None:
         self.ties = plan.ties
         self.layout = layout
-        self.kind = kind
+        self.kind = distance(kind)
         owned = {(tie.target, p) for tie in plan.ties for p in tie.projections}
         pulled = [
             tie.projections
@@ -187,8 +188,12 @@ class Penalty:
             exchange = self._exchange_on(engine, shards)
             total = exchange.pull(shards, scale, distance, cosine)
             moved = exchange.bytes_moved(gradients=scale is not None)
-        elif self.kind in OF_DIFFERENCE and engine.device.type == "cpu" and not engine.sharded:
-            total = self._pull_pairs(shards, scale, distance, cosine)
+        elif (
+            isinstance(self.kind, OfDifference)
+            and engine.device.type == "cpu"
+            and not engine.sharded
+        ):
+            total = self._pull_pairs(self.kind, shards, scale, distance, cosine)
         else:
             total = self._pull_chunks(engine, shards, scale, distance, cosine)
             if engine.sharded:
@@ -213,7 +218,7 @@ class Penalty:
 
     def _bytes_reduced(self, world: int) -> tuple[int, int]:
         """What a rank sends in `_pull_chunks`, and all do: slices (in fp32) and squared norms."""
-        tensors = 1 if self.kind in OF_DIFFERENCE else 2
+        tensors = 1 if isinstance(self.kind, OfDifference) else 2
         held = sum(
             len(rows) * (4 * tensors * self.layout.unit_parameters(p) + 16)
             for p, rows in self._rows.items()
@@ -224,7 +229,12 @@ class Penalty:
     # Where a CPU holds whole parameters: pair by pair.
 
     def _pull_pairs(
-        self, shards: dict[str, Shard], scale: float | None, distance: Tensor, cosine: Tensor
+        self,
+        kind: OfDifference,
+        shards: dict[str, Shard],
+        scale: float | None,
+        distance: Tensor,
+        cosine: Tensor,
     ) -> float:
         """Fill in `distance` and `cosine`, add the gradients, return the sum of the values.
 
@@ -251,12 +261,9 @@ class Penalty:
                 # Not by dot, whose last bits may differ between ranks: this enters the gradient.
                 length = float(torch.linalg.vector_norm(torch.sub(x, y, out=difference)))
                 lengths.append(length)
-                if self.kind == "l2":
-                    value, slope = length, 1 / length if length else 0.0
-                else:
-                    value, slope = length**2 / x.numel(), 2 / x.numel()
-                total += value
+                total += kind.value(length, length**2, x.numel())
                 if scale is not None:
+                    slope = kind.slope(length, x.numel()) if length else 0.0
                     gradients[to][target].add_(difference, alpha=slope * scale)
                     gradients[of][source].sub_(difference, alpha=slope * scale)
             for at, gradient in flat.items():
@@ -286,9 +293,13 @@ class Penalty:
             apart = torch.linalg.vector_norm(x if y is None else x - y, dim=-1)
             at = chunk.ties.to(engine.device), self.projections.index(chunk.projection)
             distance[at], cosine[at] = apart, cosines(squares, apart)
-            if y is None:
-                values = self._scale_difference(x, apart, scale)
+            if isinstance(self.kind, OfDifference):
+                size = torch.full_like(apart, x.shape[1], dtype=torch.int64)
+                values = self.kind.value(apart, apart.square(), size)
+                if scale is not None:
+                    x *= self.kind.factors(apart, size, scale)[:, None]
             else:
+                assert y is not None
                 values, x, y = self._differentiate(x, y, scale)
             total += values.sum(dtype=torch.float64)
             if scale is not None:
@@ -306,7 +317,7 @@ class Penalty:
         width, pairs = self.layout.width(chunk.projection), len(chunk.ties)
         make = torch.zeros if engine.sharded else torch.empty  # all rows are written where whole
         x = make(pairs, width, self.layout.hidden_size, device=engine.device)
-        y = None if self.kind in OF_DIFFERENCE else torch.zeros_like(x)
+        y = None if isinstance(self.kind, OfDifference) else torch.zeros_like(x)
         squares = torch.zeros(2, pairs, dtype=torch.float64, device=engine.device)
         views = {
             span.name: self._units(shard, _whole(shard).to(engine.device), chunk.projection)
@@ -329,26 +340,15 @@ class Penalty:
                 engine.all_reduce_(tensor)
         return x.flatten(1), None if y is None else y.flatten(1), squares
 
-    def _scale_difference(self, difference: Tensor, apart: Tensor, scale: float | None) -> Tensor:
-        """Values of l2 or mse; with `scale`, the difference becomes scale x the gradient to x."""
-        if self.kind == "l2":
-            values, slope = apart, apart.reciprocal().masked_fill_(apart == 0, 0)
-        else:
-            values = apart.square() / difference.shape[1]
-            slope = torch.full_like(apart, 2 / difference.shape[1])
-        if scale is not None:
-            difference *= (slope * scale)[:, None]
-        return values
-
     def _differentiate(
         self, x: Tensor, y: Tensor, scale: float | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Values of any kind; with `scale`, also scale x the gradients to x and y."""
         if scale is None:
-            return DISTANCES[self.kind](x, y), x, y
+            return self.kind.between(x, y), x, y
         x.requires_grad_()
         y.requires_grad_()
-        values = DISTANCES[self.kind](x, y)
+        values = self.kind.between(x, y)
         to_target, to_source = torch.autograd.grad(values.sum() * scale, (x, y))
         return values.detach(), to_target, to_source
 

@@ -29,7 +29,7 @@ from torch import Tensor
 from sa_models.errors import PostshareError
 from train.distributed.ranks import Ranks
 from train.penalty.coupled import CHUNK_ELEMENTS, Penalty, PenaltyResult, penalty_coefficient
-from train.penalty.distances import cosines
+from train.penalty.distances import L2, cosines
 from train.penalty.sharded_exchange import Exchange, Pair, Transfer
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ class Pull:
             # Families one after the other, so that none is cut.
             pairs = sorted(self.penalty.each, key=lambda pair: (pair.column, pair.source))
             self._exchange = JointExchange(
-                ranks, self.penalty.layout, pairs, "l2", shards, self.chunk_elements, joint=True
+                ranks, self.penalty.layout, pairs, L2(), shards, self.chunk_elements, joint=True
             )
             self._engine = engine
         return self._exchange

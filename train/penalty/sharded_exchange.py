@@ -22,7 +22,8 @@ from sa_models.heads import HeadLayout
 from sa_models.ties import Unit
 from train.distributed.engines.base import gather_ranges
 from train.distributed.ranks import Ranks
-from train.penalty.distances import OF_DIFFERENCE, Spread, cosines, reduced_values
+from train.penalty.distances import OfDifference, Summed, cosines
+from train.penalty.spread import Spread
 
 if TYPE_CHECKING:
     from train.distributed.engines.base import Shard
@@ -195,7 +196,7 @@ class Exchange:
         engine: Ranks,
         layout: HeadLayout,
         pairs: list[Pair],
-        kind: str,
+        kind: OfDifference | Summed,
         shards: dict[str, Shard],
         elements: int,
         joint: bool = False,
@@ -212,7 +213,7 @@ class Exchange:
             )
         )
         # Of an all-reduce a rank of a ring sends twice what the others hold.
-        numbers = 8 * reduced_values(kind) * len(pairs) * 2 * (engine.world - 1) // engine.world
+        numbers = 8 * kind.reduced * len(pairs) * 2 * (engine.world - 1) // engine.world
         self._bytes = self._sent(4 * there, 4 * back, numbers)
         self._bytes_of_all = {k: int(engine.reduce_sum(v)) for k, v in self._bytes.items()}
 
@@ -283,7 +284,7 @@ class Exchange:
         outgoing: Tensor,
     ) -> None:
         """Send the sources' gradients back, and add all to the engine's."""
-        odd = self.kind in OF_DIFFERENCE
+        odd = isinstance(self.kind, OfDifference)
         returned = spread.x if odd else spread.y
         self._swap(outgoing, returned, chunk.send_sizes, chunk.receive_sizes)
         targets = [(pair.projection, pair.target) for pair in pairs]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,7 +12,8 @@ from rich.table import Table
 
 from sa_models.heads import HeadLayout
 from sa_models.plan import SharingPlan
-from sa_models.scores.magnitude import least_important, unit_norms
+from sa_models.scores.magnitude import least_important
+from sa_models.scores.registry import IMPORTANCES_OF_WEIGHTS
 from sa_models.scores.weight_cosine import best_matches, random_matches
 from sa_models.search.pairs import make_plan
 from sa_models.spans import ranges
@@ -50,10 +52,12 @@ def find_ties(
         return plan, None
     if section.strategy == "basis":
         return basis_plan(problem), None
-    if section.strategy == "magnitude":
-        space, norms = problem.space, unit_norms(converted(weights, structure), layout)
+    if section.strategy in IMPORTANCES_OF_WEIGHTS:
+        space = problem.space
+        measure = resolve_name(IMPORTANCES_OF_WEIGHTS[section.strategy])
+        importance = measure(converted(weights, structure), layout)
         count = -(-space.needed // space.removal_saves)
-        plan = replace(structure, removed=least_important(norms, space.removable, count))
+        plan = replace(structure, removed=least_important(importance, space.removable, count))
         plan.validate(weights.config)
         return plan, None
     scores, followers = None, structure.leader_of()

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -20,8 +21,8 @@ from sa_models.atomic_files import write_json
 from sa_models.calibration.partial_forward import Batch
 from sa_models.heads import PROJECTIONS, HeadLayout
 from sa_models.plan import SharingPlan
-from sa_models.scores.fisher import estimate_sensitivity
 from sa_models.scores.magnitude import least_important
+from sa_models.scores.registry import IMPORTANCES_OF_TEXT
 from sa_models.search.actions import Action, as_plan, ordered
 from sa_models.search.algorithms import (
     EvolutionOptions,
@@ -64,19 +65,20 @@ class LossSearch:
     seconds: float
 
 
-def choose_by_gradient(
+def choose_by_importance(
     problem: PlanProblem, model: LlamaForCausalLM, batches: Sequence[Batch]
 ) -> SharingPlan:
-    """Remove the units of least |sum of weight * gradient| (LLM-Pruner, attention only).
+    """Remove the units of least importance, as calibration text says.
 
     Args:
         model, batches: see :func:`search_plan`.
     """
     space, structure = problem.space, problem.structure
-    with bar("gradients") as advance:
-        found = estimate_sensitivity(model, batches, (), structure.leader_of(), advance)
+    measure = resolve_name(IMPORTANCES_OF_TEXT[problem.section.strategy])
+    with bar(f"importance ({problem.section.strategy})") as advance:
+        importance = measure(model, batches, structure.leader_of(), advance)
     count = math.ceil(space.needed / space.removal_saves)
-    return replace(structure, removed=least_important(found.gradient, space.removable, count))
+    return replace(structure, removed=least_important(importance, space.removable, count))
 
 
 def search_plan(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,12 +16,12 @@ from sa_models.atomic_files import write_json
 from sa_models.calibration.progress import Progress
 from sa_models.heads import HeadLayout
 from sa_models.plan import SharingPlan, Unit
-from sa_models.scores.activations import HeadOutputs, output_map_scores, output_scores, output_terms
-from sa_models.scores.attention_maps import unit_map_similarity
-from sa_models.scores.gauge_invariant import ALIGNED, FoldedNorm, aligned_scores
-from sa_models.scores.significance import LEVEL, Chance, PairTerms, chance, weight_terms
-from sa_models.scores.significance_text import MIN_BLOCKS, linear_map_terms, map_terms
-from sa_models.scores.weight_cosine import Reader, unit_scores
+from sa_models.scores.activations import HeadOutputs
+from sa_models.scores.gauge_invariant import FoldedNorm
+from sa_models.scores.registry import OF_TEXT, weight_scores, weight_terms
+from sa_models.scores.significance import LEVEL, Chance, PairTerms, chance
+from sa_models.scores.significance_text import MIN_BLOCKS
+from sa_models.scores.weight_cosine import Reader
 from sa_models.weights.safetensors_folder import WeightsFolder
 from sa_models.weights.structure import converted
 from train.common.progress import bar
@@ -53,6 +54,14 @@ class CalibrationText:
         with bar("head outputs") as advance:
             return HeadOutputs.measure(self.model, self.batches, advance)
 
+    @property
+    def blocks(self) -> int:
+        return len(self.batches)
+
+    def measured(self, names: Sequence[str]) -> list[Any]:
+        """These attributes."""
+        return [getattr(self, name) for name in names]
+
 
 def score_units(
     section: PlanSection, reader: Reader, layout: HeadLayout, text: CalibrationText | None
@@ -79,13 +88,11 @@ def _measure(
     score: str, fold_norm: bool, reader: Reader, layout: HeadLayout, text: CalibrationText | None
 ) -> Callable[[Progress], torch.Tensor]:
     if text is not None:
-        if score == "attention":
-            return lambda advance: unit_map_similarity(text.model, text.batches, advance)
-        outputs, measure = text.outputs, output_scores if score == "output" else output_map_scores
-        return lambda advance: measure(outputs, advance)
+        found = OF_TEXT[score]
+        measure, measured = resolve_name(found.matrix), text.measured(found.of)
+        return lambda advance: measure(*measured, advance)
     folded = FoldedNorm(reader) if fold_norm else reader
-    compare = aligned_scores if score in ALIGNED else unit_scores
-    return lambda advance: compare(folded, layout, score, advance)
+    return lambda advance: weight_scores(folded, layout, score, advance)
 
 
 def calibration_text(
@@ -149,7 +156,7 @@ def pair_chances(
 
     Args: see :func:`score_units`.
     """
-    if section.score != "output" and text is not None and len(text.batches) < MIN_BLOCKS:
+    if text is not None and OF_TEXT[section.score].shuffles and text.blocks < MIN_BLOCKS:
         return None
     pairs = sorted({(tie.target, tie.source) for tie in plan.ties})
     terms, followers = _terms(section, reader, layout, text), plan.leader_of()
@@ -197,8 +204,5 @@ def _terms(
         return weight_terms(
             FoldedNorm(reader) if section.fold_norm else reader, layout, section.score
         )
-    if section.score == "attention":
-        return map_terms(text.model, text.batches)
-    if section.score == "output":
-        return output_terms(text.outputs)
-    return linear_map_terms(text.outputs, len(text.batches))
+    found = OF_TEXT[section.score]
+    return resolve_name(found.terms)(*text.measured(found.terms_of))

@@ -7,7 +7,7 @@ from typing import Any
 
 from sa_models.errors import PostshareError
 from sa_models.heads import HeadLayout
-from sa_models.materialize.merge_kinds import GAUGED, MEASURED
+from sa_models.materialize.registry import IN_GAUGE
 from sa_models.plan import SharingPlan
 from train.recipe.fields import RecipeFields
 from train.recipe.sections.lora import LoraSection
@@ -196,7 +196,7 @@ def _residual(recipe: RecipeFields) -> Iterator[str]:
             "of parameters or bytes does not know; set plan.budget.ratio or plan.budget.heads"
         )
     merge = recipe.materialize.merge
-    if merge in GAUGED + MEASURED:
+    if merge in IN_GAUGE:
         yield (
             f"residual: materialize.merge {merge} writes heads in another gauge, in which what "
             "they lost has no meaning; set materialize.merge to copy or mean"

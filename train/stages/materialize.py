@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sa_models.materialize.merge_kinds import Merge
+from sa_models.materialize.registry import Merge
 from train.common.run_files import MERGED
 from train.models.base_model import load_dense, load_model, tie_model
 from train.models.materialize import on_text, write_model

@@ -13,6 +13,7 @@ from sa_models.calibration.partial_forward import Batch
 from sa_models.errors import PostshareError
 from sa_models.materialize.merge import check_merge
 from sa_models.plan import SharingPlan
+from sa_models.scores.registry import IMPORTANCES_OF_TEXT
 from sa_models.weights.safetensors_folder import WeightsFolder
 from sa_models.weights.structure import convert
 from train.common.progress import note
@@ -33,7 +34,7 @@ from train.planning.auto_report import (
 from train.planning.auto_search import search_auto
 from train.planning.find import draw_plan, find_ties, plan_table, requested_ratio
 from train.planning.loss_search import (
-    choose_by_gradient,
+    choose_by_importance,
     save_search,
     search_plan,
     search_sentence,
@@ -117,8 +118,8 @@ def find_by_loss(current: Run, base: Path, structure: SharingPlan, blocks: Block
     if section.strategy == "auto":
         return find_by_auto(current, base, problem, blocks)
     model = measured_model(current, base, structure)
-    if section.strategy == "gradient":
-        found = choose_by_gradient(problem, model, measured_text(current, blocks))
+    if section.strategy in IMPORTANCES_OF_TEXT:
+        found = choose_by_importance(problem, model, measured_text(current, blocks))
     else:
         found, searched = search_plan(
             problem, model, measured_text(current, blocks), current.folder

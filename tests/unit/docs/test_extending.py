@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
@@ -10,13 +11,16 @@ import torch.nn.functional as F
 
 from sa_models.heads import HeadLayout
 from sa_models.scores import weight_cosine
+from sa_models.scores.registry import OF_WEIGHTS, WeightScore, weight_scores, weight_terms
 from tests.support.in_memory import InMemory
 from tests.support.pages import DOCS, blocks
 from tests.support.pulled import LAYOUTS, Weights, star_plan
 from train.penalty import distances
 from train.penalty.coupled import Penalty
+from train.recipe.sections.penalty import KINDS
 from train.training import optimizer
 
+PAGE = (DOCS / "extending.md").read_text()
 PENALTY, SCORE, SCHEDULER = (block.code for block in blocks(DOCS / "extending.md", "python"))
 
 
@@ -36,10 +40,12 @@ def test_the_penalty_is_the_divergence_and_its_gradient(
     monkeypatch: pytest.MonkeyPatch, sharded: bool
 ) -> None:
     assert PENALTY.startswith("# train/penalty/distances.py\n")
-    tables = ("DISTANCES", "_TERMS", "_SUMS", "_WEIGHTS", "_GRADIENTS")
-    for table in tables:  # and it is gone from them again afterwards
-        monkeypatch.setitem(getattr(distances, table), "reverse_kl", None)
-    exec(PENALTY, dict(vars(distances)))
+    assert len(PENALTY.splitlines()) < 20
+    module = dict(vars(distances))
+    exec(PENALTY, module)
+    monkeypatch.setattr(distances, "ReverseKL", module["ReverseKL"], raising=False)
+    monkeypatch.setitem(KINDS, "reverse_kl", "train.penalty.distances:ReverseKL")
+    assert '"reverse_kl": "train.penalty.distances:ReverseKL",' in PAGE
     layout = LAYOUTS["gqa"]
     plan = star_plan(layout, ("q", "v", "o"))
     expected, pulled = Weights(layout), Weights(layout)
@@ -62,20 +68,27 @@ def test_the_penalty_is_the_divergence_and_its_gradient(
 
 
 @pytest.mark.parametrize("shape", sorted(LAYOUTS))
-def test_the_score_is_the_cosine_of_every_two_units(shape: str) -> None:
+def test_the_score_is_the_cosine_of_every_two_units(
+    shape: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert SCORE.startswith("# sa_models/scores/weight_cosine.py\n")
+    assert len(SCORE.splitlines()) < 20
     module = dict(vars(weight_cosine))
     exec(SCORE, module)
+    monkeypatch.setattr(weight_cosine, "output_columns", module["output_columns"], raising=False)
+    (name, entry) = re.search(r'"(o)": (WeightScore\(.*?\)),\n', PAGE, re.DOTALL).groups()  # type: ignore[union-attr]
+    monkeypatch.setitem(OF_WEIGHTS, name, eval(entry, {"WeightScore": WeightScore}))
     layout = LAYOUTS[shape]
     weights = Weights(layout)
-    scores = module["output_columns"](InMemory(weights.parameters), layout)
+    reader = InMemory(weights.parameters)
+    scores, terms = weight_scores(reader, layout, "o"), weight_terms(reader, layout, "o")
     units = [(layer, unit) for layer in range(layout.layers) for unit in range(layout.units)]
     for row, one in enumerate(units):
         for column, other in enumerate(units):
             a, b = (unit_slice(weights, layout, u, "o").reshape(-1) for u in (one, other))
-            assert scores[row, column].item() == pytest.approx(
-                F.cosine_similarity(a, b, dim=0).item(), abs=1e-5
-            )
+            expected = F.cosine_similarity(a, b, dim=0).item()
+            assert scores[row, column].item() == pytest.approx(expected, abs=1e-5)
+            assert terms(one, other).score == pytest.approx(expected, abs=1e-5)
 
 
 def test_the_scheduler_goes_on_where_the_warm_up_ends() -> None:

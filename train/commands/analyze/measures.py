@@ -15,6 +15,7 @@ from sa_models.heads import HeadLayout
 from sa_models.plan import HeadTie, SharingPlan
 from sa_models.scores.attention_maps import Isotropy, measure_isotropy
 from sa_models.scores.fisher import Sensitivity, estimate_sensitivity
+from sa_models.scores.registry import SCORES
 from sa_models.scores.weight_cosine import Matches, best_matches
 from train.commands.analyze.model import Weights
 from train.common.progress import bar
@@ -105,10 +106,9 @@ def analyze_model(
 
 def score_section(score: str) -> PlanSection:
     """A plan section that scores units by `score`. Raises PostshareError for an unknown one."""
-    known = PlanSection.model_fields["score"].annotation.__args__  # type: ignore[union-attr]
-    if score not in known:
-        raise PostshareError(f"--score {score}: unknown; use one of {', '.join(known)}")
-    return PlanSection(score=score, budget=Budget(ratio=0.5))  # type: ignore[arg-type]
+    if score not in SCORES:
+        raise PostshareError(f"--score {score}: unknown; use one of {', '.join(SCORES)}")
+    return PlanSection(score=score, budget=Budget(ratio=0.5))
 
 
 def layer_rises(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from sa_models.materialize.merge_kinds import MEASURED, Merge
+from sa_models.materialize.registry import MEASURED, Merge
 from train.recipe.sections.base import (
     Count,
     Positive,

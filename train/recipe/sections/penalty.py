@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from train.recipe.sections.base import (
     SEQUENCE,
@@ -13,6 +13,20 @@ from train.recipe.sections.base import (
     Weight,
 )
 
+KINDS = {
+    "l2": "train.penalty.distances:L2",
+    "mse": "train.penalty.distances:MSE",
+    "kl": "train.penalty.distances:KL",
+    "symmetric_kl": "train.penalty.distances:SymmetricKL",
+    "js": "train.penalty.distances:JS",
+    "cosine": "train.penalty.distances:Cosine",
+}
+"""Where the class of each kind of the penalty is: `module:class`, imported when it is used."""
+if TYPE_CHECKING:
+    Kind = str
+else:
+    Kind = Literal[tuple(KINDS)]
+
 
 class PenaltySection(Section):
     """The regularizer that pulls the two units of a tie together."""
@@ -20,7 +34,7 @@ class PenaltySection(Section):
     mode: Literal["coupled", "decoupled", "progressive"] = "coupled"
     """coupled: a loss (the paper's); decoupled: its proximal step after the optimizer's, in which
     units become equal; progressive: targets reach their sources in ramp_steps, and stay."""
-    kind: Literal["l2", "mse", "kl", "symmetric_kl", "js", "cosine"] = "l2"
+    kind: Kind = "l2"
     """Distance of two units; l2, the unsquared Frobenius norm, is the paper's."""
     projections: Projections | None = None
     """Projections that are pulled (default: exactly those that will be shared)."""

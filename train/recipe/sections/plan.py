@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from fractions import Fraction
 from functools import cached_property
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
+from sa_models.scores.registry import IMPORTANCES, IMPORTANCES_OF_TEXT, OF_TEXT, SCORES
 from sa_models.search.budget import Counted, parse_share
 from train.recipe.sections.base import Count, Name, Positive, Projections, Section, distinct
 
@@ -16,12 +17,18 @@ MATCHED = ("cosine", "released", "random")
 """Strategies that give every target a source, by their weights or by chance."""
 SCORED = ("cosine", "released")
 """Strategies that compare units by `plan.score`."""
-REMOVING = ("magnitude", "gradient")
+REMOVING = IMPORTANCES
 """Strategies that choose units to remove."""
 MEASURED = ("loss", "auto")
 """Strategies that choose changes by the loss on calibration text."""
 CHOOSING = (*MATCHED, *MEASURED, *REMOVING, "basis")
 """Strategies that need a budget."""
+if TYPE_CHECKING:
+    Strategy = str
+    Score = str
+else:
+    Strategy = Literal[(*MATCHED, *MEASURED, *REMOVING, "basis", "file", "none")]
+    Score = Literal[SCORES]
 
 
 def _share(text: str) -> str:
@@ -69,20 +76,14 @@ class Budget(Section):
 class PlanSection(Section):
     """How the sharing plan is found."""
 
-    strategy: Literal[
-        "cosine", "released", "random", "loss", "auto", "magnitude", "gradient", "basis", "file",
-        "none",
-    ] = "cosine"  # fmt: skip
+    strategy: Strategy = "cosine"
     """cosine: best match, root-resolved; released: the published selection with its chains;
     random: control; loss: the changes that cost least on calibration text; auto: the same across
     ties of any projections, removals, spans, KV groups and shared bases; magnitude, gradient:
     remove the units with the smallest weights, or the smallest |sum of weight * gradient| (pruning
     controls); basis: q, k and v of two adjacent layers on one basis (Basis Sharing); file:
     plan.path; none: share nothing."""
-    score: Literal[
-        "q", "k", "v", "qk", "qkv", "softmax",
-        "qk_aligned", "vo", "qkvo_aligned", "attention", "output", "output_map",
-    ] = "qk"  # fmt: skip
+    score: Score = "qk"
     """What the similarity of two units is computed from (docs/scores.md; the paper's default is
     qk); attention, output and output_map are measured on training text."""
     share: Projections = ("q", "k", "v")
@@ -203,7 +204,7 @@ class PlanSection(Section):
     @property
     def searches(self) -> bool:
         """Whether units are chosen by what their change does to the loss on calibration text."""
-        return self.strategy in ("loss", "auto", "gradient")
+        return self.strategy in (*MEASURED, *IMPORTANCES_OF_TEXT)
 
     @property
     def scores(self) -> bool:
@@ -213,7 +214,7 @@ class PlanSection(Section):
     @property
     def scores_text(self) -> bool:
         """Whether that score is measured on calibration text."""
-        return self.scores and self.score in ("attention", "output", "output_map")
+        return self.scores and self.score in OF_TEXT
 
     @property
     def measures(self) -> bool:

@@ -11,9 +11,9 @@ import torch
 from sa_models.errors import PostshareError
 from sa_models.heads import HeadLayout
 from sa_models.scores import weight_cosine
-from sa_models.scores.gauge_invariant import ALIGNED, FoldedNorm, aligned_scores
-from sa_models.scores.significance import weight_terms
-from sa_models.scores.weight_cosine import SCORES, unit_scores
+from sa_models.scores.gauge_invariant import FoldedNorm, aligned_scores
+from sa_models.scores.registry import OF_WEIGHTS, weight_scores, weight_terms
+from sa_models.scores.weight_cosine import unit_scores
 from tests.support.gauge import (
     HEAD_DIM,
     HIDDEN,
@@ -23,6 +23,8 @@ from tests.support.gauge import (
     tokens,
 )
 from tests.support.in_memory import InMemory
+
+ALIGNED = ("qk_aligned", "vo", "qkvo_aligned")
 
 
 def reader(model) -> InMemory:
@@ -101,10 +103,7 @@ def test_a_change_of_gauge_changes_raw_scores_only(kv_heads: int) -> None:
     names = [*ALIGNED, "qk", "v"]
 
     def measure() -> dict[str, torch.Tensor]:
-        return {
-            name: (aligned_scores if name in ALIGNED else unit_scores)(reader(model), layout, name)
-            for name in names
-        }
+        return {name: weight_scores(reader(model), layout, name) for name in names}
 
     before, logits = measure(), model(ids).logits
     change_gauge_(model)
@@ -149,10 +148,10 @@ def test_equal_norms_are_the_scale_at_which_a_plane_is_smallest() -> None:
     assert smallest <= float(sizes.min())
 
 
-@pytest.mark.parametrize("score", [*SCORES, *ALIGNED])
+@pytest.mark.parametrize("score", OF_WEIGHTS)
 def test_folding_the_gain_is_what_a_model_with_folded_weights_scores(score: str) -> None:
     model, folded = tiny(2), tiny(2)
-    ids, compare = tokens(), aligned_scores if score in ALIGNED else unit_scores
+    ids, compare = tokens(), weight_scores
     with torch.no_grad():
         for layer in folded.model.layers:
             gain = layer.input_layernorm.weight.clone()
@@ -168,11 +167,11 @@ def test_folding_the_gain_is_what_a_model_with_folded_weights_scores(score: str)
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
-@pytest.mark.parametrize("score", [*SCORES, *ALIGNED])
+@pytest.mark.parametrize("score", OF_WEIGHTS)
 def test_the_terms_of_a_pair_sum_up_to_its_score(kv_heads: int, score: str) -> None:
     model = tiny(kv_heads)
     layout, folded = layout_of(model), FoldedNorm(reader(model))
-    scores = (aligned_scores if score in ALIGNED else unit_scores)(folded, layout, score)
+    scores = weight_scores(folded, layout, score)
     terms = weight_terms(folded, layout, score)
     for target, source in [((2, 0), (0, 0)), ((1, layout.units - 1), (0, 0)), ((2, 0), (1, 0))]:
         i, j = (unit[0] * layout.units + unit[1] for unit in (target, source))

@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from sa_models.heads import PROJECTIONS, HeadLayout
-from sa_models.scores.gauge_invariant import ALIGNED, aligned_scores
-from sa_models.scores.significance import Terms, chance, upper_tail, weight_terms
-from sa_models.scores.weight_cosine import best_matches, unit_scores
+from sa_models.scores.registry import weight_scores, weight_terms
+from sa_models.scores.significance import Terms, chance, upper_tail
+from sa_models.scores.weight_cosine import best_matches
 from tests.support.in_memory import InMemory
+
+ALIGNED = ("qk_aligned", "vo", "qkvo_aligned")
 
 LAYOUT = HeadLayout(layers=9, hidden_size=40, heads=8, kv_heads=4, head_dim=8)
 WIDE = replace(LAYOUT, hidden_size=256)
@@ -62,7 +64,7 @@ def test_the_best_of_many_is_no_discovery(score: str, layout: HeadLayout) -> Non
     With few features of unequal sizes the correction is conservative: large scores are more often
     those of wide nulls, and sums of few signs have shorter tails.
     """
-    compare = aligned_scores if score in ALIGNED else unit_scores
+    compare = weight_scores
     raw, corrected = [], []
     for seed in range(8):
         reader = InMemory(random_weights(seed, layout))

@@ -31,7 +31,7 @@ from train.estimate.gpu_memory import memory_per_gpu
 from train.estimate.llama_shapes import LlamaShape
 from train.models.base_model import base_folder
 from train.models.lora import TRAINABLE, adapt, merged
-from train.penalty.distances import DISTANCES
+from train.penalty.distances import distance
 from train.penalty.lora import LoraPenalty
 from train.recipe.recipe import Recipe, validate
 from train.stages.lora import distances
@@ -100,10 +100,12 @@ def penalty_of(
     weights: dict[str, torch.Tensor], layout: HeadLayout, plan: SharingPlan, kind: str
 ) -> torch.Tensor:
     value = sum(
-        DISTANCES[kind](
+        distance(kind)
+        .between(
             unit_of(weights, layout, p, tie.target)[None],
             unit_of(weights, layout, p, tie.source)[None],
-        ).sum()
+        )
+        .sum()
         for tie in plan.ties
         for p in tie.projections
     )

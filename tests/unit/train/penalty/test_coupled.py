@@ -15,8 +15,9 @@ from sa_models.heads import PROJECTIONS, HeadLayout
 from sa_models.plan import HeadTie, SharingPlan
 from tests.support.pulled import LAYOUTS, Weights, chained_plan
 from train.distributed.engines.base import Shard
-from train.penalty.coupled import DISTANCES, Penalty, penalty_coefficient
+from train.penalty.coupled import Penalty, penalty_coefficient
 from train.recipe.recipe import PenaltySection
+from train.recipe.sections.penalty import KINDS
 
 
 def naive_distance(kind: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -62,7 +63,7 @@ def subsets() -> list[tuple[str, ...]]:
 
 
 @pytest.mark.parametrize("sharded", [False, True])
-@pytest.mark.parametrize("kind", sorted(DISTANCES))
+@pytest.mark.parametrize("kind", sorted(KINDS))
 @pytest.mark.parametrize("name", sorted(LAYOUTS))
 def test_value_and_gradient_equal_a_loop_over_pairs(name: str, kind: str, sharded: bool) -> None:
     layout = LAYOUTS[name]
@@ -114,7 +115,7 @@ def test_distance_and_cosine_of_each_pair_and_projection() -> None:
 def test_equal_units_get_no_gradient_from_l2_and_no_nan_from_any_kind() -> None:
     layout = LAYOUTS["mha"]
     plan = SharingPlan((HeadTie((1, 2), (0, 1), ("q", "o")),))
-    for kind in DISTANCES:
+    for kind in KINDS:
         weights = Weights(layout)
         with torch.no_grad():
             for projection in ("q", "o"):

@@ -36,7 +36,7 @@ from train.distributed.engines.start import start
 from train.estimate.parameters import plan_savings
 from train.planning import loss_search
 from train.planning.find import find_ties
-from train.planning.loss_search import choose_by_gradient
+from train.planning.loss_search import choose_by_importance
 from train.planning.problem import PlanProblem
 from train.recipe.recipe import Recipe
 from train.recipe.sections.plan import PlanSection
@@ -213,7 +213,7 @@ def test_magnitude_and_gradient_remove_the_least(
     section |= {"strategy": "gradient", "calibration_blocks": BLOCKS}
     made = recipe(home, tmp_path / "run", plan=section)
     blocks = Run(made, start(made)).blocks[0]
-    found = choose_by_gradient(
+    found = choose_by_importance(
         PlanProblem(made.plan, base.config),
         base_model(home),
         calibration_batches(blocks, BLOCKS, made.evaluate.batch_size, torch.device("cpu")),

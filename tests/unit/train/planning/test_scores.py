@@ -12,7 +12,8 @@ from sa_models.heads import HeadLayout
 from sa_models.plan import SharingPlan
 from sa_models.scores.activations import HeadOutputs, output_scores
 from sa_models.scores.gauge_invariant import FoldedNorm, aligned_scores
-from sa_models.scores.significance import chance, weight_terms
+from sa_models.scores.registry import weight_terms
+from sa_models.scores.significance import chance
 from sa_models.scores.weight_cosine import best_matches
 from sa_models.search.budget import units_of_ratio
 from sa_models.search.pairs import make_plan

@@ -133,7 +133,7 @@ def test_a_finished_run_does_nothing_on_a_second_start(
         "train.evaluation.summary.block_losses", lambda *_, **__: pytest.fail("evaluated again")
     )
     monkeypatch.setattr(
-        "train.planning.scores.unit_scores", lambda *_: pytest.fail("planned again")
+        "sa_models.scores.weight_cosine.unit_scores", lambda *_: pytest.fail("planned again")
     )
     run(finished)
     assert {f: f.stat().st_mtime_ns for f in files} == before
