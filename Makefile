@@ -5,13 +5,14 @@ BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST_ARGS ?=
 
-.PHONY: help demo test test-matrix test-cluster cluster-tools browser-tools test-faults test-harness \
+.PHONY: help demo test test-more test-all test-matrix test-cluster cluster-tools browser-tools test-faults test-harness \
 	test-quantize check format bench build schema docs clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    run the whole pipeline on a small model; writes runs/demo"
 	@echo "make test    run the tests (PYTEST_ARGS='-k recipe' selects)"
+	@echo "make test-all      these and further cases of what they prove (test-more: these alone)"
 	@echo "make test-matrix   every backend on 1, 2 and 4 processes against one; prints a table"
 	@echo "make test-cluster  train on a real Slurm and on two hosts, all on this machine (needs root)"
 	@echo "make test-faults   kill a training 100 times, fill its disk, cut its network (KILLS=100)"
@@ -42,9 +43,16 @@ demo: $(STAMP)
 
 # Two workers: one for the tests that launch processes, one for the others (tests/conftest.py).
 # None is replaced: pytest-xdist 3.8 can wait for ever after that (its issue 1378).
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder \
+	--max-worker-restart 0
+
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder \
-		--max-worker-restart 0 $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
+
+test-more: $(STAMP)
+	$(PYTEST) -m 'more and not slow' $(PYTEST_ARGS)
+
+test-all: test test-more
 
 test-matrix: $(STAMP)
 	$(BIN)/python -m pytest tests/matrix -m '' -p no:cacheprovider $(PYTEST_ARGS)

@@ -9,6 +9,8 @@ import pytest
 import torch
 from xdist.scheduler import LoadScopeScheduling
 
+from tests.support import REPOSITORY
+
 # Threads that wait for each other between tiny operations take longer than the operations.
 torch.set_num_threads(1)
 
@@ -16,15 +18,13 @@ torch.set_num_threads(1)
 # start of another one builds again.
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills", type=int, default=5, help="kills in tests/faults/test_kills.py")
     parser.addoption("--seed", type=int, default=0, help="of their moments and ranks")
 
 
-LAUNCHING = ("tests/distributed/", "tests/faults/")
+LAUNCHING = ("tests/distributed/", "tests/faults/test_kills")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from tests.cluster.hosts import NAMES, on
+from tests.support import REPOSITORY
+from tests.support.launcher import environment
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 COMMANDS = ("munged", "slurmctld", "slurmd", "sbatch")
 
 CONFIGURATION = """
@@ -57,14 +57,8 @@ PartitionName=urgent Nodes={nodes} State=UP PriorityTier=2
 class Slurm:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.environment = {
-            **{k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_"))},
-            "SLURM_CONF": str(folder / "slurm.conf"),
-            "OMP_NUM_THREADS": "1",
-            "PYTHONUNBUFFERED": "1",
-            "PYTHONPATH": str(REPOSITORY),
-            "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
-        }
+        around = {k: v for k, v in environment().items() if not k.startswith(("SLURM_", "SBATCH_"))}
+        self.environment = around | {"SLURM_CONF": str(folder / "slurm.conf")}
 
     def run(self, *command: str, cwd: Path = REPOSITORY) -> str:
         """The output of a command on the first node."""

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,10 +11,11 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.cluster.hosts import NAMES, on
+from tests.support import REPOSITORY
+from tests.support.launcher import environment
 from train.tracking.metrics_log import read_rows
 from train.training.checkpoint import steps_in
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 RECIPE = (
     "recipes/demo_postshare.yaml",
     "train.micro_batch_size=2",
@@ -39,12 +38,10 @@ def train(folder: Path, launch_file: str, *overrides: str) -> subprocess.Popen[s
     return subprocess.Popen(
         ["launch/hosts.sh", work / "hosts.txt", *RECIPE, *overrides, f"output_dir={folder}"],
         cwd=REPOSITORY, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        env={
-            **os.environ, "REMOTE": str(work / "remote"), "PROCESSES_PER_NODE": "1",
-            "LAUNCH_FILE": f"launch/accelerate/{launch_file}.yaml", "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(REPOSITORY), "PYTHONUNBUFFERED": "1",
-            "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
-        },
+        env=environment(
+            REMOTE=str(work / "remote"), PROCESSES_PER_NODE="1",
+            LAUNCH_FILE=f"launch/accelerate/{launch_file}.yaml",
+        ),
     )  # fmt: skip
 
 

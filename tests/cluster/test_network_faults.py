@@ -5,7 +5,6 @@ Each host has a launcher of its own, as in docs/clusters.md without ssh.
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -19,9 +18,10 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.cluster.hosts import ADDRESSES, NAMES, on
+from tests.support import REPOSITORY
+from tests.support.launcher import environment
 from train.tracking.metrics_log import read_rows
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 PORT = 29541
 HANG = 15
 RENDEZVOUS = 20
@@ -93,10 +93,7 @@ def node(
         process = subprocess.Popen(
             on(host, "sh", "-c", f'{before or ":"}; exec "$@"', "sh", *command),
             cwd=REPOSITORY, stdout=output, stderr=output, stdin=subprocess.DEVNULL,
-            env={
-                **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY),
-                "PYTHONUNBUFFERED": "1",
-            },
+            env=environment(),
         )  # fmt: skip
     _started.append(Node(process, log, time.monotonic()))
     return _started[-1]

@@ -20,18 +20,6 @@ LAST = int(os.environ.get("WORLD_SIZE", "1")) - 1
 STEP = 3
 
 
-def nan_on_rank_1() -> None:
-    """Its loss, of the third micro-batch."""
-    losses, calls = objective.token_losses, [0]
-
-    def wrapped(engine: object, batch: object) -> object:
-        calls[0] += 1
-        value = losses(engine, batch)  # type: ignore[arg-type]
-        return value * float("nan") if RANK == 1 and calls[0] == STEP else value
-
-    objective.token_losses = wrapped  # type: ignore[assignment]
-
-
 def stuck_data() -> None:
     """The last rank's source never gives its fourth micro-batch."""
     read = loop.read_ahead
@@ -45,9 +33,9 @@ def stuck_data() -> None:
     loop.read_ahead = wrapped  # type: ignore[assignment]
 
 
-def slow_forward() -> None:
-    """Rank 1's model takes a second longer for each forward."""
-    forward = LlamaModel.forward
+def slow_then_nan() -> None:
+    """Rank 1's model takes a second longer for each forward, and the loss of the 11th is nan."""
+    forward, losses, calls = LlamaModel.forward, objective.token_losses, [0]
 
     @functools.wraps(forward)
     def wrapped(*arguments: object, **options: object) -> object:
@@ -55,7 +43,13 @@ def slow_forward() -> None:
             time.sleep(1)
         return forward(*arguments, **options)  # type: ignore[arg-type]
 
+    def measured(engine: object, batch: object) -> object:
+        calls[0] += 1
+        value = losses(engine, batch)  # type: ignore[arg-type]
+        return value * float("nan") if RANK == 1 and calls[0] == 11 else value
+
     LlamaModel.forward = wrapped  # type: ignore[assignment]
+    objective.token_losses = measured  # type: ignore[assignment]
 
 
 if __name__ == "__main__":

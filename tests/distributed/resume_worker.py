@@ -18,8 +18,7 @@ from train.training.checkpoint import Checkpoints, Position
 SETTING = Setting(clip_norm=0.5, steps=8)
 
 
-def main() -> None:
-    folder, steps = Path(sys.argv[1]), int(sys.argv[2])
+def go_on(folder: Path, steps: int) -> None:
     engine = start(SETTING.recipe())
     engine.prepare(*build(SETTING))
     checkpoints = Checkpoints(folder / "checkpoints", engine, {"seed": 0}, keep=2)
@@ -38,4 +37,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    go_on(Path(sys.argv[1]), int(sys.argv[2]))

@@ -13,39 +13,24 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from torch import Tensor
 
-from tests.distributed.test_signals import ranks_of
-from tests.support.launcher import REPOSITORY, run
+from tests.distributed.conftest import Together
+from tests.distributed.runs import RUNS
+from tests.support import REPOSITORY
+from tests.support.launcher import environment, ranks_of
 from train.tracking.metrics_log import read_rows
 
 pytestmark = pytest.mark.distributed
 
-RECIPE = (
-    "recipes/demo_postshare.yaml",
-    "train.steps=24",
-    "train.micro_batch_size=2",
-    "train.warmup_steps=1",
-    "train.checkpoint_every=5",
-    "data.sequence_length=64",
-    "evaluate.blocks=2",
-    "evaluate.continued=false",
-)
 SECONDS = 150
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
-    folder = tmp_path_factory.mktemp("undisturbed")
-    run("ddp", "-m", "train", *RECIPE, f"output_dir={folder}")
-    return load_file(folder / "weights" / "model.safetensors")
+RUN = RUNS["checkpointed"]
 
 
 # On two hosts the launchers then disagree about the number of restarts: one of them has seen a
 # failure, the other a host that comes again.
 @pytest.mark.parametrize("hosts", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_killed_rank_is_started_again_with_the_others(
-    hosts: int, undisturbed: dict[str, Tensor], tmp_path: Path
+    hosts: int, together: Together, tmp_path: Path
 ) -> None:
     folder, port = tmp_path / "run", _free_port()
     where = {
@@ -71,7 +56,8 @@ def test_a_killed_rank_is_started_again_with_the_others(
     said = _said(tmp_path)
     assert statuses == [0] * hosts, said
     assert re.search(r"resuming from .*step-0000(05|10)", said), said
-    mine = load_file(folder / "weights" / "model.safetensors")
+    whole, _ = together("ddp", "checkpointed")
+    mine, undisturbed = (load_file(f / "weights" / "model.safetensors") for f in (folder, whole))
     assert mine.keys() == undisturbed.keys()
     for name, value in undisturbed.items():
         assert float((mine[name] - value).norm()) <= 1e-6 * float(value.norm()), name
@@ -81,9 +67,8 @@ def _torchrun(log: Path, *options: str, folder: Path) -> subprocess.Popen[bytes]
     command = [sys.executable, "-m", "torch.distributed.run", "--max_restarts", "2", *options]
     with log.open("wb") as output:
         return subprocess.Popen(
-            [*command, "-m", "train", *RECIPE, f"output_dir={folder}"],
-            cwd=REPOSITORY, stdout=output, stderr=output,
-            env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+            [*command, "-m", "train", *RUN.arguments(folder)],
+            cwd=REPOSITORY, stdout=output, stderr=output, env=environment(),
         )  # fmt: skip
 
 

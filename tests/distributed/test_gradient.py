@@ -10,18 +10,31 @@ import pytest
 
 from tests.matrix.cells import BACKENDS, CELLS, SUBSET
 from tests.matrix.compare import compare, initial_distance, launch_cells
+from tests.matrix.worker import run_all
 
 pytestmark = pytest.mark.distributed
 
 
+# Each is much as another: as DDP and ZeRO-2, as ZeRO-3, which has other cells on three processes.
+MORE = [
+    *(("zero0", 2), ("zero1", 2), ("zero3", 2)),
+    *(("zero3-offload-optimizer", 2), ("zero3-offload", 2)),
+]
+
+
 @pytest.fixture(scope="module")
 def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The cells on one process, which is this one."""
     folder = tmp_path_factory.mktemp("single")
-    launch_cells("cpu", 1, sorted({name for names in SUBSET.values() for name in names}), folder)
+    names = sorted({name for names in SUBSET.values() for name in names})
+    run_all(names, folder)
     return folder
 
 
-@pytest.mark.parametrize(("config", "processes"), SUBSET)
+@pytest.mark.parametrize(
+    ("config", "processes"),
+    [pytest.param(*at, marks=[pytest.mark.more] * (at in MORE)) for at in SUBSET],
+)
 def test_cells_equal_one_process(config: str, processes: int, single: Path, tmp_path: Path) -> None:
     cells = SUBSET[config, processes]
     output = launch_cells(config, processes, cells, tmp_path)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.launcher import launch, run, surroundings
+from tests.support.launcher import environment, launch, run
 from train.tracking.metrics_log import read_rows
 
 pytestmark = pytest.mark.distributed
@@ -52,7 +52,7 @@ def test_torchrun_starts_it_too(own: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc_per_node", "2", "--no_python", "postshare", "doctor"]
     done = subprocess.run(
-        command, cwd=own, env=surroundings(), capture_output=True, text=True, timeout=200
+        command, cwd=own, env=environment(), capture_output=True, text=True, timeout=200
     )
     assert "2 answer, on 1 host" in done.stdout, done.stdout + done.stderr
     assert done.returncode in (0, 1), "what the doctor finds here is not the question"

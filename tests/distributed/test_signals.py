@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.support.launcher import Launch, launch
+from tests.support.launcher import Launch, launch, ranks_of
 from train.tracking.metrics_log import read_rows
 from train.training.checkpoint import steps_in
 
@@ -53,14 +51,6 @@ def start(
         "ddp", *form, *RECIPE, *overrides, f"output_dir={folder}", timeout=100,
         meanwhile=meanwhile,
     )  # fmt: skip
-
-
-def ranks_of(launcher: subprocess.Popen[Any]) -> list[int]:
-    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
-    return [
-        int(pid) for pid in children
-        if re.search(rb"-m\0train\0|/postshare\0run\0", Path(f"/proc/{pid}/cmdline").read_bytes())
-    ]  # fmt: skip
 
 
 def to_launcher(launcher: subprocess.Popen[str]) -> None:

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.wandb_file import history, records, values
-from tests.distributed.wandb_server import serving
 from tests.distributed.wandb_worker import GROUP
 from tests.support import tiny
 from tests.support.launcher import run
+from tests.support.wandb_file import history, records, values
+from tests.support.wandb_server import serving
 from train.tracking.dashboard_panels import SECTIONS, keys
 
 pytestmark = pytest.mark.distributed

@@ -18,7 +18,8 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+from tests.support import REPOSITORY, launcher
+
 STEPS = 60
 """Of the training that is killed."""
 RECIPE = (
@@ -115,25 +116,15 @@ class Count:
 
 def command(config: str, way: Way, folder: Path) -> list[str]:
     """The demo under a launch file; `one` is a process without a launcher."""
-    program = [sys.executable, "-m", "train"]
-    if config != "one":
-        file = f"launch/accelerate/{config}.yaml"
-        cli = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
-        program = [*cli, "--config_file", file, "--main_process_port", "0", "-m", "train"]
-    return [*program, *RECIPE, *way.options, f"output_dir={folder}"]
+    arguments = ["-m", "train", *RECIPE, *way.options, f"output_dir={folder}"]
+    if config == "one":
+        return [sys.executable, *arguments]
+    return launcher.command(config, *arguments)
 
 
 def start(config: str, way: Way, folder: Path) -> subprocess.Popen[bytes]:
     """Its output is appended to `<folder>.log`."""
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(
-            filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")])
-        ),
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
-        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "10",
-    }
+    environment = launcher.environment(TORCH_ELASTIC_SHUTDOWN_TIMEOUT="10")
     with folder.with_name(f"{folder.name}.log").open("ab") as log:
         return subprocess.Popen(
             command(config, way, folder), cwd=REPOSITORY, env=environment, stdout=log, stderr=log,
@@ -143,16 +134,7 @@ def start(config: str, way: Way, folder: Path) -> subprocess.Popen[bytes]:
 
 def ranks_of(process: subprocess.Popen[bytes], config: str) -> list[int]:
     """Process ids of the ranks that run now."""
-    if config == "one":
-        return [process.pid]
-    try:
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        return [
-            int(pid) for pid in children
-            if b"-m\0train\0" in Path(f"/proc/{pid}/cmdline").read_bytes()
-        ]  # fmt: skip
-    except OSError:
-        return []
+    return [process.pid] if config == "one" else launcher.ranks_of(process)
 
 
 def end(process: subprocess.Popen[bytes], seconds: float = 120.0) -> None:

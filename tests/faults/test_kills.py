@@ -28,12 +28,19 @@ OTHER_WAYS = (
     *(("fsdp2", way) for way in ("heal", "basis", "residual")),
 )
 FEW = 20
-"""Below this `make test` asks, which takes a part of the cases."""
+"""Below this `make test` and `make test-more` ask, which take a part of the cases."""
 
 Table = Callable[[killing.Count], None]
 
 
-@pytest.mark.parametrize("config", SHARES)
+@pytest.mark.parametrize(
+    "config",
+    [
+        "one",
+        pytest.param("ddp", marks=pytest.mark.more),
+        pytest.param("zero2", marks=pytest.mark.slow),
+    ],
+)
 def test_nothing_is_lost(
     config: str, tmp_path: Path, pytestconfig: pytest.Config, fault_table: Table
 ) -> None:
@@ -45,6 +52,7 @@ def test_nothing_is_lost(
     survive(config, "demo", kills, tmp_path, pytestconfig, fault_table)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("config", "way"), OTHER_WAYS)
 def test_nothing_is_lost_of_other_ways(
     config: str, way: str, tmp_path: Path, pytestconfig: pytest.Config, fault_table: Table

@@ -14,16 +14,12 @@ from safetensors.torch import load_file
 
 from sa_models.errors import PostshareError
 from tests.support import tiny
+from tests.support.interruption import KilledError, at_step
 from train.recipe.recipe import Recipe
-from train.training import loop
 from train.training.checkpoint import steps_in
 from train.training.loop import train
 
 STEPS = 14
-
-
-class PlugPulled(BaseException):
-    """No error handling of the product takes it for its own."""
 
 
 def recipe(folder: Path) -> Recipe:
@@ -36,19 +32,18 @@ def run(folder: Path) -> Path:
     return train(tiny.job(asked), asked).weights / "model.safetensors"
 
 
-def interrupt(folder: Path, monkeypatch: pytest.MonkeyPatch, step: int = 11) -> list[int]:
-    """Train, and break off before this step; the steps of the checkpoints."""
-    seed = loop.seed_step
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A training that was broken off before its 12th step."""
+    folder = tmp_path_factory.mktemp("interrupted") / "run"
+    with at_step(12), pytest.raises(KilledError):
+        run(folder)
+    return folder
 
-    def pull(base: int, at: int, rank: int) -> None:
-        if at == step:
-            raise PlugPulled
-        seed(base, at, rank)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "seed_step", pull)
-        with pytest.raises(PlugPulled):
-            run(folder)
+def copied(interrupted: Path, folder: Path) -> list[int]:
+    """The steps of its checkpoints, of which there are several."""
+    shutil.copytree(interrupted, folder)
     steps = steps_in(folder / "checkpoints")
     assert len(steps) >= 2
     assert steps[-1] >= 8
@@ -115,10 +110,13 @@ Damage = Callable[[Path], None]
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_the_checkpoint_before_the_damaged_one_is_used(
-    damage: Damage, tmp_path: Path, expected: Path, monkeypatch: pytest.MonkeyPatch,
+    damage: Damage,
+    tmp_path: Path,
+    interrupted: Path,
+    expected: Path,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    *_, before, newest = interrupt(tmp_path / "run", monkeypatch)
+) -> None:
+    *_, before, newest = copied(interrupted, tmp_path / "run")
     damage(tmp_path / "run" / "checkpoints" / f"step-{newest:06d}")
     weights = run(tmp_path / "run")
     said = capsys.readouterr().err
@@ -130,9 +128,9 @@ def test_the_checkpoint_before_the_damaged_one_is_used(
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_without_a_good_one_it_does_not_start_over(
-    damage: Damage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    damage: Damage, tmp_path: Path, interrupted: Path
 ) -> None:
-    steps = interrupt(tmp_path / "run", monkeypatch)
+    steps = copied(interrupted, tmp_path / "run")
     for step in steps:
         damage(tmp_path / "run" / "checkpoints" / f"step-{step:06d}")
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
@@ -170,9 +168,9 @@ def fill(disk: Path, leave: int) -> Path:
 
 @pytest.mark.parametrize("leave", [0, 20_000, 150_000])
 def test_a_full_disk_is_an_error_that_says_so_and_costs_nothing(
-    leave: int, disk: Path, expected: Path, monkeypatch: pytest.MonkeyPatch
+    leave: int, disk: Path, interrupted: Path, expected: Path
 ) -> None:
-    steps = interrupt(disk / "run", monkeypatch)
+    steps = copied(interrupted, disk / "run")
     ballast = fill(disk, leave)
     with pytest.raises(PostshareError, match=r"(?i)no space left.*(disk space|with room)"):
         run(disk / "run")
@@ -182,8 +180,8 @@ def test_a_full_disk_is_an_error_that_says_so_and_costs_nothing(
     assert_bitwise(run(disk / "run"), expected)
 
 
-def test_a_read_only_folder(disk: Path, expected: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    interrupt(disk / "run", monkeypatch)
+def test_a_read_only_folder(disk: Path, interrupted: Path, expected: Path) -> None:
+    copied(interrupted, disk / "run")
     remount = ["mount", "-o"]
     subprocess.run([*remount, "remount,ro", disk], check=True)
     try:

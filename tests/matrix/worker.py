@@ -150,16 +150,20 @@ def check_divergence() -> None:
     engine.close()
 
 
-def main() -> None:
-    folder = Path(sys.argv[1])
+def run_all(names: list[str], folder: Path) -> None:
     rows: dict[str, list[dict] | str] = {}
-    for name in sys.argv[2:]:
+    for name in names:
         try:
             rows[name] = run(name, folder)
         except PostshareError as error:  # a refusal is a result; the comparison judges it
             rows[name] = str(error)
         if os.environ.get("RANK", "0") == "0":
             (folder / "rows.json").write_text(json.dumps(rows))
+
+
+def main() -> None:
+    folder, *names = sys.argv[1:]
+    run_all(names, Path(folder))
     check_divergence()
 
 

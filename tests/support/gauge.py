@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from sa_models.plan import HeadTie, SharingPlan
+
 HEADS, HEAD_DIM, HIDDEN = 4, 6, 20
 
 
@@ -70,3 +72,8 @@ def slices(model: LlamaForCausalLM, layer: int, unit: int) -> dict[str, list[tor
         heads = range(unit * group, (unit + 1) * group) if p in "qo" else [unit]
         found[p] = [weight[h * HEAD_DIM : (h + 1) * HEAD_DIM] for h in heads]
     return found
+
+
+def plan_of(*ties: tuple[tuple[int, int], tuple[int, int], str]) -> SharingPlan:
+    """Ties of target, source and projections."""
+    return SharingPlan(tuple(HeadTie(target, source, tuple(ps)) for target, source, ps in ties))

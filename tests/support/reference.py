@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from sa_models import AttentionSpan, HeadTie, SharedLlamaForCausalLM, SharingPlan
 from sa_models.materialize.ties import materialize_
@@ -55,6 +56,11 @@ def dense(shape: str = "gqa", seed: int = 0, **fields: Any) -> LlamaForCausalLM:
             if "norm" in name:
                 parameter.uniform_(0.5, 1.5)
     return model
+
+
+def exact_norm(self: LlamaRMSNorm, x: Tensor) -> Tensor:
+    """LlamaRMSNorm in its input's precision; the library's computes in fp32 whatever the input."""
+    return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
 
 
 def tokens(rows: int = 2, length: int = 9, seed: int = 5) -> Tensor:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sa_models.plan import HeadTie, SharingPlan
@@ -93,6 +94,25 @@ def curve(folder: Path) -> list[dict[str, Any]]:
     """The rows of a training without what the clock decides."""
     rows = read_rows(folder / "metrics.jsonl")
     return [{k: v for k, v in row.items() if k not in TIMING_KEYS} for row in rows]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """What a training has left."""
+    return load_file(folder / "weights" / "model.safetensors")
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    """Of two trainings, bitwise."""
+    mine, theirs = weights(one), weights(other)
+    assert mine.keys() == theirs.keys()
+    for name in mine:
+        assert torch.equal(mine[name], theirs[name]), name
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Bitwise equal weights, equal metrics."""
+    assert curve(one) == curve(other)
+    assert_same_weights(one, other)
 
 
 def row(step: int, **fields: Any) -> dict[str, Any]:

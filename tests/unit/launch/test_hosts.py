@@ -7,9 +7,7 @@ import subprocess
 import time
 from pathlib import Path
 
-import pytest
-
-REPOSITORY = Path(__file__).resolve().parents[3]
+from tests.support import REPOSITORY
 
 ACCELERATE = """#!/usr/bin/env bash
 printf '%s\\n' "$@" >"$NOTES/$HOST"
@@ -93,15 +91,15 @@ def test_a_host_that_fails_stops_the_others(tmp_path: Path) -> None:
     assert hosts.told() == {"me@a"}
 
 
-@pytest.mark.parametrize("arguments", [[], ["recipes/demo.yaml"]])
-def test_bad_input_says_what_is_wrong(tmp_path: Path, arguments: list[str]) -> None:
-    hosts = Hosts(tmp_path, *arguments)
-    if arguments:
-        hosts.end()
-        (tmp_path / "none.txt").write_text("# nobody\n")
-        command = ["bash", tmp_path / "launch" / "hosts.sh", tmp_path / "none.txt", *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert (done.returncode, done.stderr[:6]) == (2, "error:")
-    else:
-        assert hosts.end() == 2
-        assert hosts.errors.startswith("usage: launch/hosts.sh")
+def test_without_a_recipe_it_says_its_usage(tmp_path: Path) -> None:
+    hosts = Hosts(tmp_path)
+    assert hosts.end() == 2
+    assert hosts.errors.startswith("usage: launch/hosts.sh")
+
+
+def test_a_file_without_hosts_is_an_error(tmp_path: Path) -> None:
+    Hosts(tmp_path, "recipes/demo.yaml").end()
+    (tmp_path / "none.txt").write_text("# nobody\n")
+    command = ["bash", tmp_path / "launch/hosts.sh", tmp_path / "none.txt", "recipes/demo.yaml"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr[:6]) == (2, "error:")

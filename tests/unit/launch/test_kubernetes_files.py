@@ -13,7 +13,8 @@ import pytest
 import yaml
 from kubeflow_trainer_api.models import TrainerV1alpha1TrainJob
 
-REPOSITORY = Path(__file__).resolve().parents[3]
+from tests.support import REPOSITORY
+
 FOLDER = REPOSITORY / "launch" / "kubernetes"
 
 

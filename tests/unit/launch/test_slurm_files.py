@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import REPOSITORY
 from train.recipe.recipe import load_recipe
 
-REPOSITORY = Path(__file__).resolve().parents[3]
 FILES = sorted((REPOSITORY / "launch" / "slurm").glob("*.sbatch"))
 
 STUBS = {

@@ -9,10 +9,9 @@ from typing import Any
 import yaml
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
+from tests.support import REPOSITORY
 from train.recipe.recipe import load_recipe
 from train.tracking.dashboard_panels import SECTIONS, keys
-
-REPOSITORY = Path(__file__).resolve().parents[3]
 
 
 def sweep() -> dict[str, Any]:

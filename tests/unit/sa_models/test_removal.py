@@ -26,7 +26,16 @@ from sa_models.modeling import SharedLlamaForCausalLM
 from sa_models.weights.compact_folder import ExpandedFolder
 from sa_models.weights.safetensors_folder import WeightsFolder
 from sa_models.weights.structure import convert
-from tests.support.reference import LAYERS, SHAPES, Reference, dense, shared, tokens, use
+from tests.support.reference import (
+    LAYERS,
+    SHAPES,
+    Reference,
+    dense,
+    exact_norm,
+    shared,
+    tokens,
+    use,
+)
 
 ALL = ("q", "k", "v", "o")
 KINDS = ("removed", "ties", "spans")
@@ -451,17 +460,12 @@ def test_a_model_without_units_cannot_be_converted() -> None:
         convert(model_of("removed"), SharingPlan(spans=(AttentionSpan(0, (3,)),)))
 
 
-def rms_norm(self: LlamaRMSNorm, x: torch.Tensor) -> torch.Tensor:
-    """In the precision of its input: logits of 23 leave fp32 too few digits for 1e-5."""
-    return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-
-
 @pytest.mark.parametrize("name", ["stories260K", "stories260K-mha", "mixed7M"])
 @torch.no_grad()
 def test_real_checkpoints(
     shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setattr(LlamaRMSNorm, "forward", rms_norm)
+    monkeypatch.setattr(LlamaRMSNorm, "forward", exact_norm)
     source = WeightsFolder(shared / "models" / name)
     layout = HeadLayout.from_config(source.config)
     plan = SharingPlan(

@@ -12,11 +12,11 @@ import pytest
 
 import train.stages
 from sa_models.errors import PostshareError
+from tests.support import REPOSITORY
 from train.cli import app, launched, main
 from train.common.signals import TrainingStopped
 from train.recipe.recipe import Recipe
 
-REPOSITORY = Path(__file__).resolve().parents[3]
 STAGES = ("run", "plan", "export", "evaluate", "prepare")
 
 

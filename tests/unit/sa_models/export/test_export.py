@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
@@ -23,7 +20,6 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import sa_models.export.export as export_module
 from sa_models.errors import PostshareError
-from sa_models.export.export import export_model
 from sa_models.export.manifest import update_notes
 from sa_models.export.verify import verify_equal
 from sa_models.heads import HeadLayout
@@ -34,6 +30,8 @@ from sa_models.plan import HeadTie, SharingPlan
 from sa_models.projections import Piece, SharedLinear
 from sa_models.weights.compact_folder import ExpandedFolder, open_weights
 from sa_models.weights.safetensors_folder import ShardWriter, WeightsFolder
+from tests.support.exports import check_without_package, export, load, sha256
+from tests.support.reference import exact_norm
 
 LAYERS, HIDDEN, HEADS = 3, 32, 4
 
@@ -84,23 +82,10 @@ def make_plan(kv_heads: int, projections: str) -> SharingPlan:
     return SharingPlan(tuple(tie for tie in ties if tie.projections))
 
 
-def export(source: Any, plan: SharingPlan, folder: Path, **options: Any) -> Any:
-    values = {"dtype": torch.float32, "shard_bytes": 10**9} | options
-    return export_model(source, plan, folder, **values)
-
-
 def materialized(source: WeightsFolder, plan: SharingPlan, merge: str) -> LlamaForCausalLM:
     model = LlamaForCausalLM.from_pretrained(source.path)
     layout = HeadLayout.from_config(model.config)
     materialize_(dict(model.named_parameters()), layout, plan, merge)  # type: ignore[arg-type]
-    return model
-
-
-def load(folder: Path) -> Any:
-    model, info = AutoModelForCausalLM.from_pretrained(
-        folder, output_loading_info=True, trust_remote_code=False
-    )
-    assert not any(info.values()), info
     return model
 
 
@@ -115,15 +100,6 @@ def logits(model: Any, ids: torch.Tensor | None = None) -> torch.Tensor:
 @torch.no_grad()
 def exact_logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
     return model.double().eval()(ids).logits
-
-
-def rms_norm(self: LlamaRMSNorm, x: torch.Tensor) -> torch.Tensor:
-    """LlamaRMSNorm in the input's precision; the library's computes in fp32 whatever the input."""
-    return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-
-
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 CASES = [
@@ -278,7 +254,7 @@ def test_real_checkpoint_generates_the_same_tokens(
 ) -> None:
     """Logits reach 23 here: two correct fp32 forwards of the stock model (eager, sdpa) differ by
     2.5e-5, and each is 5e-5 off the exact value. So equality is asserted in float64."""
-    monkeypatch.setattr(LlamaRMSNorm, "forward", rms_norm)
+    monkeypatch.setattr(LlamaRMSNorm, "forward", exact_norm)
     source = WeightsFolder(shared / "models" / model)
     units = HeadLayout.from_config(source.config).units
     ties = [HeadTie((layer, 1), (0, units - 1), ("q", "k", "v")) for layer in range(1, 5)]
@@ -364,42 +340,10 @@ def test_compact_config_and_carried_code(tmp_path: Path) -> None:
     assert not {"sharing", "auto_map"} & set(dense)
 
 
-WITHOUT_PACKAGE = """
-import sys
-sys.modules["sa_models"] = None
-import torch
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
-assert type(model).__module__.startswith("transformers_modules."), type(model)
-ids = torch.arange(12)[None]
-with torch.no_grad():
-    torch.save(model(ids).logits, sys.argv[2])
-print(model.generate(ids, max_new_tokens=6, do_sample=False).tolist())
-"""
-
-
+@pytest.mark.more  # test_export_spans.py has it with ties, spans and pooled heads
 def test_compact_loads_where_the_package_is_not_installed(tmp_path: Path) -> None:
     result = export(make_source(tmp_path / "source"), make_plan(4, "qkvo"), tmp_path / "export")
-    run = subprocess.run(
-        [sys.executable, "-c", WITHOUT_PACKAGE, result.paths["compact"], tmp_path / "logits.pt"],
-        cwd=tmp_path,
-        env={
-            **os.environ,
-            "HF_MODULES_CACHE": str(tmp_path / "modules"),
-            "HF_HUB_OFFLINE": "1",
-            "OMP_NUM_THREADS": "1",
-        },
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    model, ids = load(result.paths["compact"]).eval(), torch.arange(12)[None]
-    with torch.no_grad():
-        assert (torch.load(tmp_path / "logits.pt") - model(ids).logits).abs().max() <= 1e-5
-    tokens = model.generate(ids, max_new_tokens=6, do_sample=False).tolist()
-    assert run.stdout.strip().splitlines()[-1] == str(tokens)
+    check_without_package(result.paths["compact"], tmp_path)
 
 
 # --- verification ---------------------------------------------------------------------------------

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,8 +20,8 @@ from sa_models.materialize.ties import materialize_
 from sa_models.weights.compact_folder import ExpandedFolder, open_weights
 from sa_models.weights.safetensors_folder import WeightsFolder
 from sa_models.weights.structure import convert, converted
+from tests.support.exports import check_without_package, export, load, sha256
 from tests.support.reference import SPAN_PLANS, Reference, dense, shared, some_plan, tokens
-from tests.unit.sa_models.export.test_export import WITHOUT_PACKAGE, export, load, sha256
 
 KINDS = (*SPAN_PLANS, "pooled, both, ties")
 
@@ -223,26 +220,7 @@ def test_the_manifest_says_what_was_dropped(tmp_path: Path) -> None:
 def test_it_loads_where_the_package_is_not_installed(tmp_path: Path) -> None:
     source, plan = make_source(tmp_path / "source"), plan_of("pooled, both, ties")
     result = export(source, plan, tmp_path / "export", formats=["compact"])
-    run = subprocess.run(
-        [sys.executable, "-c", WITHOUT_PACKAGE, result.paths["compact"], tmp_path / "logits.pt"],
-        cwd=tmp_path,
-        env={
-            **os.environ,
-            "HF_MODULES_CACHE": str(tmp_path / "modules"),
-            "HF_HUB_OFFLINE": "1",
-            "OMP_NUM_THREADS": "1",
-        },
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    model, ids = load(result.paths["compact"]).eval(), torch.arange(12)[None]
-    with torch.no_grad():
-        assert (torch.load(tmp_path / "logits.pt") - model(ids).logits).abs().max() <= 1e-5
-    story = model.generate(ids, max_new_tokens=6, do_sample=False).tolist()
-    assert run.stdout.strip().splitlines()[-1] == str(story)
+    check_without_package(result.paths["compact"], tmp_path)
 
 
 # --- what is refused ------------------------------------------------------------------------------

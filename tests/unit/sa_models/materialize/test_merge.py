@@ -15,14 +15,10 @@ from sa_models.materialize.gauge import absorbed, align_planes, align_values
 from sa_models.materialize.merge import check_merge, groups
 from sa_models.materialize.reader import MaterializedReader
 from sa_models.materialize.ties import materialize_, unit
-from sa_models.plan import HeadTie, SharingPlan
+from sa_models.plan import SharingPlan
 from sa_models.spans import AttentionSpan
 from sa_models.weights.safetensors_folder import WeightsFolder
-from tests.support.gauge import HEAD_DIM, change_gauge_, tiny, tokens
-
-
-def plan_of(*ties: tuple[tuple[int, int], tuple[int, int], str]) -> SharingPlan:
-    return SharingPlan(tuple(HeadTie(target, source, tuple(ps)) for target, source, ps in ties))
+from tests.support.gauge import HEAD_DIM, change_gauge_, plan_of, tiny, tokens
 
 
 def slices(model: LlamaForCausalLM) -> dict[tuple[str, int, int], torch.Tensor]:

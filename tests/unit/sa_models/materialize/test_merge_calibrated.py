@@ -16,17 +16,13 @@ from sa_models.materialize.gauge import align_planes, align_values
 from sa_models.materialize.merge_calibrated import FLOOR, merge_on_text_
 from sa_models.materialize.reader import MaterializedReader
 from sa_models.materialize.ties import materialize_
-from sa_models.plan import HeadTie, SharingPlan
+from sa_models.plan import SharingPlan
 from sa_models.spans import AttentionSpan
 from sa_models.weights.safetensors_folder import WeightsFolder
 from sa_models.weights.structure import convert
-from tests.support.gauge import HEAD_DIM, HEADS, change_gauge_, tiny, tokens
+from tests.support.gauge import HEAD_DIM, HEADS, change_gauge_, plan_of, tiny, tokens
 
 MEASURED = ("weighted_mean", "least_squares")
-
-
-def plan_of(*ties: tuple[tuple[int, int], tuple[int, int], str]) -> SharingPlan:
-    return SharingPlan(tuple(HeadTie(target, source, tuple(ps)) for target, source, ps in ties))
 
 
 def rows(model: LlamaForCausalLM, p: str, layer: int, at: int) -> torch.Tensor:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from matplotlib import image
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 from sa_models.errors import PostshareError
 from sa_models.scores import attention_maps as module
@@ -19,30 +19,19 @@ from sa_models.scores.attention_maps import (
     measure_isotropy,
 )
 from sa_models.search.spans import late_spans
+from tests.support.gauge import HEAD_DIM, HEADS, tiny, tokens
 from train.planning.plan_maps import save_isotropy
 
-HEADS, HEAD_DIM, LENGTH = 4, 8, 13
+LENGTH = 13
 
 
-def tiny(kv_heads: int = HEADS, layers: int = 3) -> LlamaForCausalLM:
-    torch.manual_seed(5)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=40,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=layers,
-            num_attention_heads=HEADS,
-            num_key_value_heads=kv_heads,
-            initializer_range=0.4,
-            attention_dropout=0.5,
-        )
-    )
+def model_of(kv_heads: int = HEADS) -> LlamaForCausalLM:
+    """With dropout, which no measurement may use."""
+    return tiny(kv_heads, attention_dropout=0.5).train()
 
 
-def tokens(blocks: int = 3, length: int = LENGTH) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(2)
-    return torch.randint(40, (blocks, length), generator=generator)
+def text(blocks: int = 3, length: int = LENGTH) -> torch.Tensor:
+    return tokens(blocks, length)
 
 
 def eager_maps(model: LlamaForCausalLM, ids: torch.Tensor) -> list[torch.Tensor]:
@@ -80,6 +69,7 @@ def make_readers_of_one_state(model: LlamaForCausalLM) -> None:
         for layer in model.model.layers:
             layer.self_attn.o_proj.weight.zero_()
             layer.mlp.down_proj.weight.zero_()
+            layer.input_layernorm.weight.fill_(1)
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
@@ -88,9 +78,9 @@ def test_is_the_mean_over_heads_rows_and_blocks(
     kv_heads: int, chunk_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "CHUNK_BYTES", chunk_bytes)
-    model, ids = tiny(kv_heads), tokens()
+    model, ids = model_of(kv_heads), text()
     # Blocks of different lengths: every row counts once, so a mean of means would be wrong.
-    short = tokens(1, 5)
+    short = text(1, 5)
     measured = measure_isotropy(model, [{"input_ids": ids}, {"input_ids": short}])
     documents = [eager_maps(model, row) for row in (*ids, *short)]
     assert measured.maps.dtype == measured.without_sink.dtype == torch.float64
@@ -101,9 +91,9 @@ def test_is_the_mean_over_heads_rows_and_blocks(
 
 
 def test_document_masks_measure_each_document_alone() -> None:
-    model = tiny()
+    model = model_of()
     lengths = (1, 6, 2, 4)
-    ids = tokens(1, sum(lengths))
+    ids = text(1, sum(lengths))
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
     measured = measure_isotropy(model, [{"input_ids": ids, "position_ids": positions}])
     documents = [eager_maps(model, part) for part in ids[0].split(lengths)]
@@ -112,10 +102,10 @@ def test_document_masks_measure_each_document_alone() -> None:
 
 
 def test_identical_layers_are_one() -> None:
-    model = tiny()
+    model = model_of()
     make_readers_of_one_state(model)
     model.model.layers[2].load_state_dict(model.model.layers[0].state_dict())
-    measured = measure_isotropy(model, [{"input_ids": tokens()}])
+    measured = measure_isotropy(model, [{"input_ids": text()}])
     for value in (measured.maps, measured.without_sink):
         assert value.diagonal().tolist() == pytest.approx([1, 1, 1], abs=1e-12)
         assert float(value[0, 2]) == pytest.approx(1, abs=1e-12)
@@ -132,7 +122,7 @@ def test_the_sink_is_removed_from_the_rows(monkeypatch: pytest.MonkeyPatch) -> N
     first = [[1, 0, 0, 0], [0.6, 0.4, 0, 0], [0.8, 0.2, 0, 0], [0.4, 0.3, 0.3, 0.0]]
     second = [[1, 0, 0, 0], [0.6, 0.4, 0, 0], [0.8, 0, 0.2, 0], [0.4, 0.0, 0.3, 0.3]]
     given_maps(monkeypatch, [first, second])
-    measured = measure_isotropy(tiny(), [{"input_ids": tokens(1, 4)}])
+    measured = measure_isotropy(model_of(), [{"input_ids": text(1, 4)}])
     with_sink = (1 + 0.64 / 0.68 + (0.16 + 0.09) / 0.34) / 3
     assert float(measured.maps[0, 1]) == pytest.approx(with_sink, abs=1e-7)
     assert float(measured.without_sink[0, 1]) == pytest.approx((0 + 0.5) / 2, abs=1e-7)
@@ -146,7 +136,7 @@ def test_rows_without_weight_beside_the_sink_are_left_out_pair_by_pair(
     b = [*head, [0.5, 0.5, 0, 0], [0.5, 0.5, 0, 0]]
     c = [*head, [1, 0, 0, 0], [0.5, 0, 0.5, 0]]
     given_maps(monkeypatch, [a, b, c])
-    measured = measure_isotropy(tiny(), [{"input_ids": tokens(1, 4)}])
+    measured = measure_isotropy(model_of(), [{"input_ids": text(1, 4)}])
     values = measured.without_sink
     assert float(values[0, 1]) == pytest.approx(1)  # row 2 alone
     assert float(values[1, 2]) == pytest.approx(0)  # row 3 alone
@@ -157,7 +147,7 @@ def test_rows_without_weight_beside_the_sink_are_left_out_pair_by_pair(
 
 @pytest.mark.parametrize("sink", [True, False])
 def test_head_similarity_is_the_mean_of_every_two_heads(sink: bool) -> None:
-    model, ids = tiny(2), tokens()
+    model, ids = model_of(2), text()
     measured = head_similarity(model, [{"input_ids": ids}], leader=0, follower=2, sink=sink)
     documents = [eager_maps(model, row) for row in ids]
     first = 0 if sink else 1
@@ -179,7 +169,7 @@ def test_head_similarity_is_the_mean_of_every_two_heads(sink: bool) -> None:
 @pytest.mark.parametrize("sink", [True, False])
 def test_the_head_map_finds_a_permutation(sink: bool) -> None:
     """Layer 2 has the heads of layer 0 in another order: head h is head order[h] of layer 0."""
-    model = tiny()
+    model = model_of()
     make_readers_of_one_state(model)
     order = (2, 0, 3, 1)
     low, high = model.model.layers[0].self_attn, model.model.layers[2].self_attn
@@ -187,7 +177,7 @@ def test_the_head_map_finds_a_permutation(sink: bool) -> None:
         for name in ("q_proj", "k_proj"):
             rows = getattr(low, name).weight.unflatten(0, (HEADS, HEAD_DIM))
             getattr(high, name).weight.copy_(rows[list(order)].flatten(0, 1))
-    similarity = head_similarity(model, [{"input_ids": tokens()}], 0, 2, sink=sink)
+    similarity = head_similarity(model, [{"input_ids": text()}], 0, 2, sink=sink)
     assert best_head_map(similarity) == order
     for head, read in enumerate(order):
         assert float(similarity[head, read]) == pytest.approx(1, abs=1e-9)
@@ -203,10 +193,10 @@ def test_of_equal_heads_the_first_is_read() -> None:
 def test_the_model_is_left_as_it_was(
     implementation: str, training: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = tiny()
+    model = model_of()
     model.set_attn_implementation(implementation)
     model.train(training)
-    batch = {"input_ids": tokens(2)}
+    batch = {"input_ids": text(2)}
     reports: list[tuple[int, int]] = []
     first = measure_isotropy(model, [batch], lambda done, n: reports.append((done, n)))
     assert reports == [(1, 2), (2, 2)]
@@ -225,7 +215,7 @@ def test_the_model_is_left_as_it_was(
 
 
 def test_bf16_maps_are_compared_in_double_precision() -> None:
-    model, batch = tiny(), {"input_ids": tokens()}
+    model, batch = model_of(), {"input_ids": text()}
     exact = measure_isotropy(model, [batch])
     rounded = measure_isotropy(model.to(torch.bfloat16), [batch])
     assert rounded.maps.dtype == torch.float64
@@ -234,21 +224,21 @@ def test_bf16_maps_are_compared_in_double_precision() -> None:
 
 
 def test_what_cannot_be_measured_is_refused() -> None:
-    model = tiny()
-    for batches in ([], [{"input_ids": tokens(2, 2)}]):
+    model = model_of()
+    for batches in ([], [{"input_ids": text(2, 2)}]):
         with pytest.raises(PostshareError, match="no calibration block of at least 3 tokens"):
             measure_isotropy(model, batches)
     mask = torch.ones(3, LENGTH, dtype=torch.long)
     mask[1, -1] = 0
     with pytest.raises(PostshareError, match="padding; pack the text"):
-        measure_isotropy(model, [{"input_ids": tokens(), "attention_mask": mask}])
+        measure_isotropy(model, [{"input_ids": text(), "attention_mask": mask}])
     with pytest.raises(PostshareError, match=r"layer 3 .* has layers 0 to 2"):
-        head_similarity(model, [{"input_ids": tokens()}], 0, 3)
+        head_similarity(model, [{"input_ids": text()}], 0, 3)
     with torch.no_grad():
         model.model.layers[1].self_attn.q_proj.weight[0, 0] = float("nan")
     model.train()
     with pytest.raises(PostshareError, match="map of layer 1 is not finite on calibration block 0"):
-        measure_isotropy(model, [{"input_ids": tokens()}])
+        measure_isotropy(model, [{"input_ids": text()}])
     assert model.training
     assert model.config._attn_implementation == "sdpa"
 

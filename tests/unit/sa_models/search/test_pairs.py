@@ -7,7 +7,7 @@ from math import nan
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from sa_models.errors import PostshareError
 from sa_models.heads import HeadLayout, unit_view
@@ -20,21 +20,8 @@ from sa_models.scores.weight_cosine import (
 )
 from sa_models.search.budget import units_of_heads, units_of_ratio
 from sa_models.search.pairs import check_count, make_plan, select_pairs
+from tests.support.gauge import tiny
 from tests.support.in_memory import InMemory
-
-
-def tiny(kv_heads: int, layers: int = 4) -> LlamaForCausalLM:
-    torch.manual_seed(3)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=32,
-            hidden_size=24,
-            intermediate_size=32,
-            num_hidden_layers=layers,
-            num_attention_heads=4,
-            num_key_value_heads=kv_heads,
-        )
-    )
 
 
 def rows(model: LlamaForCausalLM, layout: HeadLayout, layer: int, unit: int, p: str):
@@ -57,7 +44,7 @@ def feature(model: LlamaForCausalLM, layout: HeadLayout, layer: int, unit: int, 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 @pytest.mark.parametrize("p", ["q", "k", "v", "o"])
 def test_unit_view_is_the_units_rows_and_writes_through(kv_heads: int, p: str) -> None:
-    model = tiny(kv_heads)
+    model = tiny(kv_heads, layers=4)
     layout = HeadLayout.from_config(model.config)
     weight = model.get_parameter(layout.parameter_name(1, p)).detach()
     assert tuple(weight.shape) == layout.shape(p)
@@ -76,7 +63,7 @@ def test_scores_and_matches_equal_a_loop_over_pairs(
     kv_heads: int, score: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Chunks of 5 columns and blocks of 3 units: sizes that do not divide.
-    layout = HeadLayout.from_config((model := tiny(kv_heads)).config)
+    layout = HeadLayout.from_config((model := tiny(kv_heads, layers=4)).config)
     column = 4 * layout.layers * layout.units * layout.width("q")
     monkeypatch.setattr(weight_cosine, "CHUNK_BYTES", 5 * column)
     monkeypatch.setattr(weight_cosine, "BLOCK_UNITS", 3)

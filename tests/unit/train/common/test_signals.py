@@ -18,10 +18,9 @@ import torch
 from sa_models.export.export import export_model
 from sa_models.plan import HeadTie, SharingPlan
 from sa_models.weights.compact_folder import open_weights
+from tests.support import REPOSITORY
 from train.common import signals
 from train.common.signals import Interrupted, StopSignal, watching
-
-REPOSITORY = Path(__file__).resolve().parents[4]
 
 # The command line with a stage of the test's own: importing no torch, it starts at once.
 COMMAND = """

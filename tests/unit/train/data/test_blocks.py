@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,58 +11,23 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sa_models.errors import PostshareError
+from tests.support import REPOSITORY
 from tests.support.in_memory import text_blocks
+from tests.support.words import BOS, EOS, WORDS, flat, recipe, tiny_tokenizer
 from train.data import sources, token_table
 from train.data.blocks import Blocks, PositionSampler, permutation, prepare_data
-from train.recipe.recipe import DataSource, Recipe, validate
+from train.recipe.recipe import DataSource
 
-WORDS = 60
-BOS, EOS = 0, 1
-
-
-def tiny_tokenizer(**special: str) -> PreTrainedTokenizerFast:
-    """Word `w7` is id 9: a token for a word."""
-    vocabulary = {"<s>": BOS, "</s>": EOS} | {f"w{i}": i + 2 for i in range(WORDS)}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture
 def tokenizer() -> PreTrainedTokenizerFast:
     return tiny_tokenizer(bos_token="<s>", eos_token="</s>")
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    datasets.disable_progress_bars()
-    yield
-    datasets.enable_progress_bars()
-
-
-def recipe(**data: Any) -> Recipe:
-    evaluate = data.pop("evaluate", {})
-    return validate(
-        {
-            "name": "test",
-            "model": {"path": "unused"},
-            "data": {"sequence_length": 4} | data,
-            "plan": {"strategy": "none"},
-            "train": {
-                "steps": 5,
-                "batch_size": 2,
-                "micro_batch_size": 1,
-                "learning_rate": 1e-3,
-            },
-            "evaluate": evaluate,
-        }
-    )
 
 
 def texts(count: int, seed: int = 0, longest: int = 12) -> list[str]:
@@ -76,10 +41,6 @@ def texts(count: int, seed: int = 0, longest: int = 12) -> list[str]:
 def write_jsonl(path: Path, documents: list[str], column: str = "text") -> str:
     path.write_text("".join(json.dumps({column: text}) + "\n" for text in documents))
     return str(path)
-
-
-def flat(blocks: Blocks) -> list[int]:
-    return [int(t) for i in range(len(blocks)) for t in blocks[i]["input_ids"]]
 
 
 def expected(documents: list[str], *, bos: bool = True, eos: bool = True) -> list[int]:
@@ -270,7 +231,7 @@ SCRIPT = """
 import datasets, json, pathlib, sys
 sys.path.insert(0, {tests!r})
 datasets.config.HF_DATASETS_CACHE = pathlib.Path({cache!r})
-from tests.unit.train.data.test_blocks import flat, recipe, tiny_tokenizer
+from tests.support.words import flat, recipe, tiny_tokenizer
 from train.data.blocks import prepare_data
 sides = prepare_data(
     recipe(train={path!r}, validation_fraction=0.3),
@@ -288,7 +249,7 @@ def test_processes_share_one_cache(
     """Two that start at once agree, and a third, this one, finds everything tokenized."""
     path = write_jsonl(tmp_path / "t.jsonl", texts(2500))
     cache = str(datasets.config.HF_DATASETS_CACHE)
-    script = SCRIPT.format(tests=str(Path(__file__).parents[4]), cache=cache, path=path)
+    script = SCRIPT.format(tests=str(REPOSITORY), cache=cache, path=path)
     started = [
         subprocess.Popen(
             [sys.executable, "-c", script],

@@ -1,21 +1,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import datasets
 import numpy as np
 import pytest
 import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from torch.utils.data import DataLoader
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from sa_models.calibration.token_losses import IGNORED
 from sa_models.errors import PostshareError
+from tests.support import tiny
 from tests.support.in_memory import packed as packed_ids
 from train.data import chat, instruct
 from train.data.blocks import Blocks, PositionSampler, prepare_data
@@ -25,6 +25,8 @@ from train.evaluation.perplexity import perplexity
 from train.recipe.recipe import Recipe, validate
 from train.stages.run import Run
 from train.training.loop import predicted_tokens
+
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 BOS, EOS, START, END = 0, 1, 2, 3
 SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
@@ -89,14 +91,6 @@ def split(*pieces: str) -> tuple[list[int], list[int]]:
         inputs += ids(piece)
         labels += ids(piece) if turn % 2 else [IGNORED] * len(ids(piece))
     return inputs, labels
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    datasets.disable_progress_bars()
-    yield
-    datasets.enable_progress_bars()
 
 
 def recipe(style: str = "alpaca", model: str = "sdpa", micro: int = 1, **data: Any) -> Recipe:
@@ -301,19 +295,12 @@ def test_the_run_says_it_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 def test_packed_loss_is_that_of_the_records_one_by_one(
     tmp_path: Path, attention: str, style: str
 ) -> None:
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=512,
-            initializer_range=0.3,
-            attn_implementation=attention,
-        )
+    model = tiny.model(
+        vocab_size=VOCABULARY,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.3,
+        attn_implementation=attention,
     ).eval()
     if style == "alpaca":
         rows: list[dict[str, Any]] = alpaca(7)

@@ -4,13 +4,13 @@ import math
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from sa_models.errors import PostshareError
+from tests.support import tiny
 from tests.support.in_memory import text_blocks
 from train.data.blocks import prepare_data
 from train.data.token_table import load_tokenizer
@@ -20,17 +20,7 @@ from train.recipe.recipe import validate
 
 @pytest.fixture
 def model() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=50,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        attention_dropout=0.5,
-        initializer_range=0.2,
-    )
-    return LlamaForCausalLM(config)
+    return tiny.model(vocab_size=50, attention_dropout=0.5, initializer_range=0.2)
 
 
 def documents(*lengths: int) -> list[list[int]]:
@@ -85,10 +75,8 @@ def test_refuses_what_has_no_value(model: LlamaForCausalLM) -> None:
         perplexity(model, blocks, 1, progress=False)
 
 
-def test_mixed7m_has_the_perplexity_of_its_readme(
-    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+@pytest.mark.usefixtures("own_cache")
+def test_mixed7m_has_the_perplexity_of_its_readme(shared: Path) -> None:
     folder = str(shared / "models" / "mixed7M")
     text = str(shared / "text" / "mixed-validation.jsonl")
     data: dict[str, Any] = {"train": text, "validation": text, "sequence_length": 256}

@@ -22,7 +22,8 @@ from transformers import LlamaForCausalLM
 from sa_models.errors import PostshareError
 from sa_models.heads import HeadLayout
 from sa_models.plan import HeadTie, SharingPlan
-from tests.support import tiny
+from tests.support import REPOSITORY, tiny
+from tests.support.interruption import KilledError, at_step
 from train.data.blocks import PositionSampler
 from train.distributed.engines.start import start
 from train.distributed.launch_env import check_launch
@@ -38,11 +39,12 @@ from train.stages.lora import distances
 from train.stages.pipeline import run
 from train.stages.run import Run
 from train.training.job import TrainJob
-from train.training.loop import prepare, seed_step, train
+from train.training.loop import prepare, train
 from train.training.optimizer import learning_rate_factor, select_trainable
 
+pytestmark = pytest.mark.usefixtures("unrendered")
+
 torch.set_num_threads(1)
-ROOT = Path(__file__).parents[4]
 ALL = ("q", "k", "v", "o")
 GROUPS = {"num_attention_heads": 4, "num_key_value_heads": 2}
 # A source with two targets, one of them in its own layer; a unit tied for some projections only.
@@ -211,31 +213,17 @@ def test_the_weights_that_are_left_are_those_of_explicit_low_rank_training(tmp_p
     assert rows[-1]["pair_distance_mean"] < 0.95 * rows[0]["pair_distance_mean"]
 
 
-class KilledError(Exception):
-    pass
-
-
-def test_a_killed_training_resumes_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_training_resumes_exactly(tmp_path: Path) -> None:
     lora = {"rank": 2, "dropout": 0.3}
     whole, killed = (recipe(tmp_path / n, lora, checkpoint_every=2) for n in ("whole", "killed"))
     train(job(whole, adapted(whole, seed=None)), whole)
 
-    def kill(seed: int, step: int, rank: int) -> None:
-        if step == 5:
-            raise KilledError
-        seed_step(seed, step, rank)  # dropout draws from it
-
-    with monkeypatch.context() as patch:
-        patch.setattr("train.training.loop.seed_step", kill)
-        with pytest.raises(KilledError):
-            train(job(killed, adapted(killed, seed=None)), killed)
+    with at_step(6), pytest.raises(KilledError):
+        train(job(killed, adapted(killed, seed=None)), killed)
     torch.rand(3)  # the adapters' beginnings must not depend on what was drawn before
     other = adapted(killed, seed=1)  # B anywhere: all that counts is in the checkpoint
     train(job(killed, other), killed)
-    ours, theirs = (load_file(tmp_path / n / "weights/model.safetensors") for n in
-                    ("whole", "killed"))  # fmt: skip
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert tiny.curve(whole.folder) == tiny.curve(killed.folder)
+    tiny.assert_same_run(whole.folder, killed.folder)
     (part,) = (whole.folder / "checkpoints/step-000004").glob("part-*.safetensors")
     with safe_open(part, framework="pt") as file:
         names = {name for name in file.keys() if name.endswith(".weight")}  # noqa: SIM118
@@ -274,7 +262,7 @@ def test_a_run_shares_the_merged_weights_and_says_how_far_apart_they_were(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = tmp_path / "text.txt"
-    modules = sorted((ROOT / "sa_models").glob("*.py"))[:6]
+    modules = sorted((REPOSITORY / "sa_models").glob("*.py"))[:6]
     text.write_text("".join(module.read_text() for module in modules))
     made = validate(
         {

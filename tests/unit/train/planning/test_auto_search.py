@@ -31,8 +31,6 @@ from tests.support.spans_base import (
     read,
     recipe,
     reference_loss,
-    write_base,
-    write_text,
 )
 from train.common.run_files import SEARCH_CACHE
 from train.data.blocks import Blocks
@@ -59,16 +57,10 @@ from train.stages.materialize import materialize_on_text, merged_folder
 from train.stages.pipeline import plan, run
 from train.stages.run import Run, begin
 
+pytestmark = pytest.mark.usefixtures("unrendered")
+
 BLOCKS = 3
 UNIT = 4 * 8 * 32  # of q, k, v and o
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("home")
-    write_base(folder / "base")
-    write_text(folder / "text.jsonl")
-    return folder
 
 
 def share_of(home: Path, parameters: int) -> str:
@@ -139,6 +131,7 @@ def test_planted_ties_are_found_projection_by_projection(home: Path, tmp_path: P
     assert all(c.expected > searched.base.loss + 1e-4 for c in searched.candidates[1:])
 
 
+@pytest.mark.usefixtures("rendered")
 def test_what_is_chosen_costs_no_more_than_any_control(
     home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -295,6 +288,7 @@ def basis_recipe(home: Path, folder: Path, parameters: int, blocks: int) -> Reci
 REBUILT_ON = {"materialize": {"reconstruct": True, "calibration_blocks": 4}, "train": {"steps": 0}}
 
 
+@pytest.mark.usefixtures("rendered")
 def test_basis_sharing_at_as_many_bytes_is_measured_beside_them(
     home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -331,7 +325,9 @@ def test_basis_sharing_at_as_many_bytes_is_measured_beside_them(
     assert ("Basis Sharing is chosen" in said) == factored["taken"]
 
 
-@pytest.mark.parametrize("budget", ["bytes", "heads", "not allowed"])
+@pytest.mark.parametrize(
+    "budget", ["bytes", "heads", pytest.param("not allowed", marks=pytest.mark.more)]
+)
 def test_basis_sharing_is_taken_where_it_is_better_and_bytes_are_asked_for(
     home: Path,
     tmp_path: Path,
@@ -420,15 +416,16 @@ def test_a_difference_that_tells_nothing_does_not_choose() -> None:
     assert auto_rebuild._chosen([losses(20.0), losses(10.0)]) == 0  # one block has no spread
 
 
+@pytest.mark.parametrize("quarters", [(3, 4), pytest.param((1, 2), marks=pytest.mark.more)])
 def test_it_goes_on_where_it_was_killed(
-    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    home: Path, tmp_path: Path, quarters: tuple[int, ...]
 ) -> None:
     """Stopped in a search, and between two: the same plan, and nothing measured twice."""
     whole = made(home, tmp_path / "whole", 4 * UNIT)
     plan(whole)
     expected = SharingPlan.load(whole.folder / "plan.json")
     lines = (whole.folder / SEARCH_CACHE).read_text().splitlines(keepends=True)
-    for count in (len(lines) // 4, 3 * len(lines) // 4, len(lines)):
+    for count in (quarter * len(lines) // 4 for quarter in quarters):
         of = made(home, tmp_path / str(count), 4 * UNIT)
         of.folder.mkdir()
         of.save(of.folder / "recipe.yaml")

@@ -27,8 +27,6 @@ from tests.support.spans_base import (
     read,
     recipe,
     reference_loss,
-    write_base,
-    write_text,
 )
 from train.common.run_files import SEARCH_CACHE
 from train.data.calibration import calibration_batches
@@ -43,16 +41,10 @@ from train.recipe.sections.plan import PlanSection
 from train.stages.pipeline import plan, run
 from train.stages.run import Run
 
+pytestmark = pytest.mark.usefixtures("unrendered")
+
 BLOCKS = 3
 LOSS = {"strategy": "loss", "budget": {"ratio": 0.2}, "calibration_blocks": BLOCKS}
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("home")
-    write_base(folder / "base")
-    write_text(folder / "text.jsonl")
-    return folder
 
 
 def calibration(made: Recipe) -> torch.Tensor:
@@ -61,6 +53,7 @@ def calibration(made: Recipe) -> torch.Tensor:
     return ids(made, count)[[0, count // 3, 2 * count // 3]]
 
 
+@pytest.mark.usefixtures("rendered")
 def test_the_plan_is_the_best_of_what_was_measured(
     home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -165,19 +158,28 @@ def test_spans_stay_as_they_are(home: Path, tmp_path: Path) -> None:
         assert search[loss] == pytest.approx(measured, abs=1e-5)
 
 
+def halves(home: Path, folder: Path, budget: dict[str, float]) -> tuple[int, int]:
+    """Units that each of two blocks alone would choose: in common, and of each."""
+    made = recipe(home, folder, plan=LOSS | {"budget": budget, "calibration_blocks": 2})
+    plan(made)
+    found = read(folder, "plan-search.json")["halves"]
+    return found["common"], found["units"]
+
+
 def test_little_text_is_said(
     home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    made = recipe(home, tmp_path / "run", plan=LOSS | {"calibration_blocks": 2})
-    plan(made)
-    halves = read(made.folder, "plan-search.json")["halves"]
-    lines = [line for line in capsys.readouterr().err.splitlines() if "not stable" in line]
-    if halves["common"] >= 2 / 3 * halves["units"]:
-        assert lines == []
-    else:
-        (line,) = lines
-        assert f"agree on {halves['common']} of {halves['units']} units" in line
-        assert "raise plan.calibration_blocks" in line
+    assert halves(home, tmp_path / "run", {"heads": 2}) == (0, 2)
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if "not stable" in line)
+    assert "agree on 0 of 2 units" in line
+    assert "raise plan.calibration_blocks" in line
+
+
+def test_enough_text_is_not_mentioned(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert halves(home, tmp_path / "run", {"ratio": 0.4}) == (9, 9)
+    assert "not stable" not in capsys.readouterr().err
 
 
 # --- pruning controls -----------------------------------------------------------------------------

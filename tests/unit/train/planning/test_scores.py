@@ -24,18 +24,10 @@ from tests.support.spans_base import (
     ids,
     read,
     recipe,
-    write_base,
-    write_text,
 )
 from train.stages import pipeline
 
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("scores")
-    write_base(folder / "base")
-    write_text(folder / "text.jsonl")
-    return folder
+pytestmark = pytest.mark.usefixtures("unrendered")
 
 
 def planned(home: Path, folder: Path, **plan) -> tuple[SharingPlan, dict]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -26,27 +27,18 @@ from tests.support.spans_base import (
     read,
     recipe,
     reference_loss,
-    write_base,
-    write_text,
 )
 from train.distributed.engines.start import start
 from train.planning.spans import SpanFinder, spans_table
 from train.stages.pipeline import plan, run
 from train.stages.run import Run
 
+pytestmark = pytest.mark.usefixtures("unrendered")
+
 BLOCKS = 3
 """Calibration blocks."""
 
 Combination = tuple[tuple[int, tuple[int, ...]], ...]
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The base model and the text."""
-    folder = tmp_path_factory.mktemp("home")
-    write_base(folder / "base")
-    write_text(folder / "text.jsonl")
-    return folder
 
 
 def found_spans(folder: Path) -> tuple[AttentionSpan, ...]:
@@ -293,9 +285,15 @@ def test_the_table_compares_the_strategies(home: Path, tmp_path: Path) -> None:
 # --- with ties and KV heads -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("strategy", ["cosine", "random"])
-@pytest.mark.parametrize("kv_heads", [None, 2])
-@pytest.mark.parametrize("share", ["attention", "kv"])
+@pytest.mark.parametrize(
+    ("strategy", "kv_heads", "share"),
+    [  # every pair of these three
+        ("cosine", None, "attention"),
+        ("cosine", 2, "kv"),
+        ("random", None, "kv"),
+        ("random", 2, "attention"),
+    ],
+)
 def test_ties_leave_followers_out(
     home: Path, tmp_path: Path, strategy: str, kv_heads: int | None, share: str
 ) -> None:
@@ -418,7 +416,7 @@ def test_attention_dropout_with_spans_is_refused(home: Path, tmp_path: Path) -> 
     base = base_model(home)
     base.config.attention_dropout = 0.1
     base.save_pretrained(tmp_path / "base")
-    write_text(tmp_path / "text.jsonl")
+    shutil.copyfile(home / "text.jsonl", tmp_path / "text.jsonl")
     made = recipe(tmp_path, tmp_path / "run", spans=[TWO])
     with pytest.raises(PostshareError, match=r"attention_dropout 0\.1, with which spans do not"):
         run(made)

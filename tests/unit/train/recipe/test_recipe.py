@@ -11,6 +11,7 @@ import pytest
 from pydantic import ValidationError
 
 from sa_models.errors import PostshareError
+from tests.support import REPOSITORY
 from train.estimate.parameters import length
 from train.recipe import yaml12
 from train.recipe.faults import faults
@@ -527,7 +528,7 @@ def test_every_field_is_described() -> None:
 
 
 def test_stored_schema_is_up_to_date() -> None:
-    stored = Path(__file__).resolve().parents[4] / "docs" / "recipe.schema.json"
+    stored = REPOSITORY / "docs" / "recipe.schema.json"
     assert stored.read_text(encoding="utf-8") == schema_text(), "run `make -B schema`"
 
 

@@ -12,6 +12,7 @@ import pytest
 from sa_models.errors import PostshareError
 from sa_models.heads import HeadLayout
 from sa_models.search.spans import best_spans
+from tests.support import REPOSITORY
 from train.data.record_blocks import first_records
 from train.estimate.llama_shapes import KNOWN, LlamaShape, find_shape
 from train.estimate.parameters import expected_structure, plan_savings
@@ -23,7 +24,6 @@ from train.recipe.shipped import shipped_recipes
 from train.recipe.warnings import recipe_warnings
 from train.training.optimizer import learning_rate_factor
 
-REPOSITORY = Path(__file__).resolve().parents[4]
 FILES = sorted((REPOSITORY / "recipes").rglob("*.y*ml"))
 # {recipe: (tied units, units, parameters saved)}, worked out by hand: units x width x hidden.
 EXPECTED = {

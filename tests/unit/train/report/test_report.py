@@ -39,6 +39,8 @@ from train.report.svg import DARK, themed
 from train.report.tables import pairs
 from train.stages.provenance import command, record_start
 
+pytestmark = pytest.mark.usefixtures("unrendered")
+
 
 class Page(HTMLParser):
     """Text of tables and notes, and what the page refers to."""
@@ -127,6 +129,7 @@ def test_the_numbers_are_those_of_summary_json(tmp_path: Path) -> None:
     assert "+12.5% against continued (1:20)" in text
 
 
+@pytest.mark.usefixtures("rendered")
 def test_it_is_whole_in_itself_and_has_its_pictures(tmp_path: Path) -> None:
     page, text = page_of(make_run(tmp_path / "run"))
     assert page.references
@@ -173,6 +176,7 @@ def test_a_pair_is_shown_with_its_way(tmp_path: Path) -> None:
     assert table.rows[1] == ("2.1", "0.1", "q, k, v", "0.500", "", "1.49", "1")
 
 
+@pytest.mark.usefixtures("rendered")
 def test_spans_isotropy_and_search_are_drawn(tmp_path: Path) -> None:
     mha = LlamaConfig(**{**GQA.to_dict(), "num_key_value_heads": 4})
     folder = make_run(tmp_path / "run", MIXED, mha)
@@ -459,6 +463,7 @@ def test_colours_become_variables_and_references_stay() -> None:
     assert f"--c0072b2:{DARK['#0072b2']}" in made
 
 
+@pytest.mark.usefixtures("rendered")
 def test_ten_thousand_steps_fit_into_five_megabytes_and_ten_seconds(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", steps=10_000)
     began = time.process_time()

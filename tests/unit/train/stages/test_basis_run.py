@@ -16,6 +16,7 @@ from sa_models.errors import PostshareError
 from sa_models.plan import SharingPlan
 from sa_models.weights.compact_folder import CompactFolder, ExpandedFolder
 from sa_models.weights.safetensors_folder import WeightsFolder, read_config
+from tests.support import demo_runs
 from train.commands.compare import command as comparing
 from train.demo import demo_base_path
 from train.evaluation.models import find_models
@@ -23,30 +24,24 @@ from train.models import materialize
 from train.models.base_model import load_model
 from train.planning.basis import basis_plan
 from train.planning.problem import PlanProblem
-from train.recipe.recipe import Recipe, validate
+from train.recipe.recipe import Recipe
 from train.report.data import read_run
 from train.report.tables import basis as basis_table
 from train.stages.pipeline import export, run
 from train.tracking.metrics_log import read_rows
 
+pytestmark = pytest.mark.usefixtures("unrendered")
+
 torch.set_num_threads(1)
 
 
 def recipe(folder: Path, steps: int = 3, **sections: Any) -> Recipe:
-    text = folder.parent / "text.txt"
-    if not text.is_file():
-        text.write_text("def sum_of(values):\n    return sum(values)  # of all\n" * 400)
-    value: dict[str, Any] = {
-        "name": "small",
-        "output_dir": str(folder),
-        "model": {"path": "demo-base"},
-        "data": {"train": str(text), "validation": str(text), "sequence_length": 64},
+    own: dict[str, Any] = {
         "plan": {"strategy": "basis", "budget": {"parameters": "-10.5%"}},
         "materialize": {"heal_steps": steps, "calibration_blocks": 3},
         "train": {"steps": 0, "batch_size": 2, "micro_batch_size": 2, "learning_rate": 1e-3},
-        "evaluate": {"blocks": 4, "continued": False},
     }
-    return validate(value | sections)
+    return demo_runs.recipe(folder, **(own | sections))
 
 
 @pytest.fixture(scope="module")

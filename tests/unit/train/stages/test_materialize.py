@@ -19,6 +19,7 @@ from sa_models.modeling import SharedLlamaForCausalLM
 from sa_models.plan import SharingPlan
 from sa_models.weights.compact_folder import open_weights
 from sa_models.weights.safetensors_folder import WeightsFolder
+from tests.support import demo_runs
 from train.data.calibration import calibration_batches
 from train.evaluation.perplexity import perplexity
 from train.models import materialize as materializing
@@ -29,32 +30,19 @@ from train.stages.materialize import materialize_on_text, merged_folder, tied
 from train.stages.pipeline import export, run
 from train.stages.run import base_of, begin
 
+pytestmark = pytest.mark.usefixtures("unrendered")
+
 torch.set_num_threads(1)
 
 
 def recipe(folder: Path, merge: str, steps: int, heal: int, **sections: Any) -> Recipe:
-    text = folder.parent / "text.txt"
-    if not text.is_file():
-        text.write_text("def sum_of(values):\n    return sum(values)  # of all\n" * 400)
-    return validate(
-        {
-            "name": "small",
-            "output_dir": str(folder),
-            "model": {"path": "demo-base"},
-            "data": {"train": str(text), "validation": str(text), "sequence_length": 64},
-            "plan": {"budget": {"ratio": 0.3}},
-            "materialize": {"merge": merge, "calibration_blocks": 3, "heal_steps": heal},
-            "train": {
-                "steps": steps,
-                "batch_size": 2,
-                "micro_batch_size": 2,
-                "learning_rate": 1e-3,
-            },
-            "evaluate": {"blocks": 4, "continued": False},
-            "export": {"dtype": "float32"},
-        }
-        | sections
-    )
+    train = {"batch_size": 2, "micro_batch_size": 2, "learning_rate": 1e-3}
+    own: dict[str, Any] = {
+        "materialize": {"merge": merge, "calibration_blocks": 3, "heal_steps": heal},
+        "train": {"steps": steps, **train},
+        "export": {"dtype": "float32"},
+    }
+    return demo_runs.recipe(folder, **(own | sections))
 
 
 @pytest.mark.parametrize(
@@ -163,18 +151,15 @@ def test_the_stages_read_what_was_reconstructed(
 
 def test_reconstruct_needs_something_that_changes(tmp_path: Path) -> None:
     section = {"reconstruct": True}
-    for steps, message in ((2, "there before train.steps"), (0, None)):
-        sections = {
-            "plan": {"strategy": "none"},
-            "heads": {"kv_heads": 2},
-            "materialize": section,
-            "export": {"formats": ["dense"]},
-        }
-        if message is None:
-            assert recipe(tmp_path / "run", "copy", steps, 0, **sections).materialize.measures
-        else:
-            with pytest.raises(PostshareError, match=message):
-                recipe(tmp_path / "run", "copy", steps, 0, **sections)
+    sections = {
+        "plan": {"strategy": "none"},
+        "heads": {"kv_heads": 2},
+        "materialize": section,
+        "export": {"formats": ["dense"]},
+    }
+    assert recipe(tmp_path / "run", "copy", 0, 0, **sections).materialize.measures
+    with pytest.raises(PostshareError, match=r"there before train\.steps"):
+        recipe(tmp_path / "run", "copy", 2, 0, **sections)
     with pytest.raises(PostshareError, match=r"nothing is shared|nothing is tied"):
         recipe(tmp_path / "run", "copy", 2, 0, plan={"strategy": "none"}, materialize=section)
 

@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from sa_models.atomic_files import beside
 from sa_models.errors import PostshareError
 from sa_models.plan import HeadTie, SharingPlan
+from tests.support import pictures
+from tests.support.interruption import KilledError, kill
 from train.demo import demo_base_path
 from train.distributed.engines.start import start
 from train.evaluation.perplexity import perplexity
@@ -24,6 +26,8 @@ from train.recipe.recipe import Recipe, validate
 from train.stages.pipeline import evaluate, export, plan, run
 from train.stages.run import Run, begin
 from train.tracking.metrics_log import read_rows
+
+pytestmark = pytest.mark.usefixtures("unrendered")
 
 torch.set_num_threads(1)
 
@@ -68,10 +72,11 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Recipe:
-    """One run of the demo base with healing."""
+    """One run of the demo base with healing, and with pictures."""
     folder = tmp_path_factory.mktemp("finished") / "run"
     made = recipe(folder, "demo-base", text, materialize={"heal_steps": 2, "merge": "mean"})
-    run(made)
+    with pictures.rendered():
+        run(made)
     return made
 
 
@@ -354,15 +359,9 @@ def test_a_start_that_was_killed_before_it_had_a_recipe_is_started_again(
 ) -> None:
     """Found by a kill from outside: what it left made the folder that of something else."""
 
-    class KilledError(BaseException):
-        pass
-
-    def killed(*arguments: Any) -> None:
-        raise KilledError
-
     of = recipe(tmp_path / "run", "demo-base", text, train={"steps": 0})
     with monkeypatch.context() as patched:
-        patched.setattr("train.distributed.shared_folder._seen", killed)
+        patched.setattr("train.distributed.shared_folder._seen", kill)
         with pytest.raises(KilledError):
             begin(of)
     (left,) = of.folder.iterdir()
@@ -402,10 +401,9 @@ def test_directshare_without_training(tmp_path: Path, text: Path) -> None:
     assert (made.folder / "export" / "dense" / "model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("strategy", ["released", "random"])
-def test_other_strategies(tmp_path: Path, text: Path, strategy: str) -> None:
+def of_strategy(strategy: str, folder: Path, text: Path) -> Recipe:
     made = recipe(
-        tmp_path / "run",
+        folder,
         "demo-base",
         text,
         train={"steps": 1},
@@ -413,10 +411,17 @@ def test_other_strategies(tmp_path: Path, text: Path, strategy: str) -> None:
         evaluate={"blocks": 1, "continued": False},
     )
     run(made)
-    summary = json.loads((made.folder / "summary.json").read_text())
-    changed = summary["heads"]["tied"]
-    assert changed < 20 if strategy == "released" else changed == 20
-    check_run(made) if strategy == "random" else None
+    return made
+
+
+def test_the_released_strategy_ties_less_than_asked(tmp_path: Path, text: Path) -> None:
+    made = of_strategy("released", tmp_path / "run", text)
+    assert json.loads((made.folder / "summary.json").read_text())["heads"]["tied"] < 20
+
+
+def test_the_random_strategy(tmp_path: Path, text: Path) -> None:
+    made = of_strategy("random", tmp_path / "run", text)
+    assert check_run(made)["heads"]["tied"] == 20
 
 
 def test_a_plan_for_another_shape_is_refused_before_anything_is_written(
@@ -516,6 +521,7 @@ def test_gqa_with_tied_embeddings_and_real_weights(shared: Path, tmp_path: Path)
     check_run(made)
 
 
+@pytest.mark.more  # the test above has real weights, and this one many of them
 def test_real_text_and_a_real_base(shared: Path, tmp_path: Path) -> None:
     """mixed7M has 60.4 (its README); DirectShare is recomputed here by slices and indices."""
     base = shared / "models" / "mixed7M"

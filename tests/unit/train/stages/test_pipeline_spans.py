@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +12,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-import train.training.loop as loop
 from sa_models.attention import SharedAttention
 from sa_models.errors import PostshareError
 from sa_models.plan import SharingPlan
 from sa_models.spans import AttentionSpan
 from tests.support import tiny
+from tests.support.interruption import KilledError, at_step, stop
 from tests.support.reference import Reference
 from tests.support.spans_base import (
     HEAD_DIM,
@@ -32,8 +29,6 @@ from tests.support.spans_base import (
     read,
     recipe,
     reference_loss,
-    write_base,
-    write_text,
 )
 from train.data.blocks import permutation
 from train.distributed.engines.start import start
@@ -42,6 +37,8 @@ from train.stages.pipeline import evaluate, export, plan, run
 from train.stages.run import Run
 from train.tracking.metrics_log import read_rows
 from train.training.loop import TrainingStopped
+
+pytestmark = pytest.mark.usefixtures("unrendered")
 
 SA = [{"leader": 2, "followers": [3, 4], "share": "attention"}]
 CLA = [
@@ -60,13 +57,9 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The base model and the text."""
-    folder = tmp_path_factory.mktemp("home")
-    write_base(folder / "base")
-    write_text(folder / "text.jsonl")
-    return folder
+def less(*more: str) -> list[Any]:
+    """All kinds, of which some are left to `make test-more`."""
+    return [pytest.param(kind, marks=[pytest.mark.more] * (kind in more)) for kind in KINDS]
 
 
 def exported(made: Recipe) -> Any:
@@ -121,7 +114,7 @@ def check_summary(home: Path, made: Recipe) -> dict[str, Any]:
 # --- direct application ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", less("mqa"))
 def test_without_training_the_export_is_what_the_papers_define(
     home: Path, tmp_path: Path, kind: str
 ) -> None:
@@ -160,7 +153,7 @@ def test_a_second_start_of_a_direct_run_does_nothing(home: Path, tmp_path: Path)
 # --- training -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", less("mqa", "cla, copy"))
 def test_what_is_exported_is_what_was_trained(home: Path, tmp_path: Path, kind: str) -> None:
     sections = dict(KINDS[kind]) | ({"materialize": {"heal_steps": 2}} if kind == "all" else {})
     made = recipe(home, tmp_path / "run", train={"steps": 3}, **sections)
@@ -258,70 +251,37 @@ def test_gradient_checkpointing_changes_nothing(
             run(made)
             counts[on] = calls
         assert counts[True] == 2 * counts[False] == 2 * 3 * 2 * LAYERS
-        assert_same_run(tmp_path / kind / "False", tmp_path / kind / "True")
+        tiny.assert_same_run(tmp_path / kind / "False", tmp_path / kind / "True")
 
 
 # --- stopping and resuming ------------------------------------------------------------------------
 
 
-def assert_same_run(one: Path, other: Path) -> None:
-    """Bitwise equal weights, equal metrics."""
-    assert tiny.curve(one) == tiny.curve(other)
-    mine, theirs = (load_file(f / "weights" / "model.safetensors") for f in (one, other))
-    assert mine.keys() == theirs.keys()
-    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
-
-
-def at_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[], object]) -> None:
-    """Call ``act`` when the given step (from 1) begins."""
-    original = loop.seed_step
-
-    def seed_step(seed: int, at: int, rank: int) -> None:
-        if at + 1 == step:
-            act()
-        original(seed, at, rank)
-
-    monkeypatch.setattr(loop, "seed_step", seed_step)
-
-
-@pytest.mark.parametrize("kind", ["sa", "all"])
-def test_resume_is_exact(
-    home: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class KilledError(Exception):
-        pass
-
-    def kill() -> None:
-        raise KilledError
-
+@pytest.mark.parametrize("kind", [pytest.param("sa", marks=pytest.mark.more), "all"])
+def test_resume_is_exact(home: Path, tmp_path: Path, kind: str) -> None:
     def made_in(folder: str) -> Recipe:
         train = {"steps": 6, "checkpoint_every": 2, "evaluate_every": 3}
         return recipe(home, tmp_path / folder, train=train, **KINDS[kind])
 
     run(made_in("whole"))
     made = made_in("stopped")
-    with monkeypatch.context() as patch:
-        at_step(patch, 3, lambda: os.kill(os.getpid(), signal.SIGINT))
-        with pytest.raises(TrainingStopped, match="step 3 of 6"):
-            run(made)
+    with at_step(3, stop), pytest.raises(TrainingStopped, match="step 3 of 6"):
+        run(made)
     found = (made.folder / "plan.json").read_bytes()
-    with monkeypatch.context() as patch:
-        at_step(patch, 6, kill)  # after the checkpoint of step 4: step 5 is done again
-        with pytest.raises(KilledError):
-            run(made)
+    # After the checkpoint of step 4: step 5 is done again.
+    with at_step(6), pytest.raises(KilledError):
+        run(made)
     assert not (made.folder / "weights").exists()
     run(made)
     assert (made.folder / "plan.json").read_bytes() == found
-    assert_same_run(made.folder, tmp_path / "whole")
+    tiny.assert_same_run(made.folder, tmp_path / "whole")
     summaries = [read(tmp_path / name, "summary.json") for name in ("stopped", "whole")]
     for summary in summaries:
         del summary["seconds"]
     assert summaries[0] == summaries[1]
 
 
-def test_resume_of_healing_is_exact(
-    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resume_of_healing_is_exact(home: Path, tmp_path: Path) -> None:
     """Healing trains the compact model, whose o lies transposed in memory when it is loaded."""
 
     def made_in(folder: str) -> Recipe:
@@ -330,22 +290,16 @@ def test_resume_of_healing_is_exact(
 
     run(made_in("whole"))
     made = made_in("stopped")
-    with monkeypatch.context() as patch:
-        at_step(patch, 2, lambda: os.kill(os.getpid(), signal.SIGINT))
-        with pytest.raises(TrainingStopped, match="step 2 of 4"):
-            run(made)
+    with at_step(2, stop), pytest.raises(TrainingStopped, match="step 2 of 4"):
+        run(made)
     run(made)
-    assert_same_run(made.folder / "heal", tmp_path / "whole" / "heal")
+    tiny.assert_same_run(made.folder / "heal", tmp_path / "whole" / "heal")
 
 
-def test_a_checkpoint_of_another_plan_is_refused(
-    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_checkpoint_of_another_plan_is_refused(home: Path, tmp_path: Path) -> None:
     made = recipe(home, tmp_path / "run", spans=SA, train={"steps": 4, "checkpoint_every": 1})
-    with monkeypatch.context() as patch:
-        at_step(patch, 3, lambda: os.kill(os.getpid(), signal.SIGINT))
-        with pytest.raises(TrainingStopped):
-            run(made)
+    with at_step(3, stop), pytest.raises(TrainingStopped):
+        run(made)
     before = {f: f.stat().st_mtime_ns for f in made.folder.rglob("*") if f.is_file()}
     others: list[dict[str, Any]] = [
         {"spans": [SA[0] | {"followers": [3]}]},

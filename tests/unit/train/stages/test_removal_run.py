@@ -34,6 +34,8 @@ from train.stages.pipeline import run
 from train.stages.run import Run, print_whole
 from train.tracking.metrics_log import read_rows
 
+pytestmark = pytest.mark.usefixtures("unrendered")
+
 torch.set_num_threads(1)
 
 
@@ -119,21 +121,25 @@ def test_the_removed_units_are_the_targets_of_the_ties(
     model = tiny.model(num_hidden_layers=5, num_attention_heads=8, num_key_value_heads=kv_heads)
     model.save_pretrained(tmp_path)
     section = {"strategy": strategy, "budget": {"ratio": 0.2}, "seed": 3}
-    structure, found = SharingPlan(spans=(AttentionSpan(2, (3,)),)), {}
-    for spans in (SharingPlan(), structure):
-        for action in ("tie", "remove"):
-            made = PlanSection.model_validate(section | {"action": action})
-            problem = PlanProblem(made, model.config, spans)
-            found[action] = find_ties(problem, WeightsFolder(tmp_path))[0]
-            assert plan_savings(problem) == found[action].savings(model.config)
-        removed = found["remove"].removed
-        assert len(removed) == kv_heads
-        assert found["remove"].ties == ()
-        assert found["remove"].spans == spans.spans
-        if spans.spans:
-            assert {layer for layer, _ in removed} <= {1, 4}
-        else:
-            assert set(removed) == {tie.target for tie in found["tie"].ties}
+
+    def found(action: str, structure: SharingPlan) -> SharingPlan:
+        made = PlanSection.model_validate(section | {"action": action})
+        problem = PlanProblem(made, model.config, structure)
+        plan, _ = find_ties(problem, WeightsFolder(tmp_path))
+        assert plan_savings(problem) == plan.savings(model.config)
+        assert plan.spans == structure.spans
+        return plan
+
+    plain, spans = SharingPlan(), SharingPlan(spans=(AttentionSpan(2, (3,)),))
+    removed = found("remove", plain)
+    assert removed.ties == ()
+    assert len(removed.removed) == kv_heads
+    assert set(removed.removed) == {tie.target for tie in found("tie", plain).ties}
+    assert len(found("tie", spans).ties) == kv_heads
+    beside = found("remove", spans)
+    assert beside.ties == ()
+    assert len(beside.removed) == kv_heads
+    assert {layer for layer, _ in beside.removed} <= {1, 4}
 
 
 def test_disk_space_holds_the_zeros_of_the_dense_form() -> None:
@@ -275,6 +281,7 @@ def test_a_plan_file_with_ties_and_removed_units(tmp_path: Path, text: Path) -> 
     assert "3.1% of the heads tied, 4.7% of the heads removed: " in said
 
 
+@pytest.mark.usefixtures("rendered")
 def test_the_picture_marks_removed_units(tmp_path: Path) -> None:
     """It differs from that of the same plan without them."""
     layout = HeadLayout(3, 32, 4, 4, 8)

@@ -21,43 +21,37 @@ from sa_models.materialize.ties import materialize_
 from sa_models.modeling import SharedLlamaForCausalLM
 from sa_models.plan import SharingPlan
 from sa_models.weights.safetensors_folder import read_config
-from tests.support import tiny
+from tests.support import REPOSITORY, demo_runs, tiny
+from tests.support.interruption import KilledError, at_step
 from train.commands.compare.controls import Target
 from train.estimate import parameters as estimate
 from train.estimate.llama_shapes import find_shape
 from train.evaluation.perplexity import perplexity
 from train.models.base_model import base_folder
 from train.planning.problem import PlanProblem
-from train.recipe.recipe import Recipe, validate
+from train.recipe.recipe import Recipe
 from train.stages.pipeline import run
 from train.stages.residual import residual_of, trainable
 from train.stages.run import Run, begin
 from train.training.loop import train
 from train.training.optimizer import parameter_groups, select_trainable
 
+pytestmark = pytest.mark.usefixtures("unrendered")
+
 torch.set_num_threads(1)
-ROOT = Path(__file__).parents[4]
-DOCS = ROOT / "docs" / "residuals.md"
+DOCS = REPOSITORY / "docs" / "residuals.md"
 
 
 def recipe(folder: Path, **sections: Any) -> Recipe:
-    text = folder.parent / "text.txt"
-    if not text.is_file():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        modules = sorted((ROOT / "sa_models").glob("*.py"))[:6]  # what the demo base has learnt
-        text.write_text("".join(module.read_text() for module in modules))
-    value: dict[str, Any] = {
-        "name": "small",
-        "output_dir": str(folder),
-        "model": {"path": "demo-base"},
-        "data": {"train": str(text), "validation": str(text), "sequence_length": 64},
+    modules = sorted((REPOSITORY / "sa_models").glob("*.py"))[:6]  # what the demo base has learnt
+    own: dict[str, Any] = {
         "plan": {"strategy": "random", "budget": {"ratio": 0.3}, "share": ["q", "v", "o"]},
         "residual": {"rank": 3},
         "train": {"steps": 0, "batch_size": 4, "micro_batch_size": 2, "learning_rate": 1e-3},
         "export": {"dtype": "float32"},
-        "evaluate": {"blocks": 4, "continued": False},
     }
-    return validate(value | sections)
+    text = "".join(module.read_text() for module in modules)
+    return demo_runs.recipe(folder, text, **(own | sections))
 
 
 @pytest.fixture(scope="module")
@@ -200,23 +194,13 @@ def adapted() -> SharedLlamaForCausalLM:
     return compact
 
 
-class KilledError(Exception):
-    pass
-
-
-def test_a_killed_training_resumes_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_training_resumes_exactly(tmp_path: Path) -> None:
     fields = {"plan": None, "name": "heal", "trainable": ("*",)}
     whole, killed = (tiny.recipe(tmp_path / n, checkpoint_every=2) for n in ("whole", "killed"))
     train(tiny.job(whole, model=adapted(), **fields), whole)
 
-    def kill(seed: int, step: int, rank: int) -> None:
-        if step == 5:
-            raise KilledError
-
-    with monkeypatch.context() as patch:
-        patch.setattr("train.training.loop.seed_step", kill)
-        with pytest.raises(KilledError):
-            train(tiny.job(killed, model=adapted(), **fields), killed)
+    with at_step(6), pytest.raises(KilledError):
+        train(tiny.job(killed, model=adapted(), **fields), killed)
     other = adapted()
     with torch.no_grad():
         for parameter in other.parameters():

@@ -11,18 +11,21 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.wandb_server import Server
+from tests.support import REPOSITORY
+from tests.support.wandb_server import Server
 from train.tracking.metrics_log import read_rows
 
 
-@pytest.mark.parametrize("network", ["never there", "gone in mid-run"])
+@pytest.mark.parametrize(
+    "network", [pytest.param("never there", marks=pytest.mark.more), "gone in mid-run"]
+)
 def test_online_without_the_network_training_goes_on(network: str, tmp_path: Path) -> None:
     """The real wandb, in a process of its own; its server is here, and goes away."""
     server = Server()
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}"
     script = f"""
-import sys; sys.path.insert(0, {str(Path(__file__).parents[4])!r})
+import sys; sys.path.insert(0, {str(REPOSITORY)!r})
 import time
 from pathlib import Path
 from tests.support import tiny

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +11,11 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-import train.training.loop as loop
-import train.training.objective as objective
 import train.training.teacher_cache as teacher_cache
 from sa_models.calibration.token_losses import IGNORED
 from sa_models.errors import PostshareError
 from tests.support import tiny
-from tests.unit.train.training.test_loop import assert_same_run, weights
+from tests.support.interruption import KilledError, at_step, stop
 from train.data.blocks import permutation
 from train.distributed.engines.start import start
 from train.estimate.gpu_memory import memory_per_gpu
@@ -139,7 +135,9 @@ def test_a_step_is_the_documented_update(tmp_path: Path, teacher: Path) -> None:
         ):
             assert row[key] == pytest.approx(float(value.detach()), rel=2e-4), key
     for name, parameter in model.named_parameters():
-        torch.testing.assert_close(weights(tmp_path)[name], parameter.detach(), rtol=0, atol=5e-5)
+        torch.testing.assert_close(
+            tiny.weights(tmp_path)[name], parameter.detach(), rtol=0, atol=5e-5
+        )
 
 
 @pytest.mark.parametrize("distill", [{"top_k": 4, **FEATURES}, {"temperature": 3.0}])
@@ -150,7 +148,7 @@ def test_factorization_invariance(tmp_path: Path, teacher: Path, distill: dict[s
             tmp_path / str(micro), teacher, distill, steps=3, micro_batch_size=micro, eps=1e-3
         )
         train(tiny.job(recipe, train_blocks=tiny.blocks(document_mask=True)), recipe)
-        results[micro] = tiny.curve(recipe.folder), weights(recipe.folder)
+        results[micro] = tiny.curve(recipe.folder), tiny.weights(recipe.folder)
     for one, other in zip(results[8][0], results[2][0], strict=True):
         assert one.keys() == other.keys()
         for key in one:
@@ -170,14 +168,14 @@ def test_the_teacher_itself_learns_nothing(tmp_path: Path, teacher: Path) -> Non
         assert losses == [0.0] * 4
         assert row["gradient_norm"] == 0.0
         assert row["lm_loss"] > 1
-    assert all(torch.equal(value, before[name]) for name, value in weights(tmp_path).items())
+    assert all(torch.equal(value, before[name]) for name, value in tiny.weights(tmp_path).items())
 
 
 def test_gradient_checkpointing_changes_nothing(tmp_path: Path, teacher: Path) -> None:
     for on in (False, True):
         recipe = taught(tmp_path / str(on), teacher, FEATURES, steps=3, gradient_checkpointing=on)
         train(tiny.job(recipe), recipe)
-    assert_same_run(tmp_path / "False", tmp_path / "True")
+    tiny.assert_same_run(tmp_path / "False", tmp_path / "True")
 
 
 def test_a_teacher_in_bf16(tmp_path: Path, teacher: Path) -> None:
@@ -207,49 +205,20 @@ def test_a_teacher_in_bf16(tmp_path: Path, teacher: Path) -> None:
 CACHED = {"top_k": 6, "temperature": 1.5, "cache": True}
 
 
-def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, act: Any) -> None:
-    """Call `act` in the first micro-batch of a step (from 1)."""
-    original, seed_step = objective.Objective.__call__, loop.seed_step
-    now = [0]
-
-    def seeded(seed: int, at: int, rank: int) -> None:
-        now[0] = at + 1
-        seed_step(seed, at, rank)
-
-    def called(self: Any, batch: Any) -> Any:
-        if now[0] == step:
-            now[0] = 0
-            act()
-        return original(self, batch)
-
-    monkeypatch.setattr(loop, "seed_step", seeded)
-    monkeypatch.setattr(objective.Objective, "__call__", called)
-
-
 @pytest.mark.parametrize("distill", [{"top_k": 6, **FEATURES}, CACHED])
 def test_killed_and_stopped_it_resumes_exactly(
-    tmp_path: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch, distill: dict[str, Any]
+    tmp_path: Path, teacher: Path, distill: dict[str, Any]
 ) -> None:
-    class KilledError(Exception):
-        pass
-
-    def kill() -> None:
-        raise KilledError
-
     options: dict[str, Any] = {"steps": 7, "evaluate_every": 3, "micro_batch_size": 2}
     undisturbed = taught(tmp_path / "undisturbed", teacher, distill, **options)
     train(tiny.job(undisturbed), undisturbed)
     recipe = taught(tmp_path / "killed", teacher, distill, **options, checkpoint_every=2)
-    with monkeypatch.context() as patch:
-        stop_at(patch, 4, kill)
-        with pytest.raises(KilledError):
-            train(tiny.job(recipe), recipe)
-    with monkeypatch.context() as patch:
-        stop_at(patch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        with pytest.raises(TrainingStopped):
-            train(tiny.job(recipe), recipe)
+    with at_step(4), pytest.raises(KilledError):
+        train(tiny.job(recipe), recipe)
+    with at_step(5, stop), pytest.raises(TrainingStopped):
+        train(tiny.job(recipe), recipe)
     train(tiny.job(recipe, model=tiny.model(seed=9)), recipe)
-    assert_same_run(recipe.folder, undisturbed.folder)
+    tiny.assert_same_run(recipe.folder, undisturbed.folder)
 
 
 def test_cached_answers_are_those_of_the_teacher(tmp_path: Path, teacher: Path) -> None:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -11,49 +10,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState
-from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 import train.training.loop as loop
 from sa_models.errors import PostshareError
 from sa_models.plan import SharingPlan
 from tests.support import tiny
+from tests.support.interruption import KilledError, at_step, stop
 from train.common.signals import resume_command
 from train.data.blocks import permutation
-from train.penalty.coupled import Penalty
 from train.recipe.recipe import Recipe
 from train.tracking.metrics_log import read_rows
 from train.training.checkpoint import steps_in
 from train.training.job import TrainJob
 from train.training.loop import TrainingStopped, train
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "weights" / "model.safetensors")
-
-
-def assert_same_run(one: Path, other: Path) -> None:
-    """Bitwise equal weights, equal metrics."""
-    assert tiny.curve(one) == tiny.curve(other)
-    mine, theirs = weights(one), weights(other)
-    assert mine.keys() == theirs.keys()
-    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
-
-
-def at_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Any) -> None:
-    """Call `act` in the middle of the given step (from 1)."""
-    count = 0
-    original = Penalty.apply
-
-    def apply(self: Penalty, *arguments: Any) -> Any:
-        nonlocal count
-        count += 1
-        if count == step:
-            act()
-        return original(self, *arguments)
-
-    monkeypatch.setattr(Penalty, "apply", apply)
-
 
 # --- what a step computes -------------------------------------------------------------------------
 
@@ -105,7 +75,9 @@ def test_a_step_is_the_documented_update(tmp_path: Path) -> None:
         assert row["total_loss"] == pytest.approx(0.5 * lm + 0.5 * penalty, rel=1e-5)
         assert row["gradient_norm"] == pytest.approx(norm, rel=1e-4)
     for name, parameter in model.named_parameters():
-        torch.testing.assert_close(weights(tmp_path)[name], parameter.detach(), rtol=0, atol=2e-6)
+        torch.testing.assert_close(
+            tiny.weights(tmp_path)[name], parameter.detach(), rtol=0, atol=2e-6
+        )
 
 
 @pytest.mark.parametrize("document_mask", [False, True])
@@ -118,7 +90,7 @@ def test_factorization_invariance(tmp_path: Path, document_mask: bool) -> None:
         recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"eps": 1e-3})})
         job = tiny.job(recipe, train_blocks=tiny.blocks(document_mask=document_mask))
         train(job, recipe)
-        results[micro] = tiny.curve(recipe.folder), weights(recipe.folder)
+        results[micro] = tiny.curve(recipe.folder), tiny.weights(recipe.folder)
     rows, values = results[8]
     predicted = [row["tokens"] for row in rows]
     assert (predicted[0] < 8 * 15) == document_mask
@@ -155,7 +127,7 @@ def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
     for on in (False, True):
         recipe = tiny.recipe(tmp_path / str(on), steps=3, gradient_checkpointing=on)
         train(tiny.job(recipe), recipe)
-    assert_same_run(tmp_path / "False", tmp_path / "True")
+    tiny.assert_same_run(tmp_path / "False", tmp_path / "True")
 
 
 def test_without_a_plan_the_loss_weight_is_one(tmp_path: Path) -> None:
@@ -193,7 +165,7 @@ def test_bf16_computes_in_bf16_and_updates_fp32(tmp_path: Path) -> None:
         recipe = tiny.recipe(tmp_path / precision, steps=3, precision=precision)
         train(tiny.job(recipe), recipe)
         losses[precision] = [row["lm_loss"] for row in tiny.curve(recipe.folder)]
-        assert {w.dtype for w in weights(recipe.folder).values()} == {torch.float32}
+        assert {w.dtype for w in tiny.weights(recipe.folder).values()} == {torch.float32}
     AcceleratorState._reset_state()
     assert losses["bf16"] != losses["fp32"]
     assert losses["bf16"] == pytest.approx(losses["fp32"], rel=1e-2)
@@ -221,7 +193,7 @@ def test_zero_steps_leave_the_model_as_it_was(tmp_path: Path) -> None:
     result = train(tiny.job(recipe), recipe)
     assert result.tokens == 0
     for name, parameter in tiny.model().named_parameters():
-        assert torch.equal(weights(tmp_path)[name], parameter)
+        assert torch.equal(tiny.weights(tmp_path)[name], parameter)
 
 
 def test_a_finished_training_is_not_run_again(
@@ -237,7 +209,9 @@ def test_frozen_parameters_stay(tmp_path: Path) -> None:
     recipe = tiny.recipe(tmp_path, steps=2, trainable=["*.self_attn.*"])
     train(tiny.job(recipe), recipe)
     for name, parameter in tiny.model().named_parameters():
-        assert torch.equal(weights(tmp_path)[name], parameter) == ("self_attn" not in name), name
+        assert torch.equal(tiny.weights(tmp_path)[name], parameter) == ("self_attn" not in name), (
+            name
+        )
 
 
 def test_evaluation_rows(tmp_path: Path) -> None:
@@ -280,36 +254,26 @@ def small_recipe(folder: Path, **fields: Any) -> Recipe:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_ends_the_step_and_the_next_start_resumes_exactly(
-    tmp_path: Path, unstopped: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+    tmp_path: Path, unstopped: Path, number: signal.Signals
 ) -> None:
     recipe = small_recipe(tmp_path / "stopped")
-    with monkeypatch.context() as patch:
-        at_step(patch, 3, lambda: os.kill(os.getpid(), number))
-        with pytest.raises(TrainingStopped, match=r"step 4 of 7.*resume with") as stopped:
-            train(tiny.job(recipe), recipe)
+    with (
+        at_step(4, lambda: stop(number)),
+        pytest.raises(TrainingStopped, match=r"step 4 of 7.*resume with") as stopped,
+    ):
+        train(tiny.job(recipe), recipe)
     assert stopped.value.checkpoint == recipe.folder / "checkpoints/step-000004"
     assert not (recipe.folder / "weights").exists()
     train(tiny.job(recipe, model=tiny.model(seed=9)), recipe)
-    assert_same_run(recipe.folder, unstopped)
+    tiny.assert_same_run(recipe.folder, unstopped)
 
 
-def test_killed_twice_resumes_exactly(
-    tmp_path: Path, unstopped: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_killed_twice_resumes_exactly(tmp_path: Path, unstopped: Path) -> None:
     """A kill leaves rows beyond the checkpoint, half a row, and half a checkpoint."""
-
-    class KilledError(Exception):
-        pass
-
-    def kill() -> None:
-        raise KilledError
-
     recipe = small_recipe(tmp_path / "killed", checkpoint_every=2)
-    for attempt in range(2):
-        with monkeypatch.context() as patch:
-            at_step(patch, 4 - attempt, kill)
-            with pytest.raises(KilledError):
-                train(tiny.job(recipe), recipe)
+    for step in (4, 6):
+        with at_step(step), pytest.raises(KilledError):
+            train(tiny.job(recipe), recipe)
         with (recipe.folder / "metrics.jsonl").open("a") as file:
             file.write('{"step": 99, "lm')
         half = recipe.folder / "checkpoints" / "step-000099.tmp"
@@ -318,17 +282,13 @@ def test_killed_twice_resumes_exactly(
     train(tiny.job(recipe), recipe)
     assert steps_in(recipe.folder / "checkpoints") == [4, 6]
     assert not list(recipe.folder.glob("checkpoints/*.tmp"))
-    assert_same_run(recipe.folder, unstopped)
+    tiny.assert_same_run(recipe.folder, unstopped)
 
 
-def test_resuming_in_another_factorization(
-    tmp_path: Path, unstopped: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resuming_in_another_factorization(tmp_path: Path, unstopped: Path) -> None:
     recipe = small_recipe(tmp_path / "stopped")
-    with monkeypatch.context() as patch:
-        at_step(patch, 3, lambda: os.kill(os.getpid(), signal.SIGINT))
-        with pytest.raises(TrainingStopped):
-            train(tiny.job(recipe), recipe)
+    with at_step(4, stop), pytest.raises(TrainingStopped):
+        train(tiny.job(recipe), recipe)
     section = recipe.train.model_copy(update={"micro_batch_size": 8})
     train(tiny.job(recipe), recipe.model_copy(update={"train": section}))
     mine, theirs = tiny.curve(recipe.folder)[-1], tiny.curve(unstopped)[-1]

@@ -32,7 +32,7 @@ KNOWN = {
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three layers of two KV groups; exports with a tie and a removed unit, and with a span."""
     folder = tmp_path_factory.mktemp("analyze")
     base = small_models.dense(folder / "base", num_hidden_layers=3)
@@ -62,11 +62,11 @@ def analyze(*arguments: str) -> int:
     return caught.value.code
 
 
-def analysis(home: Path, model: str, *options: str) -> dict[str, Any]:
-    output = home / "out" / model
-    text = ["--text", str(home / "text.txt"), "--output", str(output)]
+def analysis(models: Path, model: str, *options: str) -> dict[str, Any]:
+    output = models / "out" / model
+    text = ["--text", str(models / "text.txt"), "--output", str(output)]
     size = ["--context", str(LENGTH), "--blocks", str(BLOCKS)]
-    assert analyze(str(home / model), *text, *size, *options) == 0
+    assert analyze(str(models / model), *text, *size, *options) == 0
     return json.loads((output / "analysis.json").read_text())
 
 
@@ -116,9 +116,9 @@ def loss_by_hand(model: LlamaForCausalLM) -> float:
 
 
 @torch.no_grad()
-def test_the_numbers_of_a_dense_model(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = analysis(home, "base", "--sensitivity")
-    model = stock(home / "base")
+def test_the_numbers_of_a_dense_model(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = analysis(models, "base", "--sensitivity")
+    model = stock(models / "base")
     for key, skip in (("maps", 0), ("without_sink", 1)):
         for one, other in ((0, 1), (0, 2), (1, 2)):
             expected = isotropy_by_hand(model, one, other, skip, range(4))
@@ -135,14 +135,14 @@ def test_the_numbers_of_a_dense_model(home: Path, capsys: pytest.CaptureFixture[
     assert sensitivity["loss"] == pytest.approx(loss, abs=1e-5)
     assert [len(row) for row in sensitivity["without_unit"]] == [2, 2, 2]
     for layer in range(3):
-        without = stock(home / "base")
+        without = stock(models / "base")
         without.model.layers[layer].self_attn.o_proj.weight.zero_()
         rise = loss_by_hand(without) - loss
         assert sensitivity["without_layer"][layer] == pytest.approx(rise, abs=1e-5)
     out = capsys.readouterr().out
     assert f"{found['isotropy']['maps'][2][1]:.3f}" in out
     assert f"{sensitivity['without_layer'][1]:+.3f}" in out
-    names = {file.name for file in (home / "out" / "base").iterdir()}
+    names = {file.name for file in (models / "out" / "base").iterdir()}
     pictures = {
         f"{n}.{k}" for n in ("isotropy", "similarity", "sensitivity") for k in ("png", "svg")
     }
@@ -150,10 +150,10 @@ def test_the_numbers_of_a_dense_model(home: Path, capsys: pytest.CaptureFixture[
 
 
 @torch.no_grad()
-def test_a_compact_export_is_what_it_computes(home: Path) -> None:
+def test_a_compact_export_is_what_it_computes(models: Path) -> None:
     """Its dense export gives the same numbers, but for what is removed: no number at all."""
-    found = analysis(home, "tied/compact", "--sensitivity")
-    dense = stock(home / "tied" / "dense")
+    found = analysis(models, "tied/compact", "--sensitivity")
+    dense = stock(models / "tied" / "dense")
     of_removed = 2 * 1 + 0
     assert found["similarity"][of_removed] == [None] * 6
     assert [row[of_removed] for row in found["similarity"]] == [None] * 6
@@ -166,8 +166,8 @@ def test_a_compact_export_is_what_it_computes(home: Path) -> None:
     assert found["sensitivity"]["loss"] == pytest.approx(loss_by_hand(dense), abs=1e-5)
 
 
-def test_followers_have_their_leaders_maps_and_no_scores(home: Path) -> None:
-    found = analysis(home, "spans/compact", "--sensitivity")
+def test_followers_have_their_leaders_maps_and_no_scores(models: Path) -> None:
+    found = analysis(models, "spans/compact", "--sensitivity")
     assert found["isotropy"]["maps"][1][0] == pytest.approx(1.0)
     assert found["isotropy"]["maps"][2][0] < 0.999
     assert {tuple(pair["target"]) for pair in found["best"]} == {(2, 0), (2, 1)}
@@ -192,7 +192,7 @@ def test_followers_have_their_leaders_maps_and_no_scores(home: Path) -> None:
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(
-    home: Path,
+    models: Path,
     arguments: list[str],
     said: str,
     tmp_path: Path,
@@ -200,7 +200,7 @@ def test_bad_input_is_one_line_and_writes_nothing(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert analyze(*[str(home / KNOWN[a]) if a in KNOWN else a for a in arguments]) == 2
+    assert analyze(*[str(models / KNOWN[a]) if a in KNOWN else a for a in arguments]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
     assert said in line

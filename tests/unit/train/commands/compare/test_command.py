@@ -12,6 +12,7 @@ import torch
 from sa_models.errors import PostshareError
 from sa_models.plan import SharingPlan
 from sa_models.weights.safetensors_folder import read_config
+from tests.support import demo_runs, spans_base
 from train.commands.compare import command as comparing
 from train.commands.compare.controls import CONTROLS, Target, variant
 from train.common.run_files import COMPARED_RECIPE, PLAN_FILE
@@ -19,26 +20,16 @@ from train.evaluation.summary import read_block_losses
 from train.models.base_model import base_folder
 from train.planning.basis import basis_plan
 from train.planning.problem import PlanProblem
-from train.recipe.recipe import Recipe, validate
+from train.recipe.recipe import Recipe
 from train.tracking.metrics_log import read_rows
+
+pytestmark = pytest.mark.usefixtures("unrendered")
 
 torch.set_num_threads(1)
 
 
 def recipe(folder: Path, **sections: Any) -> Recipe:
-    text = folder.parent / "text.txt"
-    if not text.is_file():
-        text.write_text("def sum_of(values):\n    return sum(values)  # of all\n" * 400)
-    value: dict[str, Any] = {
-        "name": "small",
-        "output_dir": str(folder),
-        "model": {"path": "demo-base"},
-        "data": {"train": str(text), "validation": str(text), "sequence_length": 64},
-        "plan": {"budget": {"ratio": 0.3}},
-        "train": {"steps": 2, "batch_size": 2, "micro_batch_size": 2, "learning_rate": 1e-3},
-        "evaluate": {"blocks": 6},
-    }
-    return validate(value | sections)
+    return demo_runs.recipe(folder, **({"evaluate": {"blocks": 6}} | sections))
 
 
 @pytest.fixture
@@ -99,9 +90,13 @@ def test_every_control_takes_the_same_steps_and_no_more_bytes(
 
 
 def test_compares_and_goes_on_where_it_stood(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    home: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    made = recipe(tmp_path / "run")
+    section = {"plan": {"budget": {"ratio": 0.3}}, "evaluate": {"blocks": 6, "continued": True}}
+    made = spans_base.recipe(home, tmp_path / "run", train={"steps": 2}, **section)
     names = ["random-pairs", "pooled"]
     comparing.compare(made, 2, names)
     out = capsys.readouterr().out

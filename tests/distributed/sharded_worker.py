@@ -1,7 +1,8 @@
-"""Runs on every rank: a model loaded tensor by tensor against the same one loaded whole.
+"""Runs on every rank of a backend that splits models up: memory, what is loaded, a teacher.
 
-loading_worker.py equal FOLDER          both ways, one step each: the same bits
-loading_worker.py memory FOLDER WAY     peak memory of loading; WAY: streamed or whole
+sharded_worker.py LARGE SMALL RUN TEACHER   (folders: two models, a run and its teacher)
+
+Memory comes first: the peak is that of a process that has done nothing else.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ import torch
 from sa_models.plan import SharingPlan
 from sa_models.spans import AttentionSpan
 from sa_models.weights.structure import convert
+from tests.distributed import teacher
 from tests.support.training import LENGTH
 from train.distributed.engines.base import Engine
-from train.distributed.engines.start import start
+from train.distributed.engines.start import shutdown, start
 from train.models.base_model import load_dense
 from train.models.sharded_source import base_source
 from train.recipe.recipe import Recipe, validate
@@ -30,7 +32,7 @@ from train.training.objective import token_losses
 PLANS = {
     "none": SharingPlan(),
     "structure": SharingPlan(
-        kv_heads=2, spans=(AttentionSpan(0, (1,), "kv"), AttentionSpan(2, (3,), "attention"))
+        kv_heads=3, spans=(AttentionSpan(0, (1,), "kv"), AttentionSpan(2, (3,), "attention"))
     ),
 }
 
@@ -99,6 +101,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 
 
 def equal(folder: Path) -> None:
+    """Loaded tensor by tensor and loaded whole, one step each: the same bits."""
     for name, train in CASES:
         whole = loaded_and_trained(folder, PLANS[name], streamed=False, **train)
         ours = loaded_and_trained(folder, PLANS[name], streamed=True, **train)
@@ -117,7 +120,8 @@ def peak() -> int:
     return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
-def memory(folder: Path, way: str) -> None:
+def memory(folder: Path) -> None:
+    """Print the peak before and after a model of 400 MB is loaded tensor by tensor."""
     made = recipe(folder)
     engine = start(made)
     import deepspeed  # noqa: F401 - what it takes is not the model's
@@ -125,9 +129,8 @@ def memory(folder: Path, way: str) -> None:
     here = job(made, folder, PLANS["none"])
     base = peak()
     source = here.source()
-    if way == "streamed":
-        assert source is not None
-        here = replace(here, load=lambda: engine.build(source))
+    assert source is not None
+    here = replace(here, load=lambda: engine.build(source))
     # Files are mapped: what `load` returns may lie in no memory yet, so touch it.
     assert all(bool((p.detach() == p.detach()).all()) for p in here.model.parameters())
     row = {"rank": engine.rank, "base": base, "loaded": peak()}
@@ -137,7 +140,8 @@ def memory(folder: Path, way: str) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "equal":
-        equal(Path(sys.argv[2]))
-    else:
-        memory(Path(sys.argv[2]), sys.argv[3])
+    large, small, run, instructor = map(Path, sys.argv[1:])
+    memory(large)
+    equal(small)
+    teacher.ask(run, instructor)
+    shutdown()

@@ -1,11 +1,7 @@
-"""Runs on every rank: a teacher that is whole on none, and its answers, each rank's share of them.
-
-teacher_worker.py FOLDER TEACHER   (the run folder and the teacher's)
-"""
+"""A teacher that is whole on no rank, and its answers, each rank's share of them."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +59,9 @@ def check_spread(asked: Recipe, engine: Engine) -> None:
         teacher({"input_ids": ids})
 
 
-def main() -> None:
-    asked = recipe(Path(sys.argv[1]), Path(sys.argv[2]))
+def ask(folder: Path, teacher: Path) -> None:
+    """On every rank: the teacher is spread over all, and all see its answers to all blocks."""
+    asked = recipe(folder, teacher)
     engine = start(asked)
     check_spread(asked, engine)
     taught = Lessons(asked, engine, blocks(), 9).blocks
@@ -73,7 +70,3 @@ def main() -> None:
     assert engine.reduce_max(float(same)) == -engine.reduce_max(float(-same))
     print("all answered")
     engine.close()
-
-
-if __name__ == "__main__":
-    main()
