@@ -73,8 +73,8 @@ def test_documents_are_laid_end_to_end(
     blocks, validation = prepare(train=train, validation=held, bos=bos, eos=eos)
     ids = expected(documents, bos=bos, eos=eos)
     assert flat(blocks) == ids[: len(ids) // 4 * 4]
-    assert len(blocks) * blocks.length == len(ids) // 4 * 4
-    assert flat(validation) == expected(texts(9, seed=1), bos=bos, eos=eos)[: validation.tokens]
+    assert len(blocks) * 4 == len(ids) // 4 * 4
+    assert flat(validation) == expected(texts(9, seed=1), bos=bos, eos=eos)[: len(validation) * 4]
     block = blocks[3]
     assert set(block) == {"input_ids", "labels"}
     assert block["input_ids"].dtype == block["labels"].dtype == torch.int64
@@ -90,7 +90,7 @@ def test_tokenizer_without_bos_ends_documents_only(tmp_path: Path) -> None:
         needed_blocks=1,
         vocab_size=WORDS + 2,
     )
-    assert flat(blocks) == expected(documents, bos=False)[: len(blocks) * blocks.length]
+    assert flat(blocks) == expected(documents, bos=False)[: len(blocks) * 4]
 
 
 def test_missing_eos_is_an_error(tmp_path: Path) -> None:
@@ -277,7 +277,7 @@ def test_several_processes_tokenize_the_same(tmp_path: Path, prepare: Callable[.
     documents = texts(300)
     path = write_jsonl(tmp_path / "t.jsonl", documents)
     blocks, _ = prepare(train=path, validation=path, processes=2)
-    assert flat(blocks) == expected(documents)[: len(blocks) * blocks.length]
+    assert flat(blocks) == expected(documents)[: len(blocks) * 4]
 
 
 # --- sources ------------------------------------------------------------------------------------
@@ -349,7 +349,7 @@ def test_streaming_reads_only_what_the_run_needs(
     blocks, validation = prepare(needed=40, **data)
     assert len(validation) >= 3
     assert 40 <= len(blocks) <= 45
-    assert flat(blocks) == expected(documents)[: len(blocks) * blocks.length]
+    assert flat(blocks) == expected(documents)[: len(blocks) * 4]
     assert sum(seen) <= 4 * token_table.STREAM_BATCH
     seen.clear()
     again, _ = prepare(needed=40, **data)
@@ -357,7 +357,7 @@ def test_streaming_reads_only_what_the_run_needs(
     assert not seen
     write_jsonl(tmp_path / "t.jsonl", documents[1:])  # changed text is read again
     changed, _ = prepare(needed=40, **data)
-    assert flat(changed) == expected(documents[1:])[: changed.tokens]
+    assert flat(changed) == expected(documents[1:])[: len(changed) * 4]
 
 
 def test_streamed_split_holds_out_documents(tmp_path: Path, prepare: Callable[..., Any]) -> None:
