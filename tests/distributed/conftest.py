@@ -38,7 +38,7 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Together:
     @functools.cache
     def launched(config: str) -> tuple[Path, dict[str, str]]:
         folder = tmp_path_factory.mktemp(config)
-        return folder, by_run(run(config, WORKER, folder, *names_of(config), timeout=500))
+        return folder, by_run(run(config, WORKER, folder, *names_of(config), timeout=900))
 
     def done(config: str, name: str) -> tuple[Path, str]:
         folder, printed = launched(config)

@@ -20,7 +20,7 @@ from tests.support import REPOSITORY
 from tests.support.launcher import environment, ranks_of
 from train.tracking.metrics_log import read_rows
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1200)]
 
 SECONDS = 150
 RUN = RUNS["checkpointed"]

@@ -15,7 +15,7 @@ from tests.distributed.runs import SHORT
 from tests.support.launcher import launch
 from train.tracking.metrics_log import read_rows
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1200)]
 
 
 def test_the_demo_itself_on_two_processes(alone: Alone, together: Together) -> None:
