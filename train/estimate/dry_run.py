@@ -15,9 +15,9 @@ from sa_models.spans import ranges
 from train.common.sizes import byte_unit, count, size
 from train.estimate import gpu_memory, parameters
 from train.estimate.llama_shapes import DTYPE_BYTES, LlamaShape, find_shape
-from train.planning.auto_space import REBUILT, auto_passes
 from train.planning.basis import BASIS_LAYERS
 from train.planning.problem import PlanProblem
+from train.planning.search.auto_space import REBUILT, auto_passes
 from train.recipe.warnings import recipe_warnings
 
 if TYPE_CHECKING:

@@ -14,10 +14,10 @@ from sa_models.savings import PlanSavings, llama_parameters
 from sa_models.spans import AttentionSpan
 from sa_models.weights.parameter_shapes import expanded_shapes
 from train.estimate.llama_shapes import DTYPE_BYTES
-from train.planning.auto_space import PAPER
 from train.planning.basis import basis_plan
 from train.planning.check import check_budget, expected_spans
 from train.planning.problem import PlanProblem
+from train.planning.search.auto_space import PAPER
 from train.recipe.rules import check_structure
 from train.recipe.sections.structure import listed_structure
 

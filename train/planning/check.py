@@ -9,9 +9,9 @@ from sa_models.materialize.residual_shapes import check_rank
 from sa_models.plan import SharingPlan
 from sa_models.search.pairs import check_count
 from sa_models.search.spans import SpanChoice, best_spans, late_spans
-from train.planning.auto_space import check_auto
 from train.planning.basis import basis_plan
 from train.planning.problem import PlanProblem
+from train.planning.search.auto_space import check_auto
 from train.recipe.rules import check_structure
 from train.recipe.sections.plan import MATCHED
 from train.recipe.sections.structure import listed_structure

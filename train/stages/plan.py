@@ -21,8 +21,11 @@ from train.common.run_files import PLAN_FILE
 from train.data.blocks import Blocks
 from train.data.calibration import calibration_batches
 from train.models.base_model import load_dense
-from train.planning.auto_rebuild import compare_rebuilt
-from train.planning.auto_report import (
+from train.planning.find import draw_plan, find_ties, plan_table, requested_ratio
+from train.planning.problem import PlanProblem
+from train.planning.scores import calibration_text, chance_line, save_chances
+from train.planning.search.auto_rebuild import compare_rebuilt
+from train.planning.search.auto_report import (
     auto_sentence,
     compared_table,
     cost_table,
@@ -31,9 +34,8 @@ from train.planning.auto_report import (
     save_auto,
     time_front,
 )
-from train.planning.auto_search import search_auto
-from train.planning.find import draw_plan, find_ties, plan_table, requested_ratio
-from train.planning.loss_search import (
+from train.planning.search.auto_search import search_auto
+from train.planning.search.loss_search import (
     choose_by_importance,
     save_search,
     search_plan,
@@ -41,8 +43,6 @@ from train.planning.loss_search import (
     search_table,
     unstable,
 )
-from train.planning.problem import PlanProblem
-from train.planning.scores import calibration_text, chance_line, save_chances
 from train.planning.spans import SpanFinder, save_spans, spans_table
 from train.recipe.sections.structure import listed_structure
 from train.recipe.warnings import recipe_warnings

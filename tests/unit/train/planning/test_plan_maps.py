@@ -19,8 +19,8 @@ from tests.support.report_run import GQA, losses
 from train.commands.compare.plot import save_picture
 from train.commands.compare.results import Entry
 from train.common.figure_style import DIVERGING, SEQUENTIAL, SERIES
-from train.planning.front_plot import save_pareto
 from train.planning.plan_maps import save_isotropy, save_similarity, save_ties
+from train.planning.search.front_plot import save_pareto
 
 THUMBNAIL = 320
 """Pixels."""

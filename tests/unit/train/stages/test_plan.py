@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM
 
 from sa_models.savings import llama_parameters
 from tests.support.spans_base import base_model, recipe, write_base, write_text
-from train.planning import auto_report
+from train.planning.search import auto_report
 from train.stages import plan as stage
 from train.stages.pipeline import plan
 

@@ -25,14 +25,14 @@ from train.common.figure_style import (
     save,
 )
 from train.common.sizes import byte_unit
-from train.planning.auto_result import BASIS, in_words
+from train.planning.search.auto_result import BASIS, in_words
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from transformers import LlamaConfig
 
     from sa_models.plan import SharingPlan
-    from train.planning.auto_result import AutoResult, Point, Timed
+    from train.planning.search.auto_result import AutoResult, Point, Timed
 
 
 @rc_context(FILE_STYLE)
@@ -86,7 +86,7 @@ def save_front(
     were compared after reconstruction, that as well.
 
     Args:
-        front: see :func:`~train.planning.auto_report.pareto_points`.
+        front: see :func:`~train.planning.search.auto_report.pareto_points`.
         noisy: whether the times are worth nothing: then the bytes that a token reads are drawn.
         size: bytes of one exported parameter.
     """

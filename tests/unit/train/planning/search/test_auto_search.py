@@ -43,14 +43,14 @@ from train.evaluation.decode_time import bytes_read, compact_model, decode_time
 from train.evaluation.perplexity import BlockLosses
 from train.models.base_model import load_dense
 from train.models.materialize import on_text
-from train.planning import auto_rebuild
-from train.planning.auto_rebuild import rival
-from train.planning.auto_report import factored_note
-from train.planning.auto_result import Factored
-from train.planning.auto_search import search_auto
-from train.planning.auto_space import ANY, FULL, REMOVALS, auto_passes
 from train.planning.basis import saving_plan
 from train.planning.problem import PlanProblem
+from train.planning.search import auto_rebuild
+from train.planning.search.auto_rebuild import rival
+from train.planning.search.auto_report import factored_note
+from train.planning.search.auto_result import Factored
+from train.planning.search.auto_search import search_auto
+from train.planning.search.auto_space import ANY, FULL, REMOVALS, auto_passes
 from train.recipe.recipe import Recipe
 from train.recipe.sections.plan import PlanSection
 from train.stages.materialize import materialize_on_text, merged_folder

@@ -32,10 +32,10 @@ from train.common.run_files import SEARCH_CACHE
 from train.data.calibration import calibration_batches
 from train.distributed.engines.start import start
 from train.estimate.parameters import plan_savings
-from train.planning import loss_search
 from train.planning.find import find_ties
-from train.planning.loss_search import choose_by_importance
 from train.planning.problem import PlanProblem
+from train.planning.search import loss_search
+from train.planning.search.loss_search import choose_by_importance
 from train.recipe.recipe import Recipe
 from train.recipe.sections.plan import PlanSection
 from train.stages.pipeline import plan, run

@@ -191,7 +191,7 @@ def save_search(
     Args:
         size: bytes of one exported parameter.
     """
-    from train.planning.front_plot import save_pareto
+    from train.planning.search.front_plot import save_pareto
 
     found, section = searched.found, problem.section
     removed, so_far = [0], 0

@@ -28,7 +28,7 @@ from train.common.progress import bar
 from train.common.run_files import PARETO_PICTURE, SEARCH_FILE
 from train.evaluation.decode_time import bytes_read, decode_time
 from train.evaluation.pareto import pareto
-from train.planning.auto_result import (
+from train.planning.search.auto_result import (
     BASIS,
     AutoResult,
     Candidate,
@@ -37,7 +37,7 @@ from train.planning.auto_result import (
     Timed,
     in_words,
 )
-from train.planning.loss_search import (
+from train.planning.search.loss_search import (
     halves_dict,
     parameters_of,
     rises_list,
@@ -260,7 +260,7 @@ def save_auto(
     Args:
         size: bytes of one exported parameter.
     """
-    from train.planning.front_plot import save_front
+    from train.planning.search.front_plot import save_front
 
     on_front, noisy = pareto_points(searched, config), is_noisy(front)
     chosen = searched.chosen.points[-1]

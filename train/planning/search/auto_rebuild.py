@@ -25,9 +25,9 @@ from train.data.calibration import calibration_batches, spread_indices
 from train.evaluation.bootstrap import interval
 from train.evaluation.perplexity import BlockLosses, block_losses
 from train.models.materialize import on_text
-from train.planning.auto_result import AutoResult, Factored
-from train.planning.auto_space import REBUILT
 from train.planning.basis import saving_plan
+from train.planning.search.auto_result import AutoResult, Factored
+from train.planning.search.auto_space import REBUILT
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, LlamaForCausalLM

@@ -3,7 +3,8 @@
 Units are searched among ties of several sets of projections and removals, and, as controls, among
 what strategy loss offers. Then structures are measured (spans, fewer KV heads), and units are
 searched in the few that promise most. Whatever has the lowest loss wins: a control too. Where the
-recipe reconstructs, the best are then compared after it (:mod:`train.planning.auto_rebuild`).
+recipe reconstructs, the best are then compared after it
+(:mod:`train.planning.search.auto_rebuild`).
 
 All losses are measured on one text, and of all of them the slope of the whole change is taken off
 (:mod:`sa_models.scores.slope`), structures included, which are charged with it and never credited.
@@ -32,10 +33,10 @@ from sa_models.spans import SHARES as SPAN_SHARES
 from sa_models.weights.structure import convert
 from train.common.progress import bar
 from train.common.run_files import SEARCH_CACHE
-from train.planning import auto_space
-from train.planning.auto_result import AutoResult, Candidate, Point
-from train.planning.auto_space import FULL, STRUCTURES_SEARCHED
 from train.planning.problem import PlanProblem
+from train.planning.search import auto_space
+from train.planning.search.auto_result import AutoResult, Candidate, Point
+from train.planning.search.auto_space import FULL, STRUCTURES_SEARCHED
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM

@@ -50,7 +50,7 @@ class Candidate:
     Attributes:
         found: what the search of units found; None where the structure alone meets the budget.
         points: after every step; the last is the plan.
-        rebuilt: nats per token after reconstruction, see :mod:`train.planning.auto_rebuild`.
+        rebuilt: nats per token after reconstruction, see :mod:`train.planning.search.auto_rebuild`.
     """
 
     name: str
@@ -104,7 +104,7 @@ class AutoResult:
         bound: of passes and estimates, stated before the search.
         base_rebuilt: nats per token of the base on the text of the reconstruction, where there is
             one; with the recipe's own structure, which is reconstructed then.
-        factored: Basis Sharing beside them, see :mod:`train.planning.auto_rebuild`.
+        factored: Basis Sharing beside them, see :mod:`train.planning.search.auto_rebuild`.
     """
 
     base: Point
