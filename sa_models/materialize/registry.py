@@ -1,4 +1,4 @@
-"""Where every merge of tied units is, by the name that a recipe gives it.
+"""Merges of tied units: where each is, by the name that a recipe gives it.
 
 A function or class is named as `module:name` and imported when it is used: no torch here.
 """

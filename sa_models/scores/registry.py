@@ -1,4 +1,4 @@
-"""Where every score of two units and every importance of one is, by the name in a recipe.
+"""Scores of two units and importances of one: where each is, by the name in a recipe.
 
 A function is named as `module:function` and imported when it is used: no torch here.
 """
