@@ -28,7 +28,9 @@ RUN = RUNS["checkpointed"]
 
 # On two hosts the launchers then disagree about the number of restarts: one of them has seen a
 # failure, the other a host that comes again.
-@pytest.mark.parametrize("hosts", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "hosts", [pytest.param(1, marks=pytest.mark.more), pytest.param(2, marks=pytest.mark.slow)]
+)
 def test_a_killed_rank_is_started_again_with_the_others(
     hosts: int, together: Together, tmp_path: Path
 ) -> None:

@@ -15,7 +15,10 @@ WORKER = Path(__file__).with_name("exchange_worker.py")
 
 @pytest.mark.parametrize(
     "processes",
-    [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 4)), 3],
+    [
+        *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 4)),
+        pytest.param(3, marks=pytest.mark.more),
+    ],
 )
 def test_exchanged_penalty_equals_that_of_one_process(processes: int) -> None:
     output = run("ddp", WORKER, processes=processes, timeout=400)

@@ -72,7 +72,9 @@ def rank_of(pid: int) -> int:
     return int(value.removeprefix(b"RANK="))
 
 
-@pytest.mark.parametrize("stopped", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.parametrize(
+    "stopped", [pytest.param(0, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.more)]
+)
 def test_a_stopped_rank_is_named_and_all_others_dump_their_stacks(
     tmp_path: Path, stopped: int
 ) -> None:

@@ -37,7 +37,9 @@ def test_a_module_is_theirs(own: Path) -> None:
     assert "this is mine" in result.output, result.report()
 
 
-@pytest.mark.parametrize("config", ["cpu", pytest.param("ddp", marks=pytest.mark.slow), "zero2"])
+@pytest.mark.parametrize(
+    "config", ["cpu", *(pytest.param(name, marks=pytest.mark.more) for name in ("ddp", "zero2"))]
+)
 def test_the_command_is_ours(config: str, own: Path) -> None:
     command = ("--no_python", "postshare", "run", "demo_postshare")
     output = run(config, *command, *SHORT, "output_dir=run", folder=own)
@@ -48,6 +50,7 @@ def test_the_command_is_ours(config: str, own: Path) -> None:
     assert (own / "run" / "summary.json").is_file()
 
 
+@pytest.mark.more
 def test_torchrun_starts_it_too(own: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc_per_node", "2", "--no_python", "postshare", "doctor"]

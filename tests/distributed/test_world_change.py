@@ -23,7 +23,8 @@ SHORT = [("zero3-offload", 2), ("ddp", 3), ("fsdp2", 2)]
 """From shards to whole copies and to shards of another kind, each time on another number."""
 
 
-@pytest.mark.parametrize("chain", [SHORT, pytest.param(CHAIN, marks=pytest.mark.more)])
+@pytest.mark.more
+@pytest.mark.parametrize("chain", [SHORT, CHAIN])
 def test_a_step_on_each_backend(chain: list[tuple[str, int]], tmp_path: Path) -> None:
     alone, moved = tmp_path / "alone", tmp_path / "moved"
     for folder in (alone, moved):

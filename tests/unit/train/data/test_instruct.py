@@ -573,8 +573,10 @@ def test_the_resolved_recipe_says_that_documents_are_masked(tmp_path: Path) -> N
 
 def test_flash_attention_sees_borders_in_one_row_only() -> None:
     text = {"train": "a.json", "validation": "b.json"}
-    said = message(lambda: recipe(model="flash_attention_2", micro=2, **text))
-    assert "train.micro_batch_size=1, or model.attention=sdpa" in said
+    with pytest.raises(PostshareError, match="2 faults") as raised:
+        recipe(model="flash_attention_2", micro=2, **text)
+    assert "train.micro_batch_size=1, or model.attention=sdpa" in str(raised.value)
+    assert "evaluate.batch_size=1, or model.attention=sdpa" in str(raised.value)
     said = message(lambda: recipe(model="flash_attention_2", **text))
     assert "evaluate.batch_size=1" in said
     recipe("text", model="flash_attention_2", micro=2, **text)

@@ -254,6 +254,7 @@ def test_plans_are_compared_after_reconstruction(
     assert [c["reconstructed_loss"] for c in again["candidates"]] == losses
 
 
+@pytest.mark.more
 def test_the_recipe_s_own_structure_is_reconstructed_as_the_plans_are(
     home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -326,7 +327,8 @@ def test_basis_sharing_at_as_many_bytes_is_measured_beside_them(
 
 
 @pytest.mark.parametrize(
-    "budget", ["bytes", "heads", pytest.param("not allowed", marks=pytest.mark.more)]
+    "budget",
+    ["bytes", *(pytest.param(b, marks=pytest.mark.more) for b in ("heads", "not allowed"))],
 )
 def test_basis_sharing_is_taken_where_it_is_better_and_bytes_are_asked_for(
     home: Path,
@@ -457,7 +459,9 @@ def test_a_structure_of_the_recipe_stays(home: Path, tmp_path: Path) -> None:
         assert search[loss] == pytest.approx(measured, abs=1e-5)
 
 
-@pytest.mark.parametrize("budget", [{"ratio": 0.2}, {"cache": "-20%"}])
+@pytest.mark.parametrize(
+    "budget", [pytest.param({"ratio": 0.2}, marks=pytest.mark.more), {"cache": "-20%"}]
+)
 def test_other_budgets_are_met(home: Path, tmp_path: Path, budget: dict[str, Any]) -> None:
     of = recipe(
         home,
