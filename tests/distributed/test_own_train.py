@@ -12,6 +12,7 @@ from tests.support.launcher import environment, launch, run
 from train.tracking.metrics_log import read_rows
 
 pytestmark = pytest.mark.distributed
+FURTHER = [pytest.param(name, marks=pytest.mark.more) for name in ("ddp", "zero2")]
 
 SHORT = (
     "train.steps=2",
@@ -37,9 +38,7 @@ def test_a_module_is_theirs(own: Path) -> None:
     assert "this is mine" in result.output, result.report()
 
 
-@pytest.mark.parametrize(
-    "config", ["cpu", *(pytest.param(name, marks=pytest.mark.more) for name in ("ddp", "zero2"))]
-)
+@pytest.mark.parametrize("config", ["cpu", *FURTHER])
 def test_the_command_is_ours(config: str, own: Path) -> None:
     command = ("--no_python", "postshare", "run", "demo_postshare")
     output = run(config, *command, *SHORT, "output_dir=run", folder=own)

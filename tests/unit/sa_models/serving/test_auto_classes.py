@@ -101,15 +101,13 @@ def python(code: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize(
-    "order",
-    [
-        order
-        if order in ("ours first", "ours last")
-        else pytest.param(order, marks=pytest.mark.more)
-        for order in ORDERS
-    ],
-)
+FIRST_AND_LAST = ["ours first", "ours last"]
+FURTHER = [
+    pytest.param(order, marks=pytest.mark.more) for order in ORDERS if order not in FIRST_AND_LAST
+]
+
+
+@pytest.mark.parametrize("order", [*FIRST_AND_LAST, *FURTHER])
 def test_a_compact_folder_loads_whatever_is_imported_first(order: str, compact: Path) -> None:
     assert python(ORDERS[order] + LOAD.replace("FOLDER", repr(str(compact)))) == "1\n"
 
