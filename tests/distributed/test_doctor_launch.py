@@ -29,7 +29,8 @@ def text(result: Launch) -> str:
     return " ".join(" ".join(lines).split())
 
 
-@pytest.mark.parametrize("config", [pytest.param("ddp", marks=pytest.mark.more), "zero3"])
+@pytest.mark.more
+@pytest.mark.parametrize("config", ["ddp", "zero3"])
 def test_a_sound_launch_is_go(config: str, tmp_path: Path) -> None:
     result = doctor(config, tmp_path / "x")
     assert not result.failed, result.report()

@@ -17,7 +17,7 @@ from tests.support.training import teacher_folder
 from train.distributed.engines.start import start
 from train.training.objective import Lessons
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.more]
 
 WORKER = Path(__file__).with_name("sharded_worker.py")
 
@@ -39,7 +39,7 @@ class Launched:
     folder: Path
 
 
-@pytest.fixture(scope="module", params=["zero3", pytest.param("fsdp2", marks=pytest.mark.more)])
+@pytest.fixture(scope="module", params=["zero3", "fsdp2"])
 def launched(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Launched:
     """One launch of two processes."""
     folder = tmp_path_factory.mktemp(request.param)

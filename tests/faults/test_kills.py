@@ -28,7 +28,7 @@ OTHER_WAYS = (
     *(("fsdp2", way) for way in ("heal", "basis", "residual")),
 )
 FEW = 20
-"""Below this `make test` and `make test-more` ask, which take a part of the cases."""
+"""Below this `make test-more` asks, which takes a part of the cases."""
 
 Table = Callable[[killing.Count], None]
 
@@ -36,7 +36,7 @@ Table = Callable[[killing.Count], None]
 @pytest.mark.parametrize(
     "config",
     [
-        "one",
+        pytest.param("one", marks=pytest.mark.more),
         pytest.param("ddp", marks=pytest.mark.more),
         pytest.param("zero2", marks=pytest.mark.slow),
     ],

@@ -113,7 +113,8 @@ def test_real_checkpoints_in_float64(
         assert difference(computed, expected) <= bound
 
 
-@pytest.mark.parametrize("shape", [pytest.param("gqa", marks=pytest.mark.more), "odd"])
+@pytest.mark.more  # compiled: a quarter of a minute each
+@pytest.mark.parametrize("shape", ["gqa", "odd"])
 @torch.no_grad()
 def test_flex_attention(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its own arithmetic; compiling the kernel, as the library does, takes a minute on a CPU."""

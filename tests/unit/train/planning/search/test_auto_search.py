@@ -418,7 +418,8 @@ def test_a_difference_that_tells_nothing_does_not_choose() -> None:
     assert auto_rebuild._chosen([losses(20.0), losses(10.0)]) == 0  # one block has no spread
 
 
-@pytest.mark.parametrize("quarters", [(3, 4), pytest.param((1, 2), marks=pytest.mark.more)])
+@pytest.mark.more
+@pytest.mark.parametrize("quarters", [(3, 4), (1, 2)])
 def test_it_goes_on_where_it_was_killed(
     home: Path, tmp_path: Path, quarters: tuple[int, ...]
 ) -> None:
