@@ -90,9 +90,8 @@ def map_terms(
 
     def visit(attentions: Maps, keys: torch.Tensor) -> None:
         rows = torch.stack([maps[0][:, chosen].float().cpu() for maps in attentions])
-        counts = (
-            keys.cpu()[chosen] > 1
-        )  # a single key says nothing, see sa_models.scores.attention_maps
+        # A single key says nothing, see sa_models.scores.attention_maps.
+        counts = keys.cpu()[chosen] > 1
         kept.append(torch.nn.functional.normalize(rows, dim=-1) * counts[:, None])
         counted.append(counts.double())
 

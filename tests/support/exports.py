@@ -46,10 +46,10 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def check_without_package(compact: Path, work: Path) -> None:
-    """A process that cannot import the package computes and generates what this one does."""
+def printed(code: str, work: Path, *arguments: str | Path) -> str:
+    """What a process of its own prints, which keeps an export's modeling files in `work`."""
     run = subprocess.run(
-        [sys.executable, "-c", WITHOUT_PACKAGE, compact, work / "logits.pt"],
+        [sys.executable, "-c", code, *arguments],
         cwd=work,
         env={
             **os.environ,
@@ -63,8 +63,14 @@ def check_without_package(compact: Path, work: Path) -> None:
         check=False,
     )
     assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def check_without_package(compact: Path, work: Path) -> None:
+    """A process that cannot import the package computes and generates what this one does."""
+    output = printed(WITHOUT_PACKAGE, work, compact, work / "logits.pt")
     model, ids = load(compact).eval(), torch.arange(12)[None]
     with torch.no_grad():
         assert (torch.load(work / "logits.pt") - model(ids).logits).abs().max() <= 1e-5
     tokens = model.generate(ids, max_new_tokens=6, do_sample=False).tolist()
-    assert run.stdout.strip().splitlines()[-1] == str(tokens)
+    assert output.strip().splitlines()[-1] == str(tokens)

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +17,7 @@ from sa_models.export.manifest import read_manifest
 from sa_models.modeling import SharedLlamaForCausalLM
 from sa_models.plan import SharingPlan
 from sa_models.weights.compact_folder import ExpandedFolder, open_weights
+from tests.support.exports import printed
 from train.cli import main
 
 EARLIER = Path(__file__).resolve().parents[3] / "data" / "export-d6d4790"
@@ -148,21 +146,7 @@ def test_its_own_modeling_files_still_load(tmp_path: Path) -> None:
 
     In float32: the logits reach 40, and are 2e-5 off those in float64.
     """
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_PACKAGE, EARLIER, *MODELS],
-        cwd=tmp_path,
-        env={
-            **os.environ,
-            "HF_MODULES_CACHE": str(tmp_path / "modules"),
-            "HF_HUB_OFFLINE": "1",
-            "OMP_NUM_THREADS": "1",
-        },
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    apart = [float(line) for line in done.stdout.split()]
+    output = printed(WITHOUT_PACKAGE, tmp_path, EARLIER, *MODELS)
+    apart = [float(line) for line in output.split()]
     assert len(apart) == len(MODELS)
     assert max(apart) <= 2e-4
