@@ -357,9 +357,9 @@ def dashboard(
 @app.command(epilog="Example: postshare recipes")
 def recipes() -> None:
     """List the shipped recipes."""
-    from rich.console import Console
     from rich.table import Table
 
+    from train.common.console import plain_console
     from train.recipe.load import description
     from train.recipe.shipped import shipped_recipes
 
@@ -367,7 +367,7 @@ def recipes() -> None:
     table.add_column(no_wrap=True)
     for name, file in shipped_recipes().items():
         table.add_row(name, description(file))
-    Console(markup=False).print(table)
+    plain_console().print(table)
 
 
 def _load(recipe: str, overrides: list[str] | None) -> Recipe:

@@ -19,6 +19,7 @@ from rich.table import Table
 from sa_models.errors import PostshareError
 from sa_models.export.manifest import CARD, MANIFEST, read_manifest
 from sa_models.weights.companion_files import AUTO_MAP
+from train.common.console import plain_console
 from train.common.files import damage
 from train.common.progress import bar
 from train.common.run_files import RECIPE_FILE
@@ -50,7 +51,7 @@ def push(argument: Path, repo_id: str, private: bool, dry_run: bool) -> None:
         PostshareError: the folder is no whole export, the name is no name of a repository, or the
             hub refuses or cannot be reached.
     """
-    console = Console(highlight=False)
+    console = plain_console()
     _check_name(repo_id)
     folder = _export(argument, console)
     verified = verify(folder)
@@ -139,7 +140,7 @@ def _show(verified: Verified, repo_id: str, private: bool, console: Console) -> 
     console.print(table)
     card = (verified.folder / CARD).read_text(encoding="utf-8")
     console.print(Rule(f"{CARD}, the model card"))
-    console.print(card, markup=False, soft_wrap=True)
+    console.print(card, soft_wrap=True)
     kind = "private" if private else "public, where it is new"
     console.print(
         f"{len(sizes)} files, {sum(sizes.values()):,} bytes, verified; without --dry-run they go "

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rich.console import Console
-
 from sa_models.errors import PostshareError
 from sa_models.export.quantize import quantize_folder
+from train.common.console import plain_console
 from train.common.run_files import RECIPE_FILE
 from train.evaluation.models import Judged
 from train.models.base_model import base_folder
@@ -28,7 +27,7 @@ def quantize_model(model: str, output: Path, to: str, group_size: int | None) ->
         )
     quantize_folder(source, output, to, group_size)
     before, after = (Judged(model, path, path).size()[1] for path in (source, output))
-    Console(highlight=False).print(
+    plain_console().print(
         f"quantized {output}: {after:,} bytes ({after / before:.1%} of {before:,})",
         soft_wrap=True,
     )

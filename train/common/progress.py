@@ -12,12 +12,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
-from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-console = Console(stderr=True)
+from train.common.console import plain_console
+
+console = plain_console(stderr=True)
 _display: Progress | None = None
 """What is live; None while no bar is shown."""
 

@@ -5,7 +5,8 @@ SIGINT (Ctrl-C), SIGTERM (a scheduler) and SIGUSR1 (Slurm's warning) are *stop s
 :class:`Interrupted` where the program stands: what is written then is written beside, and stays
 there.
 
-A second SIGINT or SIGTERM kills at once. Two exceptions: SIGUSR1 is a warning and never counts; and
+A second SIGINT or SIGTERM kills at once, also while a library computes and Python's own handlers
+have to wait: a thread listens as well. Two exceptions: SIGUSR1 is a warning and never counts; and
 below a launcher each signal comes twice, from its sender and from the launcher, so that what
 follows the first one within `ECHO` seconds is taken for its echo.
 """
@@ -17,6 +18,7 @@ import os
 import shlex
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,6 +72,40 @@ def resume_command(world: int) -> str:
 # --- one watch a process, as signals are the process's --------------------------------------------
 
 
+def _below_launcher() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+class _Listener:
+    """A thread that ends the process at the second SIGINT or SIGTERM.
+
+    Python runs its handlers between two steps of the main thread, which may be minutes apart. But
+    the interpreter writes each signal into a pipe as soon as it comes (`signal.set_wakeup_fd`).
+    """
+
+    def __init__(self) -> None:
+        read, self._write = os.pipe()
+        os.set_blocking(self._write, False)
+        self._before = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        threading.Thread(target=self._listen, args=(read,), name="signals", daemon=True).start()
+
+    def stop(self) -> None:
+        signal.set_wakeup_fd(self._before)
+        os.close(self._write)  # which ends the thread
+
+    def _listen(self, pipe: int) -> None:
+        first: float | None = None
+        with open(pipe, "rb", buffering=0) as heard:
+            while number := heard.read(1):
+                if number[0] not in (signal.SIGINT, signal.SIGTERM):
+                    continue
+                if first is None:
+                    first = time.monotonic()
+                elif not _below_launcher() or time.monotonic() - first > ECHO:
+                    # Only the main thread may change a handler: the code says which signal it was.
+                    os._exit(128 + number[0])
+
+
 class _Watch:
     """The handlers, and what they have heard."""
 
@@ -77,6 +113,7 @@ class _Watch:
         self.received: signal.Signals | None = None
         self.deferring = 0
         self._urged_at: float | None = None
+        self._listener: _Listener | None = None
         self._before: dict[signal.Signals, Any] = {}
         os.register_at_fork(after_in_child=self._stop)  # a pool ends its workers by SIGTERM
 
@@ -88,6 +125,7 @@ class _Watch:
         self.received = self._urged_at = None
         for number in SIGNALS:
             self._before[number] = signal.signal(number, self._handle)
+        self._listener = _Listener()
 
     def stop(self) -> None:
         """Restore the handlers; once a signal has come the process is ending, and they stay."""
@@ -99,6 +137,9 @@ class _Watch:
         self._stop()
 
     def _stop(self) -> None:
+        if self._listener is not None:
+            self._listener.stop()
+            self._listener = None
         while self._before:
             signal.signal(*self._before.popitem())
 
@@ -112,7 +153,7 @@ class _Watch:
 
     def _urge(self, number: int) -> None:
         """Make the next SIGINT or SIGTERM deadly."""
-        if "TORCHELASTIC_RUN_ID" not in os.environ:
+        if not _below_launcher():
             # The system's own doing: it works inside a long call of a library as well.
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)

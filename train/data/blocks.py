@@ -33,7 +33,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -96,6 +96,11 @@ class Blocks(Dataset[Block]):
         which = int(np.searchsorted(self._ends, index, side="right"))
         within = index - (int(self._ends[which - 1]) if which else 0)
         return self._sources[which][within % self._sizes[which]]
+
+    def stamp(self, source: int) -> dict[str, Any]:
+        """How many tokens a source has, and their hash: whether it holds what it held."""
+        held = self._sources[source]
+        return {"tokens": len(held.tokens), "tokens_hash": held.digest()}
 
 
 def _mix(sizes: Sequence[int], weights: Sequence[float]) -> list[int]:

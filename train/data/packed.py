@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -23,6 +24,13 @@ class BlockSource(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Block: ...
+
+    @property
+    def tokens(self) -> Packed: ...
+
+    def digest(self) -> str:
+        """The same (hex) for the same documents."""
+        ...
 
 
 class Packed:
@@ -72,6 +80,13 @@ class Packed:
         first, last = np.searchsorted(self.starts, [start, stop])
         return self.starts[first:last] - start
 
+    def digest(self) -> str:
+        """BLAKE2 (hex) of the numbers and of where documents begin, which reads all of them."""
+        digest = hashlib.blake2b(self.starts.tobytes(), digest_size=16)
+        for chunk in self._chunks:
+            digest.update(np.ascontiguousarray(chunk).data)
+        return digest.hexdigest()
+
     def largest_id(self) -> int:
         return max((int(chunk.max()) for chunk in self._chunks), default=-1)
 
@@ -89,6 +104,9 @@ class TextBlocks:
 
     def __len__(self) -> int:
         return len(self.tokens) // self.length
+
+    def digest(self) -> str:
+        return self.tokens.digest()
 
     def __getitem__(self, index: int) -> Block:
         start = index * self.length

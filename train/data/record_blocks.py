@@ -77,6 +77,9 @@ class RecordBlocks:
         block = {"input_ids": input_ids, "labels": labels, "position_ids": positions}
         return {name: torch.from_numpy(values) for name, values in block.items()}
 
+    def digest(self) -> str:
+        return self.tokens.digest() + self._predicted.digest()
+
     @property
     def said(self) -> str:
         """What packing made of the records, for the log."""

@@ -11,6 +11,8 @@ from sa_models.errors import PostshareError
 if TYPE_CHECKING:
     from train.recipe.recipe import Recipe
 
+_MPI_SIZES = {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"}
+
 
 def launched_stage() -> int | None:
     """The ZeRO stage that the launch asks for; None without DeepSpeed."""
@@ -79,6 +81,7 @@ def check_launch(recipe: Recipe, stage: int | None) -> None:
             f"the launch asks for mixed_precision {mixed}, the recipe for "
             f"{recipe.train.precision}; drop it from the launch file, train.precision decides"
         )
+    check_plugins()
     if launched_fsdp():
         check_fsdp()
     if recipe.lora is not None and (launched_fsdp() or stage is not None):
@@ -91,8 +94,15 @@ def check_launch(recipe: Recipe, stage: int | None) -> None:
         return
     if stage not in (0, 1, 2, 3):
         raise PostshareError(f"the launch asks for ZeRO stage {stage}; use 0, 1, 2 or 3")
+    steps = setting("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "none").lower()
+    if steps not in ("none", "auto", "1"):
+        raise PostshareError(
+            f"the launch sets deepspeed_config.gradient_accumulation_steps: {steps}, which would "
+            "be ignored; remove it: train.batch_size and train.micro_batch_size decide"
+        )
     ignored = {
         "ACCELERATE_DEEPSPEED_CONFIG_FILE": "deepspeed_config_file",
+        "ACCELERATE_DEEPSPEED_MOE_LAYER_CLS_NAMES": "deepspeed_moe_layer_cls_names",
         "ACCELERATE_GRADIENT_CLIPPING": "gradient_clipping",
         "ACCELERATE_DEEPSPEED_ZERO3_INIT": "zero3_init_flag",
         "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "zero3_save_16bit_model",
@@ -104,6 +114,41 @@ def check_launch(recipe: Recipe, stage: int | None) -> None:
                 "DeepSpeed configuration is generated from the recipe"
             )
     check_offload(stage)
+
+
+def check_plugins() -> None:
+    """Refuse what Accelerate would do to a model, and what shapes of parallelism we do not have.
+
+    Raises:
+        PostshareError: names the setting.
+    """
+    setting = os.environ.get
+    compiler = setting("ACCELERATE_DYNAMO_BACKEND", "no").lower()
+    if compiler != "no":
+        raise PostshareError(
+            f"the launch sets dynamo_config.dynamo_backend: {compiler.upper()}, and a compiled "
+            "model is not trained here; remove dynamo_config from the launch file"
+        )
+    refused = {
+        "ACCELERATE_USE_MEGATRON_LM": "megatron_lm_config (Megatron-LM)",
+        "ACCELERATE_USE_PARALLELISM_CONFIG": "parallelism_config (tensor or context parallelism)",
+    }
+    for variable, name in refused.items():
+        if setting(variable, "false").lower() == "true":
+            raise PostshareError(
+                f"the launch asks for {name}, which is not supported; use a file of "
+                "launch/accelerate/: ddp.yaml, zero0..3.yaml or fsdp2.yaml"
+            )
+    # Accelerate's launcher for one process says where the others would meet, and starts none.
+    alone = "ACCELERATE_MIXED_PRECISION" in os.environ and "WORLD_SIZE" not in os.environ
+    by_mpi = _MPI_SIZES & os.environ.keys()
+    if alone and not by_mpi and {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        raise PostshareError(
+            "accelerate launch was asked for several processes and has started one (with --cpu, "
+            "use_cpu or distributed_type NO it always does); launch with "
+            "launch/accelerate/ddp.yaml, which without GPUs runs on the CPU, or, where one process "
+            "is meant, with --num_processes 1 and without MASTER_ADDR in the environment"
+        )
 
 
 def check_offload(stage: int) -> None:
@@ -154,6 +199,13 @@ def check_fsdp() -> None:
         "TRANSFORMER_CLS_TO_WRAP": "",
         "STATE_DICT_TYPE": "sharded_state_dict",
         "IGNORED_MODULES": "",
+        "SHARDING_STRATEGY": "full_shard",
+        "MIN_NUM_PARAMS": "100000000",
+        "BACKWARD_PREFETCH": "",
+        "FORWARD_PREFETCH": "false",
+        "USE_ORIG_PARAMS": "true",
+        "SYNC_MODULE_STATES": "true",
+        "ACTIVATION_CHECKPOINTING_OFFLOAD": "false",
     }
     for name, default in ignored.items():
         if os.environ.get(f"FSDP_{name}", default).lower() not in (default, "none"):

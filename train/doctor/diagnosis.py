@@ -21,17 +21,24 @@ import torch
 import torch.distributed as dist
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from sa_models.errors import PostshareError
+from train.common.console import plain_console
 from train.distributed.engines import start as engine
 from train.distributed.launch_env import launched_fsdp, launched_offload
 from train.doctor import devices, network, ranks
 from train.doctor.builds import release_own
 from train.doctor.facts import Facts, TooLate, collect, limited
 from train.doctor.findings import LEFT_WAITING, Finding, Level, Situation, from_error
-from train.doctor.inputs import check_inputs, check_start, check_working_folder, resolve
+from train.doctor.inputs import (
+    check_inputs,
+    check_start,
+    check_warnings,
+    check_working_folder,
+    resolve,
+)
 from train.doctor.probes import (
     Channel,
     Reduction,
@@ -140,6 +147,8 @@ class _Visit:
         verdict = True
         if self.channel.is_main:
             findings = examine(situation) + merged(self.findings, situation)
+            if situation.recipe is not None:
+                findings += check_warnings(situation.recipe, situation.shape)
             if situation.world == 1:
                 port = int(os.environ.get("MASTER_PORT") or ACCELERATE_PORT)
                 findings.append(network.free_port(port))
@@ -298,15 +307,21 @@ def merged(findings: dict[int, list[Finding]], s: Situation) -> list[Finding]:
 def show(findings: list[Finding], console: Console | None = None) -> None:
     """One table, then one line: go or no-go."""
     if console is None:
-        console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
-    words = {Level.OK: "[green]ok[/]", Level.WARN: "[yellow]warn[/]", Level.BAD: "[red]NO-GO[/]"}
+        console = plain_console(width=None if sys.stdout.isatty() else 120)
+    words = {
+        Level.OK: Text("ok", "green"),
+        Level.WARN: Text("warn", "yellow"),
+        Level.BAD: Text("NO-GO", "red"),
+    }
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("", no_wrap=True)
     table.add_column("what", no_wrap=True)
     table.add_column("found")
     for f in sorted(findings, key=lambda f: f.level):  # the worst last, where it is read
-        cure = f"\n[bold]cure:[/] {escape(f.cure)}" if f.cure and f.level else ""
-        table.add_row(words[f.level], f.topic, escape(f.found) + cure)
+        found = Text(f.found)
+        if f.cure and f.level:
+            found.append("\ncure:", "bold").append(f" {f.cure}")
+        table.add_row(words[f.level], f.topic, found)
     console.print(table)
     counts = {level: sum(f.level == level for f in findings) for level in Level}
     problems, warnings = counts[Level.BAD], counts[Level.WARN]

@@ -12,9 +12,11 @@ from train.demo import DEMO_BASE
 from train.distributed.engines import start as engine
 from train.doctor.facts import TooLate, limited
 from train.doctor.findings import Finding, bad, from_error, ok, warn
+from train.estimate.llama_shapes import LlamaShape
 from train.models.base_model import NEEDED_FILES, base_folder
 from train.recipe.faults import FaultyRecipeError
 from train.recipe.recipe import DataSource, Recipe, load_recipe
+from train.recipe.warnings import recipe_warnings
 
 LIMIT = 30.0
 """Seconds for looking up one model or data set in the cache."""
@@ -33,6 +35,7 @@ def resolve(name: str, overrides: Sequence[str]) -> tuple[Recipe | None, list[Fi
 def check_start(recipe: Recipe, world: int) -> Iterator[Finding]:
     """What a run of the recipe refuses before it starts: launch settings, batch, folder, wandb."""
     from train.models.lora import check_gpu
+    from train.stages.lock import require_free
     from train.stages.run import check_folder
     from train.tracking.wandb_run import check_wandb
 
@@ -41,6 +44,7 @@ def check_start(recipe: Recipe, world: int) -> Iterator[Finding]:
         ("launch", lambda: recipe.accumulation(world)),
         ("lora", lambda: check_gpu(recipe)),
         ("run folder", lambda: limited(lambda: check_folder(recipe), LIMIT)),
+        ("run folder", lambda: limited(lambda: require_free(recipe.folder), LIMIT)),
         ("wandb", lambda: check_wandb(recipe.wandb)),
     )
     for topic, check in refusals:
@@ -56,6 +60,13 @@ def check_start(recipe: Recipe, world: int) -> Iterator[Finding]:
                 f"{recipe.folder}: {error.strerror or error}",
                 "choose a folder that can be read",
             )
+
+
+def check_warnings(recipe: Recipe, shape: LlamaShape | None) -> Iterator[Finding]:
+    """What the recipe says and probably does not mean, as a run and a dry run say it."""
+    positions = None if shape is None else shape.max_position_embeddings
+    for line in recipe_warnings(recipe, positions=positions):
+        yield warn("recipe", line, "")
 
 
 def check_working_folder(folder: Path) -> Iterator[Finding]:

@@ -9,9 +9,11 @@ from rich import box
 from rich.console import Console
 from rich.syntax import Syntax
 from rich.table import Table
+from rich.text import Text
 
 from sa_models.plan import SharingPlan
 from sa_models.spans import ranges
+from train.common.console import plain_console
 from train.common.sizes import byte_unit, count, size
 from train.estimate import gpu_memory, parameters
 from train.estimate.llama_shapes import DTYPE_BYTES, LlamaShape, find_shape
@@ -36,7 +38,7 @@ def print_dry_run(recipe: Recipe, gpus: int | None = None, console: Console | No
         PostshareError: the model's config is not found, the budget cannot be met, or the batch
             does not divide among `gpus`.
     """
-    console = console or Console()
+    console = console or plain_console()
     shape, origin = find_shape(recipe.model)
     gpus = gpus or parameters.most_gpus(recipe.train)
     accumulation = recipe.accumulation(gpus)
@@ -46,8 +48,8 @@ def print_dry_run(recipe: Recipe, gpus: int | None = None, console: Console | No
     console.print(facts)
     if needed is not None:
         console.print(needed)
-    for line in [*recipe_warnings(recipe, _shared(recipe)), *_length_warning(recipe, shape)]:
-        console.print(f"[yellow]warning:[/] {line}")
+    for line in recipe_warnings(recipe, _shared(recipe), shape.max_position_embeddings):
+        console.print(Text.assemble(("warning:", "yellow"), f" {line}"))
 
 
 def _facts(recipe: Recipe, shape: LlamaShape, origin: str, gpus: int, accumulation: int) -> Table:
@@ -242,10 +244,3 @@ def _shared(recipe: Recipe) -> frozenset[str] | None:
     if recipe.plan.strategy != "file":
         return None
     return SharingPlan.load(recipe.plan.path or "").shared_projections()
-
-
-def _length_warning(recipe: Recipe, shape: LlamaShape) -> list[str]:
-    length, limit = recipe.data.sequence_length, shape.max_position_embeddings
-    if length <= limit:
-        return []
-    return [f"data.sequence_length {length} exceeds the {limit} positions the model was made for"]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from train.recipe.recovery import Recovery
-from train.recipe.sections.base import Name, Section
+from train.recipe.sections.base import PathName, Section
 from train.recipe.sections.distill import DistillSection
 from train.recipe.sections.inputs import DataSection, ModelSection
 from train.recipe.sections.lora import LoraSection
@@ -32,7 +32,7 @@ class RecipeFields(Section):
     """Name of the run: letters, digits, dot, dash and underscore."""
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
     """Seed of initialization and data order."""
-    output_dir: Name | None = None
+    output_dir: PathName | None = None
     """Run folder (default: runs/<name>)."""
     resume: Literal["auto", "never"] = "auto"
     """auto: continue from the newest complete checkpoint in the run folder."""

@@ -8,14 +8,22 @@ from train.recipe.fields import RecipeFields
 from train.recipe.sections.penalty import PenaltySection
 
 
-def recipe_warnings(recipe: RecipeFields, shared: Iterable[str] | None = None) -> list[str]:
-    """What is allowed and probably not meant, one line each.
+def recipe_warnings(
+    recipe: RecipeFields, shared: Iterable[str] | None = None, positions: int | None = None
+) -> list[str]:
+    """What is allowed and probably not meant, one line each: for run, dry run and doctor alike.
 
     Args:
         shared: projections that the plan ties, when the plan is known; plan.share otherwise
             (with strategies file and auto, only the plan itself knows).
+        positions: `max_position_embeddings` of the model, when its config is known.
     """
     lines = _ramps(recipe)
+    if positions is not None and recipe.data.sequence_length > positions:
+        lines.append(
+            f"data.sequence_length {recipe.data.sequence_length} exceeds the {positions} positions "
+            "that the model was made for, which costs quality; lower it"
+        )
     plan, penalty = recipe.plan, recipe.penalty
     if plan.strategy == "none":
         return lines

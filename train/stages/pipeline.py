@@ -75,17 +75,17 @@ def run(recipe: Recipe) -> None:
 
 def stages(recipe: Recipe) -> None:
     """As `run`; other runs may follow in this process. Call `engine.shutdown` after the last."""
-    current = begin(recipe, trains=True)
-    check_length(current)
-    make_plan(current)
-    post_train(current)
-    materialize_on_text(current)
-    fit_residual(current, trained_folder(current))
-    heal(current)
-    write_exports(current)
-    judge(current)
-    tell_wandb(current)
-    show(current)
+    with begin(recipe, trains=True) as current:
+        check_length(current)
+        make_plan(current)
+        post_train(current)
+        materialize_on_text(current)
+        fit_residual(current, trained_folder(current))
+        heal(current)
+        write_exports(current)
+        judge(current)
+        tell_wandb(current)
+        show(current)
 
 
 def plan(recipe: Recipe) -> None:
@@ -93,26 +93,26 @@ def plan(recipe: Recipe) -> None:
     if not recipe.plans:
         raise PostshareError("plan.strategy is none: there is no plan to find; set plan.strategy")
     measures = recipe.spans is not None and recipe.spans.measures
-    current = begin(recipe, needs_data=measures or recipe.plan.measures)
-    make_plan(current)
-    for name in PLAN_OUTPUTS:
-        if (current.folder / name).is_file():
-            current.say(f"{current.folder / name}")
+    with begin(recipe, needs_data=measures or recipe.plan.measures) as current:
+        make_plan(current)
+        for name in PLAN_OUTPUTS:
+            if (current.folder / name).is_file():
+                current.say(f"{current.folder / name}")
 
 
 def export(recipe: Recipe) -> None:
     """`postshare export`: the exports of a finished training."""
-    current = begin(recipe, needs_data=False, requires=require_trained)
-    materialize_on_text(current)
-    write_exports(current)
+    with begin(recipe, needs_data=False, requires=require_trained) as current:
+        materialize_on_text(current)
+        write_exports(current)
 
 
 def evaluate(recipe: Recipe) -> None:
     """`postshare evaluate`: perplexity of the run's models, its summary, its report."""
-    current = begin(recipe, requires=require_evaluable)
-    judge(current)
-    tell_wandb(current)
-    show(current)
+    with begin(recipe, requires=require_evaluable) as current:
+        judge(current)
+        tell_wandb(current)
+        show(current)
 
 
 def prepare(recipe: Recipe) -> None:

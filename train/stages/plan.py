@@ -180,7 +180,8 @@ def show_plan(current: Run) -> None:
             "note: a plan with spans has no dense form, no stock Llama computes it: only the "
             "compact folder will be exported"
         )
-    said = recipe_warnings(current.recipe)  # on the command line, before the plan was known
-    for line in recipe_warnings(current.recipe, found.shared_projections()):
+    positions = current.config.max_position_embeddings
+    said = recipe_warnings(current.recipe, None, positions)  # before the plan was known
+    for line in recipe_warnings(current.recipe, found.shared_projections(), positions):
         if line not in said:
             note(f"warning: {line}")

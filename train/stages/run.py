@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import torch
 from rich.console import Console
@@ -16,12 +18,13 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from sa_models.atomic_files import beside
+from sa_models.atomic_files import beside, write_json
 from sa_models.errors import PostshareError
 from sa_models.heads import HeadLayout
 from sa_models.plan import SharingPlan
 from sa_models.weights.safetensors_folder import WeightsFolder, read_config
 from sa_models.weights.structure import Leaders
+from train.common.console import plain_console
 from train.common.identity import refuse_other_run
 from train.common.progress import note
 from train.common.run_files import (
@@ -47,6 +50,9 @@ from train.models.lora import check_gpu
 from train.planning.check import check_plan
 from train.recipe.identity import run_identity
 from train.recipe.recipe import Recipe, load_recipe
+from train.recipe.warnings import recipe_warnings
+from train.stages.inputs import INPUTS_FILE, changed, read_stamp, stamp_inputs
+from train.stages.lock import LOCK_FILE, lock, unlock
 from train.stages.provenance import record_start
 from train.tracking.wandb_run import check_wandb, plan_group
 
@@ -66,6 +72,30 @@ class Run:
 
     recipe: Recipe
     ranks: engines.Engine
+    _unlock: Callable[[], object] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Give the run folder back to other processes."""
+        if self._unlock is not None:
+            self._unlock()
+
+    def lock(self) -> None:
+        """Take the run folder for this process until the end of the `with` block, or of the run.
+
+        Raises:
+            PostshareError: another process is at work in it.
+        """
+        if self._unlock is None:
+            lock(self.folder)
+            self._unlock = weakref.finalize(self, unlock, self.folder)
+
+    def lock_existing(self) -> None:
+        """:meth:`lock`, where the folder was locked before: no other has to be made yet."""
+        if (self.folder / LOCK_FILE).is_file():
+            self.lock()
 
     @property
     def folder(self) -> Path:
@@ -188,7 +218,7 @@ class Run:
 
     @cached_property
     def console(self) -> Console:
-        return Console(highlight=False)
+        return plain_console()
 
 
 def print_whole(console: Console, table: Table) -> None:
@@ -197,7 +227,7 @@ def print_whole(console: Console, table: Table) -> None:
     if all(column.no_wrap for column in table.columns):
         unbounded = console.options.update(max_width=10_000)
         width = max(width, Measurement.get(console, unbounded, table).maximum)
-    Console(file=console.file, width=width, highlight=False).print(table)  # print() never widens
+    plain_console(file=console.file, width=width).print(table)  # print() never widens
 
 
 def base_of(current: Run) -> Path:
@@ -218,7 +248,7 @@ def begin(
     trains: bool = False,
     requires: Callable[[Run], None] | None = None,
 ) -> Run:
-    """Check everything that can be checked without training, then claim the run folder.
+    """Check everything that can be checked without training, then claim and lock the run folder.
 
     Args:
         needs_data: whether to read (and cache) the data before anything is written.
@@ -227,29 +257,40 @@ def begin(
             the command starts from. It may read `base`, not `blocks` or `tokenizer`.
 
     Raises:
-        PostshareError: any of the inputs is wrong, or the folder belongs to another run or to
-            something else. Nothing has been written then.
+        PostshareError: any of the inputs is wrong, or not what the run began with, or the folder
+            belongs to another run or to something else, or another process is at work in it.
+            Nothing has been written then.
     """
     logging.disable_progress_bar()  # transformers' own bars would tear ours
-    current = Run(recipe, engines.start(recipe))
+    with ExitStack() as on_error:
+        current = on_error.enter_context(Run(recipe, engines.start(recipe)))
+        _check(current, needs_data, trains, requires)
+        on_error.pop_all()
+    return current
+
+
+def _check(
+    current: Run, needs_data: bool, trains: bool, requires: Callable[[Run], None] | None
+) -> None:
+    recipe = current.recipe
     if trains:
         check_gpu(recipe)
     current.on_main(lambda: check_wandb(recipe.wandb))
+    current.on_main(current.lock_existing)
     current.on_main(lambda: check_folder(recipe))
     if current.base is not None:
         current.on_main(lambda: check_plan(recipe, WeightsFolder(base_of(current))))
-    if trains and recipe.distill is not None:
-        find_teacher(current)
+    current.on_main(lambda: _warn(current))
+    teacher = find_teacher(current) if trains and recipe.distill is not None else None
     if requires is not None:
         current.on_main(lambda: requires(current))
     if needs_data:
         _ = current.blocks
     require_shared(recipe.folder, current.ranks)
-    current.on_main(lambda: claim(current))
-    return current
+    current.on_main(lambda: claim(current, teacher))
 
 
-UNCLAIMED = (SEARCH_CACHE, SIGNS, beside(Path(RECIPE_FILE)).name)
+UNCLAIMED = (SEARCH_CACHE, SIGNS, LOCK_FILE, beside(Path(RECIPE_FILE)).name)
 """What may lie in a folder that is no run's yet."""
 STARTED = ("run.json", "continued", MERGED, "residual", "heal", "export", SUMMARY_FILE)
 
@@ -278,22 +319,43 @@ def check_folder(recipe: Recipe) -> None:
         refuse_other_run(folder, run_identity(load_recipe(file)), run_identity(recipe))
 
 
-def claim(current: Run) -> None:
-    """Write recipe and start. A plan of another recipe or file, never trained with, is dropped."""
+def claim(current: Run, teacher: Path | None = None) -> None:
+    """Lock the folder; write recipe, stamp and start.
+
+    A plan of another recipe, file, base or text, never trained with, is dropped.
+
+    Args:
+        teacher: the folder of what a training will learn from.
+
+    Raises:
+        PostshareError: another process is at work in the folder, or a run that has begun would go
+            on with another base or text.
+    """
     folder, file = current.folder, current.folder / RECIPE_FILE
+    folder.mkdir(parents=True, exist_ok=True)
+    current.lock()
+    known = read_stamp(folder)
+    blocks = current.blocks if "blocks" in vars(current) else None  # else no text is read
+    stamp = stamp_inputs(current.recipe, current.base, teacher, blocks, known)
+    exchanged = changed(known, stamp)
+    if exchanged and has_started(folder):
+        raise PostshareError(
+            f"{folder} began with other inputs ({'; '.join(exchanged[:3])}); put them back, choose "
+            "another output_dir, or delete the folder to start over"
+        )
     if file.is_file():
-        other = run_identity(load_recipe(file)) != run_identity(current.recipe)
-        changed = _plan_file_changed(current)
-        if other or (changed and not has_started(folder)):
+        other = exchanged or run_identity(load_recipe(file)) != run_identity(current.recipe)
+        replaced = _plan_file_changed(current)
+        if other or (replaced and not has_started(folder)):
             for stale in PLAN_OUTPUTS:
                 (folder / stale).unlink(missing_ok=True)
-        elif changed:
+        elif replaced:
             current.say(
                 f"note: {current.recipe.plan.path} has changed since; the run keeps the plan that "
                 f"it began with, {folder / PLAN_FILE}"
             )
-    folder.mkdir(parents=True, exist_ok=True)
     current.recipe.save(file)
+    write_json(folder / INPUTS_FILE, {**known, **stamp})
     record_start(folder, current.config, current.ranks.world, current.ranks.device)
 
 
@@ -303,6 +365,15 @@ def _plan_file_changed(current: Run) -> bool:
     if section.strategy != "file" or not kept.is_file():
         return False
     return SharingPlan.load(section.path or "") != SharingPlan.load(kept)
+
+
+def _warn(current: Run) -> None:
+    """What the command line could not yet know."""
+    said = recipe_warnings(current.recipe)
+    positions = current.config.max_position_embeddings
+    for line in recipe_warnings(current.recipe, positions=positions):
+        if line not in said:
+            note(f"warning: {line}")
 
 
 def find_teacher(current: Run) -> Path:

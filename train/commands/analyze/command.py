@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging
 
@@ -24,6 +23,7 @@ from sa_models.scores.significance import LEVEL
 from sa_models.scores.significance_text import MIN_BLOCKS
 from train.commands.analyze.measures import Analysis, analyze_model, score_section
 from train.commands.analyze.model import Weights, cut_blocks, find_model, load_expanded
+from train.common.console import plain_console
 from train.common.run_files import RECIPE_FILE
 from train.data.calibration import MAP_LENGTH
 from train.evaluation.models import Judged, read_device
@@ -77,7 +77,7 @@ def analyze(argument: str, options: AnalyzeOptions) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / ANALYSIS_FILE, as_json(found, facts))
     pictures = draw(found, options.score, folder)
-    console = Console(highlight=False)
+    console = plain_console()
     console.print(table(found))
     for line in notes(found, facts):
         console.print(line, soft_wrap=True)

@@ -24,6 +24,7 @@ from sa_models.errors import PostshareError
 from sa_models.export.quantized_folder import is_quantized
 from train.commands.evaluate.lm_eval_data import data_hash
 from train.commands.evaluate.lm_eval_tasks import Harness, HarnessSettings, TaskSet, require_harness
+from train.common.console import plain_console
 from train.common.progress import bar, note
 from train.common.run_files import RECIPE_FILE
 from train.evaluation import sliding_perplexity
@@ -229,7 +230,7 @@ class Comparison:
             "cached": cached,
             "computed": asked - cached,
         }
-        console = Console(highlight=False)
+        console = plain_console()
         shown, notes = table(scores, facts)
         console.print(shown)
         for line in notes:

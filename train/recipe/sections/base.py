@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -25,6 +27,30 @@ def distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
     return values
 
 
+def expanded(path: str) -> str:
+    """A path with `~` and variables such as $SCRATCH in the place of which a shell puts folders.
+
+    What exists under the name as it is written stays: its `$` and `~` are characters.
+
+    Raises:
+        ValueError: a variable is not set, or a user is not known.
+    """
+    if os.path.lexists(path):
+        return path
+    for name in re.findall(r"\$(?:\{([^}]*)\}|(\w+))", path):
+        if "".join(name) not in os.environ:
+            raise ValueError(
+                f"{path!r}: the variable {''.join(name)} is not set; set it, or write the folder"
+            )
+    found = os.path.expanduser(os.path.expandvars(path))
+    if found.startswith("~"):
+        user = found.split("/")[0]
+        raise ValueError(
+            f"{path!r}: {user} is no user's folder here; write the folder, or ./{user}"
+        )
+    return found
+
+
 def _in_order(values: tuple[Projection, ...]) -> tuple[Projection, ...]:
     return tuple(p for p in _ORDER if p in distinct(values))
 
@@ -37,6 +63,8 @@ Projections = Annotated[
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 Name = Annotated[str, Field(min_length=1)]
+PathName = Annotated[str, Field(min_length=1), AfterValidator(expanded)]
+"""A path, or a name of the hub."""
 Rate = Annotated[float, Field(gt=0, le=10)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Weight = Annotated[float, Field(ge=0)]

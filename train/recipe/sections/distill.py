@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from train.recipe.sections.base import Name, Positive, Section, Weight
+from train.recipe.sections.base import PathName, Positive, Section, Weight
 
 
 class DistillSection(Section):
@@ -24,7 +24,7 @@ class DistillSection(Section):
     """Weight of the relative squared error of the hidden states after each layer."""
     attention_weight: Weight = 0.0
     """Weight of the relative squared error of the outputs of the attention blocks."""
-    teacher: Name | None = None
+    teacher: PathName | None = None
     """Folder or hub name of another teacher, a Llama (default: the base model, unshared)."""
     precision: Literal["fp32", "bf16", "int8"] = "fp32"
     """The teacher's weights and computation; int8 needs a GPU and the extra [gpu]."""

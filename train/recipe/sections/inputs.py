@@ -9,6 +9,7 @@ from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from train.recipe.sections.base import (
     Name,
+    PathName,
     Positive,
     Section,
 )
@@ -17,7 +18,7 @@ from train.recipe.sections.base import (
 class ModelSection(Section):
     """The Llama to post-train."""
 
-    path: Name
+    path: PathName
     """Folder or hub name of a Llama-architecture model; demo-base is the one that is shipped."""
     revision: Name | None = None
     """Hub revision (branch, tag or commit)."""
@@ -25,7 +26,7 @@ class ModelSection(Section):
     """Attention implementation of transformers."""
     config: dict[str, Any] | None = None
     """LlamaConfig fields: start from random weights of this shape instead of a checkpoint."""
-    tokenizer: Name | None = None
+    tokenizer: PathName | None = None
     """Folder or hub name of the tokenizer (default: model.path)."""
 
 
@@ -41,7 +42,7 @@ def as_sources(value: Any) -> Any:
 class DataSource(Section):
     """One text source of a mixture."""
 
-    path: Name
+    path: PathName
     """Hub name, local .jsonl, .json, .parquet, .arrow, .txt or folder, or stdlib (the demo's)."""
     subset: Name | None = None
     """Configuration of a hub dataset, such as 20231101.en."""

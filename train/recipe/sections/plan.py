@@ -11,7 +11,14 @@ from pydantic import AfterValidator, Field
 
 from sa_models.scores.registry import IMPORTANCES, IMPORTANCES_OF_TEXT, OF_TEXT, SCORES
 from sa_models.search.budget import Counted, parse_share
-from train.recipe.sections.base import Count, Name, Positive, Projections, Section, distinct
+from train.recipe.sections.base import (
+    Count,
+    PathName,
+    Positive,
+    Projections,
+    Section,
+    distinct,
+)
 
 MATCHED = ("cosine", "released", "random")
 """Strategies that give every target a source, by their weights or by chance."""
@@ -107,7 +114,7 @@ class PlanSection(Section):
     basis: bool = True
     """Whether strategy auto may put q, k and v of adjacent layers on one basis (Basis Sharing), for
     fewer bytes of weights and as much cache; false: it keeps to heads and layers."""
-    path: Name | None = None
+    path: PathName | None = None
     """Plan JSON, for strategy file."""
     seed: Count = 0
     """Seed of strategy random, of the evolutionary search, and of the scrambled pairs that chosen

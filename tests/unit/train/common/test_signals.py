@@ -122,6 +122,59 @@ def test_a_second_signal_kills_at_once(number: signal.Signals) -> None:
     assert command.end() == (-number, "")
 
 
+COMPUTING = """
+import hashlib
+with StopSignal() as stop:
+    say('ready')
+    hashlib.pbkdf2_hmac('sha256', b'one call', b'of a minute', 300_000_000)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_kills_a_library_that_computes(number: signal.Signals) -> None:
+    """No Python runs meanwhile in the main thread, and so none of its handlers."""
+    command = Command(COMPUTING)
+    command.wait_for("ready")
+    time.sleep(0.5)
+    began = time.monotonic()
+    command.send(number, every=0.5)
+    assert command.process.poll() is None
+    command.send(number)
+    assert command.end() == (128 + number, "")
+    assert time.monotonic() - began < 10
+
+
+def test_below_a_launcher_a_library_that_computes_is_killed_after_the_echo() -> None:
+    command = Command("signals.ECHO = 1.0\n" + COMPUTING, TORCHELASTIC_RUN_ID="none")
+    command.wait_for("ready")
+    command.send(signal.SIGINT, signal.SIGTERM, every=0.6)
+    assert command.process.poll() is None
+    command.send(signal.SIGTERM)
+    assert command.end() == (128 + signal.SIGTERM, "")
+
+
+def test_a_process_that_has_forked_hears_for_itself_alone() -> None:
+    """A worker's signals must not end its parent, which shares the pipe."""
+    stage = """
+import os
+say('ready')
+workers = [os.fork() for _ in range(2)]
+if 0 in workers:
+    time.sleep(30)
+    os._exit(1)
+time.sleep(0.5)
+for pid in workers:
+    os.kill(pid, signal.SIGTERM)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGTERM
+time.sleep(0.5)
+say('heard')
+"""
+    command = Command(stage)
+    command.wait_for("ready")
+    command.wait_for("heard")
+    assert command.end() == (0, "")
+
+
 def test_a_warning_does_not_count_as_the_first_signal() -> None:
     """At its time limit Slurm sends SIGTERM after the warning: the checkpoint goes on."""
     command = Command(TRAINING.format(heard="time.sleep(1)"))

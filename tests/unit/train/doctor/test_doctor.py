@@ -21,6 +21,7 @@ from rich.console import Console
 
 from sa_models.errors import PostshareError
 from sa_models.savings import llama_parameters
+from tests.support import REPOSITORY
 from train.cli import launched
 from train.distributed.launch_env import Offload
 from train.doctor import devices, inputs, network, ranks
@@ -670,6 +671,33 @@ def test_a_train_of_ones_own_is_a_warning_with_the_form_that_works(
     assert "--no_python postshare run" in found.cure
     monkeypatch.chdir(tmp_path)
     assert "working folder" in run_alone(None)[1]
+
+
+def test_what_a_run_warns_about_is_a_finding(tmp_path: Path) -> None:
+    changes = ("data.sequence_length=1024", "train.warmup_steps=9999")
+    verdict, out = run_alone("demo_postshare", f"output_dir={tmp_path / 'x'}", *changes)
+    assert verdict, out
+    assert "data.sequence_length 1024 exceeds the 512 positions" in out
+    assert "the learning rate never reaches its peak" in out
+    assert "2 warnings" in out
+
+
+def test_a_folder_in_use_is_a_problem(tmp_path: Path) -> None:
+    holding = f"""
+from pathlib import Path
+from train.stages.lock import lock
+lock(Path({str(tmp_path)!r}))
+input()
+"""
+    ask = {"cwd": REPOSITORY, "stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", holding + "#"], **ask) as holder:
+        while not (tmp_path / ".lock").is_file() or not (tmp_path / ".lock").stat().st_size:
+            assert holder.poll() is None
+            time.sleep(0.05)
+        verdict, out = run_alone("demo", f"output_dir={tmp_path}")
+        holder.communicate("\n")
+    assert not verdict
+    assert f"is in use by process {holder.pid} on" in out
 
 
 def test_each_fault_of_a_recipe_is_a_finding_with_its_cure() -> None:

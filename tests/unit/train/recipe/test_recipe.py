@@ -506,6 +506,15 @@ def test_directshare_is_no_mistake_but_training_without_penalty_is(minimal: Path
     assert "chains" in line
 
 
+def test_a_sequence_longer_than_the_model_is_warned_about(minimal: Path) -> None:
+    recipe = load_recipe(minimal)
+    length = recipe.data.sequence_length
+    before = recipe_warnings(recipe)
+    assert recipe_warnings(recipe, positions=length) == before
+    (line,) = set(recipe_warnings(recipe, positions=length - 1)) - set(before)
+    assert f"data.sequence_length {length} exceeds the {length - 1} positions" in line
+
+
 def test_ramps_longer_than_the_training_are_warned_about(minimal: Path) -> None:
     assert recipe_warnings(load_recipe(minimal, ["train.warmup_steps=10"])) == []
     (line,) = recipe_warnings(load_recipe(minimal, ["train.warmup_steps=11"]))
