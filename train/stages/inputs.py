@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from train.recipe.recipe import Recipe
 
 INPUTS_FILE = "inputs.json"
+HELD_OUT = "data.validation."
+"""How the keys of texts begin that no weight depends on."""
 Stamp = dict[str, dict[str, Any]]
 """What each input held, by its key of the recipe."""
 
@@ -89,10 +91,10 @@ def _stamp_text(recipe: Recipe, blocks: tuple[Blocks, Blocks]) -> Stamp:
     return stamps
 
 
-def changed(known: Stamp, now: Stamp) -> list[str]:
-    """What no longer holds what it held, one phrase for each input."""
-    found = []
-    for key in known.keys() & now.keys():
+def changed(known: Stamp, now: Stamp) -> dict[str, str]:
+    """What no longer holds what it held: a phrase for each input, by its key."""
+    found = {}
+    for key in sorted(known.keys() & now.keys()):
         before, after = known[key], now[key]
         if "files" in after:
             names = sorted(before["files"].keys() | after["files"].keys())
@@ -103,11 +105,11 @@ def changed(known: Stamp, now: Stamp) -> list[str]:
             other = [name for name, a, b in zip(names, *hashes, strict=True) if a != b]
             if other:
                 more = f" and {len(other) - 1} other files" if len(other) > 1 else ""
-                found.append(f"{key} {after['path']} has another {other[0]}{more}")
+                found[key] = f"{key} {after['path']} has another {other[0]}{more}"
         elif before["tokens_hash"] != after["tokens_hash"]:
             counts = f"{before['tokens']:,} tokens then, {after['tokens']:,} now"
-            found.append(f"{key} {after['path']} reads otherwise: {counts}")
-    return sorted(found)
+            found[key] = f"{key} {after['path']} reads otherwise: {counts}"
+    return found
 
 
 def read_stamp(folder: Path) -> Stamp:

@@ -32,7 +32,7 @@ class _Held:
     """A lock of this process. Its file is opened once: closing it again would end the lock."""
 
     def __init__(self, handle: int) -> None:
-        self.handle, self.users = handle, 1
+        self.handle, self.users, self.announced = handle, 1, False
 
 
 def lock(folder: Path) -> None:
@@ -65,8 +65,15 @@ def lock(folder: Path) -> None:
         )
         return
     _held[key] = _Held(handle)
-    os.ftruncate(handle, 0)
-    os.pwrite(handle, _self().encode(), 0)
+
+
+def announce(folder: Path) -> None:
+    """Write into the lock who has it; before that, a start that is refused changes nothing."""
+    held = _held.get(folder.resolve())
+    if held is not None and not held.announced:
+        held.announced = True
+        os.ftruncate(held.handle, 0)
+        os.pwrite(held.handle, _self().encode(), 0)
 
 
 def require_free(folder: Path) -> None:
@@ -94,7 +101,8 @@ def unlock(folder: Path) -> None:
     held.users -= 1
     if not held.users:
         del _held[folder.resolve()]
-        os.ftruncate(held.handle, 0)
+        if held.announced:
+            os.ftruncate(held.handle, 0)
         os.close(held.handle)
 
 

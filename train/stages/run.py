@@ -51,8 +51,8 @@ from train.planning.check import check_plan
 from train.recipe.identity import run_identity
 from train.recipe.recipe import Recipe, load_recipe
 from train.recipe.warnings import recipe_warnings
-from train.stages.inputs import INPUTS_FILE, changed, read_stamp, stamp_inputs
-from train.stages.lock import LOCK_FILE, lock, unlock
+from train.stages.inputs import HELD_OUT, INPUTS_FILE, changed, read_stamp, stamp_inputs
+from train.stages.lock import LOCK_FILE, announce, lock, unlock
 from train.stages.provenance import record_start
 from train.tracking.wandb_run import check_wandb, plan_group
 
@@ -338,13 +338,18 @@ def claim(current: Run, teacher: Path | None = None) -> None:
     blocks = current.blocks if "blocks" in vars(current) else None  # else no text is read
     stamp = stamp_inputs(current.recipe, current.base, teacher, blocks, known)
     exchanged = changed(known, stamp)
-    if exchanged and has_started(folder):
-        raise PostshareError(
-            f"{folder} began with other inputs ({'; '.join(exchanged[:3])}); put them back, choose "
-            "another output_dir, or delete the folder to start over"
-        )
+    trained = [phrase for key, phrase in exchanged.items() if not key.startswith(HELD_OUT)]
+    if has_started(folder):
+        if trained:
+            raise PostshareError(
+                f"{folder} began with other inputs ({'; '.join(trained[:3])}); put them back, "
+                "choose another output_dir, or delete the folder to start over"
+            )
+        for phrase in exchanged.values():
+            note(f"note: {phrase}: what is evaluated from here on is of another text")
+    announce(folder)
     if file.is_file():
-        other = exchanged or run_identity(load_recipe(file)) != run_identity(current.recipe)
+        other = trained or run_identity(load_recipe(file)) != run_identity(current.recipe)
         replaced = _plan_file_changed(current)
         if other or (replaced and not has_started(folder)):
             for stale in PLAN_OUTPUTS:

@@ -685,8 +685,9 @@ def test_what_a_run_warns_about_is_a_finding(tmp_path: Path) -> None:
 def test_a_folder_in_use_is_a_problem(tmp_path: Path) -> None:
     holding = f"""
 from pathlib import Path
-from train.stages.lock import lock
+from train.stages.lock import announce, lock
 lock(Path({str(tmp_path)!r}))
+announce(Path({str(tmp_path)!r}))
 input()
 """
     ask = {"cwd": REPOSITORY, "stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}

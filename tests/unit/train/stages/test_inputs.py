@@ -69,11 +69,30 @@ def test_another_text_is_refused_by_a_run_that_has_begun(inputs_of: Recipe) -> N
     write_text(text, first=3)  # of as many words
     with pytest.raises(PostshareError, match=r"other inputs \(data\.train\.0 ") as caught:
         run(inputs_of)
-    assert "data.validation.0" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert read_rows(inputs_of.folder / "metrics.jsonl") == rows
     text.write_text(before)  # written again, it is the same text
     run(inputs_of)
+
+
+def test_another_held_out_text_is_told_of_and_used(
+    inputs_of: Recipe, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    held_out = str(write_text(tmp_path / "other.jsonl", first=1))
+    data = inputs_of.data.model_copy(
+        update={"validation": (inputs_of.data.train[0].model_copy(update={"path": held_out}),)}
+    )
+    made = inputs_of.model_copy(update={"data": data})
+    run(made)
+    before = json.loads((made.folder / "summary.json").read_text())["perplexity"]
+    write_text(Path(held_out), first=5)
+    capfd.readouterr()
+    run(made)
+    assert "note: data.validation.0 " in capfd.readouterr().err
+    after = json.loads((made.folder / "summary.json").read_text())["perplexity"]
+    assert after["base"] != before["base"]
+    run(made)
+    assert "data.validation" not in capfd.readouterr().err
 
 
 def test_a_shorter_text_is_told_by_its_tokens(inputs_of: Recipe) -> None:
@@ -142,7 +161,7 @@ def test_a_file_is_read_again_only_when_it_looks_changed(
     assert stamp_weights(base, first) == first
     assert read == []
     os.utime(base / "model.safetensors")
-    assert changed({"model": first}, {"model": stamp_weights(base, first)}) == []
+    assert changed({"model": first}, {"model": stamp_weights(base, first)}) == {}
     assert read == ["model.safetensors"]
 
 
@@ -157,4 +176,4 @@ def test_a_file_in_the_hubs_cache_is_known_by_its_name(tmp_path: Path) -> None:
     shutil.copy(base / "config.json", snapshot)
     stamp = stamp_weights(snapshot, {})
     assert stamp["files"]["model.safetensors"]["sha256"] == digest
-    assert changed({"model": stamp_weights(base, {})}, {"model": stamp}) == []
+    assert changed({"model": stamp_weights(base, {})}, {"model": stamp}) == {}

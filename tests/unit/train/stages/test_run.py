@@ -16,8 +16,9 @@ from train.stages.run import begin
 
 LOCKING = """
 from pathlib import Path
-from train.stages.lock import lock
+from train.stages.lock import announce, lock
 lock(Path({folder!r}))
+announce(Path({folder!r}))
 print("held", flush=True)
 input()
 """
