@@ -53,8 +53,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a whole JSON file, indented."""
-    write_text(path, json.dumps(value, indent=1) + "\n")
+    """Write a whole JSON file, indented. Raises ValueError for NaN and infinity."""
+    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
 @contextmanager

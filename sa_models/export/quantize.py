@@ -28,7 +28,9 @@ from sa_models.export.manifest import CARD, MANIFEST, read_manifest, seal, write
 from sa_models.export.quantized_folder import is_projection, is_quantized, quantized_bytes
 from sa_models.weights.compact_folder import CompactFolder
 from sa_models.weights.companion_files import copy_code
-from sa_models.weights.safetensors_folder import INDEX, SINGLE, WeightsFolder, read_model_type
+from sa_models.weights.config_file import read_model_type
+from sa_models.weights.safetensors_files import INDEX, SINGLE
+from sa_models.weights.safetensors_folder import ADAPTER, WeightsFolder
 
 KINDS = ("int8", "int4")
 GROUP_SIZE = 32
@@ -117,7 +119,7 @@ def _write(weights: WeightsFolder, folder: Path, group_size: int | None) -> None
         folder / SINGLE,
         metadata={"format": "pt", **metadata},
     )
-    left = {SINGLE, INDEX, MANIFEST, CARD, *(shard.name for shard in weights.shards())}
+    left = {SINGLE, INDEX, MANIFEST, CARD, ADAPTER, *(shard.name for shard in weights.shards())}
     for path in weights.path.iterdir():
         if path.is_file() and path.name not in left and path.suffix != ".safetensors":
             shutil.copyfile(path, folder / path.name)
@@ -125,7 +127,9 @@ def _write(weights: WeightsFolder, folder: Path, group_size: int | None) -> None
         copy_code(weights.config, folder)  # an older export's code knows no quantized weights
     config = json.loads((weights.path / "config.json").read_text(encoding="utf-8"))
     config["quantization_config"] = _config(group_size)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (folder / "config.json").write_text(
+        json.dumps(config, indent=2, allow_nan=False) + "\n", encoding="utf-8"
+    )
     _describe(weights.path, folder, group_size)
 
 

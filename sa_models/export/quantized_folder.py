@@ -16,21 +16,29 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from sa_models.configuration import SharedLlamaConfig
 from sa_models.errors import PostshareError
-from sa_models.modeling import SharedLlamaForCausalLM
+from sa_models.weights.config_file import quantization_of, read_config, read_model_type
 from sa_models.weights.parameter_shapes import compact_shapes, llama_shapes
-from sa_models.weights.safetensors_folder import SINGLE, read_config, read_model_type
+from sa_models.weights.safetensors_files import DTYPES, SINGLE
+from sa_models.weights.whole_model import load_whole
 
-CONFIG = "quantization_config"
 PACKED = {"Int8Tensor": 1, "Int4Tensor": 2}
 """torchao's tensors that are read here: weights in a byte."""
 WIDTHS = {"F32": 4, "F16": 2, "BF16": 2, "I8": 1}
 
 
 def is_quantized(folder: str | os.PathLike[str]) -> bool:
-    """Whether the folder's config.json names a quantization. Raises PostshareError as
-    :func:`~sa_models.weights.safetensors_folder.read_model_type`."""
-    read_model_type(folder)
-    return CONFIG in json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    """Whether the folder's weights are torchao's, as its config.json says.
+
+    Raises:
+        PostshareError: as :func:`~sa_models.weights.config_file.read_values`.
+    """
+    if quantization_of(folder) != "torchao":
+        return False
+    try:
+        with safe_open(Path(folder) / SINGLE, framework="pt") as file:
+            return any(file.get_slice(name).get_dtype() not in DTYPES for name in file.keys())  # noqa: SIM118
+    except (SafetensorError, OSError):
+        return True
 
 
 def is_projection(name: str) -> bool:
@@ -62,8 +70,6 @@ class QuantizedFolder:
         self.path = Path(path)
         kind = read_model_type(path)
         self.config: LlamaConfig = read_config(path, str(kind))
-        if hasattr(self.config, CONFIG):
-            delattr(self.config, CONFIG)
         self._shapes = (
             compact_shapes(self.config, self.config.plan)
             if isinstance(self.config, SharedLlamaConfig)
@@ -134,13 +140,7 @@ def load_dequantized(
     Raises:
         PostshareError: as :class:`QuantizedFolder`.
     """
-    weights = QuantizedFolder(folder)
-    compact = isinstance(weights.config, SharedLlamaConfig)
-    kind: type[LlamaForCausalLM] = SharedLlamaForCausalLM if compact else LlamaForCausalLM
-    state = {name: weights.read(name).to(dtype) for name in weights.names()}
-    return kind.from_pretrained(
-        None, config=weights.config, state_dict=state, dtype=dtype, attn_implementation="sdpa"
-    )
+    return load_whole(QuantizedFolder(folder), "sdpa", dtype)
 
 
 __all__ = ["QuantizedFolder", "is_quantized", "load_dequantized"]

@@ -25,7 +25,6 @@ from dataclasses import dataclass
 
 import torch
 
-from sa_models.errors import PostshareError
 from sa_models.scores.gauge_invariant import planes
 
 FLOOR = 1e-12
@@ -100,11 +99,13 @@ def align_values(
     Args:
         source, target: (v, o) of a unit, each (width, hidden).
 
-    Raises:
-        PostshareError: a unit whose v or o is zero.
+    A unit of which v or o is zero leaves every gauge as it is.
     """
+    d = source[0].shape[0]
+    if not all(bool(part.any()) for part in (*source, *target)):
+        same = torch.eye(d, dtype=torch.float64)
+        return ValueAlignment(same, same)
     (to_source, from_source), (to_target, from_target) = (_balance(*u) for u in (source, target))
-    d = len(to_source)
     # In the balanced gauge the best rotation of v and o together.
     overlap = to_source @ source[0].double() @ (to_target @ target[0].double()).T
     o_source, o_target = (u[1].double().unflatten(0, (-1, d)) for u in (source, target))
@@ -119,22 +120,15 @@ def _balance(v: torch.Tensor, o: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     d = len(v)
     heads = o.double().unflatten(0, (-1, d))
     a, g = v.double() @ v.double().T, (heads @ heads.mT).sum(0)
-    root, inverse_root = _powers(a, "v")
-    _powers(g, "o")
-    middle = _powers(root @ g @ root, "o")[0]
-    return _powers(inverse_root @ middle @ inverse_root, "o")
+    root, inverse_root = _powers(a)
+    middle = _powers(root @ g @ root)[0]
+    return _powers(inverse_root @ middle @ inverse_root)
 
 
-def _powers(matrix: torch.Tensor, what: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Square root of a symmetric positive matrix, and the inverse of that."""
+def _powers(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Square root of a symmetric positive matrix other than 0, and the inverse of that."""
     values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
-    largest = float(values[-1])
-    if not largest > 0:
-        raise PostshareError(
-            f"a unit whose {what} is zero cannot be aligned with another; set "
-            "materialize.merge=copy, or leave it out of the plan"
-        )
-    roots = values.clamp_min(FLOOR * largest).sqrt()
+    roots = values.clamp_min(FLOOR * float(values[-1])).sqrt()
     return (vectors * roots) @ vectors.T, (vectors / roots) @ vectors.T
 
 

@@ -151,11 +151,7 @@ def read_pair(group: Group, unit: Unit, read: Read) -> tuple[torch.Tensor, torch
 
 
 def gauges(group: Group, head_dim: int, read: Read) -> dict[Unit, Gauge]:
-    """What brings every target of a group into the gauge of its source.
-
-    Raises:
-        PostshareError: a unit whose v or o is zero.
-    """
+    """What brings every target of a group into the gauge of its source."""
     source = read_pair(group, group.source, read)
     found: dict[Unit, Gauge] = {}
     for target, _ in group.targets:
@@ -174,9 +170,6 @@ def merge_group(
 
     Args:
         average: of the slices that become one; ``absorb`` takes none.
-
-    Raises:
-        PostshareError: a unit whose v or o is zero.
     """
     dtype = read(group.pair[0], group.source).dtype
     change = resolve_name(GAUGED[merge]) if merge in GAUGED else averaged

@@ -156,6 +156,8 @@ class Fisher:
             self.sums[p, at] = self.sums[p, at] + square if (p, at) in self.sums else square
 
     def average(self, projection: str, members: list[Member]) -> torch.Tensor:
+        if not any(bool(member.rows.any()) for member in members):
+            return members[0].rows.clone()
         weights = [self.sums[projection, member.unit] for member in members]
         mean = float(torch.stack([w.mean() for w in weights]).mean())
         if not 0 < mean < float("inf"):
@@ -184,9 +186,13 @@ class Inputs:
         """The hooks have seen all that is needed."""
 
     def average(self, projection: str, members: list[Member]) -> torch.Tensor:
+        if not any(bool(member.rows.any()) for member in members):
+            return members[0].rows.clone()
         left: torch.Tensor | float = 0.0
         right: torch.Tensor | float = 0.0
         for member in members:
+            if projection == "o" and not bool(self._grams.of_unit[member.unit].any()):
+                continue  # its head returns nothing, so that its o has no say
             gram = self._gram(projection, member)
             ridge = FLOOR * float(gram.diagonal().mean())
             if not 0 < ridge < float("inf"):
@@ -195,6 +201,8 @@ class Inputs:
             # q, k, v read x by their columns; o, which lies transposed, by its rows.
             product = gram @ (member.rows if projection == "o" else member.rows.T)
             left, right = left + gram, right + product
+        if not isinstance(left, torch.Tensor):
+            raise _nothing_to_weigh(projection, members)
         solution = torch.linalg.solve(left, right)
         return solution if projection == "o" else solution.T.contiguous()
 

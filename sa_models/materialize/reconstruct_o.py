@@ -146,7 +146,9 @@ def _solve(
         cross += given.T @ missing
         squares = squares + missing.square().sum()
         added = added + text.added
-    damped = gram + ridge * gram.diagonal().mean() * torch.eye(size, device=model.device)
+    scale = gram.diagonal().mean()
+    damping = torch.where(scale > 0, ridge * scale, 1.0)  # of silent heads any: their update is 0
+    damped = gram + damping * torch.eye(size, device=model.device)
     update = torch.linalg.solve(damped, cross)
     o.weight[:, columns] = (o.weight[:, columns].double() + update.T).to(o.weight.dtype)
     # |missing - given update|^2, without a second pass over the text

@@ -30,8 +30,8 @@ from sa_models.heads import HeadLayout
 from sa_models.plan import Unit
 from sa_models.scores import weight_cosine
 from sa_models.scores.attention_maps import calibration_blocks
-from sa_models.scores.significance import PairTerms, Terms
-from sa_models.scores.weight_cosine import Parts, gram_matrix
+from sa_models.scores.significance import PairTerms, Terms, over
+from sa_models.scores.weight_cosine import Parts, cosines, gram_matrix
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -128,11 +128,8 @@ def _keeping(projection: torch.nn.Module, into: torch.Tensor) -> torch.utils.hoo
 
 
 def output_scores(outputs: HeadOutputs, progress: Progress | None = None) -> torch.Tensor:
-    """Score ``output`` of every two units, as :func:`~sa_models.scores.weight_cosine.unit_scores`.
-
-    Raises:
-        PostshareError: a unit that writes nothing on the calibration text.
-    """
+    """Score ``output`` of every two units, as :func:`~sa_models.scores.weight_cosine.unit_scores`;
+    0 of one that writes nothing on the calibration text."""
     layout, tokens = outputs.layout, outputs.heads.shape[1]
     row = 4 * layout.layers * layout.units * layout.hidden_size
     step = max(1, min(tokens, weight_cosine.CHUNK_BYTES // row))
@@ -143,11 +140,7 @@ def output_scores(outputs: HeadOutputs, progress: Progress | None = None) -> tor
             layers = [outputs.written(n, start, stop) for n in range(layout.layers)]
             yield torch.stack(layers).flatten(2).flatten(0, 1)
 
-    products = gram_matrix(Parts(-(-tokens // step), items()), layout, progress)
-    norms = products.diagonal().sqrt()
-    if not bool((norms > 0).all()):
-        raise _silent(layout, int((norms <= 0).int().argmax()))
-    return products / (norms[:, None] * norms[None, :])
+    return cosines(gram_matrix(Parts(-(-tokens // step), items()), layout, progress))
 
 
 def output_terms(outputs: HeadOutputs) -> PairTerms:
@@ -155,18 +148,15 @@ def output_terms(outputs: HeadOutputs) -> PairTerms:
 
     def terms(target: Unit, source: Unit) -> Terms:
         a, b = outputs.written_by(target), outputs.written_by(source)
-        values = (a * b).sum(0) / (a.norm() * b.norm())
+        values = over((a * b).sum(0), a.norm() * b.norm())
         return Terms(torch.zeros(0, len(values), dtype=torch.complex128), values)
 
     return terms
 
 
 def output_map_scores(outputs: HeadOutputs, progress: Progress | None = None) -> torch.Tensor:
-    """Score ``output_map``: float64 (all units, all units), row: target, column: source.
-
-    Raises:
-        PostshareError: a unit that writes nothing on the calibration text.
-    """
+    """Score ``output_map``: float64 (all units, all units), row: target, column: source; 0 where
+    one of them returns, or the target writes, nothing on the calibration text."""
     layout = outputs.layout
     total, units, d = layout.layers * layout.units, layout.units, layout.head_dim
     factors, weights, norms = [], [], []
@@ -174,10 +164,9 @@ def output_map_scores(outputs: HeadOutputs, progress: Progress | None = None) ->
         h = _samples(outputs, layer)
         own = h.mT @ h  # (units, head_dim, head_dim)
         scale = own.diagonal(dim1=1, dim2=2).mean(1)
-        if not bool((scale > 0).all()):
-            raise _silent(layout, layer * units + int((scale <= 0).int().argmax()))
+        ridge = torch.where(scale > 0, RIDGE * scale, 1.0)  # of silent heads any
         o = outputs.o[layer].double().unflatten(1, (units, -1, d)).permute(1, 2, 0, 3)
-        factors.append(torch.linalg.cholesky(own + RIDGE * scale[:, None, None] * torch.eye(d)))
+        factors.append(torch.linalg.cholesky(own + ridge[:, None, None] * torch.eye(d)))
         weights.append((o.mT @ o).sum(1))
         norms.append((weights[-1] * own).sum((1, 2)))
     scores = torch.empty(total, total, dtype=torch.float64)
@@ -188,8 +177,10 @@ def output_map_scores(outputs: HeadOutputs, progress: Progress | None = None) ->
             c = c.view(units, d, units, d).permute(0, 2, 1, 3)  # (targets, sources, d, d)
             # With the source's Gram matrix L L', explained = tr(O'O C (L L')^-1 C').
             c = torch.linalg.solve_triangular(factors[b].mT, c, upper=True, left=False)
-            explained = (c * (weights[a][:, None] @ c)).sum((2, 3)) / norms[a][:, None]
-            scores[a * units : (a + 1) * units, b * units : (b + 1) * units] = explained
+            explained = (c * (weights[a][:, None] @ c)).sum((2, 3))
+            scores[a * units : (a + 1) * units, b * units : (b + 1) * units] = torch.where(
+                norms[a][:, None] > 0, explained / norms[a][:, None], 0.0
+            )
         if progress is not None:
             progress(a + 1, layout.layers)
     return scores
@@ -203,10 +194,3 @@ def _samples(outputs: HeadOutputs, layer: int) -> torch.Tensor:
     layout = outputs.layout
     h = outputs.heads[layer].unflatten(1, (layout.units, layout.heads_per_unit, layout.head_dim))
     return h.permute(1, 0, 2, 3).flatten(1, 2).double()
-
-
-def _silent(layout: HeadLayout, index: int) -> PostshareError:
-    return PostshareError(
-        f"unit {divmod(index, layout.units)} writes nothing on the calibration text; raise "
-        "plan.calibration_blocks, or score by weights (qk_aligned)"
-    )

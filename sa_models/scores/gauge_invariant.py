@@ -30,8 +30,8 @@ from sa_models.errors import PostshareError
 from sa_models.heads import HeadLayout
 from sa_models.plan import Unit
 from sa_models.scores import weight_cosine
-from sa_models.scores.significance import PairTerms, Terms, sum_terms
-from sa_models.scores.weight_cosine import Parts, Reader, gram_matrix, unit_weight
+from sa_models.scores.significance import PairTerms, Terms, over, sum_terms
+from sa_models.scores.weight_cosine import Parts, Reader, cosines, gram_matrix, unit_weight
 
 
 def aligned_scores(
@@ -43,16 +43,13 @@ def aligned_scores(
         score: ``qk_aligned``, ``vo`` or ``qkvo_aligned``, defined in this module.
 
     Returns:
-        float64 (layers * units, layers * units), symmetric, ones on the diagonal, as
-        :func:`~sa_models.scores.weight_cosine.unit_scores`.
-
-    Raises:
-        PostshareError: a unit of which q and k, or v and o, are zero.
+        float64 (layers * units, layers * units), symmetric, ones on the diagonal, zeros for what
+        is zero, as :func:`~sa_models.scores.weight_cosine.unit_scores`.
     """
     if score == "qk_aligned":
-        return _cosines(_aligned_gram(reader, layout, progress))
+        return cosines(_aligned_gram(reader, layout, progress))
     if score == "vo":
-        return _cosines(gram_matrix(_map_chunks(reader, layout), layout, progress))
+        return cosines(gram_matrix(_map_chunks(reader, layout), layout, progress))
     # Two bars, one after the other: their units of work are not the same.
     parts = (aligned_scores(reader, layout, part, progress) for part in ("qk_aligned", "vo"))
     return sum(parts, torch.zeros((), dtype=torch.float64)) / 2
@@ -68,7 +65,7 @@ def aligned_terms(reader: Reader, layout: HeadLayout, score: str) -> PairTerms:
     def qk(target: Unit, source: Unit) -> Terms:
         a, b = (planes(weight(u, "q"), weight(u, "k"), layout.head_dim) for u in (target, source))
         products = (a * b.conj()).unflatten(1, (-1, layout.hidden_size)).sum(1)
-        return sum_terms(products / (a.norm() * b.norm()))
+        return sum_terms(over(products, a.norm() * b.norm()))
 
     def vo(target: Unit, source: Unit) -> Terms:
         def product(one: Unit, two: Unit) -> torch.Tensor:
@@ -78,22 +75,12 @@ def aligned_terms(reader: Reader, layout: HeadLayout, score: str) -> PairTerms:
             return (weight(one, "v") * (between @ weight(two, "v"))).sum(0)
 
         norms = product(target, target).sum() * product(source, source).sum()
-        return sum_terms(values=product(target, source) / norms.sqrt())
+        return sum_terms(values=over(product(target, source), norms.clamp(min=0).sqrt()))
 
     def both(target: Unit, source: Unit) -> Terms:
         return Terms(qk(target, source).planes / 2, vo(target, source).values / 2)
 
     return {"qk_aligned": qk, "vo": vo, "qkvo_aligned": both}[score]
-
-
-def _cosines(products: torch.Tensor) -> torch.Tensor:
-    norms = products.diagonal().sqrt()
-    if not bool((norms > 0).all()):
-        raise PostshareError(
-            f"unit {int((norms <= 0).int().argmax())} (counted over all layers) has weights of "
-            "zero, which have no direction to compare; score by calibration text (output)"
-        )
-    return products / (norms[:, None] * norms[None, :])
 
 
 # --- q and k --------------------------------------------------------------------------------------

@@ -127,6 +127,11 @@ def upper_tail(sample: torch.Tensor, value: float) -> float:
     return float(tail(torch.tensor(shape, dtype=torch.float64), at))
 
 
+def over(products: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """Terms of a cosine: products over the product of two lengths; zeros where one has none."""
+    return products / lengths if float(lengths) > 0 else torch.zeros_like(products)
+
+
 def sum_terms(planes: torch.Tensor | None = None, values: torch.Tensor | None = None) -> Terms:
     """Terms of which one kind is absent."""
     if planes is None:

@@ -21,7 +21,7 @@ from sa_models.heads import HeadLayout
 from sa_models.plan import Unit
 from sa_models.scores.activations import RIDGE, HeadOutputs
 from sa_models.scores.attention_maps import Maps, calibration_blocks, visit_maps
-from sa_models.scores.significance import DRAWS, PairTerms
+from sa_models.scores.significance import DRAWS, PairTerms, over
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -159,12 +159,16 @@ def linear_map_terms(outputs: HeadOutputs, blocks: int) -> PairTerms:
         a, b = samples(target), samples(source)
         own = (b.mT @ b).sum(0)
         eye = torch.eye(layout.head_dim, dtype=torch.float64)
-        factor = torch.linalg.cholesky(own + RIDGE * own.diagonal().mean() * eye)
+        scale = own.diagonal().mean()
+        factor = torch.linalg.cholesky(own + (RIDGE * scale if scale > 0 else 1.0) * eye)
         b = torch.linalg.solve_triangular(factor.mT, b, upper=True, left=False)
         o = outputs.o_of(target)
         weight = (o.mT @ o).sum(0)
-        a = a @ torch.linalg.cholesky(weight + 1e-12 * weight.diagonal().mean() * eye)
-        a = a / torch.sqrt(a.square().sum())
+        if bool(weight.any()):
+            a = a @ torch.linalg.cholesky(weight + 1e-12 * weight.diagonal().mean() * eye)
+            a = over(a, torch.sqrt(a.square().sum()))
+        else:  # it writes nothing
+            a = torch.zeros_like(a)
         return LinearMapPair(torch.einsum("ite,jtf->ijef", a, b))
 
     return terms

@@ -18,7 +18,7 @@ import torch
 from sa_models.calibration.progress import Progress
 from sa_models.heads import HeadLayout
 from sa_models.plan import Unit
-from sa_models.scores.significance import PairTerms, Terms, sum_terms
+from sa_models.scores.significance import PairTerms, Terms, over, sum_terms
 
 TIE_TOLERANCE = 1e-6
 """Scores closer than this are equal: the earliest source wins (fp32 cosines are no finer)."""
@@ -45,16 +45,22 @@ def unit_scores(
             ``softmax``: softmax(W_q W_k^T) W_v of every query head.
 
     Returns:
-        float64 (layers * units, layers * units), symmetric, ones on the diagonal; the unit
-        (layer, u) has index layer * units + u.
+        float64 (layers * units, layers * units), symmetric, ones on the diagonal; zeros for a unit
+        of zeros. The unit (layer, u) has index layer * units + u.
     """
     if score == "softmax":
         gram = gram_matrix(_head_functions(reader, layout), layout, progress)
     else:
         parts = _column_chunks(reader, layout, score)
         gram = gram_matrix(parts, layout, progress)
-    norms = gram.diagonal().sqrt()
-    return gram / (norms[:, None] * norms[None, :])
+    return cosines(gram)
+
+
+def cosines(products: torch.Tensor) -> torch.Tensor:
+    """Of all pairs, from their inner products; 0 for one without a length, also with itself."""
+    norms = products.diagonal().sqrt()
+    lengths = norms[:, None] * norms[None, :]
+    return torch.where(lengths > 0, products / lengths, 0.0)
 
 
 def cosine_terms(reader: Reader, layout: HeadLayout, score: str) -> PairTerms:
@@ -69,7 +75,7 @@ def cosine_terms(reader: Reader, layout: HeadLayout, score: str) -> PairTerms:
             a, b = (_function(*(weight(u, p) for p in "qkv")) for u in (target, source))
         else:
             a, b = (torch.cat([weight(u, p) for p in score]) for u in (target, source))
-        return sum_terms(values=(a * b).sum(0) / (a.norm() * b.norm()))
+        return sum_terms(values=over((a * b).sum(0), a.norm() * b.norm()))
 
     return terms
 

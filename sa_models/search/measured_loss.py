@@ -82,7 +82,7 @@ class Cache:
         """Keep a value that is not there yet."""
         self._values[key] = value
         if self.path is not None:
-            line = json.dumps({"of": self.identity, "key": key, "value": value})
+            line = json.dumps({"of": self.identity, "key": key, "value": value}, allow_nan=False)
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
 

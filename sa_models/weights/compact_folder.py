@@ -20,12 +20,9 @@ from sa_models.basis import FACTORED, basis_name, coefficients_name
 from sa_models.configuration import SharedLlamaConfig
 from sa_models.errors import PostshareError
 from sa_models.heads import HeadLayout
+from sa_models.weights.config_file import read_config, read_model_type
 from sa_models.weights.parameter_shapes import compact_shapes, expanded_shapes
-from sa_models.weights.safetensors_folder import (
-    WeightsFolder,
-    read_config,
-    read_model_type,
-)
+from sa_models.weights.safetensors_folder import WeightsFolder
 
 
 class DenseReader(Protocol):

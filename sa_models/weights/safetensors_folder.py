@@ -1,64 +1,42 @@
 """Safetensors folders, read lazily and written shard by shard.
 
 Nothing here holds a whole model: a reader maps a file for as long as a tensor read from it lives, a
-writer keeps at most one shard in memory. Every problem of a folder is found before its first tensor
-is used.
+writer keeps at most one shard in memory. Every problem of a folder but a value that is no number is
+found before its first tensor is used.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from transformers import AutoConfig, LlamaConfig
+from transformers import LlamaConfig
 
 from sa_models.errors import PostshareError
+from sa_models.weights.config_file import quantization_of, read_config
 from sa_models.weights.parameter_shapes import llama_shapes
+from sa_models.weights.safetensors_files import (
+    INDEX,
+    SINGLE,
+    find_shards,
+    misnamed,
+    read_header,
+    read_index,
+    unreadable,
+)
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-
-
-def read_model_type(folder: str | os.PathLike[str]) -> str | None:
-    """The ``model_type`` in the folder's config.json. Raises PostshareError when there is none."""
-    path = Path(folder) / "config.json"
-    if not path.is_file():
-        raise PostshareError(
-            f"{folder} has no config.json; give the folder of a Hugging Face Llama, or a hub name"
-        )
-    try:
-        return json.loads(path.read_text(encoding="utf-8")).get("model_type")
-    except (ValueError, AttributeError) as error:
-        raise PostshareError(f"{path} is not valid JSON ({error}); copy it again") from None
-
-
-def read_config(folder: str | os.PathLike[str], model_type: str = "llama") -> LlamaConfig:
-    """The folder's config.
-
-    Raises:
-        PostshareError: there is no readable ``config.json``, or it is not that of a Llama.
-    """
-    found = read_model_type(folder)
-    if found != model_type:
-        raise PostshareError(
-            f"{folder} holds a {found!r} model; only the Llama architecture "
-            f"(model_type {model_type!r}) can be used here"
-        )
-    try:
-        return AutoConfig.from_pretrained(folder)
-    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
-        reason = " ".join(str(error).split())
-        raise PostshareError(
-            f"{Path(folder) / 'config.json'} is not a valid Llama config ({reason}); repair it"
-        ) from None
+ADAPTER = "adapter_config.json"
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+COMPARED = 1 << 24
+"""Elements of two tensors that are compared at a time."""
 
 
 class WeightsFolder:
@@ -70,19 +48,21 @@ class WeightsFolder:
             nothing else).
 
     Raises:
-        PostshareError: no safetensors, a missing, truncated or corrupt shard, or a config that
-            disagrees with the weights (a name or a shape).
+        PostshareError: no safetensors, a missing, truncated or corrupt shard, a config that cannot
+            be built or disagrees with the weights (a name, a shape, a head that is tied and other
+            than the embedding).
     """
 
     def __init__(self, path: str | os.PathLike[str], attention_only: bool = False) -> None:
         self.path = Path(path)
         self.config = self._read_config()
-        self._shard_of = self._read_index()
+        self._shard_of = find_shards(self.path)
         self._check_shards()
         expected = self._expected_shapes()
         if attention_only:
             expected = {name: s for name, s in expected.items() if ".self_attn." in name}
         self._check_against(expected)
+        self._check_tied_head()
         self._names = [name for name in expected if name in self._shard_of]
 
     def _read_config(self) -> LlamaConfig:
@@ -91,25 +71,60 @@ class WeightsFolder:
     def _expected_shapes(self) -> dict[str, tuple[int, ...]]:
         return llama_shapes(self.config)
 
+    def notes(self) -> list[str]:
+        """What lies in the folder and is not read, a line each, for the user."""
+        found = []
+        if (self.path / ADAPTER).is_file():
+            found.append(
+                f"note: {self.path} has an adapter ({ADAPTER}), which is not applied: the weights "
+                "are read as they are; if it belongs to them, merge it with PEFT's "
+                "merge_and_unload()"
+            )
+        if (method := quantization_of(self.path)) is not None:
+            found.append(
+                f"note: {self.path / 'config.json'} asks for quantization ({method}), and the "
+                "weights are not quantized: they are read as they are"
+            )
+        index = self.path / INDEX
+        if set(self._shard_of.values()) == {SINGLE} and index.is_file():
+            others = sorted(set(read_index(index).values()) - {SINGLE})
+            if others:
+                found.append(
+                    f"note: {self.path} has {SINGLE} and an index of other files ({others[0]}): "
+                    f"{SINGLE} is read, as in transformers"
+                )
+        return found
+
     def names(self) -> list[str]:
         """The model's parameter names, layer by layer."""
         return list(self._names)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._shapes[name][0]
+        return self._stored[name].shape
 
     def dtype(self, name: str) -> torch.dtype:
-        return self._shapes[name][1]
+        return self._stored[name].dtype
 
     def shards(self) -> list[Path]:
         return [self.path / shard for shard in sorted(set(self._shard_of.values()))]
 
+    def left_over(self) -> int:
+        """Bytes of what the files hold and the model has not: a tied head, old rotary tables."""
+        others = self._stored.keys() - set(self._names)
+        return sum(math.prod(self.shape(n)) * self.dtype(n).itemsize for n in others)
+
     def read(self, name: str) -> torch.Tensor:
-        """The tensor in its stored dtype, backed by the mapped file."""
-        return self._handle(self._shard_of[name]).get_tensor(name)
+        """The tensor in its stored dtype, backed by the mapped file.
+
+        Raises:
+            PostshareError: it has a value that is no finite number.
+        """
+        tensor = self._handle(self._shard_of[name]).get_tensor(name)
+        require_finite(tensor, f"{self.path / self._shard_of[name]}: {name}")
+        return tensor
 
     def slice(self, name: str) -> Any:
-        """A safetensors slice: index it to read a part only."""
+        """A safetensors slice: index it to read a part only, unchecked."""
         return self._handle(self._shard_of[name]).get_slice(name)
 
     def items(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -122,92 +137,96 @@ class WeightsFolder:
         try:
             return safe_open(self.path / shard, framework="pt")
         except (SafetensorError, OSError) as error:
-            raise _unreadable(self.path / shard, error) from None
-
-    def _read_index(self) -> dict[str, str]:
-        index = self.path / INDEX
-        if index.is_file():
-            try:
-                shard_of = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-            except (ValueError, KeyError, TypeError):
-                shard_of = {}
-            if not shard_of or not all(isinstance(shard, str) for shard in shard_of.values()):
-                raise PostshareError(
-                    f"{index} is not a valid safetensors index; download the file again"
-                )
-            return shard_of
-        single = self.path / SINGLE
-        if not single.is_file():
-            other = sorted(self.path.glob("*.bin"))
-            cure = (
-                "convert them to safetensors"
-                if other
-                else f"put {SINGLE}, or shards with {INDEX}, into the folder"
-            )
-            found = f"only {other[0].name} (pickle) weights" if other else "no weights"
-            raise PostshareError(f"{self.path} has {found}; {cure}")
-        return dict.fromkeys(_keys(single), SINGLE)
+            raise unreadable(self.path / shard, error) from None
 
     def _check_shards(self) -> None:
-        self._shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-        for shard in sorted(set(self._shard_of.values())):
-            path = self.path / shard
-            if not path.is_file():
-                raise PostshareError(f"the shard {path} is missing; download or copy it again")
-            inside = _headers(path)
-            for name in (n for n, s in self._shard_of.items() if s == shard):
-                if name not in inside:
+        shards = sorted(set(self._shard_of.values()))
+        inside = {shard: read_header(self.path / shard) for shard in shards}
+        for name, home in self._shard_of.items():
+            if name not in inside[home]:
+                raise PostshareError(
+                    f"the index puts {name} into {self.path / home}, which does not hold it; "
+                    "download the index and the shards again"
+                )
+        self._stored = {name: inside[home][name] for name, home in self._shard_of.items()}
+        for shard in shards:
+            for name in inside[shard].keys() & self._shard_of.keys():
+                places = [(self.path / s, name) for s in {shard, self._shard_of[name]}]
+                if len(places) == 2 and not same_values(*places):
                     raise PostshareError(
-                        f"the index puts {name} into {path}, which does not hold it; "
+                        f"{name} is in {places[0][0]} and, with other values, in {places[1][0]}; "
                         "download the index and the shards again"
                     )
-                self._shapes[name] = inside[name]
 
     def _check_against(self, expected: dict[str, tuple[int, ...]]) -> None:
+        fitting = "use the config that belongs to these weights"
         for name, shape in expected.items():
-            if name not in self._shapes:
+            if name not in self._stored:
                 raise PostshareError(
                     f"{self.path} has no weight {name}, which its config.json asks for; "
-                    "use the config that belongs to these weights"
+                    f"{misnamed(self._stored, name) or fitting}"
                 )
-            if self._shapes[name][0] != shape:
+            if self.shape(name) != shape:
                 raise PostshareError(
-                    f"{self.path}: {name} has shape {list(self._shapes[name][0])}, its "
-                    f"config.json says {list(shape)}; use the config that belongs to these weights"
+                    f"{self.path}: {name} has shape {list(self.shape(name))}, its "
+                    f"config.json says {list(shape)}; {fitting}"
                 )
-        known = set(self._expected_shapes()) | {"lm_head.weight"}
-        for name in self._shapes:
+        known = set(self._expected_shapes()) | {HEAD}
+        for name in self._stored:
             if name not in known and not name.endswith("rotary_emb.inv_freq"):
                 raise PostshareError(
                     f"{self.path} holds {name}, which a Llama of its config.json does not have; "
-                    "use the config that belongs to these weights"
+                    f"{fitting}"
                 )
 
-
-def _keys(path: Path) -> list[str]:
-    return list(_headers(path))
-
-
-def _headers(path: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    try:
-        with safe_open(path, framework="pt") as handle:
-            found = {}
-            for name in handle.keys():  # noqa: SIM118 - safe_open is no mapping
-                view = handle.get_slice(name)
-                dtype = view.get_dtype()
-                if dtype not in DTYPES:
-                    raise PostshareError(
-                        f"{path}: {name} is stored as {dtype}; use fp32, bf16 or fp16 weights"
-                    )
-                found[name] = (tuple(view.get_shape()), DTYPES[dtype])
-            return found
-    except (SafetensorError, OSError) as error:
-        raise _unreadable(path, error) from None
+    def _check_tied_head(self) -> None:
+        if not self.config.tie_word_embeddings or not {HEAD, EMBEDDING} <= self._stored.keys():
+            return
+        head, embedding = ((self.path / self._shard_of[n], n) for n in (HEAD, EMBEDDING))
+        if self.shape(HEAD) != self.shape(EMBEDDING) or not same_values(head, embedding):
+            raise PostshareError(
+                f"{self.path}: config.json ties the head to the embedding, and the {HEAD} that is "
+                f"stored is another than {EMBEDDING}; set tie_word_embeddings: false there"
+            )
 
 
-def _unreadable(path: Path, error: Exception) -> PostshareError:
-    reason = " ".join(str(error).split())
-    return PostshareError(f"{path} is truncated or corrupt ({reason}); download or copy it again")
+def require_finite(tensor: torch.Tensor, where: str) -> None:
+    """Raises PostshareError, naming the first, where a tensor has values that are no numbers."""
+    if tensor.numel() == 0 or all(bool(end.isfinite()) for end in tensor.aminmax()):
+        return
+    wrong = ~tensor.isfinite()
+    first = wrong.nonzero()[0].tolist()
+    raise PostshareError(
+        f"{where} has {int(wrong.sum()):,} of {tensor.numel():,} values that are no finite numbers "
+        f"(the first at {first}: {float(tensor[tuple(first)])}); download the file again, or use a "
+        "model that was saved before it broke"
+    )
+
+
+Place = tuple[Path, str]
+"""A safetensors file, and a tensor in it."""
+
+
+def same_values(one: Place, other: Place) -> bool:
+    """Whether two tensors of one shape hold the same values, in whatever dtypes."""
+    stamps = [(path, name, path.stat().st_mtime_ns) for path, name in (one, other)]
+    return _same_values(*stamps)
+
+
+@lru_cache(maxsize=16)
+def _same_values(*places: tuple[Path, str, int]) -> bool:
+    handles = [safe_open(path, framework="pt") for path, _, _ in places]
+    one, other = (h.get_slice(place[1]) for h, place in zip(handles, places, strict=True))
+    shape = one.get_shape()
+    if shape != other.get_shape():
+        return False
+    step = max(1, COMPARED // max(1, math.prod(shape[1:])))
+    for start in range(0, shape[0] if shape else 0, step):
+        a, b = (view[start : start + step].nan_to_num() for view in (one, other))
+        kind = torch.promote_types(a.dtype, b.dtype)
+        if not torch.equal(a.to(kind), b.to(kind)):
+            return False
+    return True
 
 
 class ShardWriter:

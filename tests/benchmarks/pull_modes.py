@@ -22,9 +22,9 @@ from sa_models.heads import HeadLayout
 from sa_models.materialize.ties import materialize_
 from sa_models.weights.safetensors_folder import WeightsFolder
 from train.data.blocks import prepare_data
-from train.data.token_table import load_tokenizer
 from train.evaluation.perplexity import perplexity
 from train.models.base_model import load_base, load_dense
+from train.models.tokenizer import load_tokenizer
 from train.penalty.coupled import Penalty
 from train.penalty.decoupled import Pull
 from train.planning.find import find_ties

@@ -12,7 +12,6 @@ import functools
 import hashlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import datasets
@@ -20,8 +19,7 @@ from datasets.exceptions import DatasetsError
 from tokenizers import Tokenizer
 
 from sa_models.errors import PostshareError
-from train.data.sources import STDLIB, explain, load_documents, stamp
-from train.demo import DEMO_BASE, demo_base_path
+from train.data.sources import explain, load_documents, stamp
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -99,41 +97,6 @@ class Encoder:
         head = [] if self.bos is None else [self.bos]
         tail = [] if self.eos is None else [self.eos]
         return {"input_ids": [head + encoding.ids + tail for encoding in encodings]}
-
-
-def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or hub name; demo-base: the shipped one; stdlib: trained now, in
-    seconds.
-
-    Raises PostshareError when there is none, or it cannot be had offline or without permission.
-    """
-    from transformers import AutoTokenizer
-
-    if name == STDLIB:
-        from train.demo.tokenizer import train_tokenizer
-
-        return train_tokenizer()
-    if name == DEMO_BASE:
-        name = str(demo_base_path())
-    local = Path(name).expanduser()
-    try:
-        return AutoTokenizer.from_pretrained(
-            str(local) if local.is_dir() else name, revision=revision
-        )
-    except (OSError, ValueError, KeyError) as error:
-        if local.is_dir():
-            cure = "set model.tokenizer to a folder with tokenizer.json"
-        elif "gated" in str(error).lower():
-            cure = (
-                f"it is gated: accept its terms at https://huggingface.co/{name}, run "
-                "`hf auth login`, then `postshare prepare RECIPE`"
-            )
-        else:
-            cure = (
-                "correct model.tokenizer (or model.path), or run `postshare prepare RECIPE` on a "
-                "machine with network"
-            )
-        raise PostshareError(f"no tokenizer can be loaded from {name}; {cure}") from error
 
 
 @functools.lru_cache(maxsize=4)

@@ -12,20 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sa_models.configuration import SharedLlamaConfig
 from sa_models.errors import PostshareError
 from sa_models.export.quantized_folder import QuantizedFolder, is_quantized, load_dequantized
-from sa_models.modeling import SharedLlamaForCausalLM
 from sa_models.plan import SharingPlan
 from sa_models.weights.compact_folder import CompactFolder
 from sa_models.weights.companion_files import COMPANIONS, GENERATION_CONFIG, TOKENIZERS
-from sa_models.weights.safetensors_folder import WeightsFolder, read_model_type
+from sa_models.weights.config_file import read_model_type
+from sa_models.weights.safetensors_folder import WeightsFolder
+from sa_models.weights.whole_model import load_whole, open_stored
 from train.common.files import file_hash
 from train.common.run_files import MERGED, PLAN_FILE, RECIPE_FILE
-from train.data.token_table import load_tokenizer
-from train.models.base_model import base_folder, load_model, tie_model
+from train.models.base_model import base_folder, load_model, read_through, tie_model
+from train.models.tokenizer import load_tokenizer
 from train.recipe.recipe import Recipe, load_recipe
 from train.recipe.sections.inputs import ModelSection
 
@@ -76,11 +77,8 @@ class Judged:
         elif is_quantized(self.folder):
             model = load_dequantized(self.folder, dtype)
         else:
-            kind: type[LlamaForCausalLM] = LlamaForCausalLM
-            if read_model_type(self.folder) == SharedLlamaConfig.model_type:
-                kind = SharedLlamaForCausalLM
-            stored = dtype if self.through is None else getattr(torch, self.through)
-            model = kind.from_pretrained(self.folder, dtype=stored, attn_implementation="sdpa")
+            through = None if self.through is None else getattr(torch, self.through)
+            model = load_whole(open_stored(self.folder), "sdpa", dtype, through)
         for parameter in model.parameters():  # not model.to(dtype): it would round rotary tables
             parameter.data = parameter.data.to(dtype)
         model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides it
@@ -114,13 +112,15 @@ class Judged:
         names = reader.names()
         if isinstance(reader, QuantizedFolder):
             return sum(torch.Size(reader.shape(n)).numel() for n in names), reader.bytes
+        counts = {name: torch.Size(reader.shape(name)).numel() for name in names}
+        parameters = sum(counts.values())
+        if self.through is None and self.run is None:
+            return parameters, sum(count * reader.dtype(n).itemsize for n, count in counts.items())
         width = reader.dtype(names[0]).itemsize
         if self.through is not None:
             width = getattr(torch, self.through).itemsize
         if self.run is not None:
             parameters = self._plan().savings(reader.config).stored_parameters
-        else:
-            parameters = sum(torch.Size(reader.shape(name)).numel() for name in names)
         return parameters, parameters * width
 
     def _plan(self) -> SharingPlan:
@@ -160,6 +160,10 @@ def find_models(arguments: Sequence[str]) -> list[Judged]:
             found.append(_single(argument, folder))
     for at, model in enumerate(found):
         _check(model)
+        if model.folder not in {other.folder for other in found[:at]}:
+            weights = open_folder(model.folder)
+            if isinstance(weights, WeightsFolder):
+                read_through(weights)
         for other in found[:at]:
             if (other.folder, other.run) == (model.folder, model.run):
                 raise PostshareError(

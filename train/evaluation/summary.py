@@ -18,6 +18,7 @@ from sa_models.atomic_files import write_json
 from sa_models.errors import PostshareError
 from sa_models.plan import SharingPlan
 from sa_models.savings import PlanSavings
+from sa_models.weights.whole_model import open_stored
 from train.common.identity import identity_hash
 from train.common.run_files import BLOCKS_FILE
 from train.data.blocks import Blocks, blocks_hash
@@ -180,8 +181,11 @@ def summarize(
 
 
 def weight_bytes(folder: Path) -> int:
-    """Bytes of the safetensors files of a model folder."""
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    """Bytes of the safetensors of a folder, without what its model does not have."""
+    if not (folder / "config.json").is_file():  # an adapter
+        return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    weights = open_stored(folder)
+    return sum(file.stat().st_size for file in weights.shards()) - weights.left_over()
 
 
 def summary_table(summary: dict[str, Any]) -> Table:

@@ -8,16 +8,15 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sa_models.configuration import SharedLlamaConfig
 from sa_models.errors import PostshareError
 from sa_models.heads import HeadLayout
 from sa_models.materialize.registry import Merge
 from sa_models.materialize.ties import materialize_
-from sa_models.modeling import SharedLlamaForCausalLM
 from sa_models.plan import SharingPlan
-from sa_models.weights.compact_folder import CompactFolder
-from sa_models.weights.safetensors_folder import WeightsFolder, read_model_type
+from sa_models.weights.safetensors_folder import WeightsFolder
 from sa_models.weights.structure import convert
+from sa_models.weights.whole_model import load_whole, open_stored
+from train.common.progress import bar, note
 from train.demo import DEMO_BASE, demo_base_path
 
 if TYPE_CHECKING:
@@ -110,27 +109,28 @@ def fresh_config(model: ModelSection) -> LlamaConfig:
 def load_dense(
     folder: Path, attention: str, through: torch.dtype | None = None
 ) -> LlamaForCausalLM:
-    """A dense Llama folder as an fp32 model on the CPU, every weight checked to be there.
+    """A dense Llama folder as an fp32 model; see :func:`load_whole`."""
+    return load_whole(WeightsFolder(folder), attention, through=through)
 
-    Args:
-        through: round the weights to this dtype first, as an export would store them.
+
+def read_through(weights: WeightsFolder, rank: int = 0, world: int = 1) -> None:
+    """Say what in a folder is not read, and read every weight once: each rank its share of them.
+
+    Raises:
+        PostshareError: a value that is no number.
     """
-    WeightsFolder(folder)
-    model = LlamaForCausalLM.from_pretrained(
-        folder, dtype=through or torch.float32, attn_implementation=attention
-    )
-    return model.float()
+    for line in weights.notes() if rank == 0 else ():
+        note(line)
+    share = weights.names()[rank::world]
+    with bar(f"checking {weights.path.name}", shown=rank == 0) as advance:
+        for done, name in enumerate(share, start=1):
+            weights.read(name)
+            advance(done, len(share))
 
 
 def load_model(folder: Path, attention: str) -> LlamaForCausalLM:
-    """A dense or a compact folder as an fp32 model on the CPU, every weight checked to be there."""
-    if read_model_type(folder) != SharedLlamaConfig.model_type:
-        return load_dense(folder, attention)
-    CompactFolder(folder)
-    model = SharedLlamaForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation=attention
-    )
-    return model.float()
+    """A dense or a compact folder as an fp32 model; see :func:`load_whole`."""
+    return load_whole(open_stored(folder), attention)
 
 
 def tie_model(

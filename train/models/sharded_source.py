@@ -12,39 +12,29 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from sa_models.configuration import SharedLlamaConfig
-from sa_models.errors import PostshareError
 from sa_models.export.peft_adapter import Pairs, rank_of, wrap_
 from sa_models.heads import HeadLayout
 from sa_models.materialize.reader import MaterializedReader
 from sa_models.materialize.registry import Merge
 from sa_models.modeling import SharedLlamaForCausalLM, compact_config, select_units
 from sa_models.weights.compact_folder import CompactFolder, DenseReader, open_weights
+from sa_models.weights.config_file import read_model_type
 from sa_models.weights.parameter_shapes import compact_shapes
-from sa_models.weights.safetensors_folder import WeightsFolder, read_model_type
+from sa_models.weights.safetensors_folder import WeightsFolder
 from sa_models.weights.structure import Leaders, converted
+from sa_models.weights.whole_model import ParameterReader, require_fitting, skeleton
 from train.models.base_model import base_folder
 
 if TYPE_CHECKING:
     from sa_models.plan import SharingPlan
     from train.recipe.recipe import ModelSection
-
-
-class WeightsReader(Protocol):
-    """What of a :class:`~sa_models.weights.compact_folder.DenseReader` is needed here."""
-
-    path: Path
-
-    def names(self) -> list[str]: ...
-    def shape(self, name: str) -> tuple[int, ...]: ...
-    def read(self, name: str) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -59,7 +49,7 @@ class Source(Mapping[str, Tensor]):
 
     kind: type[LlamaForCausalLM]
     config: LlamaConfig
-    reader: WeightsReader
+    reader: ParameterReader
     folder: Path
     residual: Pairs | None = None
 
@@ -78,34 +68,12 @@ class Source(Mapping[str, Tensor]):
         Raises:
             PostshareError: the files hold other names or shapes than the model.
         """
-        with torch.device("meta"):
-            model = self.kind(self.config)
-            if self.residual is not None:
+        model = skeleton(self.kind, self.config, device, self.folder)
+        if self.residual is not None:
+            with torch.device("meta"):
                 wrap_(model, rank_of(self.residual), self.residual)
-        # The one module with buffers; they are computed, and lie in no file.
-        model.model.rotary_emb = LlamaRotaryEmbedding(self.config).to(device)
-        if (self.folder / "generation_config.json").is_file():
-            model.generation_config = GenerationConfig.from_pretrained(self.folder)
-        self._check(dict(model.named_parameters()))
+        require_fitting(self.reader, dict(model.named_parameters()))
         return model
-
-    def _check(self, parameters: dict[str, nn.Parameter]) -> None:
-        found = set(self)
-        for what, names in (
-            ("has no", parameters.keys() - found),
-            ("holds, beyond the model,", found - parameters.keys()),
-        ):
-            if names:
-                raise PostshareError(
-                    f"{self.reader.path} {what} {min(names)}; use the weights that belong to the "
-                    "config and the plan"
-                )
-        for name, parameter in parameters.items():
-            if self.reader.shape(name) != tuple(parameter.shape):
-                raise PostshareError(
-                    f"{self.reader.path}: {name} has shape {list(self.reader.shape(name))} where "
-                    f"the model has {list(parameter.shape)}; use the weights that belong to it"
-                )
 
 
 def base_source(

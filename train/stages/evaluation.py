@@ -5,17 +5,16 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from transformers import LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaForCausalLM
 
 from sa_models.errors import PostshareError
 from sa_models.export.manifest import read_manifest
 from sa_models.export.peft_adapter import insert_, load_adapter
-from sa_models.modeling import SharedLlamaForCausalLM
 from train.data.blocks import blocks_hash
 from train.data.calibration import spread_indices
 from train.evaluation.models import weight_hashes
 from train.evaluation.summary import EvaluatedModel
-from train.models.base_model import load_dense
+from train.models.base_model import load_dense, load_model
 from train.stages.materialize import reads_text, tied_base, untrained_folder
 from train.stages.run import Run, base_of
 
@@ -96,17 +95,14 @@ def shipped(current: Run) -> str:
     return "compact" if "compact" in export_formats(current) else "dense"
 
 
-def load_export(current: Run) -> PreTrainedModel:
+def load_export(current: Run) -> LlamaForCausalLM:
     """The model that is shipped, with fp32 parameters."""
     kind = shipped(current)
     folder = current.folder / "export" / kind
-    load = SharedLlamaForCausalLM if kind == "compact" else LlamaForCausalLM
-    model = load.from_pretrained(
-        folder, dtype="auto", attn_implementation=current.recipe.model.attention
-    )
+    model = load_model(folder, current.recipe.model.attention)
     if kind == "compact" and current.recipe.residual is not None:
         insert_(model, load_adapter(folder.with_name("adapter")))
-    return model.float()
+    return model
 
 
 def _export_hashes(current: Run) -> dict[str, str]:

@@ -41,5 +41,7 @@ def distances(current: Run, folder: Path) -> list[float]:
     for tie in current.plan.ties:
         for projection in tie.projections:
             source = unit(tie.source, projection)
-            found.append(float((unit(tie.target, projection) - source).norm() / source.norm()))
+            target = unit(tie.target, projection)
+            apart = float((target - source).norm())
+            found.append(apart / float(source.norm() or target.norm() or 1))
     return found

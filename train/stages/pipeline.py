@@ -21,7 +21,6 @@ from sa_models.export.peft_adapter import insert_
 from sa_models.modeling import SharedLlamaForCausalLM
 from sa_models.plan import SharingPlan
 from sa_models.weights.compact_folder import open_weights
-from sa_models.weights.safetensors_folder import WeightsFolder
 from sa_models.weights.structure import convert
 from train.common.progress import bar
 from train.common.run_files import SUMMARY_FILE
@@ -58,7 +57,7 @@ from train.stages.materialize import (
 )
 from train.stages.plan import make_plan
 from train.stages.residual import fit_residual, fitted, residual_of, trainable, with_residual
-from train.stages.run import PLAN_OUTPUTS, Run, base_of, begin, find_teacher
+from train.stages.run import PLAN_OUTPUTS, Run, base_of, begin, check_weights, find_teacher
 from train.tracking.wandb_evaluation import log_outcome
 from train.training.job import TrainJob
 from train.training.loop import TrainResult, train
@@ -119,7 +118,7 @@ def prepare(recipe: Recipe) -> None:
     """`postshare prepare`: fetch and cache model, tokenizer and data; nothing is trained."""
     current = Run(recipe, engines.start(recipe))
     if current.base is not None:
-        WeightsFolder(current.base)
+        check_weights(current, current.base)
         current.say(f"model     {current.base}")
     if recipe.distill is not None:
         current.say(f"teacher   {find_teacher(current)}")

@@ -31,11 +31,12 @@ from sa_models.materialize.low_rank_residual import Pair, lost, low_rank, share_
 from sa_models.materialize.reader import MaterializedReader
 from sa_models.materialize.residual_shapes import residual_shapes
 from sa_models.weights.structure import convert
+from sa_models.weights.whole_model import ParameterReader
 from train.common.progress import bar
 from train.common.run_files import ADAPTER_FOLDER
 from train.data.calibration import calibration_inputs
 from train.models.base_model import load_model
-from train.models.sharded_source import Source, WeightsReader, dense_weights
+from train.models.sharded_source import Source, dense_weights
 
 if TYPE_CHECKING:
     from train.data.blocks import Blocks
@@ -147,7 +148,7 @@ def with_residual(source: Source, pairs: Pairs) -> Source:
 class _WithResidual:
     """The tensors of a model and of its residuals, by the names that PEFT gives them."""
 
-    def __init__(self, source: WeightsReader, pairs: Pairs) -> None:
+    def __init__(self, source: ParameterReader, pairs: Pairs) -> None:
         self.path = source.path
         self._source = source
         self._names = {wrapped_name(name, pairs): name for name in source.names()}

@@ -22,7 +22,8 @@ from sa_models.atomic_files import beside, write_json
 from sa_models.errors import PostshareError
 from sa_models.heads import HeadLayout
 from sa_models.plan import SharingPlan
-from sa_models.weights.safetensors_folder import WeightsFolder, read_config
+from sa_models.weights.config_file import read_config
+from sa_models.weights.safetensors_folder import WeightsFolder
 from sa_models.weights.structure import Leaders
 from train.common.console import plain_console
 from train.common.identity import refuse_other_run
@@ -42,11 +43,11 @@ from train.common.run_files import (
     TIES_PICTURE,
 )
 from train.data.blocks import Blocks, prepare_data
-from train.data.token_table import load_tokenizer
 from train.distributed.engines import start as engines
 from train.distributed.shared_folder import SIGNS, require_shared
-from train.models.base_model import base_folder, fresh_config
+from train.models.base_model import base_folder, fresh_config, read_through
 from train.models.lora import check_gpu
+from train.models.tokenizer import load_tokenizer
 from train.planning.check import check_plan
 from train.recipe.identity import run_identity
 from train.recipe.recipe import Recipe, load_recipe
@@ -208,6 +209,20 @@ class Run:
         if problem is not None:
             raise PostshareError(problem)
 
+    def on_all(self, work: Callable[[], None]) -> None:
+        """Run ``work`` on every rank; the first error is everybody's."""
+        problem = None
+        try:
+            work()
+        except PostshareError as error:
+            problem = str(error)
+        if self.ranks.world > 1:
+            from accelerate.utils import gather_object
+
+            problem = next((found for found in gather_object([problem]) if found), None)
+        if problem is not None:
+            raise PostshareError(problem)
+
     def say(self, *renderables: Any) -> None:
         if self.ranks.is_main:
             for renderable in renderables:
@@ -280,6 +295,7 @@ def _check(
     current.on_main(lambda: check_folder(recipe))
     if current.base is not None:
         current.on_main(lambda: check_plan(recipe, WeightsFolder(base_of(current))))
+        check_weights(current, base_of(current))
     current.on_main(lambda: _warn(current))
     teacher = find_teacher(current) if trains and recipe.distill is not None else None
     if requires is not None:
@@ -381,6 +397,12 @@ def _warn(current: Run) -> None:
             note(f"warning: {line}")
 
 
+def check_weights(current: Run, folder: Path) -> None:
+    """Refuse weights that are no numbers. A collective: every rank reads its share."""
+    ranks = current.ranks
+    current.on_all(lambda: read_through(WeightsFolder(folder), ranks.rank, ranks.world))
+
+
 def find_teacher(current: Run) -> Path:
     """The folder of the teacher, which is fetched if need be; one that cannot teach is refused."""
     from train.training.teacher import check_teacher, teacher_folder
@@ -390,4 +412,6 @@ def find_teacher(current: Run) -> Path:
     tokenizer = None if recipe.distill.teacher is None else current.tokenizer
     folder = current.main_first(lambda: teacher_folder(recipe))
     current.on_main(lambda: check_teacher(recipe, folder, config, tokenizer, current.ranks))
+    if folder != current.base:
+        check_weights(current, folder)
     return folder

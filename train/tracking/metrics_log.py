@@ -188,7 +188,7 @@ def truncate_rows(path: Path, step: int) -> None:
     rows = [row for row in read_rows(path) if row["step"] <= step]
     with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+        write_text(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
 
 
 def memory_bytes() -> int:

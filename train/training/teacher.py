@@ -19,10 +19,12 @@ from transformers import LlamaForCausalLM
 
 from sa_models.errors import PostshareError
 from sa_models.plan import SharingPlan
-from sa_models.weights.safetensors_folder import WeightsFolder, read_config
-from train.data.token_table import load_tokenizer
+from sa_models.weights.config_file import read_config
+from sa_models.weights.safetensors_folder import WeightsFolder
+from sa_models.weights.whole_model import load_whole
 from train.models.base_model import base_folder
 from train.models.sharded_source import base_source
+from train.models.tokenizer import load_tokenizer
 from train.recipe.sections.inputs import ModelSection
 from train.training.distill_loss import TopK, likeliest
 
@@ -224,24 +226,21 @@ def place(recipe: Recipe, engine: Engine) -> LlamaForCausalLM:
 def _whole(recipe: Recipe, engine: Engine) -> LlamaForCausalLM:
     assert recipe.distill is not None
     precision = recipe.distill.precision
-    options: dict[str, Any] = {}
-    if precision == "int8":
-        from transformers import BitsAndBytesConfig
+    weights, attention = WeightsFolder(teacher_folder(recipe)), recipe.model.attention
+    if precision != "int8":
+        model = load_whole(weights, attention, DTYPES[precision])
+        return model.to(engine.device)  # type: ignore[arg-type]  # transformers' decorator hides it
+    from transformers import BitsAndBytesConfig
 
-        options = {
-            "quantization_config": BitsAndBytesConfig(load_in_8bit=True),
-            "device_map": {"": engine.device},
-        }
-    folder = teacher_folder(recipe)
-    WeightsFolder(folder)
-    # Not `.to(dtype)`, which would round the rotary table too.
-    model = LlamaForCausalLM.from_pretrained(
-        folder,
-        dtype=DTYPES.get(precision, torch.bfloat16),
-        attn_implementation=recipe.model.attention,
-        **options,
+    return LlamaForCausalLM.from_pretrained(
+        None,
+        config=weights.config,
+        state_dict={name: tensor.bfloat16() for name, tensor in weights.items()},
+        dtype=torch.bfloat16,
+        attn_implementation=attention,
+        quantization_config=BitsAndBytesConfig(load_in_8bit=True),
+        device_map={"": engine.device},
     )
-    return model if options else model.to(engine.device)  # type: ignore[arg-type]
 
 
 def _sharded(recipe: Recipe, engine: Engine) -> LlamaForCausalLM:

@@ -8,7 +8,6 @@ import math
 import pytest
 import torch
 
-from sa_models.errors import PostshareError
 from sa_models.heads import HeadLayout
 from sa_models.materialize.gauge import absorbed, align_planes, align_values
 from sa_models.materialize.ties import unit as unit_of
@@ -123,10 +122,13 @@ def test_the_absorbing_o_is_the_closest() -> None:
 def test_zero_weights() -> None:
     unit = parts(tiny(2), (0, 1))
     zero = torch.zeros_like(unit["v"])
-    with pytest.raises(PostshareError, match="whose v is zero cannot be aligned"):
-        align_values((unit["v"], unit["o"]), (zero, unit["o"]))
-    with pytest.raises(PostshareError, match="whose o is zero cannot be aligned"):
-        align_values((unit["v"], torch.zeros_like(unit["o"])), (unit["v"], unit["o"]))
+    for source, target in (
+        ((unit["v"], unit["o"]), (zero, unit["o"])),
+        ((unit["v"], torch.zeros_like(unit["o"])), (unit["v"], unit["o"])),
+    ):
+        kept = align_values(source, target)
+        assert torch.equal(kept.apply("v", target[0]), target[0].double())
+        assert torch.equal(kept.apply("o", target[1]), target[1].double())
     q = unit["q"].clone()
     q[[1, 1 + HEAD_DIM // 2, 1 + HEAD_DIM, 1 + HEAD_DIM + HEAD_DIM // 2]] = 0
     found = align_planes((unit["q"], unit["k"]), (q, unit["k"]), HEAD_DIM)

@@ -9,11 +9,11 @@ import torch
 from transformers import LlamaForCausalLM
 
 from sa_models.errors import PostshareError
-from sa_models.heads import HeadLayout
+from sa_models.heads import HeadLayout, unit_view
 from sa_models.scores import weight_cosine
 from sa_models.scores.activations import HeadOutputs, output_map_scores, output_scores, output_terms
 from sa_models.scores.attention_maps import unit_map_similarity
-from sa_models.scores.significance import chance
+from sa_models.scores.significance import Chance, chance
 from sa_models.scores.significance_text import linear_map_terms, map_terms, shuffles
 from tests.support.gauge import HEAD_DIM, HEADS, HIDDEN, change_gauge_, slices, tiny, tokens
 
@@ -159,10 +159,26 @@ def test_bad_input() -> None:
     with pytest.raises(PostshareError, match=r"5 calibration blocks are too few .*at least 6"):
         map_terms(model, batches(5))
     with torch.no_grad():
-        model.model.layers[1].self_attn.o_proj.weight.zero_()
-    with pytest.raises(PostshareError, match=r"unit \(1, 0\) writes nothing"):
-        output_scores(HeadOutputs.measure(model, batches()))
-    with torch.no_grad():
         model.model.layers[1].self_attn.v_proj.weight.fill_(torch.inf)
     with pytest.raises(PostshareError, match="not finite"):
         HeadOutputs.measure(model, batches())
+
+
+@pytest.mark.parametrize("silent", ["o", "v", "vo"])
+def test_a_unit_that_writes_nothing_scores_zero(silent: str) -> None:
+    """As a target; as a source, unless it returns what its o then loses."""
+    model = tiny(2)
+    layout = HeadLayout.from_config(model.config)
+    before = HeadOutputs.measure(model, batches(8))
+    with torch.no_grad():
+        for p in silent:
+            unit_view(model.get_parameter(layout.parameter_name(2, p)), layout, p)[1] = 0
+    outputs, at = HeadOutputs.measure(model, batches(8)), 2 * layout.units + 1
+    others = [unit for unit in range(layout.layers * layout.units) if unit != at]
+    for measure in (output_scores, output_map_scores):
+        scores, whole = measure(outputs), measure(before)
+        assert (scores[at] == 0).all()
+        assert (scores[:, at] == 0).all() or (measure, silent) == (output_map_scores, "o")
+        assert torch.equal(scores[others][:, others], whole[others][:, others])
+    for terms in (output_terms(outputs), linear_map_terms(outputs, 8)):
+        assert chance(terms((2, 1), (0, 0)), 4) == Chance(0.0, 0.0, 1.0, 1.0)

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from sa_models.errors import PostshareError
-from sa_models.heads import HeadLayout
+from sa_models.heads import HeadLayout, unit_view
 from sa_models.scores import weight_cosine
 from sa_models.scores.gauge_invariant import FoldedNorm, aligned_scores
 from sa_models.scores.registry import OF_WEIGHTS, weight_scores, weight_terms
+from sa_models.scores.significance import Chance, chance
 from sa_models.scores.weight_cosine import unit_scores
 from tests.support.gauge import (
     HEAD_DIM,
@@ -183,7 +184,24 @@ def test_bad_input() -> None:
     attention = {n: p for n, p in model.named_parameters() if ".self_attn." in n}
     with pytest.raises(PostshareError, match=r"input_layernorm.weight to fold in.*fold_norm=false"):
         unit_scores(FoldedNorm(InMemory(attention)), layout_of(model), "qk")
+
+
+@pytest.mark.parametrize("score", ["qk", "softmax", "qk_aligned", "vo", "qkvo_aligned"])
+def test_a_unit_of_zeros_is_like_no_other(score: str) -> None:
+    """Its scores are 0, and those of the others what they are without it."""
+    model = tiny(2)
+    layout = layout_of(model)
+    before = weight_scores(reader(model), layout, score)
+    removed = 1 * layout.units + 1
     with torch.no_grad():
-        model.model.layers[1].self_attn.v_proj.weight[HEAD_DIM:] = 0
-    with pytest.raises(PostshareError, match=r"unit 3 .*weights of zero"):
-        aligned_scores(reader(model), layout_of(model), "vo")
+        for p in "qkvo":
+            weight = model.get_parameter(layout.parameter_name(1, p))
+            unit_view(weight, layout, p)[1] = 0
+    after = weight_scores(reader(model), layout, score)
+    assert (after[removed] == 0).all()
+    assert (after[:, removed] == 0).all()
+    others = [unit for unit in range(len(before)) if unit != removed]
+    assert torch.equal(after[others][:, others], before[others][:, others])
+    terms = weight_terms(reader(model), layout, score)
+    for pair in (((1, 1), (0, 0)), ((2, 0), (1, 1))):
+        assert chance(terms(*pair), 4) == Chance(0.0, 0.0, 1.0, 1.0)

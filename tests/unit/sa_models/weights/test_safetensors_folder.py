@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from sa_models.errors import PostshareError
 from sa_models.heads import PROJECTIONS, HeadLayout
+from sa_models.modeling import SharedLlamaForCausalLM
+from sa_models.plan import SharingPlan
+from sa_models.weights.compact_folder import ExpandedFolder
 from sa_models.weights.parameter_shapes import llama_shapes
-from sa_models.weights.safetensors_folder import INDEX, ShardWriter, WeightsFolder
+from sa_models.weights.safetensors_files import INDEX
+from sa_models.weights.safetensors_folder import ShardWriter, WeightsFolder, require_finite
 
 
 def save_llama(folder: Path, shard_size: int | str = "1GB", **fields: object) -> LlamaForCausalLM:
@@ -165,6 +170,188 @@ def test_quantized_weights_are_refused(tmp_path: Path) -> None:
     tensors["model.norm.weight"] = torch.zeros(16, dtype=torch.int8)
     save_file(tensors, path)
     assert str(path) in refused(tmp_path, "model.norm.weight is stored as I8; use fp32, bf16")
+
+
+def edit_weights(folder: Path, **tensors: torch.Tensor) -> None:
+    """Put tensors into a single file; dots of a name are `__`."""
+    path = folder / "model.safetensors"
+    named = {name.replace("__", "."): tensor for name, tensor in tensors.items()}
+    save_file(load_file(path) | named, path, metadata={"format": "pt"})
+
+
+def rename_weights(folder: Path, change: Callable[[str], str]) -> None:
+    path = folder / "model.safetensors"
+    save_file({change(name): tensor for name, tensor in load_file(path).items()}, path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_tied_head_is_the_embedding(tmp_path: Path, dtype: torch.dtype) -> None:
+    """As peft#3066: one engine would train an untied head, another a tied one."""
+    save_llama(tmp_path, tie_word_embeddings=True)
+    embedding = load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"].to(dtype)
+    edit_weights(tmp_path, model__embed_tokens__weight=embedding)
+    assert WeightsFolder(tmp_path).left_over() == 0
+    edit_weights(tmp_path, lm_head__weight=embedding.float(), rotary_emb__inv_freq=torch.ones(3))
+    folder = WeightsFolder(tmp_path)
+    assert "lm_head.weight" not in folder.names()
+    assert folder.left_over() == 4 * embedding.numel() + 12
+    other = embedding.float().clone()
+    other[-1, -1] += 1
+    edit_weights(tmp_path, lm_head__weight=other)
+    message = "the lm_head.weight that is stored is another than .*tie_word_embeddings: false there"
+    refused(tmp_path, message)
+    edit_config(tmp_path, tie_word_embeddings=False)
+    assert torch.equal(WeightsFolder(tmp_path).read("lm_head.weight"), other)
+    edit_config(tmp_path, tie_word_embeddings=True)
+    edit_weights(tmp_path, lm_head__weight=embedding[:-1].clone())
+    refused(tmp_path, message)
+
+
+def test_a_compact_folder_with_another_head_is_refused(tmp_path: Path) -> None:
+    model = save_llama(tmp_path / "base", tie_word_embeddings=True)
+    SharedLlamaForCausalLM.from_materialized(model, SharingPlan()).save_pretrained(tmp_path)
+    edit_weights(tmp_path, lm_head__weight=torch.zeros(32, 16))
+    with pytest.raises(PostshareError, match="tie_word_embeddings: false there"):
+        ExpandedFolder(tmp_path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_values_that_are_no_numbers_are_refused_by_name(
+    tmp_path: Path, value: float, dtype: torch.dtype
+) -> None:
+    save_llama(tmp_path)
+    name = "model.layers.1.self_attn.k_proj.weight"
+    weight = load_file(tmp_path / "model.safetensors")[name].to(dtype)
+    weight[3, 5] = weight[4, 0] = value
+    edit_weights(tmp_path, **{name: weight})
+    folder = WeightsFolder(tmp_path)
+    folder.read("model.norm.weight")
+    message = rf"{name} has 2 of 128 values .*\(the first at \[3, 5\]: {value}\); download"
+    with pytest.raises(PostshareError, match=message) as caught:
+        folder.read(name)
+    assert str(tmp_path / "model.safetensors") in str(caught.value)
+    with pytest.raises(PostshareError, match=name):
+        dict(folder.items())
+
+
+def test_largest_values_and_empty_tensors_are_numbers() -> None:
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        ends = torch.tensor([torch.finfo(dtype).max, torch.finfo(dtype).min], dtype=dtype)
+        require_finite(ends, "here")
+    require_finite(torch.empty(0, 16), "here")
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", r"\(it is empty\); download or copy it again"),
+        (b"version https://git-lfs.github.com/spec/v1\n", r"git-lfs pointer.*run `git lfs pull`"),
+        (b"<!DOCTYPE html>" * 9, r"\); download or copy it again"),
+    ],
+)
+@pytest.mark.parametrize("shard_size", ["1GB", 3000])
+def test_what_lies_in_the_place_of_weights_is_named(
+    tmp_path: Path, content: bytes, reason: str, shard_size: int | str
+) -> None:
+    save_llama(tmp_path, shard_size)
+    path = sorted(tmp_path.glob("*.safetensors"))[-1]
+    path.write_bytes(content)
+    assert str(path) in refused(tmp_path, f"is truncated or corrupt .*{reason}")
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("model.safetensors.incomplete", "an unfinished download; download it again"),
+        ("model.safetensors.part", "an unfinished download; download it again"),
+        ("model-00001-of-00002.safetensors", r"shards .* but no model.safetensors.index.json; dow"),
+        ("adapter_model.safetensors", r"only an adapter .*merge_and_unload\(\)"),
+        ("consolidated.safetensors", "only consolidated.safetensors; put model.safetensors"),
+        ("consolidated.00.pth", r"only consolidated.00.pth \(pickle\) weights; convert them"),
+    ],
+)
+def test_a_folder_with_something_else_says_what(tmp_path: Path, name: str, reason: str) -> None:
+    save_llama(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / name)
+    refused(tmp_path, reason)
+
+
+@pytest.mark.parametrize(
+    ("change", "cure"),
+    [
+        (lambda n: n.removeprefix("model."), "it was saved as a LlamaModel; save the LlamaForCaus"),
+        (lambda n: f"_orig_mod.{n}", "all names begin with '_orig_mod.'; save the model inside"),
+        (lambda n: f"module.{n}", "all names begin with 'module.'"),
+        (lambda n: f"base_model.model.{n}", "all names begin with 'base_model.model.'"),
+        (lambda n: n.replace("q_proj.", "q_proj.base_layer."), "its adapters are not merged"),
+        (lambda n: n.replace("model.embed_tokens", "tok_embeddings"), "the names are Meta's"),
+        (lambda n: n.replace("lm_head", "score"), "set tie_word_embeddings: true there if"),
+        (lambda n: n.replace("up_proj", "w3"), "use the config that belongs to these weights"),
+    ],
+)
+def test_names_that_another_program_gives_have_a_cure(
+    tmp_path: Path, change: Callable[[str], str], cure: str
+) -> None:
+    save_llama(tmp_path)
+    rename_weights(tmp_path, change)
+    refused(tmp_path, rf"has no weight \S+, which its config.json asks for; {cure}")
+
+
+def test_the_method_of_quantized_weights_is_named(tmp_path: Path) -> None:
+    save_llama(tmp_path)
+    edit_config(tmp_path, quantization_config={"quant_method": "gptq", "bits": 4})
+    (line,) = WeightsFolder(tmp_path).notes()
+    assert line.startswith(f"note: {tmp_path / 'config.json'} asks for quantization (gptq), and")
+    edit_weights(tmp_path, model__norm__weight=torch.zeros(16, dtype=torch.uint8))
+    refused(tmp_path, "stored as U8; use fp32, bf16 or fp16 weights, those that gptq has quantized")
+    edit_weights(tmp_path, model__norm__weight=torch.zeros(16).to(torch.float8_e4m3fn))
+    refused(tmp_path, "stored as F8_E4M3; use fp32")
+
+
+def test_one_file_goes_before_an_index_as_in_transformers(tmp_path: Path) -> None:
+    sharded = save_llama(tmp_path, 3000)
+    single = save_llama(tmp_path / "one", initializer_range=0.5)
+    (tmp_path / "one" / "model.safetensors").rename(tmp_path / "model.safetensors")
+    folder = WeightsFolder(tmp_path)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    theirs = LlamaForCausalLM.from_pretrained(tmp_path).get_parameter(name)
+    assert torch.equal(folder.read(name), theirs)
+    assert torch.equal(folder.read(name), single.get_parameter(name))
+    assert not torch.equal(folder.read(name), sharded.get_parameter(name))
+    (line,) = folder.notes()
+    assert line.endswith("model.safetensors is read, as in transformers")
+    (tmp_path / "model.safetensors").unlink()
+    assert torch.equal(WeightsFolder(tmp_path).read(name), sharded.get_parameter(name))
+    assert WeightsFolder(tmp_path).notes() == []
+
+
+def test_an_index_of_the_one_file_is_no_contradiction(tmp_path: Path) -> None:
+    save_llama(tmp_path)
+    names = dict.fromkeys(load_file(tmp_path / "model.safetensors"), "model.safetensors")
+    (tmp_path / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    assert WeightsFolder(tmp_path).notes() == []
+
+
+def test_a_tensor_in_two_shards_is_refused_unless_it_is_the_same(tmp_path: Path) -> None:
+    """transformers takes the last, the index says another."""
+    save_llama(tmp_path, 3000)
+    first, second = sorted(tmp_path.glob("*.safetensors"))[:2]
+    name, tensor = next(iter(load_file(first).items()))
+    save_file(load_file(second) | {name: tensor}, second)
+    assert torch.equal(WeightsFolder(tmp_path).read(name), tensor)
+    save_file(load_file(second) | {name: tensor + 1}, second)
+    assert name in refused(tmp_path, "with other values, in .*download the index and the shards")
+
+
+def test_a_snapshot_of_links_reads_like_its_files(tmp_path: Path) -> None:
+    model = save_llama(tmp_path / "blobs", 3000)
+    snapshot = tmp_path / "snapshot"
+    snapshot.mkdir()
+    for path in (tmp_path / "blobs").iterdir():
+        (snapshot / path.name).symlink_to(path)
+    for name, tensor in WeightsFolder(snapshot).items():
+        assert torch.equal(tensor, model.get_parameter(name))
 
 
 def test_shard_writer_bounds_its_shards(tmp_path: Path) -> None:

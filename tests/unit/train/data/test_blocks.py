@@ -484,19 +484,6 @@ def test_hub_errors_have_cures(
     assert "\n" not in str(raised.value)
 
 
-def test_tokenizer_errors_have_cures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(PostshareError, match=r"folder with tokenizer\.json"):
-        token_table.load_tokenizer(str(tmp_path))
-    import transformers
-
-    def gated(*_: Any, **__: Any) -> None:
-        raise OSError("You are trying to access a gated repo.\nMake sure to have access to it")
-
-    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", gated)
-    with pytest.raises(PostshareError, match=r"gated.*huggingface\.co/a/b.*postshare prepare"):
-        token_table.load_tokenizer("a/b")
-
-
 # --- order ----------------------------------------------------------------------------------------
 
 

@@ -20,8 +20,8 @@ from tests.support.in_memory import packed as packed_ids
 from train.data import chat, instruct
 from train.data.blocks import Blocks, PositionSampler, prepare_data
 from train.data.record_blocks import RecordBlocks, first_records
-from train.data.token_table import load_tokenizer
 from train.evaluation.perplexity import perplexity
+from train.models.tokenizer import load_tokenizer
 from train.recipe.recipe import Recipe, validate
 from train.stages.run import Run
 from train.training.loop import predicted_tokens

@@ -13,8 +13,8 @@ from sa_models.errors import PostshareError
 from tests.support import tiny
 from tests.support.in_memory import text_blocks
 from train.data.blocks import prepare_data
-from train.data.token_table import load_tokenizer
 from train.evaluation.perplexity import perplexity
+from train.models.tokenizer import load_tokenizer
 from train.recipe.recipe import validate
 
 

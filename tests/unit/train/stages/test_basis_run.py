@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from sa_models.errors import PostshareError
 from sa_models.plan import SharingPlan
 from sa_models.weights.compact_folder import CompactFolder, ExpandedFolder
-from sa_models.weights.safetensors_folder import WeightsFolder, read_config
+from sa_models.weights.config_file import read_config
+from sa_models.weights.safetensors_folder import WeightsFolder
 from tests.support import demo_runs
 from train.commands.compare import command as comparing
 from train.demo import demo_base_path

@@ -20,7 +20,7 @@ from sa_models.materialize.residual_shapes import residual_parameters, residual_
 from sa_models.materialize.ties import materialize_
 from sa_models.modeling import SharedLlamaForCausalLM
 from sa_models.plan import SharingPlan
-from sa_models.weights.safetensors_folder import read_config
+from sa_models.weights.config_file import read_config
 from tests.support import REPOSITORY, demo_runs, tiny
 from tests.support.interruption import KilledError, at_step
 from train.commands.compare.controls import Target

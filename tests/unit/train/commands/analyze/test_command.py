@@ -17,7 +17,7 @@ from sa_models.plan import AttentionSpan, HeadTie, SharingPlan
 from sa_models.weights.safetensors_folder import WeightsFolder
 from tests.support import small_models
 from train.cli import main
-from train.data.token_table import load_tokenizer
+from train.models.tokenizer import load_tokenizer
 
 LENGTH, BLOCKS = 24, 2
 HEAD_DIM = 8

@@ -11,7 +11,7 @@ import torch
 
 from sa_models.errors import PostshareError
 from sa_models.plan import SharingPlan
-from sa_models.weights.safetensors_folder import read_config
+from sa_models.weights.config_file import read_config
 from tests.support import demo_runs, spans_base
 from train.commands.compare import command as comparing
 from train.commands.compare.controls import CONTROLS, Target, variant

@@ -18,9 +18,9 @@ from sa_models.materialize.ties import materialize_
 from tests.support import small_models
 from train.cli import main
 from train.commands.evaluate import side_by_side
-from train.data.token_table import load_tokenizer
 from train.evaluation.models import Judged, find_models
 from train.evaluation.speed import SpeedSettings, resident_bytes
+from train.models.tokenizer import load_tokenizer
 
 CPU = torch.device("cpu")
 
