@@ -22,7 +22,8 @@ from train.evaluation.perplexity import perplexity
 from train.models.base_model import load_dense
 from train.recipe.recipe import load_recipe
 from train.stages.plan import make_plan
-from train.stages.run import Run, base_of, begin
+from train.stages.run import Run, base_of
+from train.stages.start import begin
 
 SHARES = ("qkvo", "qkv", "v")
 MERGES = ("copy", "mean", "aligned_mean", "weighted_mean", "least_squares")

@@ -36,7 +36,7 @@ def check_start(recipe: Recipe, world: int) -> Iterator[Finding]:
     """What a run of the recipe refuses before it starts: launch settings, batch, folder, wandb."""
     from train.models.lora import check_gpu
     from train.stages.lock import require_free
-    from train.stages.run import check_folder
+    from train.stages.start import check_folder
     from train.tracking.wandb_run import check_wandb
 
     refusals: tuple[tuple[str, Callable[[], object]], ...] = (

@@ -57,7 +57,8 @@ from train.stages.materialize import (
 )
 from train.stages.plan import make_plan
 from train.stages.residual import fit_residual, fitted, residual_of, trainable, with_residual
-from train.stages.run import PLAN_OUTPUTS, Run, base_of, begin, check_weights, find_teacher
+from train.stages.run import Run, base_of
+from train.stages.start import PLAN_OUTPUTS, begin, check_weights, find_teacher
 from train.tracking.wandb_evaluation import log_outcome
 from train.training.job import TrainJob
 from train.training.loop import TrainResult, train

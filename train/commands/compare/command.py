@@ -28,7 +28,8 @@ from train.recipe.recipe import Recipe
 from train.report.page import write_report
 from train.stages import pipeline
 from train.stages.plan import make_plan
-from train.stages.run import Run, base_of, begin
+from train.stages.run import Run, base_of
+from train.stages.start import begin
 
 PARETO_PICTURE = "comparison.png"
 REFERENCE = "continued"

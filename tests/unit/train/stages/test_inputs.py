@@ -19,7 +19,7 @@ from train.recipe.recipe import Recipe
 from train.stages import inputs
 from train.stages.inputs import INPUTS_FILE, changed, stamp_weights
 from train.stages.pipeline import plan, run
-from train.stages.run import begin
+from train.stages.start import begin
 from train.tracking.metrics_log import read_rows
 
 pytestmark = pytest.mark.usefixtures("unrendered")

@@ -28,7 +28,8 @@ from train.models.sharded_source import compact_source
 from train.recipe.recipe import Recipe, validate
 from train.stages.materialize import materialize_on_text, merged_folder, tied
 from train.stages.pipeline import export, run
-from train.stages.run import base_of, begin
+from train.stages.run import base_of
+from train.stages.start import begin
 
 pytestmark = pytest.mark.usefixtures("unrendered")
 

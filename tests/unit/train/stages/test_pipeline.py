@@ -24,7 +24,8 @@ from train.models.base_model import load_dense
 from train.recipe.identity import run_identity
 from train.recipe.recipe import Recipe, validate
 from train.stages.pipeline import evaluate, export, plan, run
-from train.stages.run import Run, begin
+from train.stages.run import Run
+from train.stages.start import begin
 from train.tracking.metrics_log import read_rows
 
 pytestmark = pytest.mark.usefixtures("unrendered")

@@ -32,7 +32,8 @@ from train.planning.problem import PlanProblem
 from train.recipe.recipe import Recipe
 from train.stages.pipeline import run
 from train.stages.residual import residual_of, trainable
-from train.stages.run import Run, begin
+from train.stages.run import Run
+from train.stages.start import begin
 from train.training.loop import train
 from train.training.optimizer import parameter_groups, select_trainable
 

@@ -55,7 +55,8 @@ from train.recipe.recipe import Recipe
 from train.recipe.sections.plan import PlanSection
 from train.stages.materialize import materialize_on_text, merged_folder
 from train.stages.pipeline import plan, run
-from train.stages.run import Run, begin
+from train.stages.run import Run
+from train.stages.start import begin
 
 pytestmark = pytest.mark.usefixtures("unrendered")
 

@@ -12,7 +12,7 @@ from sa_models.errors import PostshareError
 from tests.support import REPOSITORY
 from tests.support.demo_runs import recipe
 from train.stages.lock import LOCK_FILE, lock, unlock
-from train.stages.run import begin
+from train.stages.start import begin
 
 LOCKING = """
 from pathlib import Path
