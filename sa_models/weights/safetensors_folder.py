@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import AutoConfig, LlamaConfig
 
+from sa_models.atomic_files import follow_umask
 from sa_models.errors import PostshareError
 from sa_models.weights.parameter_shapes import llama_shapes
 
@@ -210,6 +211,18 @@ def _unreadable(path: Path, error: Exception) -> PostshareError:
     return PostshareError(f"{path} is truncated or corrupt ({reason}); download or copy it again")
 
 
+def save_tensors(
+    tensors: Mapping[str, torch.Tensor], path: Path, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file that others may read as the umask says.
+
+    Raises:
+        OSError or SafetensorError: it cannot be written.
+    """
+    save_file(dict(tensors), path, None if metadata is None else dict(metadata))
+    follow_umask(path)
+
+
 class ShardWriter:
     """Write tensors one at a time into safetensors shards of bounded size.
 
@@ -263,6 +276,6 @@ class ShardWriter:
 
     def _flush(self) -> None:
         path = self._part(len(self._shards))
-        save_file(self._pending, path, metadata={"format": "pt"})
+        save_tensors(self._pending, path, metadata={"format": "pt"})
         self._shards.append(list(self._pending))
         self._pending, self._pending_bytes = {}, 0
