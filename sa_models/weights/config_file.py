@@ -1,0 +1,70 @@
+"""A model folder's config.json, from which transformers 5 and 4 read the same model.
+
+transformers 5 writes what 4 calls ``rope_theta`` and ``rope_scaling`` into ``rope_parameters``. 4,
+and what is built on it, takes the keys that it misses for a theta of 10,000 and no scaling, and
+says nothing: the file has both.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import LlamaConfig
+
+CONFIG = "config.json"
+
+
+def write_config(config: LlamaConfig, folder: Path) -> None:
+    """Write config.json into an existing folder."""
+    config.save_pretrained(folder)
+    values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    write_config_values(values, folder)
+
+
+def write_config_values(values: Mapping[str, Any], folder: Path) -> None:
+    """Write config.json into an existing folder, with the keys of transformers 4 as well.
+
+    Args:
+        values: of a config.json that transformers has written, in any version.
+    """
+    text = json.dumps({**values, **earlier_keys(values)}, indent=2, sort_keys=True)
+    (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
+
+
+def earlier_keys(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of transformers 4 for what a config.json of transformers 5 says."""
+    found: dict[str, Any] = {}
+    if values.get("dtype") is not None:
+        found["torch_dtype"] = values["dtype"]
+    rope = dict(values.get("rope_parameters") or {})
+    if not rope:
+        return found
+    found["rope_theta"] = rope.pop("rope_theta")
+    if "partial_rotary_factor" in rope:
+        found["partial_rotary_factor"] = rope.pop("partial_rotary_factor")
+    kind = rope.get("rope_type", "default")
+    if kind in ("yarn", "longrope"):
+        _say_what_is_derived(rope, values["max_position_embeddings"])
+    if kind == "longrope":  # 4 reads it outside
+        found["original_max_position_embeddings"] = rope["original_max_position_embeddings"]
+    found["rope_scaling"] = None if kind == "default" else rope
+    return found
+
+
+def _say_what_is_derived(rope: dict[str, Any], length: int) -> None:
+    """Put in what 4 derives in another way than 5, where the file leaves it open.
+
+    For yarn 4 does not know a factor of none. For longrope it takes the ratio of the two lengths
+    for the factor even where there is one.
+    """
+    original = rope["original_max_position_embeddings"]
+    factor = rope.get("factor")
+    if rope["rope_type"] == "yarn":
+        rope["factor"] = length / original if factor is None else factor
+    elif factor not in (None, length / original) and rope.get("attention_factor") is None:
+        grows = math.log(factor) / math.log(original) if factor > 1 else 0
+        rope["attention_factor"] = math.sqrt(1 + grows)
