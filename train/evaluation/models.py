@@ -20,7 +20,12 @@ from sa_models.export.quantized_folder import QuantizedFolder, is_quantized, loa
 from sa_models.modeling import SharedLlamaForCausalLM
 from sa_models.plan import SharingPlan
 from sa_models.weights.compact_folder import CompactFolder
-from sa_models.weights.companion_files import COMPANIONS, GENERATION_CONFIG, TOKENIZERS
+from sa_models.weights.companion_files import (
+    GENERATION_CONFIG,
+    TOKENIZER_FILES,
+    TOKENIZERS,
+    companions,
+)
 from sa_models.weights.safetensors_folder import WeightsFolder, read_model_type
 from train.common.files import file_hash
 from train.common.run_files import MERGED, PLAN_FILE, RECIPE_FILE
@@ -91,14 +96,11 @@ class Judged:
 
     def identity(self) -> dict[str, Any]:
         """What decides its outputs: the hashes of weights, configs and tokenizer files."""
-        patterns = (*COMPANIONS, GENERATION_CONFIG)
-        files = [file for pattern in patterns for file in self.tokenizer.glob(pattern)]
+        files = companions(self.tokenizer, (*TOKENIZER_FILES, GENERATION_CONFIG))
         value: dict[str, Any] = {
             "model": weight_hashes(self.folder),
             "tokenizer": {
-                f.name: file_hash(f)
-                for f in sorted(files)
-                if not f.name.isupper()  # licences
+                f.relative_to(self.tokenizer).as_posix(): file_hash(f) for f in sorted(files)
             },
             "through": self.through,
         }

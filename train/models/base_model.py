@@ -16,14 +16,13 @@ from sa_models.materialize.ties import materialize_
 from sa_models.modeling import SharedLlamaForCausalLM
 from sa_models.plan import SharingPlan
 from sa_models.weights.compact_folder import CompactFolder
+from sa_models.weights.companion_files import FETCHED
 from sa_models.weights.safetensors_folder import WeightsFolder, read_model_type
 from sa_models.weights.structure import convert
 from train.demo import DEMO_BASE, demo_base_path
 
 if TYPE_CHECKING:
     from train.recipe.recipe import ModelSection, Recipe
-
-NEEDED_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer*", "*.model"]
 
 
 def base_folder(model: ModelSection, key: str = "model.path") -> Path:
@@ -59,7 +58,7 @@ def _snapshot(model: ModelSection, key: str) -> Path:
 
     name = model.path
     try:
-        return Path(snapshot_download(name, revision=model.revision, allow_patterns=NEEDED_FILES))
+        return Path(snapshot_download(name, revision=model.revision, allow_patterns=list(FETCHED)))
     except GatedRepoError:
         cure = "it is gated: accept its licence on its hub page, then run `hf auth login`"
     except RevisionNotFoundError:
