@@ -44,9 +44,9 @@ def earlier_keys(values: Mapping[str, Any]) -> dict[str, Any]:
     if not rope:
         return found
     found["rope_theta"] = rope.pop("rope_theta")
-    if "partial_rotary_factor" in rope:
-        found["partial_rotary_factor"] = rope.pop("partial_rotary_factor")
-    kind = rope.get("rope_type", "default")
+    kind, partial = rope.get("rope_type", "default"), rope.pop("partial_rotary_factor", None)
+    if partial is not None and kind != "default":  # there 5 does without it
+        found["partial_rotary_factor"] = partial
     if kind in ("yarn", "longrope"):
         _say_what_is_derived(rope, values["max_position_embeddings"])
     if kind == "longrope":  # 4 reads it outside

@@ -6,7 +6,7 @@ Nothing leaves the machine before every file has the hash that the manifest says
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from glob import escape
@@ -180,11 +180,16 @@ def _upload(verified: Verified, repo_id: str, private: bool) -> str:
         api.upload_folder(
             repo_id=repo_id,
             folder_path=verified.folder,
-            allow_patterns=[escape(name) for name in verified.names],
+            allow_patterns=upload_patterns(verified.names),
             delete_patterns=list(STALE),
             commit_message=f"{name}, {verified.manifest['format']} export",
         )
     return str(page)
+
+
+def upload_patterns(names: Iterable[str]) -> list[str]:
+    """Patterns that match these very names."""
+    return [escape(name) for name in names]
 
 
 @contextmanager

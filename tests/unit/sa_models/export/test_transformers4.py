@@ -1,4 +1,4 @@
-"""Exports as transformers 4 reads them; `make test-transformers4` installs it."""
+"""Exports as transformers 4 reads them; `make test-transformers` installs it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SITE = REPOSITORY / ".site" / "transformers4"
 PLAN = SharingPlan((HeadTie((1, 0), (0, 1), ("q", "k", "v")), HeadTie((2, 1), (0, 1), ("o",))))
 TEXT = "def f(x):\n    return x + 1  # <|a|>"
 pytestmark = pytest.mark.skipif(
-    not SITE.is_dir(), reason=f"{SITE} is absent: run make test-transformers4"
+    not (SITE / ".installed").is_file(), reason=f"{SITE} is absent: run make test-transformers"
 )
 
 READ = """

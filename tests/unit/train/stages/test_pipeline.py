@@ -401,11 +401,14 @@ def test_directshare_without_training(tmp_path: Path, text: Path) -> None:
     assert (made.folder / "export" / "dense" / "model.safetensors").is_file()
 
 
-def of_strategy(strategy: str, folder: Path, text: Path) -> Recipe:
+def of_strategy(
+    strategy: str, folder: Path, text: Path, base: str | Path = "demo-base", **model: Any
+) -> Recipe:
     made = recipe(
         folder,
-        "demo-base",
+        base,
         text,
+        model=model,
         train={"steps": 1},
         plan={"strategy": strategy, "budget": {"heads": 20}},
         evaluate={"blocks": 1, "continued": False},
@@ -420,8 +423,16 @@ def test_the_released_strategy_ties_less_than_asked(tmp_path: Path, text: Path) 
 
 
 def test_the_random_strategy(tmp_path: Path, text: Path) -> None:
-    made = of_strategy("random", tmp_path / "run", text)
+    """With a tokenizer from elsewhere: licence and generation config are still the base's."""
+    base = shutil.copytree(demo_base_path(), tmp_path / "base")
+    (base / "LICENSE").write_text("terms")
+    (base / "generation_config.json").write_text('{"temperature": 0.7, "do_sample": false}')
+    made = of_strategy("random", tmp_path / "run", text, base, tokenizer="demo-base")
     assert check_run(made)["heads"]["tied"] == 20
+    for form in ("compact", "dense"):
+        export = made.folder / "export" / form
+        assert (export / "LICENSE").read_text() == "terms"
+        assert json.loads((export / "generation_config.json").read_text())["temperature"] == 0.7
 
 
 def test_a_plan_for_another_shape_is_refused_before_anything_is_written(
