@@ -32,7 +32,7 @@ from sa_models.weights.companion_files import (
     copy_terms,
     copy_tokenizer,
 )
-from sa_models.weights.config_file import write_config_values
+from sa_models.weights.config_file import write_values
 from sa_models.weights.safetensors_folder import (
     SINGLE,
     WeightsFolder,
@@ -136,7 +136,7 @@ def _write(weights: WeightsFolder, folder: Path, group_size: int | None) -> None
     if isinstance(weights, CompactFolder):
         copy_code(weights.config, folder)  # an older export's code knows no quantized weights
         config["auto_map"] = weights.config.auto_map
-    write_config_values(config, folder)
+    write_values(config, weights.config, folder)
     _describe(weights.path, folder, group_size)
 
 

@@ -21,29 +21,27 @@ CONFIG = "config.json"
 def write_config(config: LlamaConfig, folder: Path) -> None:
     """Write config.json into an existing folder."""
     config.save_pretrained(folder)
-    values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    write_config_values(values, folder)
+    write_values(json.loads((folder / CONFIG).read_text(encoding="utf-8")), config, folder)
 
 
-def write_config_values(values: Mapping[str, Any], folder: Path) -> None:
-    """Write config.json into an existing folder, with the keys of transformers 4 as well.
+def write_values(values: Mapping[str, Any], config: LlamaConfig, folder: Path) -> None:
+    """Write these values as config.json, with the keys of transformers 4 for what ``config`` says.
 
     Args:
-        values: of a config.json that transformers has written, in any version.
+        values: of a config.json that any version of transformers has written.
+        config: that is read from it.
     """
-    text = json.dumps({**values, **earlier_keys(values)}, indent=2, sort_keys=True)
+    text = json.dumps({**values, **earlier_keys(config)}, indent=2, sort_keys=True)
     (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
 
 
-def earlier_keys(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of transformers 4 for what a config.json of transformers 5 says."""
-    found: dict[str, Any] = {}
-    if values.get("dtype") is not None:
+def earlier_keys(config: LlamaConfig) -> dict[str, Any]:
+    """The keys of transformers 4 for what a config says."""
+    values = config.to_dict()
+    rope = dict(values["rope_parameters"])
+    found: dict[str, Any] = {"rope_theta": rope.pop("rope_theta")}
+    if values["dtype"] is not None:
         found["torch_dtype"] = values["dtype"]
-    rope = dict(values.get("rope_parameters") or {})
-    if not rope:
-        return found
-    found["rope_theta"] = rope.pop("rope_theta")
     kind, partial = rope.get("rope_type", "default"), rope.pop("partial_rotary_factor", None)
     if partial is not None and kind != "default":  # there 5 does without it
         found["partial_rotary_factor"] = partial

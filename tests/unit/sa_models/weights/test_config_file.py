@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from transformers import AutoConfig, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from sa_models.weights.config_file import earlier_keys, write_config, write_config_values
+from sa_models.weights.config_file import earlier_keys, write_config, write_values
 from tests.support.rope_types import ROPE_TYPES, config
 
 
@@ -52,7 +53,7 @@ def test_transformers_5_reads_the_rotation_that_was_written(kind: str, tmp_path:
         assert torch.equal(one, other)
     again = tmp_path / "again"
     again.mkdir()
-    for key in earlier_keys(values):
+    for key in earlier_keys(made):
         assert written(read, again)[key] == values[key], "the same when it is written again"
 
 
@@ -71,8 +72,8 @@ def test_a_config_of_transformers_4_stays_as_it_is(tmp_path: Path) -> None:
         "rope_scaling": {"type": "linear", "factor": 2.0},
         "torch_dtype": "float16",
     }
-    assert earlier_keys(values) == {}
-    write_config_values(values, tmp_path)
+    write_values(values, LlamaConfig(**copy.deepcopy(values)), tmp_path)  # which changes them
+    values["rope_scaling"] |= {"rope_type": "linear"}  # as the later versions of 4 call it
     assert json.loads((tmp_path / "config.json").read_text()) == values
 
 
@@ -83,6 +84,17 @@ def test_a_yarn_without_a_factor_gets_the_ratio_of_its_lengths() -> None:
         "factor": None,
         "original_max_position_embeddings": 16,
     }
-    values = {"rope_parameters": rope, "max_position_embeddings": 64}
-    assert earlier_keys(values)["rope_scaling"]["factor"] == 4.0
-    assert rope["factor"] is None
+    made = LlamaConfig(rope_parameters=rope, max_position_embeddings=64)
+    assert earlier_keys(made)["rope_scaling"]["factor"] == 4.0
+    assert made.rope_parameters["factor"] is None
+
+
+def test_a_part_of_a_head_is_rotated_as_5_does() -> None:
+    """Which leaves the part out for the plain rotation of a Llama."""
+    plain = LlamaConfig(partial_rotary_factor=0.5)
+    assert "partial_rotary_factor" not in earlier_keys(plain)
+    scaled = LlamaConfig(
+        partial_rotary_factor=0.5, rope_scaling={"rope_type": "linear", "factor": 2.0}
+    )
+    assert earlier_keys(scaled)["partial_rotary_factor"] == 0.5
+    assert "partial_rotary_factor" not in earlier_keys(scaled)["rope_scaling"]

@@ -125,6 +125,13 @@ def test_the_demo_base_through_all_stages(finished: Recipe) -> None:
     rows = read_rows(finished.folder / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert all(row["penalty"] > 0 for row in rows)
+    # Every model that a run leaves says its rotation in the keys of transformers 4 as well.
+    configs = list(finished.folder.rglob("config.json"))
+    assert len(configs) >= 4
+    for file in configs:
+        config = json.loads(file.read_text())
+        assert (config["rope_theta"], config["rope_scaling"]) == (10000.0, None), file
+        assert config["torch_dtype"] == config["dtype"], file
     for picture in ("plan-similarity.png", "plan-ties.png"):
         assert (finished.folder / picture).read_bytes().startswith(b"\x89PNG")
 
