@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 PYTEST_ARGS ?=
 
 .PHONY: help demo test test-more test-all test-matrix test-cluster cluster-tools browser-tools test-faults test-harness \
-	test-quantize check format bench build schema docs clean
+	test-quantize test-transformers check format bench build schema docs clean
 .DEFAULT_GOAL := help
 
 help:
@@ -18,6 +18,7 @@ help:
 	@echo "make test-faults   kill a training 100 times, fill its disk, cut its network (KILLS=100)"
 	@echo "make test-harness  install lm-eval (40 packages, 0.3 GB) and test its tasks on our models"
 	@echo "make test-quantize install torchao (3 MB) and test int8 and int4 exports"
+	@echo "make test-transformers   install transformers 4.57 beside ours and test how it reads exports"
 	@echo "make check   ruff, ruff format, mypy, import contracts"
 	@echo "make bench   speed and memory; writes .bench/bench.json"
 	@echo "make docs    build the documentation site; opens as .docs/index.html"
@@ -100,6 +101,18 @@ test-quantize: $(STAMP)
 	$(BIN)/python -m pytest tests/unit/sa_models/export/test_quantize.py \
 		tests/unit/train/commands/test_quantize.py -rs $(PYTEST_ARGS)
 
+# What still reads exports with transformers 4: beside the venv, which has 5.
+SITE := .site/transformers4
+
+test-transformers: $(STAMP) $(SITE)/.installed
+	$(BIN)/python -m pytest tests/unit/sa_models/export/test_transformers4.py -rs $(PYTEST_ARGS)
+
+$(SITE)/.installed: Makefile | $(STAMP)
+	rm -rf $(SITE)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target $(SITE) --no-deps \
+		transformers==4.57.3 tokenizers==0.22.1 huggingface_hub==0.36.0
+	@touch $@
+
 check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -131,4 +144,4 @@ docs: $(STAMP)
 	@echo "the site is in .docs/index.html"
 
 clean:
-	rm -rf $(VENV) dist .docs .bench .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf $(VENV) .site dist .docs .bench .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,19 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def follow_umask(path: Path) -> None:
+    """Give a file the mode of a new file in its folder: some libraries make theirs private."""
+    other = path.with_name(f"{path.name}.mode")
+    descriptor = os.open(other, os.O_CREAT | os.O_WRONLY, 0o666)
+    try:
+        mode = stat.S_IMODE(os.fstat(descriptor).st_mode)  # asking for the umask would set it
+    finally:
+        os.close(descriptor)
+        other.unlink(missing_ok=True)
+    if stat.S_IMODE(path.stat().st_mode) != mode:
+        path.chmod(mode)
 
 
 @contextmanager
@@ -89,6 +103,7 @@ def rename_into_place(folder: Path, final: Path) -> None:
 __all__ = [
     "beside",
     "flush",
+    "follow_umask",
     "new_file",
     "new_folder",
     "rename_into_place",

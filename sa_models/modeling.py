@@ -69,7 +69,18 @@ class SharedDecoderLayer(GradientCheckpointingLayer):
         return hidden_states + transformed, handed
 
 
-class SharedLlamaModel(LlamaModel):
+class TransposedOutputs:
+    """What a loaded model needs beside its files."""
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As in transformers; also restores the storage order of o, which a file cannot hold."""
+        loaded = super().from_pretrained(*args, **kwargs)  # type: ignore[misc]
+        transpose_storage_(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
+
+
+class SharedLlamaModel(TransposedOutputs, LlamaModel):
     """The layers of a Llama under a plan, from embeddings to the last norm."""
 
     config_class = SharedLlamaConfig
@@ -170,7 +181,7 @@ def refuse_lost_gradient(entering: torch.Tensor, given: tuple[torch.Tensor, ...]
         )
 
 
-class SharedLlamaForCausalLM(LlamaForCausalLM):
+class SharedLlamaForCausalLM(TransposedOutputs, LlamaForCausalLM):
     """A Llama that applies the sharing plan of its config.
 
     Computes what the materialized dense Llama computes; with spans, what their papers define.
@@ -197,13 +208,6 @@ class SharedLlamaForCausalLM(LlamaForCausalLM):
         cache = model_kwargs.get("past_key_values")
         if cache is not None:
             fit_cache_(cache, self.model.plan, self.model.layout)
-
-    @classmethod
-    def from_pretrained(cls, *args, **kwargs):
-        """As in transformers; also restores the storage order of o, which a file cannot hold."""
-        loaded = super().from_pretrained(*args, **kwargs)
-        transpose_storage_(loaded[0] if isinstance(loaded, tuple) else loaded)
-        return loaded
 
     @classmethod
     def from_materialized(

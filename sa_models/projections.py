@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from .errors import PostshareError
+
 Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -67,10 +69,39 @@ class SharedLinear(nn.Linear):
         own = product(self.weight, rows)
         parts = list(own.split_with_sizes(self.own_widths, -1)) if self.own_widths else []
         for at, owner, first, width in self.tied:
-            parts.insert(at, product(owner.weight[first : first + width], rows))
+            parts.insert(at, product(owner.part(first, width, rows.device), rows))
         if not self.own_widths:
             parts.append(own)  # an empty weight too gets a gradient, which DDP waits for
         return torch.cat(parts, -1).view(*x.shape[:-1], self.out_features)
+
+    def part(self, first: int, width: int, device: torch.device) -> torch.Tensor:
+        """So many rows (o: columns) of the weight from ``first`` on, for a reader on a device.
+
+        A view where the weight is there; else a copy of it. Where ``device_map`` has offloaded the
+        weight, the hook that loads it for this projection's own forward pass loads it.
+
+        Raises:
+            PostshareError: the weight is offloaded in a way that leaves it out here.
+        """
+        weight = self.weight
+        if weight.device == device:
+            return weight.narrow(self.axis, first, width)
+        hook = getattr(self, "_hf_hook", None) if weight.is_meta else None
+        if hook is None:
+            return self._moved(first, width, device)
+        hook.pre_forward(self)
+        try:
+            return self._moved(first, width, device)
+        finally:
+            hook.post_forward(self, None)
+
+    def _moved(self, first: int, width: int, device: torch.device) -> torch.Tensor:
+        if self.weight.is_meta:
+            raise PostshareError(
+                "a weight that several units share is offloaded where they cannot read it; load "
+                "the model with device_map alone, or without offloading"
+            )
+        return self.weight.narrow(self.axis, first, width).to(device)
 
     def connect(self, pieces: tuple[Piece, ...]) -> None:
         """Say where the features are stored, in their order.
@@ -126,7 +157,7 @@ class SharedOutputLinear(SharedLinear):
         # Neither autocast nor quantized weights know in-place products.
         adds = y.dtype == self.weight.dtype and not quantized
         for at, owner, first, width in self.tied:
-            columns = owner.weight.narrow(1, first, width)
+            columns = owner.part(first, width, rows.device)
             if not adds:
                 y = y + product(columns, parts[at])
             elif y.dim() == 1:

@@ -44,9 +44,10 @@ from sa_models.savings import PlanSavings
 from sa_models.weights.compact_folder import DenseReader, ExpandedFolder, dense_config
 from sa_models.weights.companion_files import (
     copy_code,
-    copy_companions,
+    copy_terms,
     tokenizer_folder,
     write_configs,
+    write_tokenizer,
 )
 from sa_models.weights.safetensors_folder import ShardWriter, WeightsFolder
 from sa_models.weights.structure import Leaders, converted
@@ -79,6 +80,7 @@ def export_model(
     leaders: Leaders = "mean",
     residual: Pairs | None = None,
     base_config: LlamaConfig | None = None,
+    base: Path | None = None,
     tokenizer: Path | PreTrainedTokenizerBase | None = None,
     recipe: Mapping[str, Any] | None = None,
     notes: Mapping[str, Any] | None = None,
@@ -108,8 +110,10 @@ def export_model(
         leaders: see :mod:`~sa_models.weights.structure`; of a source that is converted.
         residual: of the plan's tied units, see :mod:`~sa_models.materialize.low_rank_residual`.
         base_config: of the model that the savings are counted from; None: the source's.
-        tokenizer: a tokenizer, or the folder of one, whose generation config and licence files
-            are copied as well; None exports a model without a tokenizer.
+        base: the folder of the base model, whose generation config and licence files are copied;
+            None: the source's.
+        tokenizer: a tokenizer, or the folder of one, whose licence files are copied as well; None
+            exports a model without a tokenizer.
         recipe: the resolved recipe, for the model card and the manifest (JSON values).
         notes: likewise: "name" (str), "base_model" (str), "numbers" ({what: value}). Numbers that
             are measured later are added with :func:`~sa_models.export.manifest.update_notes`.
@@ -149,6 +153,7 @@ def export_model(
         ),
         dtype=dtype,
         shard_bytes=shard_bytes,
+        base=base,
         tokenizer=tokenizer,
         notes={**(notes or {}), "recipe": recipe},
         progress=progress or (lambda stage, done, total: None),
@@ -205,6 +210,7 @@ class _Job:
     identity: Identity
     dtype: torch.dtype
     shard_bytes: int
+    base: Path | None
     tokenizer: Path | PreTrainedTokenizerBase | None
     notes: dict[str, Any]
     progress: Progress
@@ -325,6 +331,8 @@ class _Job:
             yield name, tensor, read
 
     def _write_companions(self, kind: str, path: Path) -> None:
+        origin = tokenizer_folder(self.tokenizer)
+        copy_terms(self.base or self.weights.path, origin, path)
         if kind == "adapter":
             return
         config = dense_config(self.weights.config)
@@ -332,12 +340,8 @@ class _Job:
         if kind == "compact":
             config = compact_config(config, self.plan)
             copy_code(config, path)
-        origin = tokenizer_folder(self.tokenizer)
-        write_configs(config, path, [self.weights.path, origin])
-        if origin is not None:
-            copy_companions(origin, path)
-        elif isinstance(self.tokenizer, PreTrainedTokenizerBase):
-            self.tokenizer.save_pretrained(path)
+        write_configs(config, path, [self.base, self.weights.path, origin])
+        write_tokenizer(self.tokenizer, path)
 
     def _verify(self, folders: dict[str, Path]) -> None:
         readers: dict[str, DenseReader] = {

@@ -6,10 +6,11 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from sa_models.entry import NEEDED
 from sa_models.spans import ranges
 
 USAGE = {
-    "compact": """\
+    "compact": f"""\
 What is shared is stored, and held in memory, once; a removed unit not at all. With `postshare`
 installed:
 
@@ -21,11 +22,13 @@ model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
 ```
 
 Without it, the modeling files in this folder do the same: read them, then pass
-`trust_remote_code=True`.
+`trust_remote_code=True`. Both need transformers {NEEDED} or newer. `AutoModel` gives the hidden
+states.
 """,
     "dense": """\
-A stock `LlamaForCausalLM` with full-size tensors: it loads in every tool that loads a Llama. Shared
-units are stored where each is used, removed ones as zeros, factors as their products.
+A stock `LlamaForCausalLM` with full-size tensors: it loads in every tool that loads a Llama, also
+in those that read a config as transformers 4 does. Shared units are stored where each is used,
+removed ones as zeros, factors as their products.
 
 ```python
 from transformers import AutoModelForCausalLM

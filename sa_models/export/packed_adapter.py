@@ -20,13 +20,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from sa_models.calibration.input_moments import Where
 from sa_models.errors import PostshareError
 from sa_models.export.peft_adapter import Pairs, module_name
 from sa_models.heads import HeadLayout
 from sa_models.materialize.low_rank_residual import Pair
+from sa_models.weights.safetensors_folder import save_tensors
 
 PACKED_FILE = "adapter_packed.safetensors"
 LOST = {0: 1.0, 2: 0.224, 3: 0.073, 4: 0.023, 8: 0.0002}
@@ -65,7 +65,7 @@ def pack(pairs: Pairs, folder: Path, budget: int) -> int:
         "bits": torch.tensor(bits, dtype=torch.uint8),
         "scales": torch.tensor(scales, dtype=torch.float16),
     }
-    save_file(tensors, folder / PACKED_FILE, metadata={"modules": json.dumps(modules)})
+    save_tensors(tensors, folder / PACKED_FILE, metadata={"modules": json.dumps(modules)})
     return (folder / PACKED_FILE).stat().st_size
 
 

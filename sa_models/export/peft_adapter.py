@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from sa_models.calibration.input_moments import Where
@@ -23,6 +23,7 @@ from sa_models.heads import HeadLayout
 from sa_models.materialize.low_rank_residual import Pair, kept_features
 from sa_models.plan import SharingPlan
 from sa_models.weights.compact_folder import DenseReader, cast
+from sa_models.weights.safetensors_folder import save_tensors
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -123,7 +124,7 @@ def write_adapter(folder: Path, config: LoraConfig, tensors: Mapping[str, torch.
     value |= {"inference_mode": True, "target_modules": sorted(value["target_modules"])}
     file.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(contiguous, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    save_tensors(contiguous, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
 
 
 def save_adapter(folder: Path, pairs: Pairs) -> None:

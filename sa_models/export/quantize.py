@@ -14,23 +14,31 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 
 from sa_models.atomic_files import new_folder
 from sa_models.configuration import SharedLlamaConfig
 from sa_models.errors import PostshareError
-from sa_models.export.manifest import CARD, MANIFEST, read_manifest, seal, write_manifest
+from sa_models.export.manifest import MANIFEST, read_manifest, seal, write_manifest
 from sa_models.export.quantized_folder import is_projection, is_quantized, quantized_bytes
 from sa_models.weights.compact_folder import CompactFolder
-from sa_models.weights.companion_files import copy_code
+from sa_models.weights.companion_files import (
+    copy_code,
+    copy_generation_config,
+    copy_terms,
+    copy_tokenizer,
+)
 from sa_models.weights.config_file import read_model_type
-from sa_models.weights.safetensors_files import INDEX, SINGLE
-from sa_models.weights.safetensors_folder import ADAPTER, WeightsFolder
+from sa_models.weights.config_keys import write_values
+from sa_models.weights.safetensors_files import SINGLE
+from sa_models.weights.safetensors_folder import (
+    WeightsFolder,
+    save_tensors,
+)
 
 KINDS = ("int8", "int4")
 GROUP_SIZE = 32
@@ -66,9 +74,10 @@ def quantize_folder(
     try:
         with new_folder(folder) as beside:
             _write(weights, beside, size)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
         raise PostshareError(
-            f"{folder} could not be written ({error}); free disk space or choose another folder"
+            f"{folder} could not be written ({reason}); free disk space or choose another folder"
         ) from error
     return folder
 
@@ -114,22 +123,20 @@ def _write(weights: WeightsFolder, folder: Path, group_size: int | None) -> None
         quantize = is_projection(name) and weight.numel() > 0  # a layer may own nothing
         state[name] = _quantized(weight, group_size) if quantize else weight
     tensors, metadata = flatten_tensor_state_dict(state)
-    save_file(
+    save_tensors(
         {name: tensor.contiguous() for name, tensor in tensors.items()},
         folder / SINGLE,
         metadata={"format": "pt", **metadata},
     )
-    left = {SINGLE, INDEX, MANIFEST, CARD, ADAPTER, *(shard.name for shard in weights.shards())}
-    for path in weights.path.iterdir():
-        if path.is_file() and path.name not in left and path.suffix != ".safetensors":
-            shutil.copyfile(path, folder / path.name)
-    if isinstance(weights, CompactFolder):
-        copy_code(weights.config, folder)  # an older export's code knows no quantized weights
+    copy_tokenizer(weights.path, folder)
+    copy_terms(weights.path, None, folder)
+    copy_generation_config([weights.path], folder)
     config = json.loads((weights.path / "config.json").read_text(encoding="utf-8"))
     config["quantization_config"] = _config(group_size)
-    (folder / "config.json").write_text(
-        json.dumps(config, indent=2, allow_nan=False) + "\n", encoding="utf-8"
-    )
+    if isinstance(weights, CompactFolder):
+        copy_code(weights.config, folder)  # an older export's code knows no quantized weights
+        config["auto_map"] = weights.config.auto_map
+    write_values(config, weights.config, folder)
     _describe(weights.path, folder, group_size)
 
 

@@ -32,12 +32,12 @@ def register_with_transformers() -> None:
 
 
 def _register() -> None:
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-    from sa_models.configuration import SharedLlamaConfig
-    from sa_models.modeling import SharedLlamaForCausalLM
+    from sa_models.entry import SharedLlamaConfig, SharedLlamaForCausalLM, SharedLlamaModel
 
     AutoConfig.register(SharedLlamaConfig.model_type, SharedLlamaConfig, exist_ok=True)
+    AutoModel.register(SharedLlamaConfig, SharedLlamaModel, exist_ok=True)
     AutoModelForCausalLM.register(SharedLlamaConfig, SharedLlamaForCausalLM, exist_ok=True)
 
 

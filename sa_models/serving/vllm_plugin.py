@@ -13,14 +13,11 @@ from sa_models.errors import PostshareError
 
 def register() -> None:
     """Tell transformers and vLLM of the compact model. May be called more than once."""
-    from transformers import AutoModel
+    import transformers.models.auto.modeling_auto  # noqa: F401
     from vllm import ModelRegistry
 
-    import sa_models  # noqa: F401 - registers the config
-    from sa_models.configuration import SharedLlamaConfig
-    from sa_models.modeling import SharedLlamaModel
+    import sa_models  # noqa: F401 - registers with the Auto classes
 
-    AutoModel.register(SharedLlamaConfig, SharedLlamaModel, exist_ok=True)
     ModelRegistry.register_model(
         "SharedLlamaForCausalLM", "sa_models.serving.vllm_model:ServedSharedLlama"
     )

@@ -2,43 +2,69 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from sa_models.errors import PostshareError
+from sa_models.weights.config_keys import write_config
 
 GENERATION_CONFIG = "generation_config.json"
 AUTO_MAP = {
-    "AutoConfig": "configuration.SharedLlamaConfig",
-    "AutoModelForCausalLM": "modeling.SharedLlamaForCausalLM",
+    "AutoConfig": "entry.SharedLlamaConfig",
+    "AutoModel": "entry.SharedLlamaModel",
+    "AutoModelForCausalLM": "entry.SharedLlamaForCausalLM",
 }
-# The first three make a tokenizer; any one of them is enough.
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
-COMPANIONS = (
+"""Each of them makes a tokenizer."""
+TOKENIZER_CONFIG = "tokenizer_config.json"
+TOKENIZER_FILES = (
     *TOKENIZERS,
-    "tokenizer_config.json",
+    TOKENIZER_CONFIG,
     "special_tokens_map.json",
     "added_tokens.json",
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY*",
+    "additional_chat_templates/*.jinja",
 )
+TERMS = (
+    "*[Ll][Ii][Cc][Ee][Nn][CcSs][Ee]*",
+    "[Cc][Oo][Pp][Yy][Ii][Nn][Gg]*",
+    "*[Nn][Oo][Tt][Ii][Cc][Ee]*",
+    "*[Uu][Ss][Ee][-_][Pp][Oo][Ll][Ii][Cc][Yy]*",
+)
+"""Under which conditions a model may be used and passed on: files, or folders of them."""
+FETCHED = ("*.safetensors", "*.json", "*.model", "tokenizer*", *TOKENIZER_FILES, *TERMS)
+"""What is taken of a model on the hub: weights, configs, and all that an export passes on."""
 
 
-def write_configs(config: LlamaConfig, folder: Path, origins: list[Path | None]) -> None:
+def companions(folder: Path, patterns: Sequence[str]) -> Iterator[Path]:
+    """The files of a folder that match, such as :data:`TOKENIZER_FILES` or :data:`TERMS`."""
+    for pattern in patterns:
+        for path in sorted(folder.glob(pattern)):
+            inside = path.rglob("*") if path.is_dir() else [path]
+            yield from sorted(file for file in inside if file.is_file())
+
+
+def write_configs(config: LlamaConfig, folder: Path, origins: Sequence[Path | None]) -> None:
     """Write config.json, and generation_config.json: the first that an origin has, or a new one."""
-    config.save_pretrained(folder)
+    write_config(config, folder)
+    if not copy_generation_config(origins, folder):
+        GenerationConfig.from_model_config(config).save_pretrained(folder)
+
+
+def copy_generation_config(origins: Sequence[Path | None], folder: Path) -> bool:
+    """Copy the first generation_config.json that an origin has. Returns whether one has it."""
     for origin in origins:
         if origin is not None and (origin / GENERATION_CONFIG).is_file():
             shutil.copyfile(origin / GENERATION_CONFIG, folder / GENERATION_CONFIG)
-            return
-    GenerationConfig.from_model_config(config).save_pretrained(folder)
+            return True
+    return False
 
 
 def tokenizer_folder(tokenizer: Path | PreTrainedTokenizerBase | None) -> Path | None:
@@ -49,17 +75,76 @@ def tokenizer_folder(tokenizer: Path | PreTrainedTokenizerBase | None) -> Path |
     return None if tokenizer is None else Path(tokenizer)
 
 
-def copy_companions(origin: Path, folder: Path) -> None:
-    """Copy tokenizer and licence files. Raises PostshareError when there is no tokenizer."""
-    if not any((origin / name).is_file() for name in TOKENIZERS):
-        raise PostshareError(
-            f"{origin} has no tokenizer ({', '.join(TOKENIZERS)}); put its files there, or name "
-            "the tokenizer's folder in model.tokenizer"
-        )
-    for pattern in COMPANIONS:
-        for path in origin.glob(pattern):
-            if path.is_file():
-                shutil.copyfile(path, folder / path.name)
+def write_tokenizer(tokenizer: Path | PreTrainedTokenizerBase | None, folder: Path) -> None:
+    """Copy a tokenizer's files, or save a tokenizer that has none; None writes nothing.
+
+    Raises:
+        PostshareError: its folder holds no tokenizer, or a config that is no JSON.
+    """
+    origin = tokenizer_folder(tokenizer)
+    if origin is not None:
+        if not any((origin / name).is_file() for name in TOKENIZERS):
+            raise PostshareError(
+                f"{origin} has no tokenizer ({', '.join(TOKENIZERS)}); put its files there, or "
+                "name the tokenizer's folder in model.tokenizer"
+            )
+        copy_tokenizer(origin, folder)
+    elif isinstance(tokenizer, PreTrainedTokenizerBase):
+        tokenizer.save_pretrained(folder)
+        _write_tokenizer_config(folder / TOKENIZER_CONFIG, folder)
+
+
+def copy_tokenizer(origin: Path, folder: Path) -> None:
+    """Copy the files of a tokenizer, those that there are; a link becomes a file."""
+    for path in companions(origin, TOKENIZER_FILES):
+        _copy(path, folder / path.relative_to(origin))
+    if (origin / TOKENIZER_CONFIG).is_file():
+        _write_tokenizer_config(origin / TOKENIZER_CONFIG, folder)
+
+
+def copy_terms(model: Path, tokenizer: Path | None, folder: Path) -> None:
+    """Copy the licence files of a model and of its tokenizer, where they are two folders.
+
+    The tokenizer's get a name of their own where they are others than the model's.
+    """
+    for path in companions(model, TERMS):
+        _copy(path, folder / path.relative_to(model))
+    if tokenizer is None:
+        return
+    for path in companions(tokenizer, TERMS):
+        target = folder / path.relative_to(tokenizer)
+        if target.is_file() and target.read_bytes() != path.read_bytes():
+            target = target.with_name(f"tokenizer-{target.name}")
+        _copy(path, target)
+
+
+def _copy(path: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(path, target)
+
+
+def _write_tokenizer_config(source: Path, folder: Path) -> None:
+    """Write tokenizer_config.json, with the names of transformers 4 for what only 5 knows."""
+    try:
+        values = json.loads(source.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError("it is no object")
+    except ValueError as error:
+        raise PostshareError(f"{source} is not valid JSON ({error}); copy it again") from None
+    renamed = dict(values)
+    if values.get("tokenizer_class") == "TokenizersBackend":
+        renamed["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(values.get("extra_special_tokens"), list):
+        tokens = renamed.pop("extra_special_tokens")
+        renamed |= {"additional_special_tokens": tokens} if tokens else {}
+    if renamed != values:
+        text = json.dumps(renamed, indent=2, sort_keys=True, ensure_ascii=False)
+        (folder / TOKENIZER_CONFIG).write_text(text + "\n", encoding="utf-8")
+
+
+def code_files(auto_map: Mapping[str, str]) -> set[str]:
+    """The files that a config's ``auto_map`` names."""
+    return {f"{entry.partition('.')[0]}.py" for entry in auto_map.values()}
 
 
 def copy_code(config: LlamaConfig, folder: Path) -> None:
@@ -69,10 +154,8 @@ def copy_code(config: LlamaConfig, folder: Path) -> None:
     ``trust_remote_code=True``. transformers itself tells which files these are.
     """
     package = Path(__file__).parents[1]
-    modules = {entry.partition(".")[0] for entry in AUTO_MAP.values()}
-    files = {package / f"{module}.py" for module in modules}
-    for file in list(files):
-        files.update(map(Path, get_relative_import_files(file)))
-    for file in files:
-        shutil.copyfile(file, folder / file.name)
+    for name in code_files(AUTO_MAP):
+        shutil.copyfile(package / name, folder / name)
+        for file in get_relative_import_files(package / name):
+            shutil.copyfile(file, folder / Path(file).name)
     config.auto_map = dict(AUTO_MAP)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 
+from sa_models.atomic_files import follow_umask
 from sa_models.errors import PostshareError
 from sa_models.weights.config_file import quantization_of, read_config
 from sa_models.weights.parameter_shapes import llama_shapes
@@ -229,6 +230,18 @@ def _same_values(*places: tuple[Path, str, int]) -> bool:
     return True
 
 
+def save_tensors(
+    tensors: Mapping[str, torch.Tensor], path: Path, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file that others may read as the umask says.
+
+    Raises:
+        OSError or SafetensorError: it cannot be written.
+    """
+    save_file(dict(tensors), path, None if metadata is None else dict(metadata))
+    follow_umask(path)
+
+
 class ShardWriter:
     """Write tensors one at a time into safetensors shards of bounded size.
 
@@ -282,6 +295,6 @@ class ShardWriter:
 
     def _flush(self) -> None:
         path = self._part(len(self._shards))
-        save_file(self._pending, path, metadata={"format": "pt"})
+        save_tensors(self._pending, path, metadata={"format": "pt"})
         self._shards.append(list(self._pending))
         self._pending, self._pending_bytes = {}, 0

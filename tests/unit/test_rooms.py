@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from transformers.dynamic_module_utils import get_relative_import_files
 
-from sa_models.weights.companion_files import AUTO_MAP
+from sa_models.weights.companion_files import AUTO_MAP, code_files
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGES = [REPOSITORY / name for name in ("train", "sa_models")]
@@ -29,7 +29,7 @@ def modules(room: Path) -> set[str]:
 def travelling() -> set[Path]:
     """The files that a compact export carries: the compact model's, and what these import."""
     package = REPOSITORY / "sa_models"
-    entries = {package / f"{entry.partition('.')[0]}.py" for entry in AUTO_MAP.values()}
+    entries = {package / name for name in code_files(AUTO_MAP)}
     return entries | {Path(file) for one in entries for file in get_relative_import_files(one)}
 
 
@@ -85,3 +85,10 @@ def test_what_travels_imports_nothing_that_stays(file: Path) -> None:
     # huggingface_hub comes with transformers
     allowed = sys.stdlib_module_names | {"torch", "transformers", "huggingface_hub"}
     assert others <= allowed, others - allowed
+
+
+def test_the_entry_imports_all_that_travels() -> None:
+    """transformers 4 copies what the entry imports, and not what that imports in turn."""
+    package = REPOSITORY / "sa_models"
+    beside = {f".{file.stem}" for file in travelling() - {package / "entry.py"}}
+    assert {m for m in imported(package / "entry.py") if m.startswith(".")} == beside

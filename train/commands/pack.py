@@ -6,10 +6,13 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from sa_models.atomic_files import new_folder
 from sa_models.errors import PostshareError
 from sa_models.export.packed_adapter import PACKED_FILE, pack, unpack
 from sa_models.export.peft_adapter import ADAPTER_WEIGHTS, Pairs, load_adapter, save_adapter
+from sa_models.weights.companion_files import copy_terms
 
 
 def pack_folder(adapter: Path, output: Path, size: str) -> str:
@@ -24,7 +27,7 @@ def pack_folder(adapter: Path, output: Path, size: str) -> str:
     pairs = load_adapter(adapter)
     whole = (adapter / ADAPTER_WEIGHTS).stat().st_size
     budget = _bytes(size, whole)
-    _write(output, lambda folder: pack(pairs, folder, budget))
+    _write(adapter, output, lambda folder: pack(pairs, folder, budget))
     taken = (output / PACKED_FILE).stat().st_size
     return (
         f"packed    {output / PACKED_FILE}: {taken:,} bytes, {taken / whole:.1%} of the adapter's; "
@@ -39,7 +42,7 @@ def unpack_folder(packed: Path, output: Path) -> str:
         PostshareError: the packed adapter cannot be read, or the folder is there.
     """
     pairs = unpack(packed)
-    _write(output, lambda folder: save_adapter(folder, pairs))
+    _write(packed, output, lambda folder: save_adapter(folder, pairs))
     return f"unpacked  {output}: a PEFT adapter of {len(pairs)} projections"
 
 
@@ -50,15 +53,18 @@ def _bytes(size: str, whole: int) -> int:
     return int(float(match[1]) * whole / 100) if match[2] else int(size)
 
 
-def _write(output: Path, work: Callable[[Path], object]) -> None:
+def _write(source: Path, output: Path, work: Callable[[Path], object]) -> None:
+    """Make the folder; the licence files of the source go with what is made of it."""
     if output.exists():
         raise PostshareError(f"{output} is there already; name a folder that is not")
     try:
         with new_folder(output) as folder:
             work(folder)
-    except OSError as error:
+            copy_terms(source, None, folder)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise PostshareError(
-            f"{output} cannot be written ({error.strerror or error}); choose another folder"
+            f"{output} cannot be written ({reason}); choose another folder"
         ) from error
 
 

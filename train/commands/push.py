@@ -5,9 +5,11 @@ Nothing leaves the machine before every file has the hash that the manifest says
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +20,25 @@ from rich.table import Table
 
 from sa_models.errors import PostshareError
 from sa_models.export.manifest import CARD, MANIFEST, read_manifest
-from sa_models.weights.companion_files import AUTO_MAP
+from sa_models.export.peft_adapter import ADAPTER_CONFIG
+from sa_models.weights.companion_files import (
+    GENERATION_CONFIG,
+    TOKENIZER_FILES,
+    code_files,
+)
 from train.common.console import plain_console
 from train.common.files import damage
 from train.common.progress import bar
 from train.common.run_files import RECIPE_FILE
 
-STALE = ("*.safetensors", "*.safetensors.index.json", "*.py")
+STALE = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "*.py",
+    ADAPTER_CONFIG,
+    GENERATION_CONFIG,
+    *TOKENIZER_FILES,
+)
 """Of an earlier export in the same repository: what this one does not have is deleted there."""
 
 
@@ -81,17 +95,18 @@ def verify(folder: Path) -> Verified:
             if (problem := damage(folder / name, entry)) is not None:
                 raise PostshareError(f"{folder / name} {problem}; delete {folder} and export again")
             advance(done, len(names))
-    needed = {CARD, *_code(manifest)}
+    needed = {CARD, *_code(folder, manifest)}
     if lacking := sorted(needed - set(names)):
         raise PostshareError(f"{folder} lacks {lacking[0]}; delete it and export again")
     return Verified(folder, manifest, tuple(names))
 
 
-def _code(manifest: dict[str, Any]) -> set[str]:
+def _code(folder: Path, manifest: dict[str, Any]) -> set[str]:
     """The modeling files without which a compact export loads nowhere but here."""
     if manifest["format"] != "compact":
         return set()
-    return {f"{entry.partition('.')[0]}.py" for entry in AUTO_MAP.values()}
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return code_files(config["auto_map"])
 
 
 def _export(argument: Path, console: Console) -> Path:
@@ -170,11 +185,16 @@ def _upload(verified: Verified, repo_id: str, private: bool) -> str:
         api.upload_folder(
             repo_id=repo_id,
             folder_path=verified.folder,
-            allow_patterns=list(verified.names),
+            allow_patterns=upload_patterns(verified.names),
             delete_patterns=list(STALE),
             commit_message=f"{name}, {verified.manifest['format']} export",
         )
     return str(page)
+
+
+def upload_patterns(names: Iterable[str]) -> list[str]:
+    """Patterns that match these very names."""
+    return [escape(name) for name in names]
 
 
 @contextmanager

@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from sa_models.errors import PostshareError
+from sa_models.weights.companion_files import FETCHED
 from train.common.shadowing import NO_PYTHON, hiding
 from train.demo import DEMO_BASE
 from train.distributed.engines import start as engine
 from train.doctor.facts import TooLate, limited
 from train.doctor.findings import Finding, bad, from_error, ok, warn
 from train.estimate.llama_shapes import LlamaShape
-from train.models.base_model import NEEDED_FILES, base_folder
+from train.models.base_model import base_folder
 from train.recipe.faults import FaultyRecipeError
 from train.recipe.recipe import DataSource, Recipe, load_recipe
 from train.recipe.warnings import recipe_warnings
@@ -133,7 +134,7 @@ def find_model(recipe: Recipe) -> str | None:
         return "here" if is_local else "cached"
     try:
         folder = snapshot_download(
-            model.path, revision=model.revision, allow_patterns=NEEDED_FILES, local_files_only=True
+            model.path, revision=model.revision, allow_patterns=list(FETCHED), local_files_only=True
         )
         WeightsFolder(folder)
     except (LocalEntryNotFoundError, HFValidationError, PostshareError):

@@ -19,7 +19,12 @@ from sa_models.errors import PostshareError
 from sa_models.export.quantized_folder import QuantizedFolder, is_quantized, load_dequantized
 from sa_models.plan import SharingPlan
 from sa_models.weights.compact_folder import CompactFolder
-from sa_models.weights.companion_files import COMPANIONS, GENERATION_CONFIG, TOKENIZERS
+from sa_models.weights.companion_files import (
+    GENERATION_CONFIG,
+    TOKENIZER_FILES,
+    TOKENIZERS,
+    companions,
+)
 from sa_models.weights.config_file import read_model_type
 from sa_models.weights.safetensors_folder import WeightsFolder
 from sa_models.weights.whole_model import load_whole, open_stored
@@ -89,14 +94,11 @@ class Judged:
 
     def identity(self) -> dict[str, Any]:
         """What decides its outputs: the hashes of weights, configs and tokenizer files."""
-        patterns = (*COMPANIONS, GENERATION_CONFIG)
-        files = [file for pattern in patterns for file in self.tokenizer.glob(pattern)]
+        files = companions(self.tokenizer, (*TOKENIZER_FILES, GENERATION_CONFIG))
         value: dict[str, Any] = {
             "model": weight_hashes(self.folder),
             "tokenizer": {
-                f.name: file_hash(f)
-                for f in sorted(files)
-                if not f.name.isupper()  # licences
+                f.relative_to(self.tokenizer).as_posix(): file_hash(f) for f in sorted(files)
             },
             "through": self.through,
         }

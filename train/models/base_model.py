@@ -13,6 +13,7 @@ from sa_models.heads import HeadLayout
 from sa_models.materialize.registry import Merge
 from sa_models.materialize.ties import materialize_
 from sa_models.plan import SharingPlan
+from sa_models.weights.companion_files import FETCHED
 from sa_models.weights.safetensors_folder import WeightsFolder
 from sa_models.weights.structure import convert
 from sa_models.weights.whole_model import load_whole, open_stored
@@ -21,8 +22,6 @@ from train.demo import DEMO_BASE, demo_base_path
 
 if TYPE_CHECKING:
     from train.recipe.recipe import ModelSection, Recipe
-
-NEEDED_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer*", "*.model"]
 
 
 def base_folder(model: ModelSection, key: str = "model.path") -> Path:
@@ -58,7 +57,7 @@ def _snapshot(model: ModelSection, key: str) -> Path:
 
     name = model.path
     try:
-        return Path(snapshot_download(name, revision=model.revision, allow_patterns=NEEDED_FILES))
+        return Path(snapshot_download(name, revision=model.revision, allow_patterns=list(FETCHED)))
     except GatedRepoError:
         cure = "it is gated: accept its licence on its hub page, then run `hf auth login`"
     except RevisionNotFoundError:

@@ -16,6 +16,7 @@ from sa_models.materialize.reconstruct_o import reconstruct_
 from sa_models.materialize.registry import MEASURED
 from sa_models.materialize.shared_basis import factorized
 from sa_models.plan import SharingPlan
+from sa_models.weights.config_keys import write_config
 from sa_models.weights.safetensors_folder import ShardWriter
 from sa_models.weights.structure import convert
 from train.common.progress import bar
@@ -74,7 +75,7 @@ def write_model(folder: Path, model: LlamaForCausalLM, shard_bytes: int) -> None
         with new_folder(folder) as beside:
             config = copy.deepcopy(model.config)
             config.dtype = torch.float32
-            config.save_pretrained(beside)
+            write_config(config, beside)
             writer = ShardWriter(beside, shard_bytes)
             for name, parameter in model.named_parameters():
                 writer.add(name, parameter.detach())

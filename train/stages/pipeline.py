@@ -255,6 +255,7 @@ def write_exports(current: Run) -> None:
                 leaders=current.leaders,
                 residual=residual_of(current),
                 base_config=current.config,
+                base=current.base,
                 tokenizer=tokenizer,
                 recipe=recipe.model_dump(mode="json"),
                 notes={"name": recipe.name, "base_model": recipe.model.path},

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from sa_models.errors import PostshareError
+from sa_models.weights.safetensors_folder import save_tensors
 
 if TYPE_CHECKING:
     from train.distributed.engines.base import Shard
@@ -36,7 +36,7 @@ class Snapshot:
 
     def write(self, path: Path) -> None:
         """Raises OSError or SafetensorError when it cannot be written."""
-        save_file(self.tensors, path, metadata={"ranges": json.dumps(self.ranges)})
+        save_tensors(self.tensors, path, metadata={"ranges": json.dumps(self.ranges)})
 
 
 def take_snapshot(shards: Mapping[str, Shard]) -> Snapshot:

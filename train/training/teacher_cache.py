@@ -26,11 +26,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from sa_models.atomic_files import new_file, write_json
 from sa_models.errors import PostshareError
+from sa_models.weights.safetensors_folder import save_tensors
 from train.common.files import damage, file_entry, file_hash
 from train.common.identity import refuse_other_run
 from train.common.progress import bar, note
@@ -213,7 +213,7 @@ class TeacherCache:
         file = self._file(chunk)
         file.with_suffix(".json").unlink(missing_ok=True)
         with new_file(file) as beside:
-            save_file(answers, beside)
+            save_tensors(answers, beside)
         write_json(file.with_suffix(".json"), file_entry(file) | {"tokens": self._text(chunk)})
 
     def _file(self, chunk: int) -> Path:

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from sa_models.atomic_files import new_folder, write_json
 from sa_models.errors import PostshareError
 from sa_models.export.peft_adapter import file_name, plain_name, write_adapter
+from sa_models.weights.config_keys import write_config
 from sa_models.weights.safetensors_folder import ShardWriter
 from train.common.identity import refuse_other_run
 from train.common.run_files import ADAPTER_FOLDER
@@ -168,7 +169,7 @@ def _write_model(
 ) -> None:
     config = copy.deepcopy(model.config)
     config.dtype = torch.float32
-    config.save_pretrained(folder)
+    write_config(config, folder)
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
     writer = ShardWriter(folder, shard_bytes)

@@ -17,6 +17,7 @@ from sa_models.export.manifest import read_manifest
 from sa_models.modeling import SharedLlamaForCausalLM
 from sa_models.plan import SharingPlan
 from sa_models.weights.compact_folder import ExpandedFolder, open_weights
+from sa_models.weights.companion_files import AUTO_MAP
 from tests.support.exports import printed
 from train.cli import main
 
@@ -102,7 +103,13 @@ def test_exported_again_its_weights_are_the_same_file(name: str, tmp_path: Path)
     for file in ("model.safetensors", "tokenizer.json"):
         assert sha256(again / file) == sha256(source.path / file), file
     then, now = (json.loads((f / "config.json").read_text()) for f in (source.path, again))
-    assert now | {"transformers_version": then["transformers_version"]} == then
+    assert now | {"transformers_version": then["transformers_version"]} == then | {
+        # What transformers 4 reads, and the entry of the modeling files.
+        "rope_theta": 10000.0,
+        "rope_scaling": None,
+        "torch_dtype": "bfloat16",
+        "auto_map": AUTO_MAP,
+    }
 
 
 def test_evaluate_measures_what_it_measured(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -313,7 +314,11 @@ def test_compact_config_and_carried_code(tmp_path: Path) -> None:
     assert config["model_type"] == "shared_llama"
     assert config["dtype"] == "float32"
     assert config["sharing"] == plan.to_dict()
-    assert config["auto_map"]["AutoModelForCausalLM"] == "modeling.SharedLlamaForCausalLM"
+    assert config["auto_map"] == {
+        "AutoConfig": "entry.SharedLlamaConfig",
+        "AutoModel": "entry.SharedLlamaModel",
+        "AutoModelForCausalLM": "entry.SharedLlamaForCausalLM",
+    }
     code = {file.name for file in result.paths["compact"].glob("*.py")}
     assert code == {
         f"{name}.py"
@@ -323,6 +328,7 @@ def test_compact_config_and_carried_code(tmp_path: Path) -> None:
             "basis",
             "cache",
             "configuration",
+            "entry",
             "errors",
             "heads",
             "modeling",
@@ -344,6 +350,24 @@ def test_compact_config_and_carried_code(tmp_path: Path) -> None:
 def test_compact_loads_where_the_package_is_not_installed(tmp_path: Path) -> None:
     result = export(make_source(tmp_path / "source"), make_plan(4, "qkvo"), tmp_path / "export")
     check_without_package(result.paths["compact"], tmp_path)
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_the_umask_decides_who_may_read_an_export(mask: int, mode: int, tmp_path: Path) -> None:
+    source = make_source(tmp_path / "source", shard_size="20KB")
+    (source.path / "tokenizer.json").write_text("{}")
+    (source.path / "additional_chat_templates").mkdir()
+    (source.path / "additional_chat_templates" / "a.jinja").write_text("")
+    for path in source.path.rglob("*"):
+        path.chmod(0o700)  # not what decides
+    before = os.umask(mask)
+    try:
+        export(source, make_plan(4, "qk"), tmp_path / "export", tokenizer=source.path)
+    finally:
+        os.umask(before)
+    found = [tmp_path / "export", *(tmp_path / "export").rglob("*")]
+    assert {stat.S_IMODE(p.stat().st_mode) for p in found if p.is_file()} == {mode}
+    assert {stat.S_IMODE(p.stat().st_mode) for p in found if p.is_dir()} == {0o777 & ~mask}
 
 
 # --- verification ---------------------------------------------------------------------------------

@@ -94,6 +94,7 @@ def test_the_commands_make_a_peft_adapter_again(tmp_path: Path) -> None:
     }
     (tmp_path / "adapter").mkdir()
     save_adapter(tmp_path / "adapter", before)
+    (tmp_path / "adapter" / "LICENSE").write_text("terms")
     whole = (tmp_path / "adapter/adapter_model.safetensors").stat().st_size
 
     def call(*arguments: str) -> str:
@@ -109,6 +110,7 @@ def test_the_commands_make_a_peft_adapter_again(tmp_path: Path) -> None:
     assert f"{taken:,} bytes" in said
     assert f"{lost(before, after):.2%} of its squared norm" in said
     call("unpack", small, large)
+    assert all((tmp_path / name / "LICENSE").read_text() == "terms" for name in ("small", "large"))
     assert load_adapter(tmp_path / "large").keys() == before.keys()
     peft = PeftModel.from_pretrained(model, large).eval()
     merged = tiny.model()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -151,6 +152,27 @@ def test_a_fresh_process_computes_with_torchao_what_the_weights_stand_for(tmp_pa
             expected = load_dequantized(folder).eval()(tokens()).logits
         assert float((whole - expected).abs().max()) <= 1e-4
         assert float((last[0, 0] - expected[0, -1]).abs().max()) <= 1e-4
+
+
+def test_what_goes_with_the_weights_goes_along(tmp_path: Path) -> None:
+    source = export(tmp_path, some_plan("pooled", "gqa"))
+    passed_on = ("LICENSE", "tokenizer.json", "additional_chat_templates/a.jinja")
+    (source / "additional_chat_templates").mkdir()
+    for name in (*passed_on, "pytorch_model.bin"):
+        (source / name).write_text(name)
+    config = json.loads((source / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "configuration.SharedLlamaConfig"}  # of an older export
+    for key in ("rope_theta", "rope_scaling", "torch_dtype"):
+        del config[key]
+    (source / "config.json").write_text(json.dumps(config))
+    made = quantize_folder(source, tmp_path / "int8", "int8")
+    assert all((made / name).read_text() == name for name in passed_on)
+    assert not (made / "pytorch_model.bin").exists()
+    written = json.loads((made / "config.json").read_text())
+    assert written["auto_map"]["AutoModelForCausalLM"] == "entry.SharedLlamaForCausalLM"
+    assert (written["rope_theta"], written["torch_dtype"]) == (10000.0, "float32")
+    assert (made / "entry.py").is_file()
+    assert (made / "generation_config.json").is_file()
 
 
 def test_refusals_leave_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +20,13 @@ from sa_models.plan import SharingPlan
 from sa_models.weights.compact_folder import ExpandedFolder
 from sa_models.weights.parameter_shapes import llama_shapes
 from sa_models.weights.safetensors_files import INDEX
-from sa_models.weights.safetensors_folder import ShardWriter, WeightsFolder, require_finite
+from sa_models.weights.safetensors_folder import (
+    ShardWriter,
+    WeightsFolder,
+    require_finite,
+    save_tensors,
+)
+from tests.support import REPOSITORY
 
 
 def save_llama(folder: Path, shard_size: int | str = "1GB", **fields: object) -> LlamaForCausalLM:
@@ -372,3 +380,34 @@ def test_shard_writer_bounds_its_shards(tmp_path: Path) -> None:
     for name, shard in index["weight_map"].items():
         assert torch.equal(load_file(tmp_path / shard)[name], tensors[name])
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([INDEX, *(f.name for f in files)])
+
+
+# --- who may read ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_the_umask_decides_who_may_read_weights(mask: int, mode: int, tmp_path: Path) -> None:
+    before = os.umask(mask)
+    try:
+        save_tensors({"a": torch.ones(2)}, tmp_path / "one.safetensors", {"format": "pt"})
+        writer = ShardWriter(tmp_path, 10)
+        for name in "abc":
+            writer.add(name, torch.ones(2))
+        writer.close()
+    finally:
+        os.umask(before)
+    files = sorted(path.name for path in tmp_path.iterdir())
+    assert len(files) == 5
+    assert files[-1] == "one.safetensors"
+    assert {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()} == {mode}
+
+
+def test_no_other_module_writes_safetensors() -> None:
+    """The library's own function leaves files that their owner alone may read."""
+    calling = {
+        path.relative_to(REPOSITORY).as_posix()
+        for package in ("sa_models", "train")
+        for path in (REPOSITORY / package).rglob("*.py")
+        if "save_file" in path.read_text(encoding="utf-8")
+    }
+    assert calling == {"sa_models/weights/safetensors_folder.py"}

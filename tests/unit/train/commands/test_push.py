@@ -95,6 +95,40 @@ def test_a_dry_run_asks_the_hub_nothing(
     assert f"{len(list(dense.iterdir()))} files, {total:,} bytes, verified" in out
 
 
+def test_what_an_earlier_export_left_there_goes_and_what_others_put_there_stays(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub.utils import filter_repo_objects
+
+    hub = Hub()
+    assert push(monkeypatch, hub, str(run), "me/small") == 0
+    ours = [
+        "model-00001-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "adapter_config.json",  # transformers would put the adapter on whatever lies beside it
+        "adapter_model.safetensors",
+        "chat_template.jinja",
+        "additional_chat_templates/tool_use.jinja",
+        "tokenizer.model",
+        "modeling.py",
+    ]
+    theirs = ["README.md", "LICENSE", "results.json", "sample.txt", ".gitattributes"]
+    patterns = hub.uploaded["delete_patterns"]
+    assert list(filter_repo_objects([*ours, *theirs], allow_patterns=patterns)) == ours
+
+
+def test_names_are_names_and_no_patterns(run: Path, tmp_path: Path) -> None:
+    """Else a file with brackets in its name would be left out, and nothing said."""
+    from huggingface_hub.utils import filter_repo_objects
+
+    from train.commands.push import upload_patterns
+
+    names = ["LICENSE [en].txt", "config.json", "additional_chat_templates/a.jinja"]
+    others = ["LICENSE e.txt", "b/config.json.old"]
+    allowed = filter_repo_objects([*names, *others], allow_patterns=upload_patterns(names))
+    assert list(allowed) == names
+
+
 @pytest.mark.parametrize(
     ("harm", "message"),
     [

@@ -126,6 +126,13 @@ def test_the_demo_base_through_all_stages(finished: Recipe) -> None:
     rows = read_rows(finished.folder / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert all(row["penalty"] > 0 for row in rows)
+    # Every model that a run leaves says its rotation in the keys of transformers 4 as well.
+    configs = list(finished.folder.rglob("config.json"))
+    assert len(configs) >= 4
+    for file in configs:
+        config = json.loads(file.read_text())
+        assert (config["rope_theta"], config["rope_scaling"]) == (10000.0, None), file
+        assert config["torch_dtype"] == config["dtype"], file
     for picture in ("plan-similarity.png", "plan-ties.png"):
         assert (finished.folder / picture).read_bytes().startswith(b"\x89PNG")
 
@@ -402,11 +409,14 @@ def test_directshare_without_training(tmp_path: Path, text: Path) -> None:
     assert (made.folder / "export" / "dense" / "model.safetensors").is_file()
 
 
-def of_strategy(strategy: str, folder: Path, text: Path) -> Recipe:
+def of_strategy(
+    strategy: str, folder: Path, text: Path, base: str | Path = "demo-base", **model: Any
+) -> Recipe:
     made = recipe(
         folder,
-        "demo-base",
+        base,
         text,
+        model=model,
         train={"steps": 1},
         plan={"strategy": strategy, "budget": {"heads": 20}},
         evaluate={"blocks": 1, "continued": False},
@@ -421,8 +431,16 @@ def test_the_released_strategy_ties_less_than_asked(tmp_path: Path, text: Path) 
 
 
 def test_the_random_strategy(tmp_path: Path, text: Path) -> None:
-    made = of_strategy("random", tmp_path / "run", text)
+    """With a tokenizer from elsewhere: licence and generation config are still the base's."""
+    base = shutil.copytree(demo_base_path(), tmp_path / "base")
+    (base / "LICENSE").write_text("terms")
+    (base / "generation_config.json").write_text('{"temperature": 0.7, "do_sample": false}')
+    made = of_strategy("random", tmp_path / "run", text, base, tokenizer="demo-base")
     assert check_run(made)["heads"]["tied"] == 20
+    for form in ("compact", "dense"):
+        export = made.folder / "export" / form
+        assert (export / "LICENSE").read_text() == "terms"
+        assert json.loads((export / "generation_config.json").read_text())["temperature"] == 0.7
 
 
 def test_a_plan_for_another_shape_is_refused_before_anything_is_written(
