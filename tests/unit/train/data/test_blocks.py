@@ -414,13 +414,19 @@ def broken(folder: Path, case: str) -> dict[str, Any]:
     [
         ("missing", r"absent\.jsonl does not exist.*correct the path"),
         ("relative", r"data/absent/here does not exist.*correct the path"),
-        ("empty", r"empty\.jsonl.*empty|empty\.jsonl cannot be read"),
+        ("empty", r"empty\.jsonl \(train\) is empty; choose another source"),
         ("blank", r"blank\.jsonl \(train\) has 0 tokens.*add text"),
-        ("rubbish", r"rubbish\.jsonl cannot be read.*repair"),
+        (
+            "rubbish",
+            r"rubbish\.jsonl, line 1: no whole JSON \(Expecting value at column 1\); correct",
+        ),
         ("kind", r"'\.csv' are not read; convert it to one of \.jsonl"),
         ("no file", r"holds no \.jsonl.*correct the path"),
         ("column", r"no column 'text'; set text to one of: title"),
-        ("number", r"column 'text' does not hold text; set text to another of: text, label"),
+        (
+            "number",
+            r"line 1: column 'text' does not hold text but a number; set text to one of: label",
+        ),
         ("small", r"small\.jsonl \(train\) has 3 tokens.*one block of 4; lower"),
         ("validation", r"held-out text has 3 tokens.*add text to data\.validation"),
         ("fraction", r"held-out text has 0 tokens.*raise data\.validation_fraction"),
