@@ -75,8 +75,9 @@ class ChatEncoder(RecordEncoder):
             render_jinja_template([], chat_template=template)  # is compiled, and nothing rendered
         except TemplateError as error:
             line = f", line {error.lineno}" if isinstance(error, TemplateSyntaxError) else ""
+            reason = str(error.message).rstrip(".")
             raise PostshareError(
-                f"the chat template of {name} is no valid template ({error.message}{line}); "
+                f"the chat template of {name} is no valid template ({reason}{line}); "
                 "correct it in that folder, or set model.tokenizer to another"
             ) from error
         special = {k: v for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)}

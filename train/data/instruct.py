@@ -231,6 +231,6 @@ def _encode_json(
 def _place(source: DataSource, fields: Sequence[str], index: int) -> str:
     """The file of a record, and where it is in it."""
     found = local_files(source)
-    if found is None or "".join(found) != source.split:
+    if found is None or {*source.split} & {*"[("}:
         return source.path
     return place_of([path for files in found.values() for path in files.paths], fields, index)

@@ -7,6 +7,7 @@ with every file.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -23,7 +24,7 @@ from huggingface_hub.utils import httpx  # whichever one this version uses
 from sa_models.errors import PostshareError
 from train.data import cache
 from train.data.local import rows
-from train.data.local.files import STDLIB, Files, find_files, split_names
+from train.data.local.files import STDLIB, Files, data_files, find_files, split_names
 
 if TYPE_CHECKING:
     from train.recipe.recipe import DataSource
@@ -95,7 +96,7 @@ def stream_documents(source: DataSource) -> Iterator[str | None]:
                     )
                 yield text
     else:
-        if [*found] != split_names(source.split) or "".join(found) != source.split:
+        if {*source.split} & {*"[("}:
             raise PostshareError(
                 f"{source.path}: split {source.split} is a part, and a stream is read from its "
                 "beginning; set data.streaming=false"
@@ -226,12 +227,17 @@ def _paths(stamps: Stamps) -> list[Path]:
 def _from_library(
     source: DataSource, *, streaming: bool = False
 ) -> datasets.Dataset | datasets.IterableDataset:
-    path = Path(source.path).expanduser()
+    path, cache_dir = Path(source.path).expanduser(), None
+    if path.is_dir():  # whose tables the library would take for those of its files of any time
+        now = repr(stamp([*data_files(source), path / "README.md"])).encode()
+        name = f"card-{hashlib.blake2b(now, digest_size=8).hexdigest()}"
+        cache_dir = str(Path(datasets.config.HF_DATASETS_CACHE) / name)
     return datasets.load_dataset(
         str(path) if path.is_dir() else source.path,
         name=source.subset,
         split=source.split,
         streaming=streaming,
+        cache_dir=cache_dir,
     )
 
 
@@ -319,7 +325,7 @@ def explain(source: DataSource, error: BaseException) -> PostshareError:
     offline = os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") or any(
         word in said for word in ("OfflineMode", "ConnectionError", "Couldn't reach", "Max retries")
     )
-    if offline:
+    if offline or any(isinstance(link, httpx.TransportError) for link in links):
         return PostshareError(
             f"dataset {name} is not in the cache and the hub cannot be reached; run `postshare "
             "prepare RECIPE` on a machine with network, with the same HF_HOME"

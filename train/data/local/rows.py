@@ -39,8 +39,8 @@ _PACKED: dict[str, Callable[[Path], Any]] = {
     ".zst": lambda path: io.BufferedReader(pa.CompressedInputStream(pa.OSFile(str(path)), "zstd")),
 }
 _SPACE = re.compile(r"\s*")
+_POINTER = b"version https://git-lfs"
 _BEGINNINGS = {
-    b"version https://git-lfs": "a Git LFS pointer; run git lfs pull",
     codecs.BOM_UTF32_LE: "UTF-32; save it as UTF-8 (iconv -f UTF-32 -t UTF-8)",
     codecs.BOM_UTF32_BE: "UTF-32; save it as UTF-8 (iconv -f UTF-32 -t UTF-8)",
     codecs.BOM_UTF16_LE: "UTF-16; save it as UTF-8 (iconv -f UTF-16 -t UTF-8)",
@@ -127,7 +127,12 @@ def rows(path: Path, fields: Sequence[str]) -> Iterator[tuple[Place, Row]]:
     """
     reader = {"text": _text, "json": _json, "parquet": _parquet, "arrow": _arrow}[kind(path) or ""]
     try:
-        yield from reader(path, fields)
+        with path.open("rb") as file:
+            head = file.read(len(_POINTER))
+        if head == _POINTER:
+            raise PostshareError(f"{path} is a Git LFS pointer and no data; run git lfs pull")
+        if head:
+            yield from reader(path, fields)
     except (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
         cure = "download or write it again"
@@ -146,8 +151,10 @@ def _no_text(path: Path, place: Place, column: str, row: Row, present: bool) -> 
 
 
 def _named(value: Any) -> str:
-    names = {bool: "true or false", int: "a number", float: "a number", list: "a list"}
-    return (names | {dict: "an object", str: "text"}).get(type(value), type(value).__name__)
+    """What a value of JSON is called."""
+    names: dict[type, str] = {bool: "true or false", dict: "an object", str: "text"}
+    names |= {int: "a number", float: "a number", list: "a list", type(None): "null"}
+    return names.get(type(value), type(value).__name__)
 
 
 def _of_text(row: Row) -> Iterator[str]:
@@ -167,9 +174,10 @@ def _check_beginning(path: Path, head: bytes) -> None:
         if head.startswith(beginning):
             raise PostshareError(f"{path} is {what}")
     if b"\0" in head[:4]:
+        order = "BE" if head.startswith(b"\0") else "LE"
         raise PostshareError(
-            f"{path} is no UTF-8 text but UTF-16 or binary; save it as UTF-8 (iconv -f UTF-16LE -t "
-            "UTF-8)"
+            f"{path} is no UTF-8 text but UTF-16 or binary; save it as UTF-8 (iconv -f "
+            f"UTF-16{order} -t UTF-8)"
         )
 
 
@@ -240,14 +248,23 @@ def _json_values(path: Path) -> Iterator[tuple[Place, Any]]:
             try:
                 value = json.loads(text)
             except (json.JSONDecodeError, RecursionError) as error:
-                if not begun and getattr(error, "pos", 0) >= len(text):  # goes on in further lines
-                    text += "\n" + _decode(path, file.read(), number + 1)
+                if not begun and getattr(error, "pos", 0) >= len(text):
+                    text = _with_further_lines(path, text, file.read(), number)
                 yield from _several(path, text, number)
             else:
                 if "\\u" in text:
                     _check_characters(path, ("line", number), value)
                 yield ("line", number), value
             begun = True
+
+
+def _with_further_lines(path: Path, text: str, rest: bytes, line: int) -> str:
+    """A first line that is no whole object, and the others if it goes on in them."""
+    try:
+        json.loads(rest.partition(b"\n")[0])
+    except ValueError:
+        return f"{text}\n{_decode(path, rest, line + 1)}"
+    return text
 
 
 def _elements(path: Path, text: str, line: int) -> Iterator[tuple[Place, Any]]:
@@ -257,7 +274,10 @@ def _elements(path: Path, text: str, line: int) -> Iterator[tuple[Place, Any]]:
         raise PostshareError(
             f"{where(path, place)} is a list, and more follows; write one object per line"
         )
+    escapes = "\\u" in text
     for number, value in enumerate(values):
+        if escapes:
+            _check_characters(path, ("record", number), value)
         yield ("record", number), {"text": value} if isinstance(value, str) else value
 
 
@@ -279,7 +299,7 @@ def _several(path: Path, text: str, line: int) -> Iterator[tuple[Place, Any]]:
             raise PostshareError(
                 f"{path}, line {line}: nested too deep to be read; correct or remove the line"
             ) from None
-        if "\\u" in text:
+        if "\\u" in text and isinstance(value, dict):
             _check_characters(path, ("line", line), value)
         yield ("line", line), value
         begin, at = at, _SPACE.match(text, end).end()  # type: ignore[union-attr]
