@@ -378,6 +378,26 @@ def test_streaming_needs_a_length(tmp_path: Path, prepare: Callable[..., Any]) -
         prepare(train=path, validation=path, streaming=True)
 
 
+def test_what_was_read_of_a_folder_is_said(tmp_path: Path, prepare: Callable[..., Any]) -> None:
+    """Once for each use, and of rows without text how many there are."""
+    folder = tmp_path / "[texts]"
+    folder.mkdir()
+    write_jsonl(folder / "alice.jsonl", [])
+    write_jsonl(folder / "the-train-journey.jsonl", texts(20))
+    write_jsonl(folder / "taking-a-test.jsonl", [*texts(20, seed=1), "", ""])
+    write_jsonl(folder / "zebra.jsonl", [""])
+    held = write_jsonl(tmp_path / "held.jsonl", texts(9))
+    blocks, validation = prepare(train=str(folder), validation=held)
+    assert blocks.notes == (
+        f"{folder} (training): 3 .jsonl files read; left out, empty: alice.jsonl; names mean "
+        "nothing, taking-a-test.jsonl is read like the others",
+        f"{folder} (training): 3 of 43 rows have no 'text' and are left out",
+    )
+    assert validation.notes == ()
+    both = expected(texts(20, seed=1)) + expected(texts(20))
+    assert flat(blocks) == both[: len(blocks) * 4]
+
+
 # --- bad input ------------------------------------------------------------------------------------
 
 
