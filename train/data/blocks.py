@@ -154,9 +154,13 @@ def prepare_data(
     ]
     if not any(map(len, validation)):
         raise _nothing_held_out(data, validation)
+    if data.validation:
+        notes = _notes("validation", data.validation, validation)
+    else:
+        notes = _notes_held_out(data.train, validation)
     return (
         Blocks(train, weights=weights, notes=_notes("training", data.train, train)),
-        Blocks(validation, notes=_notes("validation", held_out, validation)),
+        Blocks(validation, notes=notes),
     )
 
 
@@ -231,6 +235,14 @@ def _notes(
         read = [files.said for files in (local_files(source) or {}).values() if files.notable]
         notes += [f"{source.path} ({use}): {said}" for said in (*read, made.said) if said]
     return notes
+
+
+def _notes_held_out(
+    sources: Sequence[DataSource], packed: Sequence[TextBlocks | RecordBlocks]
+) -> list[str]:
+    """What is held out of the training text comes from the same files: records alone are told."""
+    pairs = zip(sources, packed, strict=True)
+    return [f"{s.path} (validation): {p.said}" for s, p in pairs if isinstance(p, RecordBlocks)]
 
 
 def _check_ids(source: DataSource, tokens: Packed, tokenizer_size: int, vocab_size: int) -> None:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import datasets
 import pyarrow as pa
 from datasets.exceptions import DatasetsError
+from huggingface_hub.constants import HF_HUB_CACHE
 
 from sa_models.errors import PostshareError
 
@@ -16,6 +17,7 @@ _UNWRITABLE = {
     errno.EACCES,
     errno.EDQUOT,
     errno.EFBIG,
+    errno.ENOLCK,
     errno.ENOSPC,
     errno.EPERM,
     errno.EROFS,
@@ -45,8 +47,10 @@ def said(links: list[BaseException]) -> PostshareError | None:
 
 def unwritable(error: OSError) -> PostshareError:
     reason = error.strerror or " ".join(str(error).split())[:200]
+    downloads = str(error.filename or "").startswith(HF_HUB_CACHE)
+    folder = HF_HUB_CACHE if downloads else datasets.config.HF_DATASETS_CACHE
     return PostshareError(
-        f"the cache of data, {datasets.config.HF_DATASETS_CACHE}, cannot be written ({reason}); "
+        f"the cache of data, {folder}, cannot be written ({reason}); "
         "make room there and allow writing, or set HF_HOME (or HF_DATASETS_CACHE) to another folder"
     )
 

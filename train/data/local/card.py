@@ -73,7 +73,7 @@ def read_card(folder: Path, subset: str | None) -> Subset | None:
     if not card.is_file():
         return None
     try:
-        text = card.read_text(encoding="utf-8")
+        text = card.read_text(encoding="utf-8", errors="replace")
         front = _FRONT_MATTER.match(text)
         if front is None or not re.search("^configs:", front[1], re.MULTILINE):
             return None

@@ -247,7 +247,7 @@ def _json_values(path: Path) -> Iterator[tuple[Place, Any]]:
             text = _decode(path, line, number)
             try:
                 value = json.loads(text)
-            except (json.JSONDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:
                 if not begun and getattr(error, "pos", 0) >= len(text):
                     text = _with_further_lines(path, text, file.read(), number)
                 yield from _several(path, text, number)
@@ -295,9 +295,9 @@ def _several(path: Path, text: str, line: int) -> Iterator[tuple[Place, Any]]:
                 f"{path}, line {number}: no whole JSON ({reason} at column "
                 f"{error.pos - begin + 1}); correct or remove the line"
             ) from None
-        except RecursionError:
+        except (ValueError, RecursionError) as error:  # too long a number, nested too deep
             raise PostshareError(
-                f"{path}, line {line}: nested too deep to be read; correct or remove the line"
+                f"{path}, line {line}: cannot be read ({error}); correct or remove the line"
             ) from None
         if "\\u" in text and isinstance(value, dict):
             _check_characters(path, ("line", line), value)

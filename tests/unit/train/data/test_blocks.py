@@ -394,6 +394,9 @@ def test_what_was_read_of_a_folder_is_said(tmp_path: Path, prepare: Callable[...
         f"{folder} (training): 3 of 43 rows have no 'text' and are left out",
     )
     assert validation.notes == ()
+    again, held_out = prepare(train=str(folder), validation_fraction=0.3)
+    assert again.notes == blocks.notes
+    assert held_out.notes == ()
     both = expected(texts(20, seed=1)) + expected(texts(20))
     assert flat(blocks) == both[: len(blocks) * 4]
 

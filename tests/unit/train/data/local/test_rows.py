@@ -134,7 +134,8 @@ SAVE = r"save the file as UTF-8 \(iconv -f LATIN1 -t UTF-8\)"
         ("a.jsonl", "\n\n{}x", r", line 3: no whole JSON \(Expecting value at column 3\)"),
         ("a.json", '[{"text": "a"},\n{"text": }]', r", line 2: no whole JSON .* at column 10\)"),
         ("a.json", '{\n"text":\n"a"\n}\n{\n"text" "a"}', r", line 6: no whole JSON .* column 8\)"),
-        ("a.jsonl", GOOD + "[" * 10**5, r", line 2: (nested too deep|no whole JSON)"),
+        ("a.jsonl", GOOD + "[" * 10**5, r", line 2: (cannot be read \(max|no whole JSON)"),
+        ("a.jsonl", GOOD + f'{{"n": {"1" * 5000}}}', r", line 2: cannot be read \(Exceeds the lim"),
         ("a.jsonl", GOOD * 9999 + '{"text": 5}', r", line 10000: the 'text' is a number, no text"),
         (
             "a.jsonl",
