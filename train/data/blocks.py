@@ -45,6 +45,7 @@ from train.data.chat import ChatEncoder
 from train.data.instruct import AlpacaEncoder, RecordEncoder, record_table
 from train.data.packed import Block, BlockSource, Packed, TextBlocks
 from train.data.record_blocks import RecordBlocks
+from train.data.sources import load_documents, local_files, without_text
 from train.data.token_table import Encoder, streamed_token_table, token_table
 
 if TYPE_CHECKING:
@@ -158,9 +159,13 @@ def prepare_data(
     ]
     if not any(map(len, validation)):
         raise _nothing_held_out(data, validation)
+    if data.validation:
+        notes = _notes("validation", data.validation, validation)
+    else:
+        notes = _notes_held_out(data.train, validation)
     return (
         Blocks(train, weights=weights, notes=_notes("training", data.train, train)),
-        Blocks(validation, notes=_notes("validation", held_out, validation)),
+        Blocks(validation, notes=notes),
     )
 
 
@@ -186,11 +191,16 @@ def _pack(
         table = record_table(source, encoder, processes=data.processes)
         packed = RecordBlocks.from_table(table, length)
     else:
+        said = ""
         if data.streaming:
             table = streamed_token_table(source, encoder, blocks * length)
         else:
-            table = token_table(source, encoder, processes=data.processes)
-        packed = TextBlocks(Packed.from_table(table), length, document_mask=data.document_mask)
+            documents = load_documents(source)
+            table = token_table(source, documents, encoder, processes=data.processes)
+            said = without_text(source, documents)
+        packed = TextBlocks(
+            Packed.from_table(table), length, document_mask=data.document_mask, said=said
+        )
     _check_ids(source, packed.tokens, len(tokenizer), vocab_size)
     return packed
 
@@ -224,12 +234,20 @@ def _nothing_held_out(
 def _notes(
     use: str, sources: Sequence[DataSource], packed: Sequence[TextBlocks | RecordBlocks]
 ) -> list[str]:
-    """One line for each source of records: what packing made of them."""
-    return [
-        f"{source.path} ({use}): {made.said}"
-        for source, made in zip(sources, packed, strict=True)
-        if isinstance(made, RecordBlocks)
-    ]
+    """For each source a line on its files, unless it is one file, and on what was made of it."""
+    notes = []
+    for source, made in zip(sources, packed, strict=True):
+        read = [files.said for files in (local_files(source) or {}).values() if files.notable]
+        notes += [f"{source.path} ({use}): {said}" for said in (*read, made.said) if said]
+    return notes
+
+
+def _notes_held_out(
+    sources: Sequence[DataSource], packed: Sequence[TextBlocks | RecordBlocks]
+) -> list[str]:
+    """What is held out of the training text comes from the same files: records alone are told."""
+    pairs = zip(sources, packed, strict=True)
+    return [f"{s.path} (validation): {p.said}" for s, p in pairs if isinstance(p, RecordBlocks)]
 
 
 def _check_ids(source: DataSource, tokens: Packed, tokenizer_size: int, vocab_size: int) -> None:

@@ -15,11 +15,12 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
+from jinja2 import TemplateError, TemplateSyntaxError
 from tokenizers import Tokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from sa_models.errors import PostshareError
-from train.data.instruct import Masked, Record, RecordEncoder, require_text
+from train.data.instruct import BadRecordError, Masked, Record, RecordEncoder, missing, require_text
 from train.data.token_table import Encoder
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class ChatEncoder(RecordEncoder):
 
         Raises:
             PostshareError: the tokenizer has no fast form or no chat template, or the template
-                reads the clock.
+                is none or reads the clock.
         """
         name = tokenizer.name_or_path or "the tokenizer"
         try:
@@ -70,12 +71,23 @@ class ChatEncoder(RecordEncoder):
                 f"the chat template of {name} reads the clock, so that tokens change from day to "
                 "day; write a fixed date in place of strftime_now"
             )
+        try:
+            render_jinja_template([], chat_template=template)  # is compiled, and nothing rendered
+        except TemplateError as error:
+            line = f", line {error.lineno}" if isinstance(error, TemplateSyntaxError) else ""
+            reason = str(error.message).rstrip(".")
+            raise PostshareError(
+                f"the chat template of {name} is no valid template ({reason}{line}); "
+                "correct it in that folder, or set model.tokenizer to another"
+            ) from error
         special = {k: v for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)}
         text = Encoder.build(tokenizer, bos=False, eos=False, **options)
         return cls(text, template, tuple(sorted(special.items())))
 
     def check(self, name: str, record: Record) -> None:
-        messages = record["messages"]
+        messages = record.get("messages")
+        if messages is None:
+            raise missing(name, "messages", [key for key, v in record.items() if v is not None])
         if not messages:
             raise PostshareError(f"the 'messages' of {name} are empty; remove the record")
         if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
@@ -116,8 +128,10 @@ class ChatEncoder(RecordEncoder):
             raise
         except Exception as error:  # whatever a template may do wrong
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            raise PostshareError(
-                f"the chat template refuses record {index} ({reason}); correct or remove the record"
+            raise BadRecordError(
+                f"the chat template refuses record {index} ({reason}); correct or remove the "
+                "record",
+                index,
             ) from error
 
     def _by_prefixes(self, index: int, messages: list[Message]) -> tuple[str, list[Span]]:
@@ -129,11 +143,12 @@ class ChatEncoder(RecordEncoder):
             asked, _ = self._apply(messages[:turn], add_generation_prompt=True)
             answered, _ = self._apply(messages[: turn + 1])
             if not (answered.startswith(asked) and text.startswith(answered)):
-                raise PostshareError(
+                raise BadRecordError(
                     f"the chat template does not write message {turn} of record {index} as the "
                     "continuation of the messages before it and the generation prompt, so that the "
                     "assistant's part cannot be told; put {% generation %} and "
-                    "{% endgeneration %} around it in the template"
+                    "{% endgeneration %} around it in the template",
+                    index,
                 )
             spans.append((len(asked), len(answered)))
         return text, spans

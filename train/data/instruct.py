@@ -7,16 +7,21 @@ come before the first of these. `AlpacaEncoder` (here) renders instruction, inpu
 
 from __future__ import annotations
 
+import functools
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import datasets
 
 from sa_models.errors import PostshareError
-from train.data.sources import load_rows
-from train.data.token_table import Encoder, fast_tokenizer, not_cached
+from train.data import cache
+from train.data.local.rows import place_of
+from train.data.sources import RECORD, load_records, local_files
+from train.data.token_table import Encoder, fast_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,6 +51,22 @@ WITHOUT_INPUT = (
 )
 
 
+class BadRecordError(PostshareError):
+    """What is wrong with the record of an index, counted through the whole source."""
+
+    def __init__(self, message: str, index: int = -1) -> None:
+        super().__init__(message)
+        self.index = index
+
+
+@contextmanager
+def _at(index: int) -> Iterator[None]:
+    try:
+        yield
+    except PostshareError as error:
+        raise BadRecordError(str(error), index) from error
+
+
 @dataclass(frozen=True)
 class RecordEncoder(ABC):
     """Turns records into ids and their mask; its fields are all that these depend on.
@@ -68,15 +89,17 @@ class RecordEncoder(ABC):
         records: dict[int, Record] = {}
         for index, values in zip(indices, zip(*batch.values(), strict=True), strict=True):
             record = dict(zip(batch, values, strict=True))
-            self.check(f"record {index}", record)
+            with _at(index):
+                self.check(f"record {index}", record)
             if self.text.keeps(self.prompt_of(record)):
                 records[index] = record
         rows: dict[str, list[Any]] = {"input_ids": [], "predicted": [], "prompt": []}
         for index, (ids, predicted) in zip(records, self.encode(records), strict=True):
             predicted[:1] = [0] * len(predicted[:1])  # nothing comes before it
             if 1 not in predicted:
-                raise PostshareError(
-                    f"record {index} has no token to predict; remove it, or correct its response"
+                raise BadRecordError(
+                    f"record {index} has no token to predict; remove it, or correct its response",
+                    index,
                 )
             rows["input_ids"].append(ids)
             rows["predicted"].append(predicted)
@@ -169,25 +192,45 @@ def record_table(
     Raises:
         PostshareError: the source cannot be read or is empty; see also `RecordEncoder`.
     """
-    records = load_rows(source)
-    if len(records) == 0:
-        raise PostshareError(f"{source.path} ({source.split}) is empty; choose another source")
-    try:
+    fields = (*encoder.required, *encoder.optional)
+    records = load_records(source, fields)
+    encode: Any = encoder
+    if records.column_names == [RECORD]:
+        encode = functools.partial(_encode_json, encoder)
+    else:
         for field in encoder.required:
             if field not in records.column_names:
-                raise missing("record 0", field, records.column_names)
-        fields = (*encoder.required, *encoder.optional)
+                error = missing("record 0", field, records.column_names)
+                raise PostshareError(f"{source.path}: {error}")
         records = records.select_columns([name for name in fields if name in records.column_names])
-        return records.map(
-            encoder,
-            batched=True,
-            with_indices=True,
-            remove_columns=records.column_names,
-            features=ROW,
-            num_proc=min(processes, len(records)) if processes > 1 else None,
-            desc=f"tokenizing {source.path}",
-        )
+    try:
+        with cache.writing(source.path, processes=processes):
+            return records.map(
+                encode,
+                batched=True,
+                with_indices=True,
+                remove_columns=records.column_names,
+                features=ROW,
+                num_proc=min(processes, len(records)) if processes > 1 else None,
+                desc=f"tokenizing {source.path}",
+            )
+    except BadRecordError as error:
+        raise PostshareError(f"{_place(source, fields, error.index)}: {error}") from None
     except PostshareError as error:
         raise PostshareError(f"{source.path}: {error}") from None
-    except OSError as error:
-        raise not_cached(source, error) from error
+
+
+def _encode_json(
+    encoder: RecordEncoder, batch: dict[str, list[str]], indices: list[int]
+) -> dict[str, list[Any]]:
+    records = [json.loads(record) for record in batch[RECORD]]
+    fields = dict.fromkeys(field for record in records for field in record)
+    return encoder({field: [r.get(field) for r in records] for field in fields}, indices)
+
+
+def _place(source: DataSource, fields: Sequence[str], index: int) -> str:
+    """The file of a record, and where it is in it."""
+    found = local_files(source)
+    if found is None or {*source.split} & {*"[("}:
+        return source.path
+    return place_of([path for files in found.values() for path in files.paths], fields, index)

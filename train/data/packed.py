@@ -96,11 +96,14 @@ class TextBlocks:
 
     `input_ids` and `labels`, and with `document_mask` also `position_ids`, which restart at every
     document; the first token of a document is then not predicted. The last incomplete block is left
-    out.
+    out. `said` is for the log.
     """
 
-    def __init__(self, tokens: Packed, length: int, *, document_mask: bool = False) -> None:
+    def __init__(
+        self, tokens: Packed, length: int, *, document_mask: bool = False, said: str = ""
+    ) -> None:
         self.tokens, self.length, self.document_mask = tokens, length, document_mask
+        self.said = said
 
     def __len__(self) -> int:
         return len(self.tokens) // self.length

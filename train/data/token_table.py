@@ -15,11 +15,12 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import datasets
-from datasets.exceptions import DatasetsError
 from tokenizers import Tokenizer
 
 from sa_models.errors import PostshareError
-from train.data.sources import explain, load_documents, stamp
+from train.data import cache
+from train.data.local.files import data_files
+from train.data.sources import stamp, stream_documents
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -108,10 +109,11 @@ def fast_tokenizer(serialized: str) -> Tokenizer:
     return backend
 
 
-def token_table(source: DataSource, encoder: Encoder, *, processes: int = 1) -> datasets.Dataset:
-    """Every document of `source`, tokenized: rows {"input_ids": int32[]}."""
-    documents = load_documents(source)
-    try:
+def token_table(
+    source: DataSource, documents: datasets.Dataset, encoder: Encoder, *, processes: int = 1
+) -> datasets.Dataset:
+    """The documents of `source`, tokenized: rows {"input_ids": int32[]}."""
+    with cache.writing(source.path, processes=processes):
         return documents.map(
             encoder,
             batched=True,
@@ -121,8 +123,6 @@ def token_table(source: DataSource, encoder: Encoder, *, processes: int = 1) -> 
             num_proc=min(processes, len(documents)) if processes > 1 else None,
             desc=f"tokenizing {source.path}",
         )
-    except OSError as error:
-        raise not_cached(source, error) from error
 
 
 def streamed_token_table(source: DataSource, encoder: Encoder, needed: int) -> datasets.Dataset:
@@ -136,36 +136,22 @@ def streamed_token_table(source: DataSource, encoder: Encoder, needed: int) -> d
         "source": source.model_dump(exclude={"weight"}),
         "encoder": asdict(encoder),
         "needed": needed,
-        "stamp": stamp(source.path),
+        "stamp": stamp(data_files(source)),
     }
-    try:
+    with cache.writing(source.path):
         return datasets.Dataset.from_generator(
             _read_stream, features=ROW, gen_kwargs=arguments, split=datasets.Split("stream")
         )
-    except DatasetsError as error:
-        if isinstance(error.__cause__, PostshareError):
-            raise error.__cause__ from None
-        raise explain(source, error) from error
-    except OSError as error:
-        raise not_cached(source, error) from error
-
-
-def not_cached(source: DataSource, error: OSError) -> PostshareError:
-    return PostshareError(
-        f"the tokens of {source.path} cannot be cached ({error.strerror or error}); make room in "
-        f"{datasets.config.HF_DATASETS_CACHE}, or set HF_DATASETS_CACHE to a larger disk"
-    )
 
 
 def _read_stream(
-    source: dict[str, Any], encoder: dict[str, Any], needed: int, stamp: str
+    source: dict[str, Any], encoder: dict[str, Any], needed: int, stamp: Any
 ) -> Iterator[dict[str, list[int]]]:
     from train.recipe.recipe import DataSource
 
     encode, tokens, texts = Encoder(**encoder), 0, []
-    origin = DataSource(**source)
-    for row in load_documents(origin, streaming=True):
-        texts.append(row[origin.text])
+    for text in stream_documents(DataSource(**source)):
+        texts.append(text)
         if len(texts) == STREAM_BATCH:
             for ids in encode(texts)["input_ids"]:
                 yield {"input_ids": ids}

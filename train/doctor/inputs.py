@@ -148,16 +148,18 @@ def find_data(source: DataSource) -> str | None:
     Raises:
         PostshareError: it is not there, or not to be had without network.
     """
-    from train.data.sources import STDLIB, load_rows, on_hub
+    from train.data.local.files import STDLIB, data_files, on_hub
+    from train.data.sources import load_records
 
     if source.path == STDLIB:
         return "here"
     path = Path(source.path).expanduser()
     if path.exists():
-        if not os.access(path, os.R_OK):
-            raise PostshareError(f"{path} cannot be read; give the job's user read access")
+        for file in (path, *data_files(source)):
+            if not os.access(file, os.R_OK):
+                raise PostshareError(f"{file} cannot be read; give the job's user read access")
         return "here"
     if not on_hub(source.path) or offline():
-        load_rows(source)  # raises for what is not here, without asking the network
+        load_records(source, [])  # raises for what is not here, without asking the network
         return "cached"
     return None

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from sa_models.errors import PostshareError
 from train.common.run_files import RECIPE_FILE
-from train.data.sources import BUILDERS, STDLIB, load_documents
+from train.data.local.files import STDLIB
+from train.data.sources import load_documents
 from train.data.token_table import Encoder
 from train.recipe.recipe import Recipe, load_recipe
 from train.recipe.sections.inputs import DataSource
@@ -64,16 +65,6 @@ def _file_text(file: Path) -> EvaluationText:
         return EvaluationText(name, tuple(load_documents(source)["text"]))
     if not file.is_file():
         raise PostshareError(f"--text {file}: no such file; correct the path")
-    if file.suffix == ".txt":
-        try:
-            return EvaluationText(file.name, (file.read_text(encoding="utf-8"),))
-        except (OSError, UnicodeDecodeError) as error:
-            raise PostshareError(f"--text {file} cannot be read ({error}); give UTF-8") from None
-    if file.suffix not in BUILDERS:
-        raise PostshareError(
-            f"--text {file}: files of kind '{file.suffix}' are not read; convert it to one of "
-            f"{', '.join(BUILDERS)}"
-        )
     source = DataSource(path=str(file))
     return EvaluationText(file.name, tuple(t for t in load_documents(source)["text"] if t))
 

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from sa_models.errors import PostshareError
 from sa_models.weights.companion_files import TOKENIZERS
 from sa_models.weights.config_file import read_json
-from train.data.sources import STDLIB
+from train.data.local.files import STDLIB
 from train.demo import DEMO_BASE, demo_base_path
 
 if TYPE_CHECKING:

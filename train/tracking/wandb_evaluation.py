@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sa_models.atomic_files import write_json
-from train.data.sources import STDLIB
+from train.data.local.files import STDLIB
 from train.demo import DEMO_BASE
 from train.tracking.dashboard_panels import evaluation_values
 from train.tracking.wandb_run import CLOSING_SECONDS, EVALUATE, WandbRun, wandb_mode

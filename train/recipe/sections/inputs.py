@@ -45,9 +45,10 @@ class DataSource(Section):
     path: PathName
     """Hub name, local .jsonl, .json, .parquet, .arrow, .txt or folder, or stdlib (the demo's)."""
     subset: Name | None = None
-    """Configuration of a hub dataset, such as 20231101.en."""
+    """Configuration of a hub dataset, such as 20231101.en, or of a folder whose README.md lists
+    some."""
     split: Name = "train"
-    """Split to read."""
+    """Split to read, or a part of it such as train[:10%]."""
     text: Name = "text"
     """Column that holds the text (format text only)."""
     weight: Annotated[float, Field(gt=0)] = 1.0

@@ -378,6 +378,29 @@ def test_streaming_needs_a_length(tmp_path: Path, prepare: Callable[..., Any]) -
         prepare(train=path, validation=path, streaming=True)
 
 
+def test_what_was_read_of_a_folder_is_said(tmp_path: Path, prepare: Callable[..., Any]) -> None:
+    """Once for each use, and of rows without text how many there are."""
+    folder = tmp_path / "[texts]"
+    folder.mkdir()
+    write_jsonl(folder / "alice.jsonl", [])
+    write_jsonl(folder / "the-train-journey.jsonl", texts(20))
+    write_jsonl(folder / "taking-a-test.jsonl", [*texts(20, seed=1), "", ""])
+    write_jsonl(folder / "zebra.jsonl", [""])
+    held = write_jsonl(tmp_path / "held.jsonl", texts(9))
+    blocks, validation = prepare(train=str(folder), validation=held)
+    assert blocks.notes == (
+        f"{folder} (training): 3 .jsonl files read; left out, empty: alice.jsonl; names mean "
+        "nothing, taking-a-test.jsonl is read like the others",
+        f"{folder} (training): 3 of 43 rows have no 'text' and are left out",
+    )
+    assert validation.notes == ()
+    again, held_out = prepare(train=str(folder), validation_fraction=0.3)
+    assert again.notes == blocks.notes
+    assert held_out.notes == ()
+    both = expected(texts(20, seed=1)) + expected(texts(20))
+    assert flat(blocks) == both[: len(blocks) * 4]
+
+
 # --- bad input ------------------------------------------------------------------------------------
 
 
@@ -414,13 +437,19 @@ def broken(folder: Path, case: str) -> dict[str, Any]:
     [
         ("missing", r"absent\.jsonl does not exist.*correct the path"),
         ("relative", r"data/absent/here does not exist.*correct the path"),
-        ("empty", r"empty\.jsonl.*empty|empty\.jsonl cannot be read"),
+        ("empty", r"empty\.jsonl \(train\) is empty; choose another source"),
         ("blank", r"blank\.jsonl \(train\) has 0 tokens.*add text"),
-        ("rubbish", r"rubbish\.jsonl cannot be read.*repair"),
+        (
+            "rubbish",
+            r"rubbish\.jsonl, line 1: no whole JSON \(Expecting value at column 1\); correct",
+        ),
         ("kind", r"'\.csv' are not read; convert it to one of \.jsonl"),
         ("no file", r"holds no \.jsonl.*correct the path"),
         ("column", r"no column 'text'; set text to one of: title"),
-        ("number", r"column 'text' does not hold text; set text to another of: text, label"),
+        (
+            "number",
+            r"line 1: column 'text' does not hold text but a number; set text to one of: label",
+        ),
         ("small", r"small\.jsonl \(train\) has 3 tokens.*one block of 4; lower"),
         ("validation", r"held-out text has 3 tokens.*add text to data\.validation"),
         ("fraction", r"held-out text has 0 tokens.*raise data\.validation_fraction"),

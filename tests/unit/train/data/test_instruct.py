@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -487,13 +489,60 @@ def test_a_record_is_named_by_its_index_in_the_file_whichever_process_met_it(
 ) -> None:
     rows = [GOOD] * 7 + [GOOD | {"output": ""}]
     said = message(lambda: read(tmp_path, rows, "alpaca", processes=2))
-    assert "the 'output' of record 7 is empty" in said
+    assert said == (
+        f"{tmp_path / 'rows0.jsonl'}, line 8: the 'output' of record 7 is empty; fill it or remove "
+        "the record"
+    )
+
+
+def test_a_record_is_named_by_its_place_in_the_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "records"
+    folder.mkdir()
+    write(folder / "a.jsonl", [GOOD, GOOD])
+    write(folder / "b.json", [GOOD, GOOD | {"output": 3}])
+    said = message(lambda: prepare(letters(), train=str(folder), validation=str(folder)))
+    assert said.startswith(f"{folder / 'b.json'}, record 1: the 'output' of record 3 is no text")
+    (folder / "b.json").write_text('[{"instruction": "a"},\n{]')
+    said = message(lambda: prepare(letters(), train=str(folder), validation=str(folder)))
+    assert said.startswith(f"{folder / 'b.json'}, line 2: no whole JSON (")
+
+
+def test_records_of_every_kind_of_file_are_the_same(tmp_path: Path) -> None:
+    """Fields that the messages of some records have alone, and columns beside."""
+    rows = [talk("a", "b"), talk("c", "d", system="e"), talk("f", "g")]
+    rows[1]["messages"][0]["name"] = "Ann"
+    paths = [Path(write(tmp_path / name, rows)) for name in ("a.jsonl", "b.json")]
+    table = datasets.Dataset.from_list([row | {"at": datetime(2024, 1, 2)} for row in rows])
+    table.to_parquet(tmp_path / "c.parquet")
+    table.save_to_disk(str(tmp_path / "d"))
+    found = [
+        [block["input_ids"].tolist() for block in prepare_blocks(path)]
+        for path in (*paths, tmp_path / "c.parquet", tmp_path / "d")
+    ]
+    assert found[1:] == found[:1] * 3
+    template = letters(CHATML).apply_chat_template
+    whole = [i for row in rows for i in template(row["messages"], return_dict=False)]
+    assert [i for block in found[0] for i in block][: len(whole)] == whole
+
+
+def prepare_blocks(path: Path) -> list[dict[str, torch.Tensor]]:
+    blocks, _ = prepare(letters(CHATML), "chat", train=str(path), validation=str(path))
+    return [blocks[index] for index in range(len(blocks))]
 
 
 @pytest.mark.parametrize(
     ("template", "parts"),
     [
         (None, ["has no (default) chat template; set model.tokenizer"]),
+        (
+            CHATML.replace("{% endfor %}", "{% endfro %}"),
+            [
+                "the chat template of the tokenizer is no valid template (Encountered unknown tag "
+                "'endfro'",
+                ", line 3); correct it in that folder, or set model.tokenizer to another",
+            ],
+        ),
+        ("{{ messages | jsn }}", ["is no valid template (No filter named 'jsn', line 1)"]),
         # The last answer alone keeps its end: the text depends on what follows.
         (
             CHATML.replace(
