@@ -43,6 +43,7 @@ from sa_models.calibration.token_losses import IGNORED
 from sa_models.errors import PostshareError
 from train.data.chat import ChatEncoder
 from train.data.instruct import AlpacaEncoder, RecordEncoder, record_table
+from train.data.local.files import data_files
 from train.data.packed import Block, BlockSource, Packed, TextBlocks
 from train.data.record_blocks import RecordBlocks
 from train.data.sources import load_documents, local_files, without_text
@@ -144,6 +145,7 @@ def prepare_data(
             "data.streaming reads what a run needs, and a stream has no length; set train.steps "
             "(not train.epochs) and evaluate.blocks, or data.streaming=false"
         )
+    _check_apart(data)
     weights = [source.weight for source in data.train]
     train: list[TextBlocks | RecordBlocks] = []
     for source in data.train:
@@ -167,6 +169,19 @@ def prepare_data(
         Blocks(train, weights=weights, notes=_notes("training", data.train, train)),
         Blocks(validation, notes=notes),
     )
+
+
+def _check_apart(data: DataSection) -> None:
+    """Raises PostshareError where a folder for training has a file of the validation in it."""
+    for held_out in data.validation or ():
+        files = {file.resolve() for file in data_files(held_out)}
+        for source in data.train:
+            read = {file.resolve() for file in data_files(source)}
+            if files & read and files != read:
+                raise PostshareError(
+                    f"{source.path}, training text, has {min(files & read)} in it, which "
+                    f"data.validation ({held_out.path}) holds out; move it to another folder"
+                )
 
 
 def _pack(

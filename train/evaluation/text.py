@@ -10,7 +10,7 @@ from pathlib import Path
 from sa_models.errors import PostshareError
 from train.common.run_files import RECIPE_FILE
 from train.data.local.files import STDLIB
-from train.data.sources import load_documents
+from train.data.sources import load_documents, stream_documents
 from train.data.token_table import Encoder
 from train.recipe.recipe import Recipe, load_recipe
 from train.recipe.sections.inputs import DataSource
@@ -66,7 +66,7 @@ def _file_text(file: Path) -> EvaluationText:
     if not file.is_file():
         raise PostshareError(f"--text {file}: no such file; correct the path")
     source = DataSource(path=str(file))
-    return EvaluationText(file.name, tuple(t for t in load_documents(source)["text"] if t))
+    return EvaluationText(file.name, tuple(text for text in stream_documents(source) if text))
 
 
 def _held_out(recipe: Recipe) -> EvaluationText:

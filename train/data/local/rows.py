@@ -38,6 +38,7 @@ _PACKED: dict[str, Callable[[Path], Any]] = {
     ".xz": lzma.LZMAFile,
     ".zst": lambda path: io.BufferedReader(pa.CompressedInputStream(pa.OSFile(str(path)), "zstd")),
 }
+_TABLES = ("parquet", "arrow")
 _SPACE = re.compile(r"\s*")
 _POINTER = b"version https://git-lfs"
 _BEGINNINGS = {
@@ -68,7 +69,7 @@ def texts(paths: Sequence[Path], column: str) -> Iterator[str | None]:
             if value is not None and not isinstance(value, str):
                 raise _no_text(path, place, column, row, present)
             present = present or column in row
-            if not present and kind(path) in ("parquet", "arrow"):
+            if not present and kind(path) in _TABLES:
                 break
             yield value
         if last and not present:
@@ -120,7 +121,8 @@ def other_than_text(name: str, column: str, what: str, of_text: list[str]) -> Po
 
 
 def rows(path: Path, fields: Sequence[str]) -> Iterator[tuple[Place, Row]]:
-    """The rows of a file, and where they are; of a table with all `fields` these columns alone.
+    """The rows of a file, and where they are; of a table with all `fields` these columns alone,
+    without any `fields` all columns.
 
     Raises:
         PostshareError: the file cannot be read, or not to its end.
@@ -144,6 +146,7 @@ def rows(path: Path, fields: Sequence[str]) -> Iterator[tuple[Place, Row]]:
 def _no_text(path: Path, place: Place, column: str, row: Row, present: bool) -> PostshareError:
     what = _named(row[column])
     if not present:
+        row = next(rows(path, []))[1] if kind(path) in _TABLES else row  # with all columns
         return other_than_text(where(path, place), column, what, [*_of_text(row)])
     return PostshareError(
         f"{where(path, place)}: the '{column}' is {what}, no text; correct or remove it"
@@ -339,7 +342,7 @@ def _arrow(path: Path, fields: Sequence[str]) -> Iterator[tuple[Place, Row]]:
 
 def _columns(schema: pa.Schema, fields: Sequence[str]) -> list[str]:
     found = [name for name in fields if name in schema.names]
-    return found if len(found) == len(fields) else schema.names
+    return found if found and len(found) == len(fields) else schema.names
 
 
 def _of_batches(path: Path, batches: Iterator[pa.RecordBatch]) -> Iterator[tuple[Place, Row]]:

@@ -401,6 +401,19 @@ def test_what_was_read_of_a_folder_is_said(tmp_path: Path, prepare: Callable[...
     assert flat(blocks) == both[: len(blocks) * 4]
 
 
+def test_a_folder_with_the_held_out_file_in_it(tmp_path: Path, prepare: Callable[..., Any]) -> None:
+    (tmp_path / "texts").mkdir()
+    write_jsonl(tmp_path / "texts" / "a.jsonl", texts(20))
+    held = write_jsonl(tmp_path / "texts" / "b.jsonl", texts(20, seed=1))
+    (tmp_path / "link.jsonl").symlink_to(held)
+    for validation in (held, str(tmp_path / "link.jsonl")):
+        with pytest.raises(
+            PostshareError, match=r"texts, training text, has .*b\.jsonl in it, whic"
+        ):
+            prepare(train=str(tmp_path / "texts"), validation=validation)
+    prepare(train=[str(tmp_path / "texts" / "a.jsonl"), held], validation=held)  # by their names
+
+
 # --- bad input ------------------------------------------------------------------------------------
 
 
