@@ -12,7 +12,6 @@ int4    one scale and zero for ``group_size`` inputs of a row, two weights in a 
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ from sa_models.weights.companion_files import (
     copy_terms,
     copy_tokenizer,
 )
-from sa_models.weights.config_file import read_model_type
+from sa_models.weights.config_file import read_model_type, read_values
 from sa_models.weights.config_keys import write_values
 from sa_models.weights.safetensors_files import SINGLE
 from sa_models.weights.safetensors_folder import (
@@ -131,7 +130,7 @@ def _write(weights: WeightsFolder, folder: Path, group_size: int | None) -> None
     copy_tokenizer(weights.path, folder)
     copy_terms(weights.path, None, folder)
     copy_generation_config([weights.path], folder)
-    config = json.loads((weights.path / "config.json").read_text(encoding="utf-8"))
+    config = read_values(weights.path)
     config["quantization_config"] = _config(group_size)
     if isinstance(weights, CompactFolder):
         copy_code(weights.config, folder)  # an older export's code knows no quantized weights

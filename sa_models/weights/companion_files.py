@@ -11,9 +11,9 @@ from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from sa_models.errors import PostshareError
+from sa_models.weights.config_file import GENERATION_CONFIG, read_json
 from sa_models.weights.config_keys import write_config
 
-GENERATION_CONFIG = "generation_config.json"
 AUTO_MAP = {
     "AutoConfig": "entry.SharedLlamaConfig",
     "AutoModel": "entry.SharedLlamaModel",
@@ -125,12 +125,7 @@ def _copy(path: Path, target: Path) -> None:
 
 def _write_tokenizer_config(source: Path, folder: Path) -> None:
     """Write tokenizer_config.json, with the names of transformers 4 for what only 5 knows."""
-    try:
-        values = json.loads(source.read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError("it is no object")
-    except ValueError as error:
-        raise PostshareError(f"{source} is not valid JSON ({error}); copy it again") from None
+    values = read_json(source)
     renamed = dict(values)
     if values.get("tokenizer_class") == "TokenizersBackend":
         renamed["tokenizer_class"] = "PreTrainedTokenizerFast"

@@ -19,11 +19,14 @@ WITHOUT_PACKAGE = """
 import sys
 sys.modules["sa_models"] = None
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
 assert type(model).__module__.startswith("transformers_modules."), type(model)
+inside = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
+assert type(inside) is type(model.model), type(inside)
 ids = torch.arange(12)[None]
 with torch.no_grad():
+    assert torch.equal(inside(ids).last_hidden_state, model.model(ids).last_hidden_state)
     torch.save(model(ids).logits, sys.argv[2])
 print(model.generate(ids, max_new_tokens=6, do_sample=False).tolist())
 """

@@ -5,7 +5,6 @@ Nothing leaves the machine before every file has the hash that the manifest says
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,11 +20,8 @@ from rich.table import Table
 from sa_models.errors import PostshareError
 from sa_models.export.manifest import CARD, MANIFEST, read_manifest
 from sa_models.export.peft_adapter import ADAPTER_CONFIG
-from sa_models.weights.companion_files import (
-    GENERATION_CONFIG,
-    TOKENIZER_FILES,
-    code_files,
-)
+from sa_models.weights.companion_files import TOKENIZER_FILES, code_files
+from sa_models.weights.config_file import GENERATION_CONFIG, read_values
 from train.common.console import plain_console
 from train.common.files import damage
 from train.common.progress import bar
@@ -105,8 +101,7 @@ def _code(folder: Path, manifest: dict[str, Any]) -> set[str]:
     """The modeling files without which a compact export loads nowhere but here."""
     if manifest["format"] != "compact":
         return set()
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return code_files(config["auto_map"])
+    return code_files(read_values(folder)["auto_map"])
 
 
 def _export(argument: Path, console: Console) -> Path:

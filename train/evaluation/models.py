@@ -19,13 +19,8 @@ from sa_models.errors import PostshareError
 from sa_models.export.quantized_folder import QuantizedFolder, is_quantized, load_dequantized
 from sa_models.plan import SharingPlan
 from sa_models.weights.compact_folder import CompactFolder
-from sa_models.weights.companion_files import (
-    GENERATION_CONFIG,
-    TOKENIZER_FILES,
-    TOKENIZERS,
-    companions,
-)
-from sa_models.weights.config_file import read_model_type
+from sa_models.weights.companion_files import TOKENIZER_FILES, TOKENIZERS, companions
+from sa_models.weights.config_file import GENERATION_CONFIG, read_model_type
 from sa_models.weights.safetensors_folder import WeightsFolder
 from sa_models.weights.whole_model import load_whole, open_stored
 from train.common.files import file_hash

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from sa_models.export.export import export_model
 from sa_models.export.manifest import read_manifest
-from sa_models.modeling import SharedLlamaForCausalLM
+from sa_models.modeling import SharedLlamaForCausalLM, SharedLlamaModel
 from sa_models.plan import SharingPlan
 from sa_models.weights.compact_folder import ExpandedFolder, open_weights
 from sa_models.weights.companion_files import AUTO_MAP
@@ -71,6 +71,19 @@ def test_it_computes_the_logits_that_it_computed(
     with torch.no_grad():
         logits = model.double().eval()(expected["input_ids"]).logits
     assert expected["logits"].std() > 5
+    assert (logits - expected["logits"]).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_its_hidden_states_lead_to_these_logits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of ``AutoModel``, which its config does not name; the embeddings are tied."""
+    monkeypatch.setattr(LlamaRMSNorm, "forward", rms_norm)
+    model = AutoModel.from_pretrained(EARLIER / name / "compact", trust_remote_code=False)
+    assert type(model) is SharedLlamaModel
+    expected = load_file(EARLIER / name / "logits.safetensors")
+    with torch.no_grad():
+        hidden = model.double().eval()(expected["input_ids"]).last_hidden_state
+        logits = hidden @ model.embed_tokens.weight.t()
     assert (logits - expected["logits"]).abs().max() <= 1e-6
 
 
