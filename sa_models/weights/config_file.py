@@ -7,6 +7,7 @@ that is split up as it is read) speaks of the same model.
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import math
 import os
@@ -38,6 +39,7 @@ SIZES = (
     "num_key_value_heads",
     "head_dim",
     "max_position_embeddings",
+    "sliding_window",
 )
 POINTER = b"version https://git-lfs"
 # What Llama's classes raise at values that they cannot take.
@@ -108,7 +110,7 @@ def read_config(folder: str | os.PathLike[str], model_type: str = "llama") -> Ll
         values.pop(key, None)
     values["return_dict"] = True  # how its model is asked is not the file's to say
     try:
-        _check_values(values)
+        _check_values(values, KINDS[found])
         config = KINDS[found].from_dict(values, name_or_path=str(folder))
         _check_buildable(config)
     except REFUSALS as error:
@@ -159,9 +161,14 @@ def _reason(error: Exception) -> str:
     return text if plain and text else f"{type(error).__name__}: {text}"
 
 
-def _check_values(values: dict[str, Any]) -> None:
+def _check_values(values: dict[str, Any], kind: type[LlamaConfig]) -> None:
     """Raises ValueError for what Llama's classes take silently, or refuse without its name."""
     from transformers.activations import ACT2FN
+
+    for key in values:
+        own = inspect.getattr_static(kind, key, None)
+        if callable(own) or (isinstance(own, property) and own.fset is None):
+            raise ValueError(f"{key} is no field of a config")
 
     for key in SIZES:
         value = values.get(key)

@@ -101,6 +101,8 @@ def test_is_read_as_transformers_reads_it(tmp_path: Path, rope: str, legacy: boo
         ({"num_hidden_layers": "2"}, "num_hidden_layers is '2'"),
         ({"head_dim": 5}, "6 features are rotated and a head has 5|even rotary dimension"),
         ({"max_position_embeddings": 0}, "max_position_embeddings is 0"),
+        ({"sliding_window": 0.5}, r"sliding_window is 0\.5"),
+        ({"is_heterogeneous": True}, "is_heterogeneous is no field of a config"),
         ({"rms_norm_eps": "1e-5"}, "rms_norm_eps is '1e-5'"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
         ({"attention_dropout": 1.5}, r"attention_dropout is 1\.5"),
