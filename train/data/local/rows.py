@@ -38,6 +38,15 @@ _PACKED: dict[str, Callable[[Path], Any]] = {
     ".xz": lzma.LZMAFile,
     ".zst": lambda path: io.BufferedReader(pa.CompressedInputStream(pa.OSFile(str(path)), "zstd")),
 }
+_UNREADABLE = (
+    OSError,
+    EOFError,
+    ValueError,  # names of columns that are no UTF-8, among others
+    KeyError,  # two columns of one name
+    zlib.error,
+    lzma.LZMAError,
+    pa.ArrowException,
+)
 _TABLES = ("parquet", "arrow")
 _SPACE = re.compile(r"\s*")
 _POINTER = b"version https://git-lfs"
@@ -135,7 +144,7 @@ def rows(path: Path, fields: Sequence[str]) -> Iterator[tuple[Place, Row]]:
             raise PostshareError(f"{path} is a Git LFS pointer and no data; run git lfs pull")
         if head:
             yield from reader(path, fields)
-    except (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException) as error:
+    except _UNREADABLE as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
         cure = "download or write it again"
         if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM):

@@ -214,6 +214,20 @@ def test_a_table_that_is_cut_off(tmp_path: Path, form: str) -> None:
         assert str(raised.value).startswith(str(path))
 
 
+@pytest.mark.parametrize("form", ["stream.arrow", "file.arrow"])
+def test_names_of_columns_that_cannot_be_read(tmp_path: Path, form: str) -> None:
+    path = tmp_path / form
+    FORMS[form](path, [{"text": "a"}])
+    path.write_bytes(path.read_bytes().replace(b"text", b"te\xcat"))
+    with pytest.raises(PostshareError, match=r"cannot be read \(.*can't decode byte 0xca"):
+        list(texts([path], "text"))
+    table = pa.table([pa.array(["a"])] * 2, names=["text", "text"])
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table)
+    with pytest.raises(PostshareError, match=r"cannot be read \(.*exists 2 times in schema"):
+        list(texts([path], "text"))
+
+
 @pytest.mark.parametrize(
     ("column", "message"),
     [
