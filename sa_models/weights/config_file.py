@@ -127,19 +127,17 @@ def read_generation_config(config: LlamaConfig, folder: Path) -> GenerationConfi
     Raises:
         PostshareError: the file cannot be read, or transformers refuses a value in it.
     """
-    path = folder / GENERATION_CONFIG
-    if not path.is_file():
-        if not (folder / CONFIG).is_file():
-            return GenerationConfig.from_model_config(config)
-        return GenerationConfig.from_pretrained(
-            folder, config_file_name=CONFIG, _from_model_config=True
-        )
+    if not (folder / CONFIG).is_file():
+        return GenerationConfig.from_model_config(config)
+    own = (folder / GENERATION_CONFIG).is_file()
+    path = folder / (GENERATION_CONFIG if own else CONFIG)
     read_json(path)
     try:
-        return GenerationConfig.from_pretrained(folder)
+        options = {} if own else {"config_file_name": CONFIG, "_from_model_config": True}
+        return GenerationConfig.from_pretrained(folder, **options)
     except (*REFUSALS, OSError) as error:
         raise PostshareError(
-            f"{path} is not a valid generation config ({_reason(error)}); repair or delete it"
+            f"{path} says what cannot be about generation ({_reason(error)}); repair it"
         ) from None
 
 

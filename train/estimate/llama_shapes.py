@@ -122,12 +122,13 @@ def find_shape(model: ModelSection) -> tuple[LlamaShape, str]:
             raise PostshareError(
                 f"{folder} has no config.json; give the folder of a Hugging Face Llama"
             )
-        return _read(file.read_text(encoding="utf-8"), str(file)), str(file)
+        return _read(file.read_text(encoding="utf-8", errors="replace"), str(file)), str(file)
     if cached := _cached(model):
-        return _read(Path(cached).read_text(encoding="utf-8"), cached), "the hub's cache"
-    text, problem = _probe(model)
-    if text is not None:
-        return _read(text, model.path), "the hub"
+        text = Path(cached).read_text(encoding="utf-8", errors="replace")
+        return _read(text, cached), "the hub's cache"
+    answer, problem = _probe(model)
+    if answer is not None:
+        return _read(answer, model.path), "the hub"
     if model.path in KNOWN:
         return KNOWN[model.path], f"built-in table of Llama shapes ({problem})"
     raise PostshareError(

@@ -14,6 +14,7 @@ import torch
 
 from sa_models.atomic_files import write_json
 from sa_models.calibration.progress import Progress
+from sa_models.errors import PostshareError
 from sa_models.heads import HeadLayout
 from sa_models.plan import SharingPlan, Unit
 from sa_models.scores.activations import HeadOutputs
@@ -78,10 +79,17 @@ def score_units(
     Raises:
         PostshareError: see :func:`~sa_models.scores.gauge_invariant.aligned_scores`,
             :func:`~sa_models.scores.activations.output_scores` and
-            :func:`~sa_models.scores.attention_maps.measure_isotropy`.
+            :func:`~sa_models.scores.attention_maps.measure_isotropy`; or a score is no number.
     """
     with bar(f"comparing units ({section.score})") as advance:
-        return _measure(section.score, section.fold_norm, reader, layout, text)(advance)
+        scores = _measure(section.score, section.fold_norm, reader, layout, text)(advance)
+    wrong = int((~scores.isfinite()).sum())
+    if wrong:
+        raise PostshareError(
+            f"score {section.score} is no number for {wrong:,} pairs of units: weights too large "
+            "for float32, or documents of single tokens; choose another plan.score"
+        )
+    return scores
 
 
 def _measure(

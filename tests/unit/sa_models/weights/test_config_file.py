@@ -172,12 +172,14 @@ def test_a_generation_config_that_cannot_be_read_is_refused(tmp_path: Path) -> N
     for content, message in (
         ("{", "is not valid JSON"),
         ("[]", "is not valid JSON"),
-        ('{"max_new_tokens": "many"}', "is not a valid generation config .*repair or delete it"),
+        ('{"max_new_tokens": "many"}', "says what cannot be about generation .*repair it"),
     ):
         file.write_text(content)
         assert str(file) in refused(tmp_path, message)
     file.write_text('{"temperature": 0.6, "do_sample": false}')  # Llama 2's own
     read_config(tmp_path)
+    file.unlink()
+    refused(write(tmp_path, max_new_tokens="many"), "is not a valid Llama config .*TypeError")
 
 
 def test_keys_by_which_others_are_loaded_are_left_out(tmp_path: Path) -> None:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import math
 import re
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from sa_models.errors import PostshareError
-from sa_models.heads import HeadLayout
+from sa_models.heads import PROJECTIONS, HeadLayout, unit_view
 from sa_models.plan import SharingPlan
 from sa_models.scores.activations import HeadOutputs, output_scores
 from sa_models.scores.gauge_invariant import FoldedNorm, aligned_scores
-from sa_models.scores.registry import weight_terms
+from sa_models.scores.registry import OF_TEXT, SCORES, weight_terms
 from sa_models.scores.significance import chance
 from sa_models.scores.weight_cosine import best_matches
 from sa_models.search.budget import units_of_ratio
@@ -130,3 +135,44 @@ def test_a_merge_without_effect_is_refused_before_training(home: Path, tmp_path:
     with pytest.raises(PostshareError, match="changes o where v is shared and o kept"):
         pipeline.plan(made)
     assert not (tmp_path / "plan.json").exists()
+
+
+def numbers(value: Any) -> list[float]:
+    if isinstance(value, dict | list):
+        inside = value.values() if isinstance(value, dict) else value
+        return [number for each in inside for number in numbers(each)]
+    return [value] if isinstance(value, float) else []
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_a_dense_export_with_removed_heads_is_a_base_like_any_other(
+    home: Path, tmp_path: Path, score: str
+) -> None:
+    shutil.copytree(home, tmp_path / "home")
+    path = tmp_path / "home" / "base" / "model.safetensors"
+    tensors = load_file(path)
+    layout, removed = HeadLayout.from_config(base_model(home).config), ((1, 0), (3, 1), (4, 2))
+    for layer, unit in removed:
+        for p in PROJECTIONS:
+            unit_view(tensors[layout.parameter_name(layer, p)], layout, p)[unit] = 0
+    save_file(tensors, path, metadata={"format": "pt"})
+    read_text = {"calibration_blocks": 6} if score in OF_TEXT else {}
+    plan, _ = planned(tmp_path / "home", tmp_path / "run", score=score, **read_text)
+    assert len({tie.target for tie in plan.ties}) == 7
+    files = [json.loads(file.read_text()) for file in (tmp_path / "run").glob("*.json")]
+    found = numbers(files)
+    assert found
+    assert all(map(math.isfinite, found))
+    if score not in ("attention", "output_map"):  # the maps of such a head are like others
+        assert not {tie.target for tie in plan.ties} & set(removed)
+        assert not {tie.source for tie in plan.ties} & set(removed)
+
+
+def test_scores_that_are_no_numbers_are_in_no_plan(home: Path, tmp_path: Path) -> None:
+    shutil.copytree(home, tmp_path / "home")
+    path = tmp_path / "home" / "base" / "model.safetensors"
+    tensors = {n: t * 1e25 if "_proj" in n else t for n, t in load_file(path).items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(PostshareError, match=r"score qk is no number for \d+ pairs of units"):
+        planned(tmp_path / "home", tmp_path / "run", score="qk")
+    assert not (tmp_path / "run" / "plan.json").exists()
