@@ -221,7 +221,7 @@ def test_the_measurements_are_kept_and_not_made_again(
     assert starts.is_file()
     before = {f: f.read_bytes() for f in made.folder.iterdir() if f != starts}
     names = {"recipe.yaml", "plan.json", "spans.json", "plan-isotropy.png", "plan-isotropy.svg"}
-    assert {f.name for f in before} == names
+    assert {f.name for f in before} == {*names, ".lock", "inputs.json"}
     assert (made.folder / "plan-isotropy.png").read_bytes().startswith(b"\x89PNG")
     assert read(made.folder, "spans.json")["calibration_blocks"] == 1
     monkeypatch.setattr(SpanFinder, "find", lambda *_: pytest.fail("measured again"))
@@ -243,7 +243,7 @@ def test_another_recipe_measures_again_until_something_was_trained(
     listed = [{"leader": 0, "followers": [1]}]
     plan(recipe(home, tmp_path / "run", spans=listed))
     left = sorted(f.name for f in (tmp_path / "run").iterdir())
-    assert left == ["plan.json", "provenance.json", "recipe.yaml"]
+    assert left == [".lock", "inputs.json", "plan.json", "provenance.json", "recipe.yaml"]
 
 
 @pytest.mark.parametrize("asked", [2, 1000])
