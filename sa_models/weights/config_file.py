@@ -135,7 +135,9 @@ def read_generation_config(config: LlamaConfig, folder: Path) -> GenerationConfi
     path = folder / (GENERATION_CONFIG if own else CONFIG)
     read_json(path)
     try:
-        options = {} if own else {"config_file_name": CONFIG, "_from_model_config": True}
+        options: dict[str, Any] = {}
+        if not own:
+            options = {"config_file_name": CONFIG, "_from_model_config": True}
         return GenerationConfig.from_pretrained(folder, **options)
     except (*REFUSALS, OSError) as error:
         raise PostshareError(
