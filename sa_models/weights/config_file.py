@@ -20,6 +20,7 @@ from transformers import GenerationConfig, LlamaConfig
 
 from sa_models.configuration import SharedLlamaConfig
 from sa_models.errors import PostshareError
+from sa_models.heads import HeadLayout
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
@@ -108,7 +109,8 @@ def read_config(folder: str | os.PathLike[str], model_type: str = "llama") -> Ll
         )
     for key in UNREAD:
         values.pop(key, None)
-    values["return_dict"] = True  # how its model is asked is not the file's to say
+    # How its model is asked is not the file's to say.
+    values |= {"return_dict": True, "output_hidden_states": False, "output_attentions": False}
     try:
         _check_values(values, KINDS[found])
         config = KINDS[found].from_dict(values, name_or_path=str(folder))
@@ -133,7 +135,9 @@ def read_generation_config(config: LlamaConfig, folder: Path) -> GenerationConfi
     path = folder / (GENERATION_CONFIG if own else CONFIG)
     read_json(path)
     try:
-        options = {} if own else {"config_file_name": CONFIG, "_from_model_config": True}
+        options: dict[str, Any] = {}
+        if not own:
+            options = {"config_file_name": CONFIG, "_from_model_config": True}
         return GenerationConfig.from_pretrained(folder, **options)
     except (*REFUSALS, OSError) as error:
         raise PostshareError(
@@ -191,10 +195,11 @@ def _is_number(value: object) -> bool:
 
 
 def _check_buildable(config: LlamaConfig) -> None:
-    """Build one layer without weights, and the rotary table.
+    """Build one layer without weights, and the rotary table, and ask them for two tokens.
 
     Raises:
         ValueError: a rotary table of which no model computes; or whatever Llama's classes raise.
+        PostshareError: as :meth:`HeadLayout.from_config`.
     """
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
     from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaRotaryEmbedding
@@ -213,8 +218,10 @@ def _check_buildable(config: LlamaConfig) -> None:
         )
     if not (float(table.min()) >= 0 and 0 < float(table.max()) < math.inf and _is_number(scaling)):
         raise ValueError(f"no rotation comes of rope_parameters {rope}")
+    HeadLayout.from_config(config)
     one = copy.deepcopy(config)
     one.num_hidden_layers = 1
-    one._attn_implementation = "eager"
-    with torch.device("meta"):
-        LlamaForCausalLM(one)
+    one.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}  # others read values
+    one._attn_implementation = "sdpa"
+    with torch.device("meta"), torch.no_grad():
+        LlamaForCausalLM(one)(torch.zeros(1, 2, dtype=torch.long), use_cache=True)

@@ -110,6 +110,8 @@ def test_is_read_as_transformers_reads_it(tmp_path: Path, rope: str, legacy: boo
         ({"mlp_bias": 3}, "mlp_bias"),
         ({"torch_dtype": "float33", "dtype": None}, "float33"),
         ({"per_layer_config": {"0": {"num_attention_heads": 2}}}, "layers of different shapes"),
+        ({"is_causal": 64}, "TypeError"),
+        ({"layer_types": ["sliding_attention"] * 2}, "AttributeError"),
         ({"id2label": {"x": "y"}}, "invalid literal"),
     ],
 )
