@@ -152,6 +152,11 @@ def claim(current: Run, teacher: Path | None = None) -> None:
                 f"{folder} began with other inputs ({'; '.join(trained[:3])}); put them back, "
                 "choose another output_dir, or delete the folder to start over"
             )
+        if not known:
+            note(
+                f"note: {folder} was begun by an earlier version, which kept no stamp of base and "
+                "text: they are taken as they are now"
+            )
         for phrase in exchanged.values():
             note(f"note: {phrase}: what is evaluated from here on is of another text")
     announce(folder)

@@ -131,11 +131,18 @@ def test_what_has_only_been_planned_is_planned_again(inputs_of: Recipe) -> None:
     assert (inputs_of.folder / "plan.json").read_text() != found
 
 
-def test_a_run_of_an_earlier_version_goes_on_with_what_is_there(inputs_of: Recipe) -> None:
+def test_a_run_of_an_earlier_version_goes_on_with_what_is_there(
+    inputs_of: Recipe, capfd: pytest.CaptureFixture[str]
+) -> None:
     run(inputs_of)
+    stamp = (inputs_of.folder / INPUTS_FILE).read_text()
     (inputs_of.folder / INPUTS_FILE).unlink()
+    assert "earlier version" not in capfd.readouterr().err
     run(inputs_of)
-    assert (inputs_of.folder / INPUTS_FILE).is_file()
+    assert "was begun by an earlier version, which kept no stamp" in capfd.readouterr().err
+    assert (inputs_of.folder / INPUTS_FILE).read_text() == stamp
+    run(inputs_of)
+    assert "earlier version" not in capfd.readouterr().err
 
 
 def test_a_damaged_stamp_is_told_of(inputs_of: Recipe) -> None:
