@@ -9,12 +9,12 @@ from pathlib import Path
 from sa_models.errors import PostshareError
 from sa_models.weights.companion_files import FETCHED
 from train.common.shadowing import NO_PYTHON, hiding
-from train.demo import DEMO_BASE
 from train.distributed.engines import start as engine
 from train.doctor.facts import TooLate, limited
 from train.doctor.findings import Finding, bad, from_error, ok, warn
 from train.estimate.llama_shapes import LlamaShape
 from train.models.base_model import base_folder
+from train.models.gguf_folder import check_named
 from train.recipe.faults import FaultyRecipeError
 from train.recipe.recipe import DataSource, Recipe, load_recipe
 from train.recipe.warnings import recipe_warnings
@@ -128,7 +128,9 @@ def find_model(recipe: Recipe) -> str | None:
     from sa_models.weights.safetensors_folder import WeightsFolder
 
     model = recipe.model
-    is_local = model.path == DEMO_BASE or Path(model.path).expanduser().is_dir()
+    if (where := check_named(model.path)) is not None:
+        return where
+    is_local = Path(model.path).expanduser().is_dir()
     if is_local or model.path.count("/") != 1 or offline():
         WeightsFolder(base_folder(model))  # fetches nothing: local, refused, or offline
         return "here" if is_local else "cached"

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from sa_models.errors import PostshareError
 from train.demo import DEMO_BASE, demo_base_path
+from train.demo.smollm2 import SMOLLM2
+from train.models.gguf_file import is_gguf, read_gguf
 
 if TYPE_CHECKING:
     from train.recipe.recipe import ModelSection
@@ -81,6 +83,7 @@ _31_8B = LlamaShape(128256, 4096, 14336, 32, 32, 8, None, 131072, dtype="bfloat1
 _31_70B = LlamaShape(128256, 8192, 28672, 80, 64, 8, None, 131072, dtype="bfloat16")
 _32_1B = LlamaShape(128256, 2048, 8192, 16, 32, 8, 64, 131072, True, dtype="bfloat16")
 _32_3B = LlamaShape(128256, 3072, 8192, 28, 24, 8, 128, 131072, True, dtype="bfloat16")
+_SMOLLM2 = LlamaShape(49152, 576, 1536, 30, 9, 3, 64, 8192, True, dtype="bfloat16")
 
 KNOWN: dict[str, LlamaShape] = {
     "meta-llama/Llama-2-7b-hf": _7B,
@@ -101,20 +104,26 @@ KNOWN: dict[str, LlamaShape] = {
     "meta-llama/Llama-3.2-1B-Instruct": _32_1B,
     "meta-llama/Llama-3.2-3B": _32_3B,
     "meta-llama/Llama-3.2-3B-Instruct": _32_3B,
+    SMOLLM2: _SMOLLM2,
 }
 
 
 def find_shape(model: ModelSection) -> tuple[LlamaShape, str]:
     """The shape of a recipe's model, and where it was found.
 
-    Looked for in model.config, a local folder, the hub's cache, the hub (one try of 5 seconds),
-    and last in the table above.
+    Looked for in model.config, a GGUF file's header, a local folder, the hub's cache, the hub (one
+    try of 5 seconds), and last in the table above.
 
     Raises:
         PostshareError: found nowhere, or not a Llama.
     """
     if model.config is not None:
         return LlamaShape.from_dict(model.config, "model.config"), "model.config"
+    if model.path == SMOLLM2:  # nothing is made for a dry run
+        return KNOWN[SMOLLM2], "built-in table of Llama shapes"
+    if is_gguf(model.path):
+        file = Path(model.path).expanduser()
+        return LlamaShape.from_dict(read_gguf(file).config, str(file)), str(file)
     folder = _local_folder(model.path)
     if folder is not None:
         file = folder / "config.json"

@@ -18,23 +18,25 @@ from sa_models.weights.safetensors_folder import WeightsFolder
 from sa_models.weights.structure import convert
 from sa_models.weights.whole_model import load_whole, open_stored
 from train.common.progress import bar, note
-from train.demo import DEMO_BASE, demo_base_path
+from train.models.gguf_folder import named_base
 
 if TYPE_CHECKING:
     from train.recipe.recipe import ModelSection, Recipe
 
 
 def base_folder(model: ModelSection, key: str = "model.path") -> Path:
-    """The local folder of ``model.path``; a hub model comes from the cache or is downloaded.
+    """The local folder of ``model.path``; a hub model comes from the cache or is downloaded, a
+    GGUF file is made into one.
 
     Args:
         key: the recipe's name for the path, for messages.
 
     Raises:
-        PostshareError: it exists neither here nor on the hub, is gated, or cannot be reached.
+        PostshareError: it exists neither here nor on the hub, is gated, or cannot be reached; or
+            see :func:`named_base`.
     """
-    if model.path == DEMO_BASE:
-        return demo_base_path()
+    if (named := named_base(model.path)) is not None:
+        return named
     local = Path(model.path).expanduser()
     if local.is_dir():
         return local

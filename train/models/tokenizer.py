@@ -11,7 +11,7 @@ from sa_models.errors import PostshareError
 from sa_models.weights.companion_files import TOKENIZERS
 from sa_models.weights.config_file import read_json
 from train.data.local.files import STDLIB
-from train.demo import DEMO_BASE, demo_base_path
+from train.models.gguf_folder import named_base
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,7 +23,7 @@ PROBE = "The quick brown fox, aged 27, can't jump over 3 lazy dogs.\nIt (really)
 
 
 def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or hub name; demo-base: the shipped one; stdlib: trained now, in
+    """The tokenizer of a folder or hub name, of a named base or GGUF file; stdlib: trained now, in
     seconds. Code that comes with a tokenizer is never run, and nobody is asked whether to.
 
     Raises:
@@ -36,7 +36,7 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
         from train.demo.tokenizer import train_tokenizer
 
         return train_tokenizer()
-    local = demo_base_path() if name == DEMO_BASE else Path(name).expanduser()
+    local = named_base(name) or Path(name).expanduser()
     is_local = local.is_dir()
     if is_local:
         _check_files(local)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from sa_models.atomic_files import write_json
 from train.data.local.files import STDLIB
 from train.demo import DEMO_BASE
+from train.demo.smollm2 import SMOLLM2
 from train.tracking.dashboard_panels import evaluation_values
 from train.tracking.wandb_run import CLOSING_SECONDS, EVALUATE, WandbRun, wandb_mode
 
@@ -120,7 +121,7 @@ def _reference(kind: str, path: str, hub: str, metadata: dict[str, Any]) -> Any:
     name = re.sub(r"[^\w.-]+", "-", path).strip("-")[-100:]
     made = wandb.Artifact(name, kind, metadata={"path": path, **metadata})
     local = Path(path).expanduser()
-    if path not in (DEMO_BASE, STDLIB):
+    if path not in (DEMO_BASE, SMOLLM2, STDLIB):
         address = local.resolve().as_uri() if local.exists() else hub
         made.add_reference(address, name=kind, checksum=False)
     return made

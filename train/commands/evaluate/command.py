@@ -10,6 +10,7 @@ from pathlib import Path
 
 from sa_models.errors import PostshareError
 from train.demo import DEMO_BASE
+from train.demo.smollm2 import SMOLLM2
 from train.recipe.load import locate
 from train.recipe.shipped import shipped_recipes
 
@@ -60,7 +61,7 @@ def _is_recipe(argument: str) -> bool:
         return False
     if path.suffix in (".yaml", ".yml"):
         return True
-    if argument == DEMO_BASE:
+    if argument in (DEMO_BASE, SMOLLM2) or path.suffix == ".gguf":
         return False
     if argument.count("/") == 1 and argument not in shipped_recipes():
         return False  # a hub name

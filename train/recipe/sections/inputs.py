@@ -19,7 +19,8 @@ class ModelSection(Section):
     """The Llama to post-train."""
 
     path: PathName
-    """Folder or hub name of a Llama-architecture model; demo-base is the one that is shipped."""
+    """Folder, .gguf file or hub name of a Llama-architecture model; demo-base is the one that is
+    shipped, smollm2-135m a real one."""
     revision: Name | None = None
     """Hub revision (branch, tag or commit)."""
     attention: Literal["eager", "sdpa", "flash_attention_2", "flex_attention"] = "sdpa"
