@@ -33,6 +33,7 @@ EXPECTED = {
     "llama2-7b-directshare-30": (307, 1024, 307 * 4 * 128 * 4096),
     "llama3-8b-postshare-30": (76, 256, 76 * (4 + 1 + 1) * 128 * 4096),
     "llama3.2-1b-postshare-30": (38, 128, 38 * (4 + 1 + 1) * 64 * 2048),
+    "smollm2-135m-postshare-30": (27, 90, 27 * (3 + 1 + 1) * 64 * 576),
 }
 # {recipe: ({follower: leader}, parameters gone, share of the KV cache gone)}, worked out by hand.
 # A follower of attention weights loses q, k and cached keys; one of keys and values k, v and both.
