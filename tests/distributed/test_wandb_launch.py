@@ -30,7 +30,8 @@ def segments(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     output = run("ddp", Path(__file__).with_name("wandb_worker.py"), folder, processes=2)
     assert "first: stopped here" in output
     return sorted(
-        folder.glob("run/wandb/offline-run-*/run-*.wandb"), key=lambda f: f.stat().st_mtime
+        folder.glob("run/wandb/offline-run-*/run-*.wandb"),
+        key=lambda f: (f.parent.name.split("-")[2], f.stat().st_mtime),  # when they began, first
     )
 
 

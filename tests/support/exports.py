@@ -49,7 +49,7 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def printed(code: str, work: Path, *arguments: str | Path) -> str:
+def printed(code: str, work: Path, *arguments: str | Path, **environment: str) -> str:
     """What a process of its own prints, which keeps an export's modeling files in `work`."""
     run = subprocess.run(
         [sys.executable, "-c", code, *arguments],
@@ -59,6 +59,7 @@ def printed(code: str, work: Path, *arguments: str | Path) -> str:
             "HF_MODULES_CACHE": str(work / "modules"),
             "HF_HUB_OFFLINE": "1",
             "OMP_NUM_THREADS": "1",
+            **environment,
         },
         capture_output=True,
         text=True,

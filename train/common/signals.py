@@ -30,6 +30,8 @@ from train.common.exit_codes import ExitCode
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 ECHO = 5.0
 """Seconds after the first signal in which, below a launcher, another one is its echo."""
+GRACE = 0.2
+"""Seconds in which the handler itself may end the process, by the signal, before a thread does."""
 
 
 class Interrupted(BaseException):
@@ -102,6 +104,7 @@ class _Listener:
                 if first is None:
                     first = time.monotonic()
                 elif not _below_launcher() or time.monotonic() - first > ECHO:
+                    time.sleep(GRACE)
                     # Only the main thread may change a handler: the code says which signal it was.
                     os._exit(128 + number[0])
 

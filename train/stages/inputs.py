@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from train.recipe.recipe import Recipe
 
 INPUTS_FILE = "inputs.json"
+SLOW = 10**9
+"""Bytes from which on hashing them shows its progress."""
 HELD_OUT = "data.validation."
 """How the keys of texts begin that no weight depends on."""
 Stamp = dict[str, dict[str, Any]]
@@ -62,7 +64,7 @@ def stamp_weights(folder: Path, known: dict[str, Any]) -> dict[str, Any]:
     files: dict[str, Any] = {"config.json": {"sha256": _config_hash(folder / "config.json")}}
     shards = WeightsFolder(folder).shards()
     total, done = sum(shard.stat().st_size for shard in shards), 0
-    with bar(f"hashing {folder.name}", of_bytes=True, lines=4) as show:
+    with bar(f"hashing {folder.name}", of_bytes=True, lines=4, shown=total >= SLOW) as show:
         for shard in shards:
             stat, blob = shard.stat(), shard.resolve()
             looks = {"bytes": stat.st_size, "changed_ns": stat.st_mtime_ns}

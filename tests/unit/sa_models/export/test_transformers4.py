@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +15,7 @@ from sa_models.entry import NEEDED
 from sa_models.plan import HeadTie, SharingPlan
 from sa_models.weights.safetensors_folder import WeightsFolder
 from tests.support import REPOSITORY
-from tests.support.exports import export, load
+from tests.support.exports import export, load, printed
 from tests.support.rope_types import ROPE_TYPES, config
 from train.demo import demo_base_path
 
@@ -95,23 +92,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def read(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What a process with transformers 4 finds in them, its logits included."""
     work = tmp_path_factory.mktemp("work")
-    run = subprocess.run(
-        [sys.executable, "-c", READ, TEXT, *(path / "dense" for path in folders.values())],
-        cwd=work,
-        env={
-            **os.environ,
-            "PYTHONPATH": str(SITE),
-            "HF_MODULES_CACHE": str(work / "modules"),
-            "HF_HUB_OFFLINE": "1",
-            "OMP_NUM_THREADS": "1",
-        },
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout) | {"logits": load_file(work / "logits.safetensors")}
+    dense = [path / "dense" for path in folders.values()]
+    found = printed(READ, work, TEXT, *dense, PYTHONPATH=str(SITE))
+    return json.loads(found) | {"logits": load_file(work / "logits.safetensors")}
 
 
 @pytest.mark.parametrize("kind", ROPE_TYPES)

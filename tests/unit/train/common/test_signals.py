@@ -158,10 +158,12 @@ def test_a_process_that_has_forked_hears_for_itself_alone() -> None:
     stage = """
 import os
 say('ready')
-workers = [os.fork() for _ in range(2)]
-if 0 in workers:
-    time.sleep(30)
-    os._exit(1)
+workers = []
+for _ in range(2):
+    workers.append(os.fork())
+    if workers[-1] == 0:
+        time.sleep(30)
+        os._exit(1)
 time.sleep(0.5)
 for pid in workers:
     os.kill(pid, signal.SIGTERM)

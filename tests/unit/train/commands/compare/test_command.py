@@ -89,6 +89,7 @@ def test_every_control_takes_the_same_steps_and_no_more_bytes(
         assert made.plan.budget.heads == 15
 
 
+@pytest.mark.more
 def test_compares_and_goes_on_where_it_stood(
     home: Path,
     tmp_path: Path,

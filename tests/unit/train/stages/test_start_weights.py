@@ -19,7 +19,7 @@ from train.evaluation.models import Judged, find_models
 from train.evaluation.summary import weight_bytes
 from train.models.base_model import load_dense, read_through
 from train.stages.pipeline import plan, prepare, run
-from train.stages.run import begin
+from train.stages.start import begin
 
 pytestmark = pytest.mark.usefixtures("unrendered", "own_cache")
 BROKEN = "model.layers.4.mlp.down_proj.weight"
