@@ -13,6 +13,9 @@ from train.stages.pipeline import stages
 
 WORKER = Path(__file__).with_name("runs_worker.py")
 
+APART = ("demo",)
+"""Runs with a launch of their own: what takes minutes, and is left to `make test-more`."""
+
 Alone = Callable[[str], Path]
 Together = Callable[[str, str], tuple[Path, str]]
 
@@ -36,12 +39,13 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Together:
     """A launch file's and a run's folder, and what its ranks have printed of that run."""
 
     @functools.cache
-    def launched(config: str) -> tuple[Path, dict[str, str]]:
+    def launched(config: str, *names: str) -> tuple[Path, dict[str, str]]:
         folder = tmp_path_factory.mktemp(config)
-        return folder, by_run(run(config, WORKER, folder, *names_of(config), timeout=900))
+        return folder, by_run(run(config, WORKER, folder, *names, timeout=900))
 
     def done(config: str, name: str) -> tuple[Path, str]:
-        folder, printed = launched(config)
+        shared = [other for other in names_of(config) if other not in APART]
+        folder, printed = launched(config, *([name] if name in APART else shared))
         return folder / name, printed[name]
 
     return done
