@@ -226,6 +226,7 @@ def test_the_control_has_no_spans(home: Path, tmp_path: Path) -> None:
     assert None not in summary["perplexity"].values()
 
 
+@pytest.mark.more
 def test_gradient_checkpointing_changes_nothing(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

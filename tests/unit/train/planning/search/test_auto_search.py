@@ -211,6 +211,7 @@ def check_front(search: dict, of: Recipe) -> None:
     assert picture[..., :3].std() > 0.05
 
 
+@pytest.mark.more
 def test_plans_are_compared_after_reconstruction(
     home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -290,6 +291,7 @@ def basis_recipe(home: Path, folder: Path, parameters: int, blocks: int) -> Reci
 REBUILT_ON = {"materialize": {"reconstruct": True, "calibration_blocks": 4}, "train": {"steps": 0}}
 
 
+@pytest.mark.more
 @pytest.mark.usefixtures("rendered")
 def test_basis_sharing_at_as_many_bytes_is_measured_beside_them(
     home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
