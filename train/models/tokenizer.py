@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from tokenizers import Tokenizer
 
 from sa_models.errors import PostshareError
-from sa_models.weights.companion_files import TOKENIZERS
+from sa_models.weights.companion_files import TOKENIZER_CONFIG, TOKENIZERS
 from sa_models.weights.config_file import read_json
 from train.data.local.files import STDLIB
 from train.models.gguf_folder import named_base
@@ -17,8 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FAST, SENTENCEPIECE = "tokenizer.json", "tokenizer.model"
-SETTINGS = "tokenizer_config.json"
-OBJECTS = (FAST, SETTINGS, "special_tokens_map.json", "added_tokens.json")
+OBJECTS = (FAST, TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json")
 PROBE = "The quick brown fox, aged 27, can't jump over 3 lazy dogs.\nIt (really) tried."
 
 
@@ -74,7 +73,7 @@ def _check_tokens(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     transformers 5 builds a `LlamaTokenizer`, say, of the file's vocabulary alone, and cuts text as
     Llama 2 does, whatever the file says.
     """
-    backend, settings = getattr(tokenizer, "backend_tokenizer", None), folder / SETTINGS
+    backend, settings = getattr(tokenizer, "backend_tokenizer", None), folder / TOKENIZER_CONFIG
     if backend is None or not (folder / FAST).is_file():
         return
     if settings.is_file() and "add_prefix_space" in read_json(settings):
@@ -85,7 +84,7 @@ def _check_tokens(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
         raise PostshareError(
             f"{folder}: {type(tokenizer).__name__}, the class that transformers takes for it, "
             f"makes other tokens than {FAST} says; set tokenizer_class to "
-            f"PreTrainedTokenizerFast in {SETTINGS}"
+            f"PreTrainedTokenizerFast in {TOKENIZER_CONFIG}"
         )
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sa_models.errors import PostshareError
+from sa_models.weights.config_file import read_values
 from sa_models.weights.safetensors_folder import WeightsFolder
 from train.common.files import file_hash
 from train.common.progress import bar
@@ -61,7 +62,7 @@ def stamp_weights(folder: Path, known: dict[str, Any]) -> dict[str, Any]:
     read again; nor is one in the cache of the hub, which is named by its hash.
     """
     earlier = known.get("files", {})
-    files: dict[str, Any] = {"config.json": {"sha256": _config_hash(folder / "config.json")}}
+    files: dict[str, Any] = {"config.json": {"sha256": _config_hash(folder)}}
     shards = WeightsFolder(folder).shards()
     total, done = sum(shard.stat().st_size for shard in shards), 0
     with bar(f"hashing {folder.name}", of_bytes=True, lines=4, shown=total >= SLOW) as show:
@@ -132,7 +133,6 @@ def read_stamp(folder: Path) -> Stamp:
         ) from None
 
 
-def _config_hash(file: Path) -> str:
-    config = json.loads(file.read_text(encoding="utf-8"))
-    said = {key: value for key, value in config.items() if key not in _UNREAD}
+def _config_hash(folder: Path) -> str:
+    said = {key: value for key, value in read_values(folder).items() if key not in _UNREAD}
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()

@@ -14,6 +14,8 @@ import os
 import socket
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
@@ -41,7 +43,8 @@ def lock(folder: Path) -> None:
     A note says so where the file system has no locks.
 
     Raises:
-        PostshareError: another process is at work in it, which the message names.
+        PostshareError: another process is at work in it, which the message names; or the lock
+            cannot be written.
     """
     key = folder.resolve()
     if key in _held:
@@ -49,7 +52,8 @@ def lock(folder: Path) -> None:
         return
     # Not for the programs that this process starts (O_CLOEXEC), and never truncated: it may be
     # another's.
-    handle = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    with _writing(folder):
+        handle = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
         _take(handle, fcntl.LOCK_EX)
     except OSError as error:
@@ -72,8 +76,9 @@ def announce(folder: Path) -> None:
     held = _held.get(folder.resolve())
     if held is not None and not held.announced:
         held.announced = True
-        os.ftruncate(held.handle, 0)
-        os.pwrite(held.handle, _self().encode(), 0)
+        with _writing(folder):
+            os.ftruncate(held.handle, 0)
+            os.pwrite(held.handle, _self().encode(), 0)
 
 
 def require_free(folder: Path) -> None:
@@ -104,6 +109,17 @@ def unlock(folder: Path) -> None:
         if held.announced:
             os.ftruncate(held.handle, 0)
         os.close(held.handle)
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise PostshareError(
+            f"{folder / LOCK_FILE} cannot be written ({error.strerror}); set output_dir to a "
+            "folder with room that you may write to"
+        ) from None
 
 
 def _take(handle: int, kind: int) -> None:

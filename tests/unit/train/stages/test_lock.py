@@ -117,3 +117,10 @@ def test_a_file_system_without_locks_is_told_of(
     said = capsys.readouterr().err
     assert said.startswith(f"note: the file system of {tmp_path} has no locks (No locks available)")
     assert said.count("\n") == 1
+
+
+def test_a_lock_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    """As another user's is; root may write that, so it is a folder here."""
+    (tmp_path / LOCK_FILE).mkdir()
+    with pytest.raises(PostshareError, match=r"\.lock cannot be written \(Is a directory\); set"):
+        lock(tmp_path)
