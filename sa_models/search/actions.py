@@ -232,12 +232,13 @@ def make_space(
     """
     kinds, saved = {*kinds}, unit_saves[0]
     shared = tuple(p for p in PROJECTIONS if p in set(share))
+    ties = "tie" in kinds and saved > 0
     return Space(
         layout=layout,
-        targets=tuple(sorted(targets)) if "tie" in kinds and saved else (),
+        targets=tuple(sorted(targets)) if ties else (),
         removable=tuple(sorted(removable)) if "remove" in kinds and unit_saves[1] else (),
         sources=_units(layout, without),
-        shares={shared: saved},
+        shares={shared: saved} if ties else {},
         removal_saves=unit_saves[1],
         needed=needed,
     )

@@ -59,7 +59,7 @@ class Agreement:
         exchanges.
         """
         differing = 1 - self.common / self.units
-        return math.ceil(blocks * (differing / (1 - STABLE)) ** 2)
+        return math.ceil(round(blocks * (differing / (1 - STABLE)) ** 2, 6))
 
 
 class Estimator:
