@@ -124,8 +124,12 @@ class Space:
     @property
     def largest(self) -> int:
         """Actions of a state that meets the budget, at most."""
-        smallest = min(saved for saved in (*self.shares.values(), self.removal_saves) if saved > 0)
-        return math.ceil(self.needed / smallest)
+        return math.ceil(self.needed / self.least)
+
+    @property
+    def least(self) -> int:
+        """What an action saves at least."""
+        return min(saved for saved in (*self.shares.values(), self.removal_saves) if saved > 0)
 
     def most(self, state: State = frozenset()) -> int:
         """The most that can be saved, going on from a state."""

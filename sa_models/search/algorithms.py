@@ -40,6 +40,9 @@ class StateLoss(Protocol):
     def rebase(self, state: State) -> None:
         """A hint: the states asked for from now on contain this one."""
 
+    def hold(self, state: State) -> None:
+        """A hint: of the states asked for, this one is the best so far."""
+
 
 class Ranked(NamedTuple):
     """An action as an estimate sees it.
@@ -94,7 +97,7 @@ class GreedyOptions:
     Attributes:
         shortlist: actions that are measured in a round; twice what a round takes, if that is more.
         rounds: at most so many: with more units than rounds, a round takes several.
-        estimate_every: rounds between new estimates.
+        estimate_every: rounds between new estimates; none where fewer than half as many are left.
     """
 
     shortlist: int = 8
@@ -159,7 +162,9 @@ def greedy(
         loss.rebase(state)
         candidates = _cheapest(space, state, known, count)
         short = len(candidates) < count and not complete
-        if len(path) >= last_rank + options.estimate_every or short:
+        left = math.ceil((space.needed - space.saved(state)) / space.least / per_round)
+        old = len(path) >= last_rank + options.estimate_every
+        if (old and left > options.estimate_every / 2) or not path or short:
             wanted = count * (1 + options.estimate_every)
             ranked = ranking(state, wanted)
             complete = len(ranked) < wanted
@@ -179,6 +184,8 @@ def greedy(
                 rises[action] = loss(state | {action}) - current - slopes[action]
                 known[action] = rises[action]
                 fresh.add(action)
+                if action == min(fresh, key=lambda a: (price(space, a, known[a]), a.key)):
+                    loss.hold(state | {action})
             due = [a for a in _cheapest(space, state, known, per_round) if a not in fresh]
         asked += len(fresh) + 1
         taken: list[Action] = []

@@ -58,6 +58,7 @@ def explain(error: ValidationError, model: type[BaseModel]) -> list[Fault]:
     around = {path[:size] for path in found for size in range(len(path))}
     return [fault for path, fault in found.items() if path not in around]
 
+
 REPLACED: dict[tuple[str, ...], tuple[tuple[str, ...], str]] = {
     ("plan", "basis"): (
         ("plan", "objective"),

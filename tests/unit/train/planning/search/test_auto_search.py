@@ -420,6 +420,7 @@ def test_a_difference_that_tells_nothing_does_not_choose() -> None:
     surely = losses(19.6, 20.4, 23.6, 24.4)
     # Differences 4, -2, 4, -2: the same mean, negative in 5 of 16 draws.
     perhaps = losses(16.0, 24.0, 20.0, 28.0)
+
     def chosen(*tried: BlockLosses, shares: tuple[float, float] = (1.0, 1.0)) -> int:
         return auto_rebuild._chosen(tried, shares, 2.0)  # base 2.0 nats a token
 
