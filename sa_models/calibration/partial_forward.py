@@ -186,10 +186,10 @@ class Restart:
         """The model where weights of ``layer`` and above have changed."""
         start, total = self.first_layer(layer), 0.0
         leaving: list[list[torch.Tensor]] = [[] for _ in range(start, self.layers)]
-        for hidden, entered in zip(self._hidden[start], self._entered, strict=True):
-            for at, hidden in enumerate(run_layers(self.model, hidden, entered, start)):
+        for entering, entered in zip(self._hidden[start], self._entered, strict=True):
+            for at, hidden in enumerate(run_layers(self.model, entering, entered, start)):
                 leaving[at].append(hidden)
-            total += summed_loss(self.model, hidden, entered.targets)
+            total += summed_loss(self.model, leaving[-1][-1], entered.targets)
         self.passes += (self.layers - start) / self.layers
         return PartialRun(total / self.tokens, start, leaving)
 

@@ -189,10 +189,12 @@ def greedy(
             due = [a for a in _cheapest(space, state, known, per_round) if a not in fresh]
         asked += len(fresh) + 1
         taken: list[Action] = []
-        # Of several at a time one may rule out another: then what was not measured follows.
+        # Of several at a time one may rule out another: then what was measured earlier follows,
+        # and what was not measured.
         by_price = sorted(known, key=lambda a: (price(space, a, known[a]), a.key))
-        rest = [] if per_round == 1 else [a for a in by_price if a not in fresh]
-        for action in [a for a in by_price if a in fresh] + rest:
+        first = [a for a in by_price if a in (fresh if due else rises)]
+        rest = [] if per_round == 1 else [a for a in by_price if a not in first]
+        for action in first + rest:
             so_far = state | set(taken)
             if len(taken) == per_round or space.is_met(so_far):
                 break

@@ -150,7 +150,8 @@ def test_what_is_chosen_costs_no_more_than_any_control(
         assert savings.removed_parameters == candidate["saved"] >= 5 * UNIT
         loss = reference_loss(base, one, tokens)
         assert candidate["loss"] == pytest.approx(loss, abs=1e-5)
-        if not one.spans and one.kv_heads is None:
+        twice = len({tie.target for tie in one.ties}) < len(one.ties)  # their orders do not add up
+        if not one.spans and one.kv_heads is None and not twice:
             off = slope(base, one, tokens)
             assert candidate["expected_loss"] == pytest.approx(loss - off, abs=3e-5)
         expected[candidate["name"]] = candidate["expected_loss"]
@@ -430,7 +431,7 @@ def test_a_difference_that_tells_nothing_does_not_choose() -> None:
     assert chosen(losses(20.0), losses(10.0)) == 0  # one block has no spread
     # Rises 0.3 and 0.2 nats a token: the first is worth it where it saves 1.5 times as much.
     assert chosen(first, surely, shares=(0.2, 0.1)) == 0
-    # The second may rise to 0.8 where it saves four times as much, and rises to 0.3: never in doubt.
+    # Saving four times as much it might rise to 0.8, and rises to 0.3: never in doubt.
     assert chosen(surely, first, shares=(0.1, 0.4)) == 1
     assert chosen(surely, first, shares=(0.1, 0.14)) == 0
 
