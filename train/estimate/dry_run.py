@@ -169,6 +169,9 @@ def _units(recipe: Recipe, problem: PlanProblem, savings: PlanSavings) -> str:
     unit = "heads" if problem.layout.heads_per_unit == 1 else "KV groups"
     of = f"of {savings.units:,} units ({unit})"
     removed = f"{savings.removed_units:,} {of} removed"
+    if plan.action == "drop":
+        layers = f"the attention of {savings.dropped_layers} of {problem.layout.layers} layers"
+        return f"{layers} dropped, {savings.effective_ratio:.1%} of the units"
     if plan.action == "remove":
         return f"{removed}, {savings.effective_ratio:.1%}"
     bound = "at most " if plan.strategy == "released" else ""
