@@ -207,6 +207,26 @@ def test_held_out_documents_are_whole_disjoint_and_stable(
     assert split(copies[::-1]) == (train, held)
 
 
+def test_the_end_of_a_lone_document_is_held_out(
+    tmp_path: Path, prepare: Callable[..., Any]
+) -> None:
+    words = [f"w{number}" for number in range(40)]
+    path = tmp_path / "book.txt"
+    path.write_text(" ".join(words))
+    train, held_out = prepare(train=str(path), validation_fraction=0.2, sequence_length=4)
+    whole = len(" ".join(words))
+    kept = " ".join(words)[: round(0.8 * whole)]
+    count = len(kept.split())  # the word that is cut belongs to the training text
+    alone = [
+        prepare(train=write_jsonl(tmp_path / f"{side}.jsonl", [" ".join(part)]), validation=str(path),
+                sequence_length=4)[0]
+        for side, part in (("begin", words[:count]), ("end", words[count:]))
+    ]  # fmt: skip
+    assert [flat(train), flat(held_out)] == [flat(side) for side in alone]
+    assert train.notes == (f"{path} (training): one document: the last 0.2 of its characters is held "
+                           "out",)  # fmt: skip
+
+
 # --- the cache ----------------------------------------------------------------------------------
 
 
