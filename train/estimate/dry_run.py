@@ -160,12 +160,14 @@ def _units(recipe: Recipe, problem: PlanProblem, savings: PlanSavings) -> str:
     plan = recipe.plan
     if plan.strategy == "auto":
         passes = auto_passes(problem)
-        rebuilt = ""
+        what, rebuilt = "removals, spans and KV groups", ""
+        if plan.may_tie:
+            what = "ties per projection, removals, spans, KV groups and shared bases"
         if recipe.materialize.reconstruct:
-            rebuilt = f", and {REBUILT} reconstructions and one factorization"
+            rebuilt = f", and {REBUILT} reconstructions"
+            rebuilt += " and one factorization" if plan.may_tie else ""
         return (
-            "ties per projection, removals, spans, KV groups and shared bases: strategy auto "
-            "decides, in at most "
+            f"{what}: strategy auto decides, in at most "
             f"{passes.forward:,} forward passes over {plan.calibration_blocks} blocks{rebuilt}"
         )
     if plan.strategy == "basis":

@@ -92,11 +92,7 @@ def plan_savings(problem: PlanProblem) -> PlanSavings:
     if section.removes:
         dropped = count // layout.units if section.action == "drop" else 0
         return replace(
-            savings,
-            removed_units=count,
-            removed_heads=heads,
-            removed_unit_parameters=count * sum(map(layout.unit_parameters, PROJECTIONS)),
-            stored_cache=savings.stored_cache - count * 2 * layout.head_dim,
+            _with_removed(savings, count, heads, layout),
             dropped_layers=dropped,
             dropped_norm_parameters=dropped * layout.hidden_size,
         )
@@ -127,18 +123,31 @@ def residual_parameters(section: ResidualSection | None, problem: PlanProblem) -
 
 def _auto_savings(problem: PlanProblem) -> PlanSavings:
     """What the budget asks for, whatever will save it; of units, as many ties of the paper's q, k
-    and v."""
+    and v, or removals where nothing is tied."""
     check_budget(problem)
     asked, savings, layout = problem.remaining, problem.savings, problem.layout
     if asked.counted == "cache":
         return replace(savings, stored_cache=savings.stored_cache - asked.needed)
     if asked.counted != "units":
         return replace(savings, tied_parameters=asked.needed)
+    heads = asked.needed * layout.heads_per_unit
+    if not problem.section.may_tie:
+        return _with_removed(savings, asked.needed, heads, layout)
     return replace(
         savings,
         tied_units=asked.needed,
-        tied_heads=asked.needed * layout.heads_per_unit,
+        tied_heads=heads,
         tied_parameters=asked.needed * sum(map(layout.unit_parameters, PAPER)),
+    )
+
+
+def _with_removed(savings: PlanSavings, units: int, heads: int, layout: HeadLayout) -> PlanSavings:
+    return replace(
+        savings,
+        removed_units=units,
+        removed_heads=heads,
+        removed_unit_parameters=units * sum(map(layout.unit_parameters, PROJECTIONS)),
+        stored_cache=savings.stored_cache - units * 2 * layout.head_dim,
     )
 
 

@@ -115,11 +115,11 @@ def _basis(recipe: Recipe, target: Target, seed: int) -> dict[str, Any] | None:
 
 
 def _heads(recipe: Recipe, target: Target, seed: int) -> dict[str, Any] | None:
-    """The best that strategy auto finds where it may not share bases."""
+    """The best that strategy auto finds where cache and time count as well as bytes."""
     if target.plan.basis is None or recipe.plan.strategy != "auto":
         return None
     plan = recipe.plan.model_dump(mode="json", exclude_unset=True)
-    return {"plan": plan | {"basis": False}}
+    return {"plan": plan | {"objective": "all"}}
 
 
 def _random_pairs(recipe: Recipe, target: Target, seed: int) -> dict[str, Any] | None:
@@ -205,7 +205,7 @@ CONTROLS = {
         ),
         Control(
             "heads",
-            "as given, but plan.basis is false: heads and layers alone",
+            "as given, but plan.objective is all: heads and layers that need not be computed",
             _heads,
             "strategy auto has not chosen Basis Sharing",
         ),

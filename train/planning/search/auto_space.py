@@ -25,15 +25,20 @@ REBUILT = 3
 """Candidates that are compared after reconstruction: the best ones as they are."""
 
 
+def tied_shares(problem: PlanProblem) -> tuple[tuple[str, ...], ...]:
+    """The sets of projections that ties may share: none, where the objective is not bytes alone."""
+    return SHARES if problem.section.may_tie else ()
+
+
 def full_space(problem: PlanProblem) -> Space:
-    """Ties of all :data:`SHARES`, and removals.
+    """Removals, and ties of all :func:`tied_shares`.
 
     Counted in units, a unit that is tied twice is one.
     """
     asked, layout, allowed = problem.remaining, problem.layout, problem.allowed
     return make_full_space(
         layout,
-        {share: tie_saves(asked.counted, layout, share) for share in SHARES},
+        {share: tie_saves(asked.counted, layout, share) for share in tied_shares(problem)},
         allowed.tied,
         allowed.removable,
         allowed.followers,
@@ -44,8 +49,8 @@ def full_space(problem: PlanProblem) -> Space:
 
 
 def unit_spaces(problem: PlanProblem) -> dict[str, Space]:
-    """The searches of units that are compared: of everything, the two of strategy loss, and those
-    that may drop whole layers of attention.
+    """The searches of units that are compared: of everything and the two of strategy loss, or where
+    nothing is tied of removals alone; and those that may drop whole layers of attention.
 
     Those that cannot meet the budget are left out, and a control that is the same search.
     """
@@ -53,7 +58,7 @@ def unit_spaces(problem: PlanProblem) -> dict[str, Space]:
     saved = tie_saves(asked.counted, layout, PAPER), asked.removal_saves
     spaces = {FULL: full_space(problem)}
     for name, kinds in ((REMOVALS, ("remove",)), (ANY, KINDS)):
-        if name == ANY and not saved[0]:
+        if name == ANY and not (saved[0] and problem.section.may_tie):
             continue
         spaces[name] = make_space(
             layout,
@@ -134,9 +139,10 @@ def check_auto(problem: PlanProblem) -> None:
     """Raises PostshareError when the budget cannot be met, with the nearest that can."""
     asked = problem.remaining
     spaces = [full_space(problem), *layer_spaces(problem).values()]
-    most, what = max(space.most() for space in spaces), "the units that may change"
+    most = max(space.most() for space in spaces)
+    what = "ties, removals" if problem.section.may_tie else "removals (ties: plan.objective=bytes)"
     if has_structures(problem):
-        what = "ties, removals, spans and KV groups"
+        what = f"{what}, spans and KV groups"
         for inside in possible_structures(problem):
             most = max(most, inside.remaining.given + full_space(inside).most())
     else:

@@ -86,7 +86,7 @@ class PlanSection(Section):
     strategy: Strategy = "cosine"
     """cosine: best match, root-resolved; released: the published selection with its chains;
     random: control; loss: the changes that cost least on calibration text; auto: the same across
-    ties of any projections, removals, spans, KV groups and shared bases; magnitude, gradient:
+    removals, spans and KV groups, and, for bytes, ties and shared bases; magnitude, gradient:
     remove the units with the smallest weights, or the smallest |sum of weight * gradient| (pruning
     controls); basis: q, k and v of two adjacent layers on one basis (Basis Sharing); file:
     plan.path; none: share nothing."""
@@ -112,9 +112,10 @@ class PlanSection(Section):
         AfterValidator(lambda v: tuple(sorted(distinct(v)))),
     ] = (0,)
     """Layers whose units are never targets."""
-    basis: bool = True
-    """Whether strategy auto may put q, k and v of adjacent layers on one basis (Basis Sharing), for
-    fewer bytes of weights and as much cache; false: it keeps to heads and layers."""
+    objective: Literal["bytes", "cache", "speed", "all"] = "all"
+    """What strategy auto saves under its budget. bytes: stored weights, by whatever costs least;
+    cache: of keys and values; speed: what a step of decoding reads; all: the sum of them, as a
+    server pays it. Ties and shared bases, which save weights alone, take part in bytes only."""
     path: PathName | None = None
     """Plan JSON, for strategy file."""
     seed: Count = 0
@@ -166,7 +167,7 @@ class PlanSection(Section):
         if strategy in ("auto", "basis"):
             ignored.append("share")
         if strategy != "auto":
-            ignored.append("basis")
+            ignored.append("objective")
         if strategy == "basis":
             ignored.append("skip_layers")
         if not self.scores:
@@ -219,6 +220,11 @@ class PlanSection(Section):
     def removes(self) -> bool:
         """Whether units are removed, singly or with their layer, and none is tied."""
         return self.action in ("remove", "drop")
+
+    @property
+    def may_tie(self) -> bool:
+        """Whether strategy auto may tie units, and share bases, which saves bytes alone."""
+        return self.objective == "bytes"
 
     @property
     def searches(self) -> bool:

@@ -217,14 +217,13 @@ def test_the_end_of_a_lone_document_is_held_out(
     whole = len(" ".join(words))
     kept = " ".join(words)[: round(0.8 * whole)]
     count = len(kept.split())  # the word that is cut belongs to the training text
-    alone = [
-        prepare(train=write_jsonl(tmp_path / f"{side}.jsonl", [" ".join(part)]), validation=str(path),
-                sequence_length=4)[0]
-        for side, part in (("begin", words[:count]), ("end", words[count:]))
-    ]  # fmt: skip
+    alone = []
+    for part in (words[:count], words[count:]):
+        table = write_jsonl(tmp_path / f"{len(alone)}.jsonl", [" ".join(part)])
+        alone.append(prepare(train=table, validation=str(path), sequence_length=4)[0])
     assert [flat(train), flat(held_out)] == [flat(side) for side in alone]
-    assert train.notes == (f"{path} (training): one document: the last 0.2 of its characters is held "
-                           "out",)  # fmt: skip
+    said = "one document: the last 0.2 of its characters is held out"
+    assert train.notes == (f"{path} (training): {said}",)
 
 
 # --- the cache ----------------------------------------------------------------------------------
