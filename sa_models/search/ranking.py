@@ -157,7 +157,7 @@ class EstimatedRanking:
         ranked = [cheapest(self.space, state, part) for part in (*parts, combined(*parts))]
         # With several kinds of ties a unit has more actions: so many more are told.
         told = ranked[-1][: count * max(1, len(self._shares))]
-        actions = [[r.action.to_list(), r.rise, r.slope] for r in told]
+        actions = [[r.action.to_list(), r.rise, r.slope, r.removal] for r in told]
         return {"actions": actions, "agreement": list(agreement(self.space, *ranked[:2]))}
 
 
@@ -182,12 +182,13 @@ def cheapest(space: Space, state: State, estimated: Sensitivity) -> list[Ranked]
     found: list[Ranked] = []
     for unit in sorted({*space.targets, *space.removable}):
         options: list[Ranked] = []
+        removal = estimated.removal
+        gone = float(removal.second[unit])
         if unit in space.removable and unit not in changed:
-            removal = estimated.removal
-            options.append(_ranked(Action(unit), removal.second[unit], removal.first[unit]))
+            options.append(_ranked(Action(unit), removal.second[unit], removal.first[unit], gone))
         for share in space.shares if unit in space.targets else ():
             if unit not in changed or space.may_tie_again(state, unit, share):
-                options += _nearest(space, changed, unit, share, estimated.ties[share])
+                options += _nearest(space, changed, unit, share, estimated.ties[share], gone)
         found += [option for option in options if space.allows(state, option.action)]
     for layer in space.droppable:
         drop = estimated.drop
@@ -197,7 +198,7 @@ def cheapest(space: Space, state: State, estimated: Sensitivity) -> list[Ranked]
 
 
 def _nearest(
-    space: Space, changed: set[Unit], unit: Unit, share: Projections, ties: Rise
+    space: Space, changed: set[Unit], unit: Unit, share: Projections, ties: Rise, gone: float
 ) -> list[Ranked]:
     """The ties of one unit, for some projections, to the sources that seem to cost least."""
     rises, slopes = ties.second[unit].flatten(), ties.first[unit].flatten()
@@ -207,12 +208,13 @@ def _nearest(
         if len(found) == 2 * SOURCES_PER_TARGET or math.isnan(rises[index]):
             break
         if source in space.sources and source not in changed:
-            found.append(_ranked(Action(unit, source, share), rises[index], slopes[index]))
+            action = Action(unit, source, share)
+            found.append(_ranked(action, rises[index], slopes[index], gone))
     return found
 
 
-def _ranked(action: Action, rise: torch.Tensor, slope: torch.Tensor) -> Ranked:
-    return Ranked(action, float(rise), float(slope))
+def _ranked(action: Action, rise: torch.Tensor, slope: torch.Tensor, gone: float) -> Ranked:
+    return Ranked(action, float(rise), float(slope), gone)
 
 
 def agreement(space: Space, first: list[Ranked], second: list[Ranked]) -> tuple[int, int, float]:
@@ -220,7 +222,7 @@ def agreement(space: Space, first: list[Ranked], second: list[Ranked]) -> tuple[
     singly = bool(space.targets or space.removable)
     costs: list[dict[Any, float]] = [{}, {}]
     for ranked, cost in zip((first, second), costs, strict=True):
-        for action, rise, _ in ranked:
+        for action, rise, *_ in ranked:
             if singly and action.kind == "drop":
                 continue
             cost.setdefault(action.target, price(space, action, rise))

@@ -129,6 +129,20 @@ def unstable(agreement: Agreement, blocks: int) -> str | None:
     )
 
 
+def dearer_note(found: SearchResult, problem: PlanProblem) -> str | None:
+    """One line, where units are tied whose removal would cost less."""
+    dearer = found.dearer_than_removal(problem.allowed.removable)
+    if not dearer:
+        return None
+    tied = len({action.target for action in found.state if action.source is not None})
+    removed = sum(found.removals[unit] for unit in dearer)
+    cure = "; set plan.action to any or remove" if problem.section.action == "tie" else ""
+    return (
+        f"note: of {tied} tied units {len(dearer)} would cost less if they were removed: an "
+        f"estimated {removed:.4f} nats of loss instead of {sum(dearer.values()):.4f}{cure}"
+    )
+
+
 def search_table(
     found: SearchResult,
     layout: HeadLayout,
@@ -213,6 +227,7 @@ def save_search(
             step_dict(step, count) for step, count in zip(found.path, removed[1:], strict=True)
         ],
         "loss_rises": rises_list(found),
+        "dearer_than_removal": dearer_list(found, problem),
         "halves": halves_dict(searched.agreement),
         "states_measured": found.measured,
         "forward_passes": searched.passes,
@@ -236,11 +251,20 @@ def step_dict(step: Step, parameters: int) -> dict[str, Any]:
 
 
 def rises_list(found: SearchResult) -> list[dict[str, Any]]:
-    """What every chosen action costs."""
+    """What every chosen action costs, and what the removal of a tied unit is estimated to cost."""
     return [
-        {**action_dict(action), "loss_rise": finite(found.rises[action])}
+        {
+            **action_dict(action),
+            "loss_rise": finite(found.rises[action]),
+            "removal_rise": finite(found.removals.get(action.target, math.nan)),
+        }
         for action in ordered(found.state)
     ]
+
+
+def dearer_list(found: SearchResult, problem: PlanProblem) -> list[list[int]]:
+    """The tied units whose removal would cost less, as JSON."""
+    return [list(unit) for unit in found.dearer_than_removal(problem.allowed.removable)]
 
 
 def halves_dict(agreement: Agreement) -> dict[str, Any]:

@@ -210,6 +210,31 @@ def test_the_slopes_of_the_text_choose_nothing(search: Callable[..., SearchResul
     assert [step.loss for step in found.path] != [step.loss for step in plain.path]
 
 
+@pytest.mark.parametrize("search", [greedy, evolve])
+def test_ties_that_cost_more_than_a_removal_are_told(search: Callable[..., SearchResult]) -> None:
+    """Units of odd layers are cheap to remove, those of layer 2 dear; of one nobody knows."""
+    among = space(("tie",), needed=6)
+    table = Table(among, pairs=0.0)
+    unknown = (3, 1)
+
+    def rank(state: State, count: int) -> list[Ranked]:
+        found = table.ranking(among)(state, count)
+        gone = {u: math.nan if u == unknown else -1.0 if u[0] % 2 else 9.0 for u in UNITS}
+        # A unit that is tied already has another removal, which says nothing of the first.
+        tied = {a.target for a in state}
+        return [r._replace(removal=99.0 if r.action.target in tied else gone[r.action.target])
+                for r in found]  # fmt: skip
+
+    found = search(among, table, rank)
+    costs = {a.target: float(table.one[table.actions.index(a)]) for a in found.state}
+    assert set(costs) == set(UNITS)
+    cheap = [(1, 0), (1, 1), (3, 0)]
+    told = found.dearer_than_removal(UNITS)
+    assert told == pytest.approx({unit: costs[unit] for unit in cheap})
+    assert [found.removals[unit] for unit in cheap] == [-1.0] * 3
+    assert set(found.dearer_than_removal([(1, 1), (2, 0)])) == {(1, 1)}
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_evolution_finds_what_brute_force_finds(seed: int) -> None:
     among = space()

@@ -70,7 +70,8 @@ def test_the_plan_is_the_best_of_what_was_measured(
     assert search["base_loss"] == pytest.approx(dense, abs=1e-5)
     assert search["loss"] == pytest.approx(reference_loss(base, found, tokens), abs=1e-5)
     batches = [{"input_ids": row[None]} for row in tokens]
-    slopes = estimate_sensitivity(base, batches, [PROJECTIONS]).ties[PROJECTIONS].first
+    estimates = estimate_sensitivity(base, batches, [PROJECTIONS])
+    slopes = estimates.ties[PROJECTIONS].first
     rises = {}
     for line in (made.folder / SEARCH_CACHE).read_text().splitlines():
         entry = json.loads(line)
@@ -86,6 +87,10 @@ def test_the_plan_is_the_best_of_what_was_measured(
     assert (tie.target, tie.source) == best
     (rise,) = search["loss_rises"]
     assert rise["loss_rise"] == pytest.approx(rises[best], abs=2e-5)
+    removal = float(estimates.removal.second[tie.target])
+    assert rise["removal_rise"] == pytest.approx(removal, rel=1e-4)
+    dearer = rises[best] > removal
+    assert search["dearer_than_removal"] == [list(tie.target)] * dearer
     (step,) = search["path"]
     assert step["actions"] == [
         {
@@ -103,6 +108,10 @@ def test_the_plan_is_the_best_of_what_was_measured(
     assert picture.shape[0] > 300
     assert picture[..., :3].std() > 0.05
     shown = capsys.readouterr()
+    note = (
+        f"of 1 tied units 1 would cost less if they were removed: an estimated {removal:.4f} nats"
+    )
+    assert (note in " ".join(shown.out.split())) == dearer
     assert f"tie [{tie.target[0]}, {tie.target[1]}] <- " in shown.out
     assert f"{math.exp(dense):.2f}" in shown.out
     assert "plan-search.json" in shown.out.replace("\n", "")
