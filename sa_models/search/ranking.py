@@ -192,7 +192,8 @@ def cheapest(space: Space, state: State, estimated: Sensitivity) -> list[Ranked]
         found += [option for option in options if space.allows(state, option.action)]
     for layer in space.droppable:
         drop = estimated.drop
-        option = _ranked(Action((layer, WHOLE)), drop.second[layer], drop.first[layer])
+        gone = float(drop.second[layer])
+        option = _ranked(Action((layer, WHOLE)), drop.second[layer], drop.first[layer], gone)
         found += [option] if space.allows(state, option.action) else []
     return sorted(found, key=lambda r: (price(space, r.action, r.rise), r.action.key))
 
