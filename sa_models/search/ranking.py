@@ -36,7 +36,7 @@ class Agreement:
     """How far two halves of the calibration text would choose the same.
 
     Attributes:
-        units: that are chosen.
+        units: that are chosen; layers, where only whole ones are dropped.
         common: of them, those that both halves choose.
         correlation: Spearman correlation of what the units cost on the halves.
     """
