@@ -160,12 +160,14 @@ def _units(recipe: Recipe, problem: PlanProblem, savings: PlanSavings) -> str:
     plan = recipe.plan
     if plan.strategy == "auto":
         passes = auto_passes(problem)
-        rebuilt = ""
+        what, rebuilt = "removals, spans and KV groups", ""
+        if plan.may_tie:
+            what = "ties per projection, removals, spans, KV groups and shared bases"
         if recipe.materialize.reconstruct:
-            rebuilt = f", and {REBUILT} reconstructions and one factorization"
+            rebuilt = f", and {REBUILT} reconstructions"
+            rebuilt += " and one factorization" if plan.may_tie else ""
         return (
-            "ties per projection, removals, spans, KV groups and shared bases: strategy auto "
-            "decides, in at most "
+            f"{what}: strategy auto decides, in at most "
             f"{passes.forward:,} forward passes over {plan.calibration_blocks} blocks{rebuilt}"
         )
     if plan.strategy == "basis":
@@ -176,6 +178,9 @@ def _units(recipe: Recipe, problem: PlanProblem, savings: PlanSavings) -> str:
     unit = "heads" if problem.layout.heads_per_unit == 1 else "KV groups"
     of = f"of {savings.units:,} units ({unit})"
     removed = f"{savings.removed_units:,} {of} removed"
+    if plan.action == "drop":
+        layers = f"the attention of {savings.dropped_layers} of {problem.layout.layers} layers"
+        return f"{layers} dropped, {savings.effective_ratio:.1%} of the units"
     if plan.action == "remove":
         return f"{removed}, {savings.effective_ratio:.1%}"
     bound = "at most " if plan.strategy == "released" else ""
