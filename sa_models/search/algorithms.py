@@ -191,15 +191,23 @@ def greedy(
             candidates = _cheapest(space, state, known, count)
         if not candidates:
             raise PostshareError(NOTHING_LEFT)
-        for action in candidates:
-            rises[action] = loss(state | {action}) - current - slopes[action]
-            known[action] = rises[action]
-        asked += len(candidates) + 1
+        fresh: set[Action] = set()
+        # What a round takes has been measured in it; what was measured earlier is believed until
+        # it comes to the top.
+        due = [action for action in candidates if action not in rises]
+        due = due or candidates[:per_round]
+        while due and len(fresh) < count:
+            for action in due[: count - len(fresh)]:
+                rises[action] = loss(state | {action}) - current - slopes[action]
+                known[action] = rises[action]
+                fresh.add(action)
+            due = [a for a in _cheapest(space, state, known, per_round) if a not in fresh]
+        asked += len(fresh) + 1
         taken: list[Action] = []
         # Of several at a time one may rule out another: then what was not measured follows.
         by_price = sorted(known, key=lambda a: (price(space, a, known[a]), a.key))
-        rest = [] if per_round == 1 else [a for a in by_price if a not in candidates]
-        for action in [a for a in by_price if a in candidates] + rest:
+        rest = [] if per_round == 1 else [a for a in by_price if a not in fresh]
+        for action in [a for a in by_price if a in fresh] + rest:
             so_far = state | set(taken)
             if len(taken) == per_round or space.is_met(so_far):
                 break

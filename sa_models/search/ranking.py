@@ -22,7 +22,7 @@ from sa_models.calibration.partial_forward import Batch, rows_of
 from sa_models.calibration.progress import Progress
 from sa_models.errors import PostshareError
 from sa_models.scores.fisher import Rise, Sensitivity, combined, estimate_sensitivity
-from sa_models.search.actions import Action, Projections, Space, State, ordered
+from sa_models.search.actions import WHOLE, Action, Projections, Space, State, ordered
 from sa_models.search.algorithms import SOURCES_PER_TARGET, Ranked, price
 from sa_models.search.measured_loss import MeasuredLoss
 from sa_models.ties import Unit
@@ -143,6 +143,8 @@ class EstimatedRanking:
             [space.targets, space.removable],
             self.without,
         ]
+        if space.droppable:
+            about.append([space.droppable, space.drop_saves])
         text = json.dumps(about, separators=(",", ":"))
         key = f"rank {hashlib.sha256(text.encode()).hexdigest()}"
         value = self.measured.cache.get(key, lambda: self._estimate(state, count))
@@ -188,6 +190,11 @@ def cheapest(space: Space, state: State, estimated: Sensitivity) -> list[Ranked]
             if unit not in changed or space.may_tie_again(state, unit, share):
                 options += _nearest(space, changed, unit, share, estimated.ties[share], gone)
         found += [option for option in options if space.allows(state, option.action)]
+    for layer in space.droppable:
+        drop = estimated.drop
+        gone = float(drop.second[layer])
+        option = _ranked(Action((layer, WHOLE)), drop.second[layer], drop.first[layer], gone)
+        found += [option] if space.allows(state, option.action) else []
     return sorted(found, key=lambda r: (price(space, r.action, r.rise), r.action.key))
 
 
@@ -212,13 +219,17 @@ def _ranked(action: Action, rise: torch.Tensor, slope: torch.Tensor, gone: float
 
 
 def agreement(space: Space, first: list[Ranked], second: list[Ranked]) -> tuple[int, int, float]:
-    """See :class:`Agreement`."""
+    """See :class:`Agreement`. Where units are changed singly, dropped layers do not count."""
+    singly = bool(space.targets or space.removable)
     costs: list[dict[Any, float]] = [{}, {}]
     for ranked, cost in zip((first, second), costs, strict=True):
         for action, rise, *_ in ranked:
+            if singly and action.kind == "drop":
+                continue
             cost.setdefault(action.target, price(space, action, rise))
     units = sorted(costs[0].keys() & costs[1].keys())
-    saves = min(s for s in (space.tie_saves, space.removal_saves) if s > 0)
+    singles = (space.tie_saves, space.removal_saves) if singly else (space.drop_saves,)
+    saves = min(s for s in singles if s > 0)
     count = min(len(units), math.ceil(space.needed / saves))
     chosen = [set(sorted(units, key=lambda u: (cost[u], u))[:count]) for cost in costs]
     a, b = (torch.tensor([cost[u] for u in units], dtype=torch.float64) for cost in costs)

@@ -57,8 +57,11 @@ def requested_units(problem: PlanProblem) -> int:
         PostshareError: see :func:`train.planning.check.check_budget`.
     """
     check_budget(problem)
-    tied = problem.section.action != "remove" and problem.required.tie_saves
-    return problem.required.units("tie" if tied else "remove")
+    section, asked = problem.section, problem.required
+    if section.action == "drop":
+        return asked.actions("drop") * problem.layout.units
+    tied = section.action != "remove" and asked.tie_saves
+    return asked.actions("tie" if tied else "remove")
 
 
 def plan_savings(problem: PlanProblem) -> PlanSavings:
@@ -86,13 +89,12 @@ def plan_savings(problem: PlanProblem) -> PlanSavings:
         return basis_plan(problem).savings(shape)
     count = requested_units(problem)
     heads = count * layout.heads_per_unit
-    if section.action == "remove":
+    if section.removes:
+        dropped = count // layout.units if section.action == "drop" else 0
         return replace(
-            savings,
-            removed_units=count,
-            removed_heads=heads,
-            removed_unit_parameters=count * sum(map(layout.unit_parameters, PROJECTIONS)),
-            stored_cache=savings.stored_cache - count * 2 * layout.head_dim,
+            _with_removed(savings, count, heads, layout),
+            dropped_layers=dropped,
+            dropped_norm_parameters=dropped * layout.hidden_size,
         )
     return replace(
         savings,
@@ -121,18 +123,31 @@ def residual_parameters(section: ResidualSection | None, problem: PlanProblem) -
 
 def _auto_savings(problem: PlanProblem) -> PlanSavings:
     """What the budget asks for, whatever will save it; of units, as many ties of the paper's q, k
-    and v."""
+    and v, or removals where nothing is tied."""
     check_budget(problem)
     asked, savings, layout = problem.remaining, problem.savings, problem.layout
     if asked.counted == "cache":
         return replace(savings, stored_cache=savings.stored_cache - asked.needed)
     if asked.counted != "units":
         return replace(savings, tied_parameters=asked.needed)
+    heads = asked.needed * layout.heads_per_unit
+    if not problem.section.may_tie:
+        return _with_removed(savings, asked.needed, heads, layout)
     return replace(
         savings,
         tied_units=asked.needed,
-        tied_heads=asked.needed * layout.heads_per_unit,
+        tied_heads=heads,
         tied_parameters=asked.needed * sum(map(layout.unit_parameters, PAPER)),
+    )
+
+
+def _with_removed(savings: PlanSavings, units: int, heads: int, layout: HeadLayout) -> PlanSavings:
+    return replace(
+        savings,
+        removed_units=units,
+        removed_heads=heads,
+        removed_unit_parameters=units * sum(map(layout.unit_parameters, PROJECTIONS)),
+        stored_cache=savings.stored_cache - units * 2 * layout.head_dim,
     )
 
 

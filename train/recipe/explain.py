@@ -59,11 +59,20 @@ def explain(error: ValidationError, model: type[BaseModel]) -> list[Fault]:
     return [fault for path, fault in found.items() if path not in around]
 
 
+REPLACED: dict[tuple[str, ...], tuple[tuple[str, ...], str]] = {
+    ("plan", "basis"): (
+        ("plan", "objective"),
+        "set plan.objective=bytes where strategy auto may share bases, or leave it out",
+    )
+}
+"""Keys of earlier versions: the path of the key that took their place, and what to do."""
+
+
 def _fault(schema: Schema, error: ErrorDetails) -> Fault:
     loc, kind = error["loc"], error["type"]
     if kind in ("extra_forbidden", "invalid_key"):
-        meant, near = _nearest(schema, loc)
         path = tuple(map(str, loc))
+        meant, near = REPLACED[path] if path in REPLACED else _nearest(schema, loc)
         return Fault(path, f"unknown key {'.'.join(path)}; {near}", unknown=True, meant=meant)
     while loc and _find(schema, loc) is None:
         loc = loc[:-1]  # the rest names the form of the value that was tried

@@ -44,6 +44,7 @@ from train.planning.search.loss_search import (
     search_table,
     unstable,
 )
+from train.planning.search.objective import objective_sentence
 from train.planning.spans import SpanFinder, save_spans, spans_table
 from train.recipe.sections.structure import listed_structure
 from train.recipe.warnings import recipe_warnings
@@ -149,7 +150,7 @@ def find_by_auto(current: Run, base: Path, problem: PlanProblem, blocks: Blocks)
     gc.collect()  # the projections of models with spans refer to each other
     if recipe.materialize.reconstruct:
         load = partial(load_dense, base, recipe.model.attention)
-        searched = compare_rebuilt(searched, recipe, load, blocks, device, current.folder)
+        searched = compare_rebuilt(searched, recipe, problem, load, blocks, device, current.folder)
     model = measured_model(current, base, SharingPlan())
     prompt = blocks[0]["input_ids"][None].to(device)
     front = time_front(searched, model, prompt, current.leaders, config, size)
@@ -159,6 +160,7 @@ def find_by_auto(current: Run, base: Path, problem: PlanProblem, blocks: Blocks)
     tables = (compared_table(searched, config), cost_table(searched, config))
     current.say("", *tables, front_table(front, config, size, prompt.shape[1]))
     current.say(auto_sentence(searched))
+    current.say(objective_sentence(recipe.plan.objective, searched.plan, config, size))
     if searched.factored is not None and searched.factored.is_better:
         current.say(factored_note(searched.factored, searched.chosen.plan))
     if searched.found is not None and (line := dearer_note(searched.found, within)) is not None:

@@ -28,16 +28,19 @@ from train.models.materialize import on_text
 from train.planning.basis import saving_plan
 from train.planning.search.auto_result import AutoResult, Factored
 from train.planning.search.auto_space import REBUILT
+from train.planning.search.objective import cost, saved_share
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from train.planning.problem import PlanProblem
     from train.recipe.recipe import Recipe
 
 
 def compare_rebuilt(
     searched: AutoResult,
     recipe: Recipe,
+    problem: PlanProblem,
     load: Callable[[], LlamaForCausalLM],
     blocks: Blocks,
     device: torch.device,
@@ -45,8 +48,9 @@ def compare_rebuilt(
 ) -> AutoResult:
     """The best few candidates again, with their loss after reconstruction, the chosen one first.
 
-    That is the best one as it is, of those whose loss then cannot be told from the lowest: a 95 %
-    interval of the difference, over blocks, reaches 0. The others follow by their loss, and behind
+    That is the best one as it is, of those that then cannot be told from the one that costs least:
+    a 95 % interval of the difference, over blocks, reaches what the other may cost for what it
+    saves (nothing, where the objective is bytes). The others follow by their loss, and behind
     them those that were not reconstructed. Searches that ended with one plan count once.
 
     The loss is that of the text of the reconstruction, ``materialize.calibration_blocks``. One
@@ -90,7 +94,8 @@ def compare_rebuilt(
     plans = list(dict.fromkeys(c.plan for c in searched.candidates))[:REBUILT]
     tried = {plan: losses_of(plan) for plan in plans}
     base_loss = losses_of(searched.base.plan).perplexity.loss
-    chosen = list(tried)[_chosen([*tried.values()])]
+    shares = [saved_share(problem, plan) for plan in tried]
+    chosen = list(tried)[_chosen([*tried.values()], shares, base_loss)]
     factored = None
     if (basis := rival(recipe, chosen, config)) is not None:
         losses = losses_of(basis)
@@ -103,7 +108,8 @@ def compare_rebuilt(
         for c in searched.candidates
         if c.plan in tried
     ]
-    rebuilt.sort(key=lambda c: (c.plan != chosen, c.rebuilt))
+    costs = {p: cost(problem, p, of.perplexity.loss - base_loss) for p, of in tried.items()}
+    rebuilt.sort(key=lambda c: (c.plan != chosen, costs[c.plan], c.rebuilt))
     rest = [c for c in searched.candidates if c.plan not in tried]
     return replace(
         searched,
@@ -114,28 +120,43 @@ def compare_rebuilt(
     )
 
 
-def _chosen(tried: Sequence[BlockLosses]) -> int:
-    """The first that cannot be told from the one of the lowest loss; one block tells nothing."""
-    lowest = min(tried, key=lambda losses: losses.perplexity.loss)
-    if len(lowest.tokens) < 2:
+def _chosen(tried: Sequence[BlockLosses], shares: Sequence[float], base_loss: float) -> int:
+    """The first that cannot be told from the one that costs least; one block tells nothing.
+
+    Args:
+        shares: that each saves, see :func:`~train.planning.search.objective.saved_share`: so many
+            times the rise of the best may another rise.
+    """
+    rises = [losses.perplexity.loss - base_loss for losses in tried]
+    costs = [
+        rise / share if rise > 0 else rise * share
+        for rise, share in zip(rises, shares, strict=True)
+    ]
+    best = costs.index(min(costs))
+    if len(tried[best].tokens) < 2:
         return 0
-    return next(at for at, losses in enumerate(tried) if interval([losses], [lowest])[0] <= 0)
+    allowed = [max(rises[best], 0.0) * (share / shares[best] - 1) for share in shares]
+    worse = (
+        interval([losses], [tried[best]])[0] > more
+        for losses, more in zip(tried, allowed, strict=True)
+    )
+    return next(at for at, is_worse in enumerate(worse) if not is_worse)
 
 
 def rival(recipe: Recipe, plan: SharingPlan, config: LlamaConfig) -> SharingPlan | None:
     """Basis Sharing that stores no more than the plan; None where it is no rival.
 
-    That is where the budget is one of cache, the recipe has a structure of its own or a penalty,
-    which pulls units, or q, k and v hold too little.
+    That is where the objective is not bytes or the budget is one of cache, the recipe has a
+    structure of its own or a penalty, which pulls units, or q, k and v hold too little.
     """
     budget = recipe.plan.budget
     on_cache = budget is None or budget.counted == "cache"
-    if on_cache or recipe.penalized or recipe.changes_structure:
+    if on_cache or not recipe.plan.may_tie or recipe.penalized or recipe.changes_structure:
         return None
     return saving_plan(config, plan.savings(config).removed_parameters)
 
 
 def may_take(recipe: Recipe) -> bool:
-    """Whether the recipe allows it, and the budget is met without changing a head."""
-    plan, budget = recipe.plan, recipe.plan.budget
-    return plan.basis and budget is not None and budget.counted in ("parameters", "bytes")
+    """Whether the budget is met without changing a head."""
+    budget = recipe.plan.budget
+    return budget is not None and budget.counted in ("parameters", "bytes")

@@ -216,11 +216,11 @@ def factored_note(factored: Factored, other: SharingPlan) -> str:
     if factored.taken:
         return (
             f"Basis Sharing is chosen: it is better than {in_words(other)} at as many bytes, "
-            f"{better}. It saves no KV cache; where that counts, set plan.basis=false"
+            f"{better}. It saves no KV cache; where that counts, set plan.objective=all"
         )
     return (
         f"note: Basis Sharing at as many bytes is better than this plan, {better}; it saves no KV "
-        "cache, and is chosen where plan.basis is true and the budget is one of bytes or parameters"
+        "cache, and is chosen where the budget is one of bytes or parameters"
     )
 
 

@@ -1,10 +1,10 @@
 """Strategy auto: the plan that costs least, whatever it is made of, under one budget.
 
-Units are searched among ties of several sets of projections and removals, and, as controls, among
-what strategy loss offers. Then structures are measured (spans, fewer KV heads), and units are
-searched in the few that promise most. Whatever has the lowest loss wins: a control too. Where the
-recipe reconstructs, the best are then compared after it
-(:mod:`train.planning.search.auto_rebuild`).
+Units are searched among removals; where the objective is bytes alone, among ties of several sets of
+projections as well, and, as controls, among what strategy loss offers. Then structures are measured
+(spans, fewer KV heads), and units are searched in the few that promise most. Whatever costs least
+wins (:mod:`train.planning.search.objective`): a control too. Where the recipe reconstructs, the
+best are then compared after it (:mod:`train.planning.search.auto_rebuild`).
 
 All losses are measured on one text, and of all of them the slope of the whole change is taken off
 (:mod:`sa_models.scores.slope`), structures included, which are charged with it and never credited.
@@ -36,7 +36,8 @@ from train.common.run_files import SEARCH_CACHE
 from train.planning.problem import PlanProblem
 from train.planning.search import auto_space
 from train.planning.search.auto_result import AutoResult, Candidate, Point
-from train.planning.search.auto_space import FULL, STRUCTURES_SEARCHED
+from train.planning.search.auto_space import FULL, REMOVALS, STRUCTURES_SEARCHED
+from train.planning.search.objective import cost
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -74,10 +75,15 @@ def search_auto(
             "no plan of strategy auto meets the budget with export.formats=[dense], which has no "
             "spans; lower plan.budget, or set export.formats=[compact]"
         )
-    base = search.own.measured
+    base = search.own.measured(frozenset())
+
+    def order(candidate: Candidate) -> tuple[float, float]:
+        rise = candidate.expected - base
+        return cost(problem, candidate.plan, rise), rise
+
     return AutoResult(
-        search.point("dense", search.own, frozenset(), base(frozenset()), 0.0),
-        tuple(sorted(candidates, key=lambda candidate: candidate.expected)),
+        search.point("dense", search.own, frozenset(), base, 0.0),
+        tuple(sorted(candidates, key=order)),
         tuple(tried),
         sum(len(batch["input_ids"]) for batch in batches),
         sum(place.measured.passes for place in search.places),
@@ -117,7 +123,8 @@ class _Search:
         self.own = self._place(self.problem.structure, self.measured)
 
     def _place(self, structure: SharingPlan, measured: MeasuredLoss, name: str = "") -> _Place:
-        estimator = Estimator(measured, auto_space.SHARES, structure.leader_of())
+        shares = auto_space.tied_shares(self.problem)
+        estimator = Estimator(measured, shares, structure.leader_of())
         place = _Place(structure, measured, estimator, name)
         self.places.append(place)
         return place
@@ -149,7 +156,8 @@ class _Search:
         ]
 
     def point(self, origin: str, place: _Place, state: State, loss: float, slope: float) -> Point:
-        units = as_plan(state)
+        layout = place.structure.layout(self.problem.config)
+        units = as_plan(state, layout)
         plan = replace(units, kv_heads=place.structure.kv_heads, spans=place.structure.spans)
         saved = self._saved(plan)
         return Point(origin, plan, saved, loss, slope, place.structure != self.problem.structure)
@@ -237,7 +245,7 @@ class _Search:
         file = self.measured.cache.path
         measured = MeasuredLoss(model, self.measured.batches, file)
         place = self._place(structure, measured, f" in {_name(structure)}")
-        return self.units(place, {FULL: space})
+        return self.units(place, {FULL if space.targets else REMOVALS: space})
 
     # --- slopes -----------------------------------------------------------------------------------
 

@@ -20,19 +20,25 @@ SHARES = (("q", "k", "v", "o"), PAPER, ("q", "k"), ("v", "o"))
 STRUCTURES_SEARCHED = 2
 """Structures in which units are searched too: those that promise most."""
 FULL, REMOVALS, ANY = "ties and removals", "removals alone", "ties of q, k, v and removals"
+LAYERS, WITH_LAYERS = "whole layers alone", "removals and whole layers"
 REBUILT = 3
 """Candidates that are compared after reconstruction: the best ones as they are."""
 
 
+def tied_shares(problem: PlanProblem) -> tuple[tuple[str, ...], ...]:
+    """The sets of projections that ties may share: none, where the objective is not bytes alone."""
+    return SHARES if problem.section.may_tie else ()
+
+
 def full_space(problem: PlanProblem) -> Space:
-    """Ties of all :data:`SHARES`, and removals.
+    """Removals, and ties of all :func:`tied_shares`.
 
     Counted in units, a unit that is tied twice is one.
     """
     asked, layout, allowed = problem.remaining, problem.layout, problem.allowed
     return make_full_space(
         layout,
-        {share: tie_saves(asked.counted, layout, share) for share in SHARES},
+        {share: tie_saves(asked.counted, layout, share) for share in tied_shares(problem)},
         allowed.tied,
         allowed.removable,
         allowed.followers,
@@ -43,7 +49,8 @@ def full_space(problem: PlanProblem) -> Space:
 
 
 def unit_spaces(problem: PlanProblem) -> dict[str, Space]:
-    """The searches of units that are compared: of everything, and the two of strategy loss.
+    """The searches of units that are compared: of everything and the two of strategy loss, or where
+    nothing is tied of removals alone; and those that may drop whole layers of attention.
 
     Those that cannot meet the budget are left out, and a control that is the same search.
     """
@@ -51,7 +58,7 @@ def unit_spaces(problem: PlanProblem) -> dict[str, Space]:
     saved = tie_saves(asked.counted, layout, PAPER), asked.removal_saves
     spaces = {FULL: full_space(problem)}
     for name, kinds in ((REMOVALS, ("remove",)), (ANY, KINDS)):
-        if name == ANY and not saved[0]:
+        if name == ANY and not (saved[0] and problem.section.may_tie):
             continue
         spaces[name] = make_space(
             layout,
@@ -65,7 +72,36 @@ def unit_spaces(problem: PlanProblem) -> dict[str, Space]:
         )
     if not spaces[FULL].targets:
         del spaces[FULL]
+    spaces |= layer_spaces(problem)
     return {name: space for name, space in spaces.items() if space.most() >= space.needed}
+
+
+def layer_spaces(problem: PlanProblem) -> dict[str, Space]:
+    """Whole layers alone, and beside removals of single units.
+
+    Counted in units only the first, where they come to whole layers: no more may change than the
+    budget asks for.
+    """
+    asked, allowed = problem.remaining, problem.allowed
+    counts_units = asked.counted == "units"
+    if counts_units and asked.needed % asked.drop_saves:
+        return {}
+    return {
+        name: make_space(
+            problem.layout,
+            kinds,
+            PAPER,
+            (),
+            allowed.removable,
+            (),
+            (0, asked.removal_saves),
+            asked.needed,
+            problem.droppable,
+            asked.drop_saves,
+        )
+        for name, kinds in ((LAYERS, ("drop",)), (WITH_LAYERS, ("remove", "drop")))
+        if not (counts_units and name == WITH_LAYERS)
+    }
 
 
 def has_structures(problem: PlanProblem) -> bool:
@@ -102,9 +138,11 @@ def may_have_spans(config: Any) -> bool:
 def check_auto(problem: PlanProblem) -> None:
     """Raises PostshareError when the budget cannot be met, with the nearest that can."""
     asked = problem.remaining
-    most, what = full_space(problem).most(), "the units that may change"
+    spaces = [full_space(problem), *layer_spaces(problem).values()]
+    most = max(space.most() for space in spaces)
+    what = "ties, removals" if problem.section.may_tie else "removals (ties: plan.objective=bytes)"
     if has_structures(problem):
-        what = "ties, removals, spans and KV groups"
+        what = f"{what}, spans and KV groups"
         for inside in possible_structures(problem):
             most = max(most, inside.remaining.given + full_space(inside).most())
     else:

@@ -21,9 +21,8 @@ from sa_models.atomic_files import write_json
 from sa_models.calibration.partial_forward import Batch
 from sa_models.heads import PROJECTIONS, HeadLayout
 from sa_models.plan import SharingPlan
-from sa_models.scores.magnitude import least_important
 from sa_models.scores.registry import IMPORTANCES_OF_TEXT
-from sa_models.search.actions import Action, as_plan, ordered
+from sa_models.search.actions import WHOLE, Action, as_plan, ordered
 from sa_models.search.algorithms import (
     EvolutionOptions,
     Passes,
@@ -38,7 +37,7 @@ from sa_models.search.measured_loss import MeasuredLoss
 from sa_models.search.ranking import Agreement, EstimatedRanking
 from train.common.progress import bar
 from train.common.run_files import PARETO_PICTURE, SEARCH_CACHE, SEARCH_FILE
-from train.planning.problem import PlanProblem
+from train.planning.problem import PlanProblem, least_important_of
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -73,12 +72,11 @@ def choose_by_importance(
     Args:
         model, batches: see :func:`search_plan`.
     """
-    space, structure = problem.space, problem.structure
+    structure = problem.structure
     measure = resolve_name(IMPORTANCES_OF_TEXT[problem.section.strategy])
     with bar(f"importance ({problem.section.strategy})") as advance:
         importance = measure(model, batches, structure.leader_of(), advance)
-    count = math.ceil(space.needed / space.removal_saves)
-    return replace(structure, removed=least_important(importance, space.removable, count))
+    return replace(structure, removed=least_important_of(problem, importance))
 
 
 def search_plan(
@@ -105,7 +103,9 @@ def search_plan(
             bound = evolution_passes(space.largest, options)
             found = evolve(space, measured, ranking, options, advance)
     measured.restore()
-    plan = replace(as_plan(found.state), kv_heads=structure.kv_heads, spans=structure.spans)
+    plan = replace(
+        as_plan(found.state, problem.layout), kv_heads=structure.kv_heads, spans=structure.spans
+    )
     assert ranking.agreement is not None
     return plan, LossSearch(
         found,
@@ -190,8 +190,13 @@ def search_sentence(searched: LossSearch) -> str:
 
 
 def parameters_of(actions: Iterable[Action], layout: HeadLayout) -> int:
-    """Parameters that actions save."""
-    return sum(layout.unit_parameters(p) for a in actions for p in a.projections or PROJECTIONS)
+    """Parameters that actions save; with a layer's attention goes its norm."""
+    saved = 0
+    for action in actions:
+        unit = sum(map(layout.unit_parameters, action.projections or PROJECTIONS))
+        saved += len(action.units(layout)) * unit
+        saved += layout.hidden_size if action.kind == "drop" else 0
+    return saved
 
 
 def save_search(
@@ -271,9 +276,11 @@ def halves_dict(agreement: Agreement) -> dict[str, Any]:
 
 
 def action_dict(action: Action) -> dict[str, Any]:
+    """A dropped layer's target is [layer, null]."""
+    layer, unit = action.target
     return {
         "action": action.kind,
-        "target": list(action.target),
+        "target": [layer, None if unit == WHOLE else unit],
         "source": None if action.source is None else list(action.source),
         "projections": list(action.projections),
     }

@@ -86,7 +86,7 @@ class PlanSection(Section):
     strategy: Strategy = "cosine"
     """cosine: best match, root-resolved; released: the published selection with its chains;
     random: control; loss: the changes that cost least on calibration text; auto: the same across
-    ties of any projections, removals, spans, KV groups and shared bases; magnitude, gradient:
+    removals, spans and KV groups, and, for bytes, ties and shared bases; magnitude, gradient:
     remove the units with the smallest weights, or the smallest |sum of weight * gradient| (pruning
     controls); basis: q, k and v of two adjacent layers on one basis (Basis Sharing); file:
     plan.path; none: share nothing."""
@@ -95,9 +95,10 @@ class PlanSection(Section):
     qk); attention, output and output_map are measured on training text."""
     share: Projections = ("q", "k", "v")
     """Projections that a target takes from its source."""
-    action: Literal["tie", "remove", "any"] = "tie"
+    action: Literal["tie", "remove", "any", "drop"] = "tie"
     """What becomes of the chosen units: tie: they take their source's weights; remove: they are
-    pruned; any: whichever costs less (strategy loss only)."""
+    pruned; any: whichever of the two costs less (strategy loss only); drop: whole layers lose their
+    attention, the MLP stays (strategies loss, random, magnitude, gradient)."""
     search: Literal["greedy", "evolutionary"] = "greedy"
     """How strategy loss looks for the plan."""
     calibration_blocks: Annotated[int, Field(ge=2)] = 8
@@ -111,9 +112,10 @@ class PlanSection(Section):
         AfterValidator(lambda v: tuple(sorted(distinct(v)))),
     ] = (0,)
     """Layers whose units are never targets."""
-    basis: bool = True
-    """Whether strategy auto may put q, k and v of adjacent layers on one basis (Basis Sharing), for
-    fewer bytes of weights and as much cache; false: it keeps to heads and layers."""
+    objective: Literal["bytes", "cache", "speed", "all"] = "all"
+    """What strategy auto saves under its budget. bytes: stored weights, by whatever costs least;
+    cache: of keys and values; speed: what a step of decoding reads; all: the sum of them, as a
+    server pays it. Ties and shared bases, which save weights alone, take part in bytes only."""
     path: PathName | None = None
     """Plan JSON, for strategy file."""
     seed: Count = 0
@@ -137,12 +139,17 @@ class PlanSection(Section):
 
     def _action(self) -> Iterator[str]:
         strategy, action = self.strategy, self.action
-        if strategy in REMOVING and action != "remove":
+        if strategy in REMOVING and not self.removes:
             yield f"strategy {strategy} chooses units to remove; set plan.action=remove"
         elif strategy == "basis" and action != "tie":
             yield "strategy basis ignores action; remove plan.action"
         elif strategy == "auto" and action != "tie":
             yield "strategy auto ignores action, it ties and removes; remove plan.action"
+        elif action == "drop" and strategy not in ("loss", "random", *REMOVING):
+            yield (
+                f"strategy {strategy} drops no layers by itself; set plan.strategy to loss, "
+                "random, magnitude or gradient, or remove plan.action"
+            )
         elif action == "any" and strategy not in MEASURED:
             yield "action any needs measured losses to compare; set plan.strategy=loss"
         elif action == "remove" and strategy in ("released", "file", "none"):
@@ -160,7 +167,7 @@ class PlanSection(Section):
         if strategy in ("auto", "basis"):
             ignored.append("share")
         if strategy != "auto":
-            ignored.append("basis")
+            ignored.append("objective")
         if strategy == "basis":
             ignored.append("skip_layers")
         if not self.scores:
@@ -171,8 +178,9 @@ class PlanSection(Section):
 
     def _removal_shares_nothing(self) -> Iterator[str]:
         ignored = self.strategy in ("auto", "basis")  # as it is
-        if self.action == "remove" and self.is_set("share") and not ignored:
-            yield "action remove ignores share, a unit is removed whole; remove plan.share"
+        if self.removes and self.is_set("share") and not ignored:
+            what = "a unit is" if self.action == "remove" else "all units of a layer are"
+            yield f"action {self.action} ignores share, {what} removed whole; remove plan.share"
 
     def _fold_norm(self) -> Iterator[str]:
         if self.fold_norm and self.scores_text:
@@ -207,6 +215,16 @@ class PlanSection(Section):
         _basis_budget,
         _cache_budget,
     )
+
+    @property
+    def removes(self) -> bool:
+        """Whether units are removed, singly or with their layer, and none is tied."""
+        return self.action in ("remove", "drop")
+
+    @property
+    def may_tie(self) -> bool:
+        """Whether strategy auto may tie units, and share bases, which saves bytes alone."""
+        return self.objective == "bytes"
 
     @property
     def searches(self) -> bool:

@@ -32,10 +32,21 @@ LAYOUT = HeadLayout(layers=4, hidden_size=8, heads=2, kv_heads=2, head_dim=4)
 UNITS = [(layer, unit) for layer in range(1, 4) for unit in range(2)]
 
 
+KINDS = [
+    ("tie",),
+    ("remove",),
+    ("tie", "remove"),
+    ("drop",),
+    ("remove", "drop"),
+    ("tie", "remove", "drop"),
+]
+
+
 def space(
     kinds: tuple[str, ...] = ("tie", "remove"), needed: int = 3, saves: tuple[int, int] = (1, 1)
 ) -> Space:
-    return make_space(LAYOUT, kinds, "qkv", UNITS, UNITS, (), saves, needed)
+    """A dropped layer saves a norm beside its two units."""
+    return make_space(LAYOUT, kinds, "qkv", UNITS, UNITS, (), saves, needed, (1, 2, 3), 3)
 
 
 class Table:
@@ -75,16 +86,19 @@ def valid_states(among: Space, size: int) -> list[State]:
     """Every set of so many actions that is a plan, written out from the definition."""
     found = []
     for actions in itertools.combinations(among.actions(), size):
-        targets = [a.target for a in actions]
+        targets = []
+        for a in actions:
+            layer, unit = a.target
+            targets += [(layer, 0), (layer, 1)] if a.kind == "drop" else [(layer, unit)]
         sources = [a.source for a in actions if a.source]
-        gone = [a.target[0] for a in actions if not a.source]
-        apart = len(set(targets)) == size and not set(targets) & set(sources)
+        gone = [a.target[0] for a in actions if a.kind == "remove"]
+        apart = len(set(targets)) == len(targets) and not set(targets) & set(sources)
         if apart and all(gone.count(layer) < LAYOUT.units for layer in gone):
             found.append(frozenset(actions))
     return found
 
 
-@pytest.mark.parametrize("kinds", [("tie",), ("remove",), ("tie", "remove")])
+@pytest.mark.parametrize("kinds", KINDS)
 def test_what_is_allowed_is_every_valid_state(kinds: tuple[str, ...]) -> None:
     among = space(kinds, needed=1)
     reached: set[State] = {frozenset()}
@@ -92,14 +106,17 @@ def test_what_is_allowed_is_every_valid_state(kinds: tuple[str, ...]) -> None:
         reached = {s | {a} for s in reached for a in among.actions() if among.allows(s, a)}
         assert reached == set(valid_states(among, size))
         for state in reached:
-            as_plan(state)
+            plan = as_plan(state, LAYOUT)
+            assert plan.dropped(LAYOUT) == {a.target[0] for a in state if a.kind == "drop"}
 
 
-@pytest.mark.parametrize("kinds", [("tie",), ("remove",), ("tie", "remove")])
+@pytest.mark.parametrize("kinds", KINDS)
 def test_no_choice_leads_into_a_dead_end(kinds: tuple[str, ...]) -> None:
     """With the largest budget, every allowed step must leave a way to meet it."""
     most = space(kinds, needed=1).most()
-    assert most == {("tie",): 6, ("remove",): 3, ("tie", "remove"): 6}[kinds]
+    assert most == (
+        9 if "drop" in kinds else {1: {"tie": 6, "remove": 3}[kinds[0]], 2: 6}[len(kinds)]
+    )
     among = space(kinds, needed=most)
     for seed in range(20):
         generator = torch.Generator().manual_seed(seed)
@@ -265,7 +282,7 @@ def test_the_losses_of_a_path_are_the_real_ones(kinds: tuple[str, ...]) -> None:
     assert state == found.state
     assert ranking.agreement is not None
     assert 0 <= ranking.agreement.common <= ranking.agreement.units == 5
-    as_plan(found.state)
+    as_plan(found.state, HeadLayout.from_config(dense("gqa").config))
     # A search that goes on from where it was computes less than as many full passes.
     assert measured.passes < found.measured
 
