@@ -117,7 +117,7 @@ class PlanSection(Section):
     cache: of keys and values; speed: what a step of decoding reads; all: the sum of them, as a
     server pays it. Ties and shared bases, which save weights alone, take part in bytes only."""
     basis_layers: Positive = 2
-    """Adjacent layers on one basis, for strategy basis; 1: a low-rank approximation of each layer."""
+    """Adjacent layers on one basis, for strategy basis; 1: each layer has its own, of low rank."""
     path: PathName | None = None
     """Plan JSON, for strategy file."""
     seed: Count = 0

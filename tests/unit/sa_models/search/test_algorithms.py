@@ -341,8 +341,10 @@ def test_names_of_states_are_canonical() -> None:
 
 
 def test_halves_tell_whether_the_text_is_enough() -> None:
-    assert Agreement(19, 12, 0.5).is_stable is False
-    assert Agreement(19, 13, 0.9).is_stable is True
+    assert Agreement(20, 15, 0.5).is_stable is False
+    assert Agreement(20, 16, 0.9).is_stable is True
+    # Twice as many units differ as may: four times the text.
+    assert Agreement(20, 12, 0.5).blocks_needed(8) == 32
     one = [{"input_ids": batches()[0]["input_ids"][:1]}]
     measured = MeasuredLoss(dense("gqa"), one)
     with pytest.raises(PostshareError, match="a single block"):
