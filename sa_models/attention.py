@@ -32,6 +32,8 @@ Rotation = tuple[torch.Tensor, torch.Tensor]
 class SharedAttention(nn.Module):
     """The attention of one layer under a plan, over the heads that are not removed.
 
+    That of a dropped layer has no projection and no cache: it gives zeros.
+
     A follower of an ``attention`` span has no q_proj and k_proj, one of a ``kv`` span no k_proj and
     v_proj. ``leader`` in :meth:`forward` are the tensors that its leader handed on:
 
@@ -63,7 +65,9 @@ class SharedAttention(nn.Module):
         self.leads = next((s.share for s in plan.spans if s.leader == layer_idx), None)
         self.head_map = None if span is None else span.map_of(layer_idx)
         self.group = layout.heads_per_unit
-        held = layout.with_units(len(plan.kept_units(layout)[layer_idx]))
+        kept = plan.kept_units(layout)[layer_idx]
+        self.is_dropped = not kept
+        held = layout.with_units(len(kept))
         # Read by the attention kernels; see _paired.
         mapped = self.follows == "attention" and self.head_map is not None
         self.num_key_value_groups = 1 if mapped else self.group
@@ -98,6 +102,8 @@ class SharedAttention(nn.Module):
         """
         handed: tuple[torch.Tensor, ...] = ()
         weights: torch.Tensor | None
+        if self.is_dropped:
+            return *self._nothing(hidden_states), handed
         if self.follows == "attention":
             value = self._heads(self.v_proj(hidden_states))
             if past_key_values is not None:
@@ -127,6 +133,12 @@ class SharedAttention(nn.Module):
             if self.leads is not None:
                 handed = (query, key) if self.leads == "attention" else (key, value)
         return self.o_proj(self._flat(output, hidden_states)), weights, handed
+
+    def _nothing(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Zeros that take no memory; where others form attention weights, those of no head."""
+        forms_weights = self.config._attn_implementation == "eager"
+        weights = x.new_empty(len(x), 0, x.shape[-2], x.shape[-2]) if forms_weights else None
+        return x.new_zeros(()).expand(x.shape), weights
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
         """(batch, rows, heads * head_dim) -> (batch, heads, rows, head_dim)."""

@@ -4,7 +4,8 @@ A leader holds keys and values as always. A follower of an ``attention`` span ho
 keys of width 0, so that everything transformers does to a cache (beam search, cropping, offloading)
 works on it unchanged. A follower of a ``kv`` span holds nothing. A layer with removed units holds
 the KV heads that are left: cache layers take their number as it comes, unless transformers has
-allocated them before.
+allocated them before. A dropped layer holds nothing, as a follower of keys and values; what
+transformers asks of a cache, its length and its mask, it asks of the first layer that holds any.
 """
 
 from __future__ import annotations
@@ -27,6 +28,10 @@ class ValuesLayer(DynamicLayer):
     def get_seq_length(self) -> int:
         # DynamicLayer counts keys, and takes tensors without elements for an empty cache.
         return 0 if self.values is None or not self.values.numel() else self.values.shape[-2]
+
+
+KINDS = (DynamicLayer, StaticLayer, ValuesLayer, DummyLayer)
+"""Of cache layers that spans know."""
 
 
 def fit_cache_(cache: Cache, plan: SharingPlan, layout: HeadLayout) -> None:
@@ -52,9 +57,10 @@ def fit_cache_(cache: Cache, plan: SharingPlan, layout: HeadLayout) -> None:
             f"the cache has {len(cache.layers)} layers, the model {layers}; make the cache from "
             "the model's config"
         )
-    span_of = plan.leader_of()
+    span_of, dropped = plan.leader_of(), plan.dropped(layout)
+    first = cache.layers[min(set(range(layers)) - dropped)]
     for layer, held in enumerate(cache.layers):
-        if type(held) not in (DynamicLayer, StaticLayer, ValuesLayer, DummyLayer):
+        if layer not in dropped and type(held) not in KINDS:
             if not plan.spans:
                 continue  # it holds keys and values as they come
             raise PostshareError(
@@ -62,7 +68,8 @@ def fit_cache_(cache: Cache, plan: SharingPlan, layout: HeadLayout) -> None:
                 "DynamicCache or a StaticCache"
             )
         share = span_of[layer].share if layer in span_of else None
-        fitting = _fitting(held, share, cache.layers[0], layout.kv_heads - removed[layer])
+        holds = share != "kv" and layer not in dropped
+        fitting = _fitting(held, share, holds, first, layout.kv_heads - removed[layer])
         if fitting is held:
             continue
         if cache.get_seq_length() > 0:
@@ -74,14 +81,16 @@ def fit_cache_(cache: Cache, plan: SharingPlan, layout: HeadLayout) -> None:
         cache.layers[layer] = fitting
 
 
-def _fitting(held: Any, share: str | None, first: Any, kv_heads: int) -> Any:
+def _fitting(held: Any, share: str | None, holds: bool, first: Any, kv_heads: int) -> Any:
     """The cache layer of a layer that follows in a span of ``share``: ``held`` where it fits.
 
     Args:
-        first: the cache layer of layer 0, which follows nobody: it tells static from dynamic.
+        holds: whether the layer holds anything.
+        first: the cache layer of the first layer with attention, which follows nobody: it tells
+            static from dynamic.
         kv_heads: that the layer has.
     """
-    if share == "kv":
+    if not holds:
         return held if isinstance(held, DummyLayer) else DummyLayer()
     # (batch, KV heads, keys, head_dim) once the layer is allocated
     shape = None if held.keys is None or held.keys.dim() < 4 else held.keys.shape

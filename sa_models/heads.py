@@ -90,6 +90,11 @@ class HeadLayout:
         return f"model.layers.{layer}.self_attn.{projection}_proj.weight"
 
     @staticmethod
+    def norm_name(layer: int) -> str:
+        """The norm that q, k and v read."""
+        return f"model.layers.{layer}.input_layernorm.weight"
+
+    @staticmethod
     def parse_name(name: str) -> tuple[int, str] | None:
         """(layer, projection) of a name that :meth:`parameter_name` gives, None for any other."""
         parts = name.split(".")

@@ -32,6 +32,8 @@ from .projections import Piece, SharedBasisLinear, SharedLinear, transpose_stora
 class SharedDecoderLayer(GradientCheckpointingLayer):
     """A Llama layer that takes its leader's tensors and hands on its own.
 
+    A dropped one has no attention, and no norm before it: it computes x + MLP(norm(x)).
+
     They are arguments and results, not state: sharing then survives gradient checkpointing, and
     does not depend on a cache.
     """
@@ -41,7 +43,9 @@ class SharedDecoderLayer(GradientCheckpointingLayer):
         self.hidden_size = config.hidden_size
         self.self_attn = SharedAttention(config, layer_idx, plan)
         self.mlp = LlamaMLP(config)
-        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm: LlamaRMSNorm | None = None
+        if not self.self_attn.is_dropped:
+            self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(
@@ -55,8 +59,9 @@ class SharedDecoderLayer(GradientCheckpointingLayer):
         **kwargs: Any,
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         """(batch, rows, hidden) -> the same, and the tensors that followers need."""
+        norm = self.input_layernorm
         attended, _, handed = self.self_attn(
-            self.input_layernorm(hidden_states),
+            hidden_states if norm is None else norm(hidden_states),
             leader,
             reuse,
             position_embeddings,
@@ -64,7 +69,8 @@ class SharedDecoderLayer(GradientCheckpointingLayer):
             past_key_values=past_key_values,
             **kwargs,
         )
-        hidden_states = hidden_states + attended
+        if norm is not None:
+            hidden_states = hidden_states + attended
         transformed = self.mlp(self.post_attention_layernorm(hidden_states))
         return hidden_states + transformed, handed
 
@@ -234,7 +240,8 @@ class SharedLlamaForCausalLM(TransposedOutputs, LlamaForCausalLM):
         config = compact_config(model.config, plan)
         compact = without_weights(cls, config, model)
         own = plan.own_units(plan.layout(config))
-        state = dict(model.named_parameters())
+        lost = plan.dropped_names(plan.layout(config))
+        state = {n: p for n, p in model.named_parameters() if n not in lost}
         expected = dict(compact.named_parameters())
         pooled = plan.layout(config) != HeadLayout.from_config(config)
         if pooled or state.keys() != expected.keys():

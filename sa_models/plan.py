@@ -18,7 +18,7 @@ from .atomic_files import write_json
 from .basis import SharedBasis, check_basis, parameter_range, read_basis
 from .errors import PostshareError
 from .heads import PROJECTIONS, HeadLayout
-from .removal import check_removed
+from .removal import check_removed, dropped_layers
 from .savings import PlanSavings, llama_parameters
 from .spans import ABSENT, AttentionSpan, check_spans, read_span
 from .ties import (
@@ -52,7 +52,8 @@ class SharingPlan:
             the base.
         spans: layers that reuse what another layer has computed.
         removed: units that are pruned from their layer, in all four projections. Units are those
-            of the model with the plan's KV heads.
+            of the model with the plan's KV heads. A layer of which all are removed is *dropped*: it
+            has no attention.
         released: the published selection, chains and all, kept for comparison. Its penalty pulls
             every pair; :meth:`effective` leaves out the ties whose target serves as a source, as
             the released forward does, so fewer heads change than were asked for.
@@ -205,6 +206,25 @@ class SharingPlan:
             (follower, p) for follower, span in self.leader_of().items() for p in ABSENT[span.share]
         )
 
+    def dropped(self, layout: HeadLayout) -> frozenset[int]:
+        """The layers without attention: all their units are removed.
+
+        Args:
+            layout: with the plan's KV heads, see :meth:`layout`.
+        """
+        return dropped_layers(self.removed, layout)
+
+    def dropped_names(self, layout: HeadLayout) -> frozenset[str]:
+        """The parameters that a stock Llama has for the attention of dropped layers, its norm
+        included, and the compact form has not.
+
+        Args:
+            layout: with the plan's KV heads, see :meth:`layout`.
+        """
+        dropped = self.dropped(layout)
+        names = {layout.parameter_name(layer, p) for layer in dropped for p in PROJECTIONS}
+        return frozenset(names | {layout.norm_name(layer) for layer in dropped})
+
     def kept_units(self, layout: HeadLayout) -> list[list[int]]:
         """For every layer, the units that are not removed, ascending.
 
@@ -218,7 +238,8 @@ class SharingPlan:
         ]
 
     def own_units(self, layout: HeadLayout) -> list[dict[str, list[int]]]:
-        """For every layer, {projection that it has: the units that it stores itself, ascending}.
+        """For every layer, {projection that it has: the units that it stores itself, ascending};
+        nothing for a dropped layer.
 
         Args:
             layout: with the plan's KV heads, see :meth:`layout`.
@@ -228,7 +249,7 @@ class SharingPlan:
             {
                 p: [unit for unit in kept if (layer, unit, p) not in source_of]
                 for p in PROJECTIONS
-                if (layer, p) not in absent
+                if kept and (layer, p) not in absent
             }
             for layer, kept in enumerate(self.kept_units(layout))
         ]
@@ -284,6 +305,7 @@ class SharingPlan:
         base, layout = HeadLayout.from_config(config), self.layout(config)
         ties = self.effective().ties
         tied_units, removed_units = len({tie.target for tie in ties}), len(self.removed)
+        dropped = len(self.dropped(layout))
         cache = 2 * layout.kv_heads * layout.head_dim
         saved_cache = sum(
             len(span.followers) * (cache // 2 if span.share == "attention" else cache)
@@ -306,6 +328,8 @@ class SharingPlan:
             base_cache=2 * base.layers * base.kv_heads * base.head_dim,
             stored_cache=layout.layers * cache - saved_cache,
             basis_parameters=0 if self.basis is None else self._saved_by_basis(layout),
+            dropped_layers=dropped,
+            dropped_norm_parameters=dropped * layout.hidden_size,
         )
 
     def _saved_by_basis(self, layout: HeadLayout) -> int:

@@ -3,13 +3,17 @@
 The layer then attends with fewer heads: it neither computes nor caches anything for the unit. In
 dense weights a removed unit is all zeros, which a stock Llama computes the same with.
 
+A layer of which all units are removed is *dropped*: it has no attention and no norm before it, and
+its output is x + MLP(norm(x)), as in LLM-Drop (2406.15786). In dense weights, where the norm feeds
+nothing, its gain is all ones: some tools divide by it.
+
 This file imports no torch: it also travels inside compact exports.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from .errors import PostshareError
 from .heads import HeadLayout
@@ -27,7 +31,7 @@ def check_removed(
 
     Raises:
         PostshareError: names the unit and the reason: out of range, named twice, target or source
-            of a tie, or in a layer of a span; or a layer that would lose all its units.
+            of a tie, or in a layer of a span; or no layer would keep any unit.
     """
     for unit in removed:
         check_range(f"removed {list(unit)}: the", unit, layout)
@@ -44,12 +48,17 @@ def check_removed(
                 f"removed {[layer, index]}: layer {layer} is in '{span_of[layer]}', whose layers "
                 "keep all their units; remove units of other layers, or take it out of the span"
             )
-    for layer, count in Counter(layer for layer, _ in removed).items():
-        if count == layout.units:
-            raise PostshareError(
-                f"removed: layer {layer} would lose all its units ({count}); keep at least one, or "
-                "ask for fewer"
-            )
+    if len(dropped_layers(removed, layout)) == layout.layers:
+        raise PostshareError(
+            f"removed: all {layout.layers} layers would lose all their units, and no token would "
+            "see another; keep units of at least one layer"
+        )
+
+
+def dropped_layers(removed: Iterable[Unit], layout: HeadLayout) -> frozenset[int]:
+    """The layers of which all units are removed: they have no attention."""
+    counts = Counter(layer for layer, _ in removed)
+    return frozenset(layer for layer, count in counts.items() if count == layout.units)
 
 
 def _check_ties(removed: set[Unit], ties: Sequence[HeadTie]) -> None:
@@ -62,4 +71,4 @@ def _check_ties(removed: set[Unit], ties: Sequence[HeadTie]) -> None:
                 )
 
 
-__all__ = ["check_removed"]
+__all__ = ["check_removed", "dropped_layers"]

@@ -20,6 +20,8 @@ class PlanSavings:
         attention_parameters, base_parameters: of the model before the plan.
         tied_parameters: no longer stored because they are another unit's.
         removed_unit_parameters: of the removed units.
+        dropped_layers: all units of which are removed.
+        dropped_norm_parameters: of the norms that these layers do not need.
         span_parameters: of the projections that followers do not have.
         pooled_parameters: of the KV heads that were pooled into others (GQA).
         basis_parameters: no longer stored because layers share a basis (Basis Sharing).
@@ -41,6 +43,8 @@ class PlanSavings:
     base_cache: int
     stored_cache: int
     basis_parameters: int = 0
+    dropped_layers: int = 0
+    dropped_norm_parameters: int = 0
 
     @property
     def effective_ratio(self) -> float:
@@ -55,13 +59,14 @@ class PlanSavings:
     @property
     def removed_parameters(self) -> int:
         """No longer stored in the compact form, for whatever reason."""
-        units = self.tied_parameters + self.removed_unit_parameters
+        units = self.tied_parameters + self.removed_unit_parameters + self.dropped_norm_parameters
         return units + self.absent_parameters + self.basis_parameters
 
     @property
     def stored_ratio(self) -> float:
-        """Share of the attention parameters that are no longer stored."""
-        return self.removed_parameters / self.attention_parameters
+        """Share of the attention parameters that are no longer stored; norms are none of them."""
+        attention = self.removed_parameters - self.dropped_norm_parameters
+        return attention / self.attention_parameters
 
     @property
     def stored_parameters(self) -> int:
@@ -70,7 +75,8 @@ class PlanSavings:
 
     @property
     def dense_parameters(self) -> int:
-        """Stored in the dense form: tied units are written out, removed ones are zeros."""
+        """Stored in the dense form: tied units are written out, removed ones are zeros, and
+        dropped layers keep their norm."""
         return self.base_parameters - self.absent_parameters
 
     @property

@@ -164,6 +164,27 @@ def evaluate(
     compare_models(arguments, read_options(given))
 
 
+@app.command(epilog='Example: postshare generate runs/demo --prompt "def main():" --tokens 50')
+def generate(
+    models: Annotated[
+        list[str],
+        typer.Argument(metavar="MODEL...", help="Run folders, model folders or hub names."),
+    ],
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(help="A text to go on with; may be given often (default: three)."),
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="The most to add to a prompt.")] = 32,
+    device: Annotated[
+        str | None, typer.Option(help="Such as cpu or cuda:1 (default: a GPU if there is one).")
+    ] = None,
+) -> None:
+    """Print how models continue the same prompts, before and after sharing; greedily."""
+    from train.commands.generate import generate
+
+    generate(models, prompt, tokens, device)
+
+
 @app.command(
     epilog="Example: postshare quantize runs/demo/export/compact --to int8 --output runs/demo/int8"
 )

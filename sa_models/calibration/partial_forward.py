@@ -141,8 +141,8 @@ class PartialRun:
 class Restart:
     """A model and the hidden states that enter each of its layers on calibration text.
 
-    Holds (layers + 1) * tokens * hidden elements in the model's dtype, on its device; as many once
-    more of a :class:`PartialRun`.
+    Holds (layers + 1) * tokens * hidden elements in the model's dtype, on its device. A
+    :class:`PartialRun` holds the part of as many that it has computed.
 
     Args:
         model: a Llama, stock or with spans, in evaluation mode.

@@ -323,8 +323,11 @@ class _Job:
             return
         config = self.weights.config
         own = self.plan.own_units(self.plan.layout(config))
+        lost = self.plan.dropped_names(self.plan.layout(config))
         for name, tensor, read in _whole(self.weights):
             where = HeadLayout.parse_name(name)
+            if name in lost:
+                continue
             if where is not None:
                 layer, p = where
                 tensor = select_units(tensor, own[layer][p], config, p)

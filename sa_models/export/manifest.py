@@ -65,6 +65,7 @@ def describe(
             "total": savings.heads,
             "tied": savings.tied_heads,
             "removed": savings.removed_heads,
+            "dropped_layers": savings.dropped_layers,
             "effective_ratio": savings.effective_ratio,
             "stored_ratio": savings.stored_ratio,
         },

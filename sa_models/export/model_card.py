@@ -130,6 +130,8 @@ def _shared_rows(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
         ]
     if plan["removed"]:
         rows.append(("attention heads removed", f"{heads['removed']} of {heads['total']}"))
+    if heads.get("dropped_layers"):
+        rows.append(("layers without attention", f"{heads['dropped_layers']}"))
     for span in plan["spans"]:
         what = "attention weights" if span["share"] == "attention" else "keys and values"
         matched = ", heads matched" if span["head_map"] else ""

@@ -154,13 +154,13 @@ class LayerCheck:
         expected = self._reference(layer, tensors)
         pieces = self._take_owners_slices(shared)
         self._take_bases(shared, layer)
-        own = {
+        weights = {
             name: self._compact.files.read(prefix + name).float()
-            for name in shared.state_dict()
             if name.startswith("self_attn.")
+            else tensors[name]
+            for name in shared.state_dict()
         }
-        outside = {n: t for n, t in tensors.items() if not n.startswith("self_attn.")}
-        _load(shared, outside | own)
+        _load(shared, weights)
         # Inside spans both by replay and by reuse.
         modes = (False, True) if layer in self._in_spans else (False,)
         computed = torch.stack([self._compute(layer, reuse) for reuse in modes])

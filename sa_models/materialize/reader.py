@@ -53,6 +53,9 @@ class MaterializedReader:
             changed = targets if merge == "copy" else members
             for target_layer, target_unit in changed:
                 self._changes.setdefault((target_layer, p), {})[target_unit] = members
+        self._without_reader = {
+            self._layout.norm_name(layer) for layer in plan.dropped(self._layout)
+        }
         for layer, unit in plan.removed:  # nothing is merged into it
             for p in PROJECTIONS:
                 self._changes.setdefault((layer, p), {})[unit] = []
@@ -71,6 +74,8 @@ class MaterializedReader:
 
     def read(self, name: str) -> torch.Tensor:
         """The materialized tensor. Raises PostshareError when float16 cannot hold it."""
+        if name in self._without_reader:
+            return torch.ones(self.shape(name), dtype=self._dtype)
         where = HeadLayout.parse_name(name)
         changes = self._changes.get(where, {}) if where else {}
         merged_groups = self._groups.get(where, []) if where else []

@@ -1,8 +1,8 @@
 """Ties and removed units of a plan, written into dense weights.
 
-After it, every target slice equals its source slice bit for bit and every slice of a removed unit
-is zero, so the dense model computes what the compact one computes. Sources are read before anything
-is written.
+After it, every target slice equals its source slice bit for bit, every slice of a removed unit is
+zero and the norm before the attention of a dropped layer is one, so the dense model computes what
+the compact one computes. Sources are read before anything is written.
 """
 
 from __future__ import annotations
@@ -91,6 +91,8 @@ def materialize_(
     """
     copy_ties_(parameters, layout, plan.effective().ties, merge)
     zero_units_(parameters, layout, plan.removed)
+    for layer in plan.dropped(layout):
+        parameters[layout.norm_name(layer)].fill_(1.0)  # nothing reads it
 
 
 @torch.no_grad()

@@ -16,7 +16,8 @@ sum is still a change.
 
 What is held at a time: the activations of one block; the inputs of all attentions of it; one
 layer's sources. Layers are independent of one another here: what a change of a leader does to the
-followers of its span is not seen.
+followers of its span is not seen. Where the attention of a whole layer goes, a(t) is minus the
+product of g(t) and the sum of all its c_u(t): what its units add is summed before it is squared.
 """
 
 from __future__ import annotations
@@ -75,12 +76,14 @@ class Sensitivity:
         gradient: |sum of weight * gradient| over q, k, v and o of every unit, (layers, units): the
             first-order importance of LLM-Pruner (2305.11627, equation 5), attention only.
         tokens: predicted tokens.
+        drop: of all units of a layer together, (layers,); nan where a layer is left out.
     """
 
     removal: Rise
     ties: dict[tuple[str, ...], Rise]
     gradient: torch.Tensor
     tokens: int
+    drop: Rise
 
 
 def estimate_sensitivity(
@@ -164,6 +167,7 @@ def combined(first: Sensitivity, second: Sensitivity) -> Sensitivity:
         {share: rise(first.ties[share], second.ties[share]) for share in first.ties},
         mean(first.gradient, second.gradient),
         tokens,
+        rise(first.drop, second.drop),
     )
 
 
@@ -193,6 +197,7 @@ class _Sums:
         shape = (layout.layers, layout.units)
         self.tokens = 0
         self.removal = self._empty(shape)
+        self.drop = self._empty(shape[:1])
         self.ties = {share: self._empty((*shape, *shape)) for share in shares}
         self.importance = torch.zeros(shape, dtype=torch.float64, device=model.device)
 
@@ -263,6 +268,7 @@ class _Sums:
         own = self._through_o(layer, gradient)
         now = (own * self._by_unit(mixed)).sum(-1)
         _add(self.removal[:, layer], -now)
+        _add(self.drop[:, layer], -now.sum(0))
         if not self.ties:
             return
         target = self._projected(layer, seen)
@@ -355,6 +361,7 @@ class _Sums:
             {share: _rise(sums, self.tokens) for share, sums in self.ties.items()},
             self.importance.cpu().abs() / self.tokens,
             self.tokens,
+            _rise(self.drop, self.tokens),
         )
 
 

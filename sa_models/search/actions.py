@@ -1,8 +1,8 @@
-"""Actions of a search on units: a tie to a source, or a removal; and what they save.
+"""Actions of a search: a unit is tied to a source or removed, a layer dropped; and what they save.
 
 A state is a set of actions: each unit is removed, or tied, perhaps twice (q and k to one source, v
-and o to another). Sources are units that are themselves not changed, so that a state is a valid
-plan without any chain to resolve.
+and o to another), or goes with its layer, of which then nothing else is changed. Sources are units
+that are themselves not changed, so that a state is a valid plan without any chain to resolve.
 """
 
 from __future__ import annotations
@@ -21,9 +21,16 @@ KINDS = ("tie", "remove")
 Projections = tuple[str, ...]
 
 
+WHOLE = -1
+"""Stands for all units of a layer."""
+
+
 @dataclass(frozen=True)
 class Action:
-    """One unit is tied to ``source`` for the named projections, or removed (no source)."""
+    """One unit is tied to ``source`` for the named projections, or removed (no source).
+
+    With the target (layer, :data:`WHOLE`) the layer is dropped: all its units are removed.
+    """
 
     target: Unit
     source: Unit | None = None
@@ -31,14 +38,23 @@ class Action:
 
     @property
     def kind(self) -> str:
+        if self.target[1] == WHOLE:
+            return "drop"
         return "remove" if self.source is None else "tie"
+
+    def units(self, layout: HeadLayout) -> tuple[Unit, ...]:
+        """Those that it changes."""
+        layer, unit = self.target
+        return tuple((layer, u) for u in range(layout.units)) if unit == WHOLE else (self.target,)
 
     @property
     def key(self) -> tuple[Unit, Unit, Projections]:
-        """Sorts actions, removals first."""
+        """Sorts actions, by target; removals before ties."""
         return (self.target, self.source or (-1, -1), self.projections)
 
     def __str__(self) -> str:
+        if self.kind == "drop":
+            return f"drop layer {self.target[0]}"
         if self.source is None:
             return f"remove {list(self.target)}"
         return str(HeadTie(self.target, self.source, self.projections))
@@ -65,7 +81,7 @@ def ordered(state: Iterable[Action]) -> list[Action]:
     return sorted(state, key=lambda action: action.key)
 
 
-def as_plan(state: Iterable[Action]) -> SharingPlan:
+def as_plan(state: Iterable[Action], layout: HeadLayout) -> SharingPlan:
     """The plan of a state; two ties of a unit to one source are one tie of the plan."""
     actions = ordered(state)
     ties: dict[tuple[Unit, Unit], set[str]] = {}
@@ -77,7 +93,7 @@ def as_plan(state: Iterable[Action]) -> SharingPlan:
             HeadTie(target, source, tuple(p for p in PROJECTIONS if p in shared))
             for (target, source), shared in ties.items()
         ),
-        removed=tuple(a.target for a in actions if a.source is None),
+        removed=tuple(unit for a in actions if a.source is None for unit in a.units(layout)),
     )
 
 
@@ -87,13 +103,15 @@ class Space:
 
     Attributes:
         targets: units that may be tied.
-        removable: units that may be removed; every layer keeps at least one unit.
+        removable: units that may be removed; every layer that is not dropped keeps at least one.
         sources: units that may be sources, of targets in later layers.
         shares: the sets of projections that a tie may share, and what it saves then, in whatever
             the budget counts.
         removal_saves: what a removal saves; no less than the ties of a unit.
         needed: what a state has to save at least.
         twice: whether a tied unit may be tied again, for projections that it still has.
+        droppable: layers that may be dropped, from which nothing else is taken.
+        drop_saves: what that saves, no less than anything else that is done to the layer's units.
     """
 
     layout: HeadLayout
@@ -104,6 +122,8 @@ class Space:
     removal_saves: int
     needed: int
     twice: bool = False
+    droppable: tuple[int, ...] = ()
+    drop_saves: int = 0
     _most: dict[State, int] = field(default_factory=dict, compare=False, repr=False)
     _left: dict[Projections, int] = field(default_factory=dict, compare=False, repr=False)
 
@@ -112,7 +132,15 @@ class Space:
         """What ties of one unit save at most."""
         return self._still_saves(())
 
+    @property
+    def least(self) -> int:
+        """The least that an action saves."""
+        saving = (*self.shares.values(), self.removal_saves, self.drop_saves)
+        return min(saved for saved in saving if saved > 0)
+
     def saves(self, action: Action) -> int:
+        if action.kind == "drop":
+            return self.drop_saves
         return self.shares[action.projections] if action.kind == "tie" else self.removal_saves
 
     def saved(self, state: Iterable[Action]) -> int:
@@ -125,11 +153,6 @@ class Space:
     def largest(self) -> int:
         """Actions of a state that meets the budget, at most."""
         return math.ceil(self.needed / self.least)
-
-    @property
-    def least(self) -> int:
-        """What an action saves at least."""
-        return min(saved for saved in (*self.shares.values(), self.removal_saves) if saved > 0)
 
     def most(self, state: State = frozenset()) -> int:
         """The most that can be saved, going on from a state."""
@@ -152,13 +175,16 @@ class Space:
         return self._left[tied]
 
     def _count_most(self, state: State) -> int:
-        fixed = {a.target for a in state} | {a.source for a in state if a.source}
+        fixed = {u for a in state for u in a.units(self.layout)}
+        fixed |= {a.source for a in state if a.source}
         removed = Counter(a.target[0] for a in state if a.source is None)
         tied, gone = set(self.targets), set(self.removable)
         total = self.saved(state)
         for unit in {a.target for a in state if a.source}:
             total += self._still_saves(tied_projections(state, unit))
-        for layer in {unit[0] for unit in tied | gone}:
+        whole = set(self.droppable) - {unit[0] for unit in fixed}
+        total += len(whole) * self.drop_saves
+        for layer in {unit[0] for unit in tied | gone} - whole:
             here = [unit for unit in tied | gone if unit[0] == layer and unit not in fixed]
             room = self.layout.units - 1 - removed[layer]
             removals = min(room, sum(unit in gone for unit in here))
@@ -170,8 +196,14 @@ class Space:
 
     def allows(self, state: State, action: Action) -> bool:
         """Whether a state with this action is valid, and can still meet the budget."""
-        changed = {a.target for a in state}
-        if action.target in {a.source for a in state}:
+        changed = {u for a in state for u in a.units(self.layout)}
+        sources = {a.source for a in state if a.source}
+        if action.kind == "drop":
+            free = action.target[0] not in {unit[0] for unit in changed | sources}
+            if action.target[0] not in self.droppable or not free:
+                return False
+            return self.most(state | {action}) >= self.needed
+        if action.target in sources:
             return False
         if action.target in changed and not (
             action.source and self.may_tie_again(state, action.target, action.projections)
@@ -188,8 +220,10 @@ class Space:
             or action.source[0] >= action.target[0]
         ):
             return False
-        # It takes no more than two units, its target and its source, away from what can be saved.
-        if self.most(state) - 2 * max(self.tie_saves, self.removal_saves) >= self.needed:
+        # It takes no more than two units, its target and its source, away from what can be saved
+        # (or their layers, where these might be dropped).
+        largest = max(self.tie_saves, self.removal_saves, self.drop_saves if self.droppable else 0)
+        if self.most(state) - 2 * largest >= self.needed:
             return True
         return self.most(state | {action}) >= self.needed
 
@@ -199,7 +233,7 @@ class Space:
         return self.twice and bool(tied) and not set(tied) & set(share)
 
     def actions(self) -> Iterator[Action]:
-        """Every action, in canonical order of targets."""
+        """Every action, in canonical order of targets; drops last."""
         for unit in sorted({*self.targets, *self.removable}):
             if unit in self.removable:
                 yield Action(unit)
@@ -208,6 +242,8 @@ class Space:
                     if source[0] < unit[0]:
                         for share in self.shares:
                             yield Action(unit, source, share)
+        for layer in self.droppable:
+            yield Action((layer, WHOLE))
 
 
 def tied_projections(state: Iterable[Action], unit: Unit) -> Projections:
@@ -224,18 +260,33 @@ def make_space(
     without: Iterable[int],
     unit_saves: tuple[int, int],
     needed: int,
+    droppable: Iterable[int] = (),
+    drop_saves: int = 0,
 ) -> Space:
-    """A space with ties of one set of projections, removals, or both.
+    """A space with ties of one set of projections, removals, drops of layers, or some of them.
 
     Args:
-        kinds: tie, remove, or both.
+        kinds: of tie, remove and drop.
         targets, removable: units that may be tied, and removed.
         without: layers whose units are no sources.
         unit_saves: what a tie and a removal save.
         needed: more than :meth:`Space.most` can never be met.
+        droppable, drop_saves: layers, and what a drop saves.
     """
     kinds, saved = {*kinds}, unit_saves[0]
     shared = tuple(p for p in PROJECTIONS if p in set(share))
+    if kinds == {"drop"}:
+        return Space(
+            layout=layout,
+            targets=(),
+            removable=(),
+            sources=frozenset(),
+            shares={},
+            removal_saves=0,
+            needed=needed,
+            droppable=tuple(sorted(droppable)),
+            drop_saves=drop_saves,
+        )
     ties = "tie" in kinds and saved > 0
     return Space(
         layout=layout,
@@ -245,6 +296,8 @@ def make_space(
         shares={shared: saved} if ties else {},
         removal_saves=unit_saves[1],
         needed=needed,
+        droppable=tuple(sorted(droppable)) if "drop" in kinds else (),
+        drop_saves=drop_saves if "drop" in kinds else 0,
     )
 
 

@@ -20,12 +20,13 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from sa_models.calibration.progress import Progress
 from sa_models.errors import PostshareError
 from sa_models.search.actions import Action, Space, State, ordered
+from sa_models.ties import Unit
 
 SOURCES_PER_TARGET = 2
 """Ties of one target in a shortlist: its sources cost nearly the same, other targets do not."""
@@ -48,12 +49,14 @@ class Ranked(NamedTuple):
     """An action as an estimate sees it.
 
     ``rise`` is what the loss is expected to rise on text of this kind, ``slope`` what the
-    calibration text adds to that in a measurement, nats per token.
+    calibration text adds to that in a measurement, nats per token; ``removal`` what it is expected
+    to rise when the same unit is removed, nan where nobody knows.
     """
 
     action: Action
     rise: float
     slope: float
+    removal: float = math.nan
 
 
 Ranking = Callable[[State, int], list[Ranked]]
@@ -80,6 +83,8 @@ class SearchResult:
         rises: the rise of the loss, without the slope, that an action of the state had where it
             was last measured, or estimated where it never was.
         measured: states that were asked for.
+        removals: what the removal of each tied unit was expected to cost, when it was last ranked
+            unchanged; nan where nobody knows.
     """
 
     state: State
@@ -88,6 +93,21 @@ class SearchResult:
     path: tuple[Step, ...]
     rises: dict[Action, float]
     measured: int
+    removals: dict[Unit, float] = field(default_factory=dict)
+
+    def dearer_than_removal(self, removable: Iterable[Unit]) -> dict[Unit, float]:
+        """The tied units whose removal would cost less, and what their ties cost, nats per token.
+
+        Args:
+            removable: the units that could be removed; others are never told.
+        """
+        costs: dict[Unit, float] = {}
+        for action in ordered(self.state):
+            if action.source is not None:
+                costs[action.target] = costs.get(action.target, 0.0) + self.rises[action]
+        could = {unit: self.removals.get(unit, math.nan) for unit in removable}
+        # A comparison with nan is false: what nobody knows is not told.
+        return {unit: cost for unit, cost in costs.items() if cost > could.get(unit, math.nan)}
 
 
 @dataclass(frozen=True)
@@ -156,6 +176,7 @@ def greedy(
     known: dict[Action, float] = {}
     slopes: dict[Action, float] = {}
     rises: dict[Action, float] = {}
+    removals: dict[Unit, float] = {}
     per_round = options.per_round(space.largest)
     count = options.measured(per_round)
     while not space.is_met(state):
@@ -170,6 +191,7 @@ def greedy(
             complete = len(ranked) < wanted
             known = {r.action: r.rise for r in ranked} | {a: known[a] for a in rises}
             slopes = {r.action: r.slope for r in ranked} | slopes
+            removals |= _removals(state, ranked)
             last_rank = len(path)
             candidates = _cheapest(space, state, known, count)
         if not candidates:
@@ -206,7 +228,18 @@ def greedy(
         if progress is not None:
             progress(min(space.saved(state), space.needed), space.needed)
     kept = {action: known[action] for action in state}
-    return SearchResult(state, current, base, tuple(path), kept, asked)
+    instead = _of_tied(state, removals)
+    return SearchResult(state, current, base, tuple(path), kept, asked, instead)
+
+
+def _removals(state: State, ranked: Iterable[Ranked]) -> dict[Unit, float]:
+    """What removals are expected to cost, of units that the state does not change."""
+    changed = {action.target for action in state}
+    return {r.action.target: r.removal for r in ranked if r.action.target not in changed}
+
+
+def _of_tied(state: State, removals: dict[Unit, float]) -> dict[Unit, float]:
+    return {a.target: removals.get(a.target, math.nan) for a in ordered(state) if a.source}
 
 
 def _cheapest(space: Space, state: State, known: dict[Action, float], count: int) -> list[Action]:
@@ -277,7 +310,8 @@ def evolve(
     if progress is not None:
         progress(total, total)
     kept = {a: rises.get(a, math.nan) for a in state}
-    return SearchResult(state, loss(state), base, path, kept, 1 + len(losses) + len(path))
+    instead, asked = _of_tied(state, _removals(empty, pool)), 1 + len(losses) + len(path)
+    return SearchResult(state, loss(state), base, path, kept, asked, instead)
 
 
 def _name(state: State) -> list[tuple]:

@@ -49,6 +49,7 @@ class Amount:
         counted: what is counted: units, or elements of weights or of the cache of a token.
         needed: of the units, at least 1.
         tie_saves, removal_saves: by one unit.
+        drop_saves: by all units of a layer.
         total: of the whole model before the plan.
         given: what spans and KV heads save already.
     """
@@ -57,18 +58,29 @@ class Amount:
     needed: int
     tie_saves: int
     removal_saves: int
+    drop_saves: int
     total: int
     given: int = 0
 
     def saves(self, kind: str) -> int:
-        return self.tie_saves if kind == "tie" else self.removal_saves
+        return {"tie": self.tie_saves, "remove": self.removal_saves, "drop": self.drop_saves}[kind]
 
-    def units(self, kind: str) -> int:
-        """Units that one kind of action (tie, remove) needs.
+    def actions(self, kind: str) -> int:
+        """Actions of one kind (tie, remove, drop) that are needed.
 
         Raises:
-            PostshareError: it saves none of what is counted.
+            PostshareError: it saves none of what is counted; or units are counted, and do not come
+                to whole layers.
         """
+        if kind == "drop" and self.counted == "units" and self.needed % self.drop_saves:
+            layers, each = self.total // self.drop_saves, self.drop_saves
+            near = sorted({max(1, self.needed // each), self.needed // each + 1})
+            ratios = " or ".join(f"{ceil(10_000 * Fraction(n, layers)) / 10_000:g}" for n in near)
+            raise PostshareError(
+                f"plan.budget asks for {self.needed} of {self.total} units, and action drop "
+                f"removes the {each} of a layer together; the nearest is "
+                f"plan.budget.ratio={ratios} ({' or '.join(map(str, near))} of {layers} layers)"
+            )
         if not self.saves(kind):
             raise PostshareError(
                 "plan.budget.cache: a tied unit still caches keys and values of its own, ties save "
@@ -124,7 +136,7 @@ def units_of_heads(heads: int, layout: HeadLayout) -> int:
 
 def amount_of_units(count: int, layout: HeadLayout) -> Amount:
     """So many units, whether tied or removed."""
-    return Amount("units", count, 1, 1, layout.layers * layout.units)
+    return Amount("units", count, 1, 1, layout.units, layout.layers * layout.units)
 
 
 def amount_of_share(
@@ -145,11 +157,13 @@ def amount_of_share(
     if counted == "cache":
         total, saved = given.base_cache, given.base_cache - given.stored_cache
         removal = 2 * layout.head_dim
+        drop = layout.units * removal
     else:
         total, saved = given.base_parameters, given.removed_parameters
         removal = sum(map(layout.unit_parameters, PROJECTIONS))
+        drop = layout.units * removal + layout.hidden_size  # the norm goes too
     tie = tie_saves(counted, layout, projections)
-    return Amount(counted, ceil(share * total) - saved, tie, removal, total, saved)
+    return Amount(counted, ceil(share * total) - saved, tie, removal, drop, total, saved)
 
 
 def tie_saves(counted: Counted, layout: HeadLayout, projections: Iterable[str]) -> int:

@@ -19,7 +19,7 @@ import torch
 from sa_models.calibration.partial_forward import Batch, PartialRun, Restart
 from sa_models.errors import PostshareError
 from sa_models.heads import HeadLayout, unit_view
-from sa_models.search.actions import Action, State, ordered
+from sa_models.search.actions import WHOLE, Action, State, ordered
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -170,6 +170,7 @@ class MeasuredLoss:
             self._kept, self._last, self._held = self._base, None, None
         if state == self._kept:
             return self._restart.loss
+        self._last = None  # not to be held beside the next
         self._last = state, self._run(state)
         return self._last[1].loss
 
@@ -202,7 +203,8 @@ class MeasuredLoss:
 
     def _slice(self, unit: tuple[int, int], projection: str) -> torch.Tensor:
         name = self.layout.parameter_name(unit[0], projection)
-        return unit_view(self._parameters[name], self.layout, projection)[unit[1]]
+        view = unit_view(self._parameters[name], self.layout, projection)
+        return view if unit[1] == WHOLE else view[unit[1]]
 
 
 def lowest(actions: Iterable[Action]) -> int:

@@ -22,7 +22,7 @@ from sa_models.calibration.partial_forward import Batch, rows_of
 from sa_models.calibration.progress import Progress
 from sa_models.errors import PostshareError
 from sa_models.scores.fisher import Rise, Sensitivity, combined, estimate_sensitivity
-from sa_models.search.actions import Action, Projections, Space, State, ordered
+from sa_models.search.actions import WHOLE, Action, Projections, Space, State, ordered
 from sa_models.search.algorithms import SOURCES_PER_TARGET, Ranked, price
 from sa_models.search.measured_loss import MeasuredLoss
 from sa_models.ties import Unit
@@ -39,7 +39,7 @@ class Agreement:
     """How far two halves of the calibration text would choose the same.
 
     Attributes:
-        units: that are chosen.
+        units: that are chosen; layers, where only whole ones are dropped.
         common: of them, those that both halves choose.
         correlation: Spearman correlation of what the units cost on the halves.
     """
@@ -156,6 +156,8 @@ class EstimatedRanking:
             self.without,
             self._shares,
         ]
+        if space.droppable:
+            about.append([space.droppable, space.drop_saves])
         text = json.dumps(about, separators=(",", ":"))
         key = f"rank {hashlib.sha256(text.encode()).hexdigest()}"
         value = self.measured.cache.get(key, lambda: self._estimate(state, count))
@@ -172,7 +174,7 @@ class EstimatedRanking:
         ranked = [cheapest(self.space, state, part) for part in (*parts, combined(*parts))]
         # With several kinds of ties a unit has more actions: so many more are told.
         told = ranked[-1][: count * max(1, len(self._shares))]
-        actions = [[r.action.to_list(), r.rise, r.slope] for r in told]
+        actions = [[r.action.to_list(), r.rise, r.slope, r.removal] for r in told]
         return {"actions": actions, "agreement": list(agreement(self.space, *ranked[:2]))}
 
 
@@ -197,20 +199,26 @@ def cheapest(space: Space, state: State, estimated: Sensitivity) -> list[Ranked]
     found: list[Ranked] = []
     for unit in sorted({*space.targets, *space.removable}):
         options: list[Ranked] = []
+        removal = estimated.removal
+        gone = float(removal.second[unit])
         if unit in space.removable and unit not in changed:
-            removal = estimated.removal
-            options.append(_ranked(Action(unit), removal.second[unit], removal.first[unit]))
+            options.append(_ranked(Action(unit), removal.second[unit], removal.first[unit], gone))
         for share in space.shares if unit in space.targets else ():
             if share not in estimated.ties:
                 continue
             if unit not in changed or space.may_tie_again(state, unit, share):
-                options += _nearest(space, changed, unit, share, estimated.ties[share])
+                options += _nearest(space, changed, unit, share, estimated.ties[share], gone)
         found += [option for option in options if space.allows(state, option.action)]
+    for layer in space.droppable:
+        drop = estimated.drop
+        gone = float(drop.second[layer])
+        option = _ranked(Action((layer, WHOLE)), drop.second[layer], drop.first[layer], gone)
+        found += [option] if space.allows(state, option.action) else []
     return sorted(found, key=lambda r: (price(space, r.action, r.rise), r.action.key))
 
 
 def _nearest(
-    space: Space, changed: set[Unit], unit: Unit, share: Projections, ties: Rise
+    space: Space, changed: set[Unit], unit: Unit, share: Projections, ties: Rise, gone: float
 ) -> list[Ranked]:
     """The ties of one unit, for some projections, to the sources that seem to cost least."""
     rises, slopes = ties.second[unit].flatten(), ties.first[unit].flatten()
@@ -220,22 +228,27 @@ def _nearest(
         if len(found) == 2 * SOURCES_PER_TARGET or math.isnan(rises[index]):
             break
         if source in space.sources and source not in changed:
-            found.append(_ranked(Action(unit, source, share), rises[index], slopes[index]))
+            action = Action(unit, source, share)
+            found.append(_ranked(action, rises[index], slopes[index], gone))
     return found
 
 
-def _ranked(action: Action, rise: torch.Tensor, slope: torch.Tensor) -> Ranked:
-    return Ranked(action, float(rise), float(slope))
+def _ranked(action: Action, rise: torch.Tensor, slope: torch.Tensor, gone: float) -> Ranked:
+    return Ranked(action, float(rise), float(slope), gone)
 
 
 def agreement(space: Space, first: list[Ranked], second: list[Ranked]) -> tuple[int, int, float]:
-    """See :class:`Agreement`."""
+    """See :class:`Agreement`. Where units are changed singly, dropped layers do not count."""
+    singly = bool(space.targets or space.removable)
     costs: list[dict[Any, float]] = [{}, {}]
     for ranked, cost in zip((first, second), costs, strict=True):
-        for action, rise, _ in ranked:
+        for action, rise, *_ in ranked:
+            if singly and action.kind == "drop":
+                continue
             cost.setdefault(action.target, price(space, action, rise))
     units = sorted(costs[0].keys() & costs[1].keys())
-    saves = min(s for s in (space.tie_saves, space.removal_saves) if s > 0)
+    singles = (space.tie_saves, space.removal_saves) if singly else (space.drop_saves,)
+    saves = min(s for s in singles if s > 0)
     count = min(len(units), math.ceil(space.needed / saves))
     chosen = [set(sorted(units, key=lambda u: (cost[u], u))[:count]) for cost in costs]
     a, b = (torch.tensor([cost[u] for u in units], dtype=torch.float64) for cost in costs)

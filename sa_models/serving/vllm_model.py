@@ -4,7 +4,8 @@ The backend runs our own :class:`~sa_models.modeling.SharedLlamaModel` on flatte
 its paged attention behind ``ALL_ATTENTION_FUNCTIONS``. Three things differ from a stock Llama:
 
 - Projections read rows of one another, so that they stay our modules instead of vLLM's.
-- A layer may have fewer heads than the config says: each gets a KV cache of its own size.
+- A layer may have fewer heads than the config says: each gets a KV cache of its own size. A dropped
+  layer has none.
 - Followers of a ``kv`` span read the cache of their leader and have none, where all caches are of
   one size and heads are not mapped; else they keep a copy. Those of an ``attention`` span replay:
   paged kernels give no attention weights away, so the follower's cache holds the leader's keys
@@ -60,12 +61,14 @@ class ServedSharedLlama(TransformersForCausalLM):
         start = f"{prefix}." if prefix else ""
         attentions, spans = self.attentions, self.model.spans
         names = [f"{start}model.layers.{i}.self_attn.attn" for i in range(len(attentions))]
-        heads = [each.o_proj.in_features // each.head_dim for each in attentions]
+        heads = [_heads(each) for each in attentions]
         groups = [each.num_key_value_groups for each in attentions]
         kv_heads = [count // group for count, group in zip(heads, groups, strict=True)]
         # vLLM (0.32, 0.33) knows no layers that read others' caches where caches differ in size.
-        alike = len(set(kv_heads)) == 1
+        alike = len(set(kv_heads) - {0}) == 1
         for at, (attention, span) in enumerate(zip(attentions, spans, strict=True)):
+            if attention.is_dropped:
+                continue
             # A mapped follower reads other heads than the leader's cache has: it keeps its own.
             reads = alike and attention.follows == "kv" and attention.head_map is None
             attention.attn = Attention(
@@ -77,3 +80,8 @@ class ServedSharedLlama(TransformersForCausalLM):
                 prefix=names[at],
                 kv_sharing_target_layer_name=names[span.leader] if span and reads else None,
             )
+
+
+def _heads(attention: SharedAttention) -> int:
+    """Query heads that a layer has; none where it is dropped."""
+    return 0 if attention.is_dropped else attention.o_proj.in_features // attention.head_dim

@@ -1,9 +1,10 @@
 """Compact folders, read tensor by tensor: as they are stored, and as the dense Llama they equal.
 
 :class:`ExpandedFolder` puts shared units back everywhere they are used, and zeros where units were
-removed. It reads like a :class:`~sa_models.weights.safetensors_folder.WeightsFolder`, holds one
-tensor at a time, and knows nothing of modules: the arithmetic of where a unit lies is written here
-a second time, so that comparing it with
+removed (of a dropped layer also its norm, all ones). It reads like a
+:class:`~sa_models.weights.safetensors_folder.WeightsFolder`, holds one tensor at a time, and knows
+nothing of modules: the arithmetic of where a unit lies is written here a second time, so that
+comparing it with
 :class:`~sa_models.materialize.reader.MaterializedReader` verifies an export.
 """
 
@@ -23,6 +24,9 @@ from sa_models.heads import HeadLayout
 from sa_models.weights.config_file import read_config, read_model_type
 from sa_models.weights.parameter_shapes import compact_shapes, expanded_shapes
 from sa_models.weights.safetensors_folder import WeightsFolder
+
+LAST_NORM = "model.norm.weight"
+"""A tensor that every folder stores."""
 
 
 class DenseReader(Protocol):
@@ -125,6 +129,7 @@ class ExpandedFolder:
         self._source_of = self.plan.sources()
         self._removed = set(self.plan.removed)
         self._own = self.plan.own_units(self._layout)
+        self._lost = self.plan.dropped_names(self._layout)
 
     def names(self) -> list[str]:
         return list(self._shapes)
@@ -133,7 +138,8 @@ class ExpandedFolder:
         return self._shapes[name]
 
     def dtype(self, name: str) -> torch.dtype:
-        return self._dtype or self.files.dtype((self.factor_names(name) or (name,))[0])
+        stored = LAST_NORM if name in self._lost else (self.factor_names(name) or (name,))[0]
+        return self._dtype or self.files.dtype(stored)
 
     def shards(self) -> list[Path]:
         return self.files.shards()
@@ -143,7 +149,9 @@ class ExpandedFolder:
         if self.factor_names(name) is not None:
             return self.product(name).to(self.dtype(name))
         where = HeadLayout.parse_name(name)
-        if where is None or self.files.shape(name) == self.shape(name):
+        if where is None and name in self._lost:
+            return torch.ones(self.shape(name), dtype=self.dtype(name))
+        if where is None or (name not in self._lost and self.files.shape(name) == self.shape(name)):
             return self.stored(name)
         return self._assemble(*where, 0, self._layout.units)
 
@@ -168,7 +176,8 @@ class ExpandedFolder:
     def slice(self, name: str) -> Any:
         """As ``safetensors``' slice: index it to read a part only (whole units are read)."""
         where = HeadLayout.parse_name(name)
-        if self._dtype is not None or self.factor_names(name) is not None:
+        made = self.factor_names(name) is not None or (where is None and name in self._lost)
+        if self._dtype is not None or made:
             return self.read(name)
         return self.files.slice(name) if where is None else _ExpandedSlice(self, *where)
 

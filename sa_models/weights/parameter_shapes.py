@@ -38,11 +38,15 @@ def llama_shapes(config: Any) -> dict[str, tuple[int, ...]]:
 
 
 def compact_shapes(config: Any, plan: SharingPlan) -> dict[str, tuple[int, ...]]:
-    """{parameter name: shape} of a compact model; a layer may own nothing: (0, hidden)."""
+    """{parameter name: shape} of a compact model; a layer may own nothing: (0, hidden), and a
+    dropped one has no attention at all."""
     layout, own = plan.layout(config), plan.own_units(plan.layout(config))
+    lost = plan.dropped_names(layout)
     shapes: dict[str, tuple[int, ...]] = {}
     for name, shape in expanded_shapes(config, plan).items():
         where = HeadLayout.parse_name(name)
+        if name in lost:
+            continue
         if where is None:
             shapes[name] = shape
         elif plan.basis is not None and where[1] in FACTORED:

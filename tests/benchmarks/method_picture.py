@@ -80,7 +80,8 @@ def draw(base: Base) -> None:
     axes.set_xlabel("% of the bytes saved")
     axes.set_ylabel("% of perplexity above its $\\it{continued}$")
     axes.set_title(f"What sharing costs after 300 steps, {base.name}")
-    axes.legend(loc="upper left")
+    if of_rows:
+        axes.legend(loc="upper left")
     figure.savefig(base.picture, metadata={"Date": None, "Description": described(base)})
 
 

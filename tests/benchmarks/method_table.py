@@ -2,11 +2,13 @@
 
     python tests/benchmarks/method_table.py FOLDER [--base mixed7M] [--only ROW ...] [--workers 2]
 
-methods.yaml lists the rows, methods_52m.yaml those of a larger base, which is trained first by
-base_52m.yaml. Every training is a run folder below FOLDER and one line of docs/methods.jsonl or
-methods-52m.jsonl, from which the tables and pictures of docs/methods.md are made
-(method_tables.py, method_picture.py). A second start goes on with what is missing, and the rows are
-read again before every training, so that one may be added meanwhile. Every worker has one thread.
+methods_smollm2.yaml lists the rows of a really pretrained Llama, methods.yaml those of a toy, and
+methods_52m.yaml those of a larger one, which is trained first by base_52m.yaml. Every training is a
+run folder below FOLDER and one line of docs/methods*.jsonl, from which the tables and pictures of
+docs/methods.md are made (method_tables.py, method_picture.py). A second start goes on with what is
+missing, and the rows are read again before every training, so that one may be added meanwhile.
+Every worker has one thread. A row of `rounds` scores the export of another row, rounded
+(score_export.py); one with `hellaswag` answers the first questions of ../shared/eval/hellaswag too.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -31,8 +33,10 @@ from method_tables import BASES, Base
 
 from train.common.run_files import SEARCH_CACHE
 
-SEEDED = "30"
-"""The size at which a row has all its seeds; elsewhere one."""
+SEEDED = ("0", "30")
+"""The sizes at which a row has all its seeds; elsewhere one."""
+HELLASWAG = Path(__file__).parents[2].with_name("shared") / "eval" / "hellaswag"
+QUESTIONS = 400
 
 
 @dataclass(frozen=True)
@@ -40,8 +44,11 @@ class Job:
     """One training.
 
     Attributes:
-        size: how much is shared, in percent of the heads; for spans the number of followers.
+        size: how much is shared, in percent of the units; for spans the number of followers; 0:
+            nothing.
         overrides: of the row's recipe.
+        to: of a row that rounds the export of another: to what.
+        hellaswag: whether questions are answered.
     """
 
     row: str
@@ -49,6 +56,9 @@ class Job:
     seed: int
     recipe: dict[str, Any]
     overrides: tuple[str, ...]
+    rounds: Job | None = None
+    to: str | None = None
+    hellaswag: bool = False
 
     @property
     def name(self) -> str:
@@ -64,19 +74,25 @@ def jobs(base: Base, only: list[str] | None = None) -> list[Job]:
         if only is None or name in only
         for job in _jobs_of(name, row, config)
     ]
-    return sorted(found, key=lambda job: (job.seed, job.size != SEEDED))
+    return sorted(found, key=lambda job: (job.seed, job.size not in SEEDED))
 
 
 def _jobs_of(name: str, row: dict[str, Any], config: dict[str, Any]) -> Iterator[Job]:
+    hellaswag = row.get("hellaswag", False)
+    if "rounds" in row:
+        for of in _jobs_of(row["rounds"], config["rows"][row["rounds"]], config):
+            if of.seed == 0:
+                yield replace(of, row=name, rounds=of, to=row["to"], hellaswag=hellaswag)
+        return
     recipe = {**config["base"], **row["recipe"]}
     recipe["train"] = config["base"]["train"] | row["recipe"].get("train", {})
     sizes = row.get("at") or {size: [how[row["counts"]]] for size, how in config["sizes"].items()}
     for size, overrides in sizes.items():
-        for seed in range(row.get("seeds", 1) if size == SEEDED else 1):
+        for seed in range(row.get("seeds", 1) if size in SEEDED else 1):
             more = [f"seed={seed}"] + ([f"plan.seed={seed}"] if row.get("draws") else [])
-            if size != SEEDED:  # that of 30 % is the same training
+            if size not in SEEDED:  # that of 30 % is the same training
                 more.append("evaluate.continued=false")
-            yield Job(name, str(size), seed, recipe, (*overrides, *more))
+            yield Job(name, size, seed, recipe, (*overrides, *more), hellaswag=hellaswag)
 
 
 def finished(base: Base) -> set[str]:
@@ -86,31 +102,70 @@ def finished(base: Base) -> set[str]:
 
 def run(base: Base, job: Job, folder: Path) -> None:
     """Train, and add the line. Raises CalledProcessError; FOLDER/<name>.log has the reason."""
-    recipe = folder / f"{job.name}.yaml"
-    recipe.write_text(yaml.safe_dump(job.recipe, sort_keys=False), encoding="utf-8")
-    _share_measurements(folder, folder / job.name)
-    command = [sys.executable, "-m", "train", "run", str(recipe)]
-    command += [f"output_dir={folder / job.name}", *job.overrides]
-    with (folder / f"{job.name}.log").open("w", encoding="utf-8") as log:
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        subprocess.run(command, env=environment, stdout=log, stderr=log, check=True)
-    summary = json.loads((folder / job.name / "summary.json").read_text(encoding="utf-8"))
-    line = {
-        "row": job.row,
-        "size": job.size,
-        "seed": job.seed,
-        "perplexity": {name: value for name, value in summary["perplexity"].items() if value},
-        "structure": summary["structure"],
-        "heads": summary["heads"],
-        "parameters": summary["parameters"],
-        "bytes": summary["bytes"],
-        "tokens": summary["tokens"],
-        "date": date.today().isoformat(),
-    }
+    trained = job.rounds or job
+    export = folder / trained.name / "export"
+    if trained is job or not export.is_dir():
+        _train(trained, folder)
+    line = {"row": job.row, "size": job.size, "seed": job.seed, "perplexity": {}}
+    line |= _summary(folder / trained.name)
+    summarized = "bytes" in line and job.to is None
+    if not summarized or (job.hellaswag and HELLASWAG.is_dir()):
+        scores = _score(job, folder)
+        if not summarized:
+            line["perplexity"] |= {"post": scores["perplexity"]}
+            line |= {"bytes": scores["bytes"], "cache": scores["cache"]}
+        line |= {"margins": scores["margins"]} if "margins" in scores else {}
+    line["date"] = date.today().isoformat()
     with base.results.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
     method_tables.write()
     method_picture.draw(base)
+
+
+def _train(job: Job, folder: Path) -> None:
+    recipe = folder / f"{job.name}.yaml"
+    recipe.write_text(yaml.safe_dump(job.recipe, sort_keys=False), encoding="utf-8")
+    _share_measurements(folder, folder / job.name)
+    command = ["-m", "train", "run", str(recipe), f"output_dir={folder / job.name}"]
+    _start([*command, *job.overrides], folder / f"{job.name}.log")
+
+
+def _score(job: Job, folder: Path) -> dict[str, Any]:
+    """What score_export.py says."""
+    command = [str(Path(__file__).with_name("score_export.py"))]
+    command.append(str(folder / (job.rounds or job).name))
+    command += ["--to", job.to] if job.to is not None else []
+    if job.hellaswag and HELLASWAG.is_dir():
+        command += ["--hellaswag", str(HELLASWAG), "--limit", str(QUESTIONS)]
+    log = folder / f"{job.name}.scores.log"
+    _start(command, log)
+    return json.loads(log.read_text(encoding="utf-8").splitlines()[-1])
+
+
+def _start(command: list[str], log: Path) -> None:
+    """Run Python in a process with one thread."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with log.open("w", encoding="utf-8") as file:
+        subprocess.run(
+            [sys.executable, *command], env=environment, stdout=file, stderr=file, check=True
+        )
+
+
+def _summary(run: Path) -> dict[str, Any]:
+    """What a line takes from the summary of a run; nothing where nothing was shared."""
+    file = run / "summary.json"
+    if not file.is_file():
+        return {}
+    summary = json.loads(file.read_text(encoding="utf-8"))
+    cache = {
+        kind: 2 * summary["cache"][f"{kind}_elements_per_token"] for kind in ("base", "stored")
+    }
+    kept = ("structure", "heads", "parameters", "bytes", "tokens")
+    return {
+        "perplexity": {name: value for name, value in summary["perplexity"].items() if value},
+        **{key: summary[key] for key in kept},
+        "cache": cache,  # in bf16
+    }
 
 
 def _share_measurements(folder: Path, output: Path) -> None:

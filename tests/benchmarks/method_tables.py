@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 HERE = Path(__file__).parent
@@ -30,14 +31,17 @@ class Base:
     """A base model that the methods are measured on.
 
     Attributes:
+        units, unit: how many units it has, and what they are.
         config: the YAML of its rows, in this folder.
         results: the lines of its trainings; the picture lies beside, as SVG.
     """
 
     name: str
-    heads: int
+    units: int
+    layers: int
     config: Path
     results: Path
+    unit: str = "heads"
 
     @property
     def picture(self) -> Path:
@@ -65,28 +69,56 @@ class Base:
 BASES = {
     base.name: base
     for base in (
-        Base("mixed7M", 64, HERE / "methods.yaml", DOCS / "methods.jsonl"),
-        Base("mixed52M", 96, HERE / "methods_52m.yaml", DOCS / "methods-52m.jsonl"),
+        Base(
+            "smollm2",
+            90,
+            30,
+            HERE / "methods_smollm2.yaml",
+            DOCS / "methods-smollm2.jsonl",
+            "KV groups",
+        ),
+        Base("mixed7M", 64, 8, HERE / "methods.yaml", DOCS / "methods.jsonl"),
+        Base("mixed52M", 96, 12, HERE / "methods_52m.yaml", DOCS / "methods-52m.jsonl"),
     )
 }
 
 
-def tables(lines: list[Line], rows: Rows, heads: int = 64) -> str:
+def recipe_of(rows: Rows, name: str) -> dict[str, Any]:
+    """The recipe of a row, or of the row whose export it rounds."""
+    row = rows[name]
+    return rows[row["rounds"]]["recipe"] if "rounds" in row else row["recipe"]
+
+
+def is_control(recipe: dict[str, Any]) -> bool:
+    """Whether nothing is shared: *continued* as a training of its own."""
+    return recipe.get("plan", {}).get("strategy") == "none"
+
+
+def tables(lines: list[Line], rows: Rows, base: Base = BASES["mixed7M"]) -> str:
     """A table for each size that has a line, spans last, in the order of the rows."""
-    spans = [name for name, row in rows.items() if "spans" in row["recipe"]]
-    of_heads = [line for line in lines if line["row"] not in spans]
-    of_spans = [line for line in lines if line["row"] in spans]
-    parts = [
-        f"**{size} %: {int(size) * heads // 100} of {heads} heads**\n\n"
-        + _table([line for line in of_heads if line["size"] == size], lines, rows)
-        for size in _sizes(of_heads)
+    controls = [line for line in lines if is_control(recipe_of(rows, line["row"]))]
+    of_spans = [line for line in lines if "spans" in recipe_of(rows, line["row"])]
+    of_units = [line for line in lines if line not in controls and line not in of_spans]
+    parts = [f"**Nothing shared**\n\n{_table(controls, lines, rows)}"] if controls else []
+    parts += [
+        f"**{size} %: {int(size) * base.units // 100} of {base.units} {base.unit}**\n\n"
+        + _table([line for line in of_units if line["size"] == size], lines, rows)
+        for size in _sizes(of_units)
     ]
     parts += [
-        f"**{size} of 8 layers follow{'s' if size == '1' else ''}**\n\n"
+        f"**{size} of {base.layers} layers follow{'s' if size == '1' else ''}**\n\n"
         + _table([line for line in of_spans if line["size"] == size], lines, rows)
         for size in _sizes(of_spans)
     ]
+    if any("margins" in line for line in lines):
+        parts.append(f"**HellaSwag**\n\n{hellaswag_table(lines, rows)}")
+    if missing := [row["what"] for name, row in rows.items() if not _lines_of(lines, name)]:
+        parts.append(f"Not trained yet: {'; '.join(missing)}.")
     return "\n\n".join(parts)
+
+
+def _lines_of(lines: Iterable[Line], row: str) -> list[Line]:
+    return [line for line in lines if line["row"] == row]
 
 
 def _sizes(lines: Iterable[Line]) -> list[str]:
@@ -96,22 +128,30 @@ def _sizes(lines: Iterable[Line]) -> list[str]:
 def _table(lines: list[Line], every: list[Line], rows: Rows) -> str:
     controls = controls_of(every, rows)
     base = every[0]["bytes"]["base"]
-    out = ["| row | seeds | untrained | trained | above its *continued* | bytes |"]
-    out.append("| --- | --- | --- | --- | --- | --- |")
-    out.append(
-        f"| the model, not trained on | | {every[0]['perplexity']['base']:.2f} | | | {base:,} |"
+    columns = ["row", "seeds", "untrained", "trained", "above its *continued*", "bytes"]
+    with_cache = any("cache" in line for line in lines)
+    dense = [f"{base:,}"]
+    if with_cache:
+        columns.append("cache, bytes a token")
+        dense.append(f"{every[0]['cache']['base']:,}")
+    out = [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
+    bare = next(
+        (line["perplexity"]["base"] for line in every if "base" in line["perplexity"]), None
     )
-    used = {"distill" in rows[line["row"]]["recipe"] for line in lines}
+    untouched = ["the model, not trained on", "", "" if bare is None else f"{bare:.2f}", "", ""]
+    out.append(_row([*untouched, *dense]))
+    recipes = [recipe_of(rows, line["row"]) for line in lines]
+    used = {"distill" in recipe for recipe in recipes}
     for distilled, of_seed in controls.items():
-        if of_seed and distilled in used:
+        if of_seed and distilled in used and not any(map(is_control, recipes)):
             name = "*continued*, distilled" if distilled else "*continued*"
-            out.append(f"| {name} | {len(of_seed)} | | {_spread(of_seed.values())} | | {base:,} |")
+            out.append(_row([name, len(of_seed), "", _spread(of_seed.values()), "", *dense]))
     for name, row in rows.items():
-        found = [line for line in lines if line["row"] == name]
+        found = _lines_of(lines, name)
         if not found:
             continue
-        control = controls["distill" in row["recipe"]]
-        cells = (
+        control = controls["distill" in recipe_of(rows, name)]
+        cells = [
             row["what"],
             len(found),
             _spread(
@@ -120,22 +160,65 @@ def _table(lines: list[Line], every: list[Line], rows: Rows) -> str:
             _spread(line["perplexity"]["post"] for line in found),
             _spread(above(found, control), lambda value: f"{value:z.2f} %"),
             f"{max(stored(line['bytes']) for line in found):,}",
-        )
-        out.append(f"| {' | '.join(map(str, cells))} |".replace("|  |", "| |"))
+        ]
+        if with_cache:
+            cells.append(f"{max(line['cache']['stored'] for line in found):,}")
+        out.append(_row(cells))
     return "\n".join(out)
+
+
+def _row(cells: Iterable[Any]) -> str:
+    return f"| {' | '.join(map(str, cells))} |".replace("|  |", "| |").replace("|  |", "| |")
+
+
+def hellaswag_table(lines: list[Line], rows: Rows) -> str:
+    """acc_norm and margins of the rows that have them (seed 0), beside *continued* of their kind.
+
+    The interval is a paired bootstrap over the questions (95 %).
+    """
+    found = [line for line in lines if "margins" in line and line["seed"] == 0]
+    controls = {
+        "distill" in rows[line["row"]]["recipe"]: np.array(line["margins"])
+        for line in found
+        if "rounds" not in rows[line["row"]] and is_control(rows[line["row"]]["recipe"])
+    }
+    items = len(found[0]["margins"])
+    out = [
+        f"| row ({items} questions) | size | acc_norm | margin, nats per 100 characters | "
+        "above its *continued* |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    order = list(rows)
+    for line in sorted(found, key=lambda line: (order.index(line["row"]), int(line["size"]))):
+        own = np.array(line["margins"])
+        control = controls.get("distill" in recipe_of(rows, line["row"]))
+        cells = [rows[line["row"]]["what"], line["size"] if line["size"] != "0" else ""]
+        cells += [f"{100 * (own > 0).mean():.1f} %", f"{100 * own.mean():z.2f}"]
+        cells.append("" if control is None or control is own else _difference(own - control))
+        out.append(_row(cells))
+    return "\n".join(out)
+
+
+def _difference(each: np.ndarray, draws: int = 2000) -> str:
+    """The mean of differences of margins, and 95 % of its bootstrap, in nats per 100 characters."""
+    drawn = np.random.default_rng(0).integers(len(each), size=(draws, len(each)))
+    low, high = np.quantile(100 * each[drawn].mean(axis=1), (0.025, 0.975))
+    return f"{100 * each.mean():+z.2f} ({low:+z.2f} to {high:+z.2f})"
 
 
 def controls_of(lines: list[Line], rows: Rows) -> dict[bool, dict[int, float]]:
     """Perplexity of *continued* for each seed, without a teacher and (True) with one."""
-    return {
-        distilled: {
-            line["seed"]: line["perplexity"]["continued"]
-            for line in lines
-            if "continued" in line["perplexity"]
-            and ("distill" in rows[line["row"]]["recipe"]) == distilled
-        }
-        for distilled in (False, True)
-    }
+    found: dict[bool, dict[int, float]] = {False: {}, True: {}}
+    for line in lines:
+        row, values = rows[line["row"]], line["perplexity"]
+        if "rounds" in row:
+            continue
+        of_seed = found["distill" in row["recipe"]]
+        if "continued" in values:
+            of_seed[line["seed"]] = values["continued"]
+        elif is_control(row["recipe"]):
+            of_seed[line["seed"]] = values["post"]
+    return found
 
 
 def above(lines: list[Line], control: dict[int, float]) -> list[float]:
@@ -165,7 +248,7 @@ def filled(page: str) -> str:
     for base in BASES.values():
         begin, end = base.marks
         before, rest = page.split(begin)
-        made = tables(base.read(), base.rows(), base.heads)
+        made = tables(base.read(), base.rows(), base)
         page = f"{before}{begin}\n\n{made}\n\n{end}{rest.split(end, 1)[1]}"
     return page
 

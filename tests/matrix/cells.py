@@ -41,6 +41,7 @@ CELLS |= {
     "heal x4 free": Setting(model="owned", heal=True, clip_norm=None, accumulation=4),
     "heal recomputed": Setting(model="owned", heal=True, checkpointing=True, accumulation=4),
     "heal removed": Setting(model="removed", heal=True, clip_norm=0.2),
+    "heal dropped": Setting(model="dropped", heal=True, clip_norm=0.2),
     "heal spans": Setting(model="both", heal=True, clip_norm=0.2, accumulation=4),
     # Factors of which layers share one.
     "heal basis": Setting(model="basis", heal=True, clip_norm=0.2, accumulation=4),
@@ -121,7 +122,13 @@ SUBSET: dict[tuple[str, int], tuple[str, ...]] = {
         "distill x4 free",
         _MOVED[0],
     ),
-    ("zero3", 2): ("heal removed", "residual alone", "distill x1 clipped", "distill heal"),
+    ("zero3", 2): (
+        "heal removed",
+        "heal dropped",
+        "residual alone",
+        "distill x1 clipped",
+        "distill heal",
+    ),
     ("zero3-offload-optimizer", 2): _GRID[1],
     ("zero3-offload", 2): (*_GRID[0], "bf16 both x4", "heal spans"),
     ("fsdp2", 2): (
@@ -129,6 +136,7 @@ SUBSET: dict[tuple[str, int], tuple[str, ...]] = {
         "bf16 penalty",
         "heal x1 clipped",
         "heal removed",
+        "heal dropped",
         "heal basis",
         "residual alone",
         "distill x1 clipped",

@@ -105,6 +105,14 @@ MODELS: dict[str, tuple[LlamaConfig, SharingPlan]] = {
             removed=((1, 0), (1, 2), (2, 1), (2, 4), (3, 3)),
         ),
     ),
+    # The first layer and another have no attention.
+    "dropped": (
+        MHA,
+        SharingPlan(
+            (HeadTie((3, 4), (1, 1), ("v", "o")),),
+            removed=((1, 2), *((layer, unit) for layer in (0, 2) for unit in range(5))),
+        ),
+    ),
     # A layer that owns none of its queries, and one that reads another layer's for all but one.
     "owned": (
         MHA,

@@ -16,8 +16,8 @@ lasts until every source has been read once, and sources that are too short for 
 again. The default weight is 1: equal shares. Validation sources are concatenated, unweighted.
 
 **Held-out split.** Either `validation` sources, or `validation_fraction` of the documents (never
-of the blocks), chosen by the hash of their text (of records: of their prompt): see
-`train.data.token_table.Encoder`.
+of the blocks), chosen by the hash of their text (of records: of their prompt), or the end of a
+document that is the only one of its source: see `train.data.token_table.Encoder`.
 
 **Streaming** reads only as many documents as the run needs and packs them into an indexable, cached
 table, so resuming is as exact as without. The table holds the first documents of the stream, for
@@ -33,6 +33,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -47,7 +48,7 @@ from train.data.local.files import data_files
 from train.data.packed import Block, BlockSource, Packed, TextBlocks
 from train.data.record_blocks import RecordBlocks
 from train.data.sources import load_documents, local_files, without_text
-from train.data.token_table import Encoder, streamed_token_table, token_table
+from train.data.token_table import Encoder, is_lone, streamed_token_table, token_table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -211,8 +212,14 @@ def _pack(
             table = streamed_token_table(source, encoder, blocks * length)
         else:
             documents = load_documents(source)
-            table = token_table(source, documents, encoder, processes=data.processes)
             said = without_text(source, documents)
+            if encoder.held_out is not None and is_lone(documents[source.text]):
+                encoder = replace(encoder, lone=True)
+                said = (
+                    f"one document: the last {data.validation_fraction:.3g} of its characters is "
+                    "held out"
+                )
+            table = token_table(source, documents, encoder, processes=data.processes)
         packed = TextBlocks(
             Packed.from_table(table), length, document_mask=data.document_mask, said=said
         )

@@ -91,7 +91,7 @@ class RecordEncoder(ABC):
             record = dict(zip(batch, values, strict=True))
             with _at(index):
                 self.check(f"record {index}", record)
-            if self.text.keeps(self.prompt_of(record)):
+            if self.text.part(self.prompt_of(record)):
                 records[index] = record
         rows: dict[str, list[Any]] = {"input_ids": [], "predicted": [], "prompt": []}
         for index, (ids, predicted) in zip(records, self.encode(records), strict=True):

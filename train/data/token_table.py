@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterator
+import itertools
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -40,8 +42,9 @@ class Encoder:
 
     `held_out` None keeps every document. Otherwise a document belongs to the held-out side when the
     hash of its text, read as a number in [0, 1), is below `fraction`: equal texts always fall on
-    the same side, whatever the seed, the order and the number of processes. Empty texts are
-    dropped.
+    the same side, whatever the seed, the order and the number of processes. Of a `lone` document
+    the last `fraction` of its characters, from the next white space on, is held out. Empty texts
+    are dropped.
     """
 
     tokenizer: str
@@ -49,6 +52,7 @@ class Encoder:
     eos: int | None
     fraction: float = 0.0
     held_out: bool | None = None
+    lone: bool = False
 
     @classmethod
     def build(
@@ -84,20 +88,35 @@ class Encoder:
             held_out=held_out,
         )
 
-    def keeps(self, text: str | None) -> bool:
-        if not text:
-            return False
-        if self.held_out is None:
-            return True
+    def part(self, text: str | None) -> str:
+        """What of a document is on this side; nothing: the empty text."""
+        if not text or self.held_out is None:
+            return text or ""
+        if self.lone:
+            cut = end_begins(text, self.fraction)
+            return text[cut:] if self.held_out else text[:cut]
         digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-        return (int.from_bytes(digest, "big") < self.fraction * 2**64) is self.held_out
+        below = int.from_bytes(digest, "big") < self.fraction * 2**64
+        return text if below is self.held_out else ""
 
     def __call__(self, texts: list[str | None]) -> dict[str, list[list[int]]]:
-        kept = [text for text in texts if text and self.keeps(text)]
+        kept = [part for part in map(self.part, texts) if part]
         encodings = fast_tokenizer(self.tokenizer).encode_batch_fast(kept, add_special_tokens=False)
         head = [] if self.bos is None else [self.bos]
         tail = [] if self.eos is None else [self.eos]
         return {"input_ids": [head + encoding.ids + tail for encoding in encodings]}
+
+
+def is_lone(texts: Iterable[str | None]) -> bool:
+    """Whether there is a single document, of which whole documents cannot be held out."""
+    return len([*itertools.islice(filter(None, texts), 2)]) == 1
+
+
+def end_begins(text: str, fraction: float) -> int:
+    """Where the end of a text begins that is held out: at white space, but for a single word."""
+    at = round((1 - fraction) * len(text))
+    space = re.compile(r"\s").search(text, at)
+    return at if space is None else space.start()
 
 
 @functools.lru_cache(maxsize=4)

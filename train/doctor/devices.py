@@ -12,6 +12,7 @@ from train.distributed.launch_env import Offload
 from train.doctor.findings import Finding, Level, Situation, bad, ok, warn
 from train.estimate import gpu_memory
 from train.estimate.llama_shapes import LlamaShape
+from train.recipe.precision import precisions
 from train.recipe.recipe import Recipe
 
 GPU_ALLOWANCE = 2 * 10**9
@@ -60,6 +61,23 @@ def check_devices(s: Situation) -> Iterator[Finding]:
         yield ok(topic, f"a GPU for each rank: {name}")
     if len(without) == len(s.facts) and not unused:
         yield ok(topic, f"no GPU: CPU, {s.facts[0].cpus} core(s) for a process")
+
+
+def check_precision(s: Situation) -> Iterator[Finding]:
+    """What is computed in bf16, and who has to emulate it; `auto` has been resolved."""
+    topic = "precision"
+    if s.recipe is None or s.recipe.steps == 0:
+        return
+    chosen = precisions(s.recipe)
+    keys = [key for key, value in chosen.items() if value == "bf16"]
+    lacking = [f.rank for f in s.facts if not f.bf16]
+    if not keys or not lacking:
+        yield ok(topic, ", ".join(f"{key} {value}" for key, value in chosen.items()))
+        return
+    factor = max((f.bf16_factor for f in s.facts if f.bf16_factor is not None), default=None)
+    slow = "" if factor is None else f": a linear layer takes {factor:.3g} times as long as in fp32"
+    said = f"{' and '.join(keys)} bf16, and no bf16 instructions on {s.who(lacking)}{slow}"
+    yield warn(topic, said, f"set {' '.join(f'{key}=fp32' for key in keys)}, or auto")
 
 
 def check_gpu_memory(s: Situation) -> Iterator[Finding]:

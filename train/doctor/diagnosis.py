@@ -48,6 +48,7 @@ from train.doctor.probes import (
     probe_links,
 )
 from train.estimate.llama_shapes import LlamaShape, find_shape
+from train.recipe.precision import precisions, with_precision
 from train.recipe.recipe import Recipe
 
 PATIENCE = 60.0
@@ -69,6 +70,7 @@ CHECKS: tuple[Callable[[Situation], Iterator[Finding]], ...] = (
     ranks.check_versions,
     devices.check_devices,
     ranks.check_recipe,
+    devices.check_precision,
     devices.check_gpu_memory,
     devices.check_whole_models,
     devices.check_ram,
@@ -184,7 +186,8 @@ class _Visit:
                 own += check_start(self.recipe, channel.world)
             if int(os.environ.get("LOCAL_RANK", "0")) == 0:
                 own += check_inputs(self.recipe)
-        facts = collect(folder, fingerprint)
+        in_bf16 = self.recipe is not None and "bf16" in precisions(self.recipe).values()
+        facts = collect(folder, fingerprint, in_bf16)
         answers = channel.gather(
             "facts",
             {"facts": facts.to_json(), "findings": [f.to_json() for f in own]},
@@ -201,10 +204,11 @@ class _Visit:
             except PostshareError as error:
                 self.findings[0].append(from_error("model", error))
         known = [Facts.from_json(answer["facts"]) for answer in answers.values()] or [facts]
+        found = "bf16" if all(f.bf16 for f in known) else "fp32"
         return Situation(
             known,
             channel.world,
-            self.recipe,
+            None if self.recipe is None else with_precision(self.recipe, found),
             shape,
             engine.launched_stage(),
             launched_fsdp(),

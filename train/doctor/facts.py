@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 
 from train.common.versions import driver, versions
+from train.distributed.bf16 import bf16_factor, has_bf16
 from train.doctor.builds import find_locks
 
 T = TypeVar("T")
@@ -100,6 +101,9 @@ class Facts:
         folder: absolute path of the run folder.
         disk: free bytes where the run folder is.
         recipe: hash of the resolved recipe.
+        bf16: whether the device multiplies in bf16 by instructions of its own.
+        bf16_factor: how many times as long as fp32 it takes where it has none; measured once on
+            each host, where the recipe asks for bf16.
         locks: see `train.doctor.builds.find_locks`; read once on each host.
         late: readings that did not end within their time.
     """
@@ -124,6 +128,8 @@ class Facts:
     folder: str | None = None
     disk: int | None = None
     recipe: str | None = None
+    bf16: bool = True
+    bf16_factor: float | None = None
     locks: list[tuple[str, float]] = field(default_factory=list)
     late: list[str] = field(default_factory=list)
 
@@ -137,12 +143,13 @@ class Facts:
         return cls(**{**value, "gpu": Gpu(**gpu) if gpu else None, "locks": locks})
 
 
-def collect(folder: Path | None, recipe: str | None) -> Facts:
+def collect(folder: Path | None, recipe: str | None, in_bf16: bool = False) -> Facts:
     """Read everything; what hangs is left out and named in `late`.
 
     Args:
         folder: the run folder, which need not exist.
         recipe: hash of the resolved recipe.
+        in_bf16: whether the recipe asks for bf16.
     """
     late: list[str] = []
 
@@ -167,6 +174,11 @@ def collect(folder: Path | None, recipe: str | None) -> Facts:
         # The device that Accelerate will choose.
         gpu = read("the GPU", lambda: read_gpu(local_rank % count), None)
     available, total = read("the memory of this host", memory, (0, 0))
+    device = torch.device("cpu") if gpu is None else torch.device("cuda", local_rank % count)
+    bf16 = read("the instructions of the device", lambda: has_bf16(device), False)
+    factor: float | None = None
+    if in_bf16 and not bf16 and local_rank == 0:
+        factor = read("the time of bf16", lambda: bf16_factor(device), None)
     return Facts(
         rank=int(os.environ.get("RANK", "0")),
         local_rank=local_rank,
@@ -188,6 +200,8 @@ def collect(folder: Path | None, recipe: str | None) -> Facts:
         folder=None if folder is None else os.path.abspath(folder),
         disk=free,
         recipe=recipe,
+        bf16=bf16,
+        bf16_factor=factor,
         locks=read("torch's folder of extensions", find_locks, []) if local_rank == 0 else [],
         late=late,
     )

@@ -17,9 +17,9 @@ from train.common.console import plain_console
 from train.common.sizes import byte_unit, count, size
 from train.estimate import gpu_memory, parameters
 from train.estimate.llama_shapes import DTYPE_BYTES, LlamaShape, find_shape
-from train.planning.basis import BASIS_LAYERS
 from train.planning.problem import PlanProblem
 from train.planning.search.auto_space import REBUILT, auto_passes
+from train.recipe.precision import is_auto, with_precision
 from train.recipe.warnings import recipe_warnings
 
 if TYPE_CHECKING:
@@ -39,12 +39,18 @@ def print_dry_run(recipe: Recipe, gpus: int | None = None, console: Console | No
             does not divide among `gpus`.
     """
     console = console or plain_console()
+    text, auto = recipe.to_yaml(), is_auto(recipe)
+    recipe = with_precision(recipe, "bf16")
     shape, origin = find_shape(recipe.model)
     gpus = gpus or parameters.most_gpus(recipe.train)
     accumulation = recipe.accumulation(gpus)
     facts = _facts(recipe, shape, origin, gpus, accumulation)
+    if auto:
+        facts.add_row(
+            "precision", "auto: bf16 where every process has it, which is counted here, else fp32"
+        )
     needed = _memory(recipe, shape, gpus) if recipe.steps != 0 else None
-    console.print(Syntax(recipe.to_yaml(), "yaml", background_color="default"))
+    console.print(Syntax(text, "yaml", background_color="default"))
     console.print(facts)
     if needed is not None:
         console.print(needed)
@@ -164,13 +170,15 @@ def _units(recipe: Recipe, problem: PlanProblem, savings: PlanSavings) -> str:
             f"{passes.forward:,} forward passes over {plan.calibration_blocks} blocks{rebuilt}"
         )
     if plan.strategy == "basis":
-        return (
-            f"q, k and v of {BASIS_LAYERS} adjacent layers share a basis (Basis Sharing), their "
-            "factors fitted to calibration text"
-        )
+        adjacent = f"{plan.basis_layers} adjacent layers share a basis (Basis Sharing)"
+        what = "each layer have low rank" if plan.basis_layers == 1 else adjacent
+        return f"q, k and v of {what}, their factors fitted to calibration text"
     unit = "heads" if problem.layout.heads_per_unit == 1 else "KV groups"
     of = f"of {savings.units:,} units ({unit})"
     removed = f"{savings.removed_units:,} {of} removed"
+    if plan.action == "drop":
+        layers = f"the attention of {savings.dropped_layers} of {problem.layout.layers} layers"
+        return f"{layers} dropped, {savings.effective_ratio:.1%} of the units"
     if plan.action == "remove":
         return f"{removed}, {savings.effective_ratio:.1%}"
     bound = "at most " if plan.strategy == "released" else ""

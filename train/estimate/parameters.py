@@ -57,8 +57,11 @@ def requested_units(problem: PlanProblem) -> int:
         PostshareError: see :func:`train.planning.check.check_budget`.
     """
     check_budget(problem)
-    tied = problem.section.action != "remove" and problem.required.tie_saves
-    return problem.required.units("tie" if tied else "remove")
+    section, asked = problem.section, problem.required
+    if section.action == "drop":
+        return asked.actions("drop") * problem.layout.units
+    tied = section.action != "remove" and asked.tie_saves
+    return asked.actions("tie" if tied else "remove")
 
 
 def plan_savings(problem: PlanProblem) -> PlanSavings:
@@ -86,8 +89,13 @@ def plan_savings(problem: PlanProblem) -> PlanSavings:
         return basis_plan(problem).savings(shape)
     count = requested_units(problem)
     heads = count * layout.heads_per_unit
-    if section.action == "remove":
-        return _with_removed(savings, count, heads, layout)
+    if section.removes:
+        dropped = count // layout.units if section.action == "drop" else 0
+        return replace(
+            _with_removed(savings, count, heads, layout),
+            dropped_layers=dropped,
+            dropped_norm_parameters=dropped * layout.hidden_size,
+        )
     return replace(
         savings,
         tied_units=count,

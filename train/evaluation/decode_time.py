@@ -137,6 +137,7 @@ def bytes_read(plan: SharingPlan, config: Any, context: int, size: int) -> int:
     """
     savings = plan.savings(config)
     weights = savings.dense_parameters - savings.removed_unit_parameters
+    weights -= savings.dropped_norm_parameters
     if plan.basis is not None:
         weights += _read_of_basis(plan.basis, HeadLayout.from_config(config))
     if not config.tie_word_embeddings:

@@ -11,7 +11,7 @@ from sa_models.errors import PostshareError
 from train.common.run_files import RECIPE_FILE
 from train.data.local.files import STDLIB
 from train.data.sources import load_documents, stream_documents
-from train.data.token_table import Encoder
+from train.data.token_table import Encoder, is_lone
 from train.recipe.recipe import Recipe, load_recipe
 from train.recipe.sections.inputs import DataSource
 
@@ -70,15 +70,18 @@ def _file_text(file: Path) -> EvaluationText:
 
 
 def _held_out(recipe: Recipe) -> EvaluationText:
-    """All documents that the run has held out of its training."""
+    """All documents that the run has held out of its training, or the end of a lone one."""
     data = recipe.data
     if data.format != "text" or data.streaming:
         kind = "a stream" if data.streaming else f"{data.format} records"
         raise PostshareError(
             f"the run's held-out data is {kind}, no text to slide a window over; pass --text FILE"
         )
-    held_out = None if data.validation else True
-    keeps = Encoder("", None, None, data.validation_fraction, held_out).keeps
-    sources = data.validation or data.train
-    texts = [t for source in sources for t in load_documents(source)[source.text] if keeps(t)]
+    texts: list[str] = []
+    for source in data.validation or data.train:
+        documents = load_documents(source)[source.text]
+        held_out = None if data.validation else True
+        lone = held_out is not None and is_lone(documents)
+        encoder = Encoder("", None, None, data.validation_fraction, held_out, lone)
+        texts += filter(None, map(encoder.part, documents))
     return EvaluationText(f"held-out text of {recipe.name}", tuple(texts))

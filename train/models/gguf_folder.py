@@ -1,6 +1,6 @@
 """A GGUF file made into a model folder, once, in the cache.
 
-`HF_HOME/postshare/gguf-1/NAME-HASH`: by its content, so that a file that was changed is read anew.
+`HF_HOME/postshare/gguf-2/NAME-HASH`: by its content, so that a file that was changed is read anew.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from sa_models.weights.safetensors_folder import WeightsFolder
 from train.common.files import file_hash
 from train.common.progress import note
 from train.demo import DEMO_BASE, demo_base_path
-from train.demo.smollm2 import FILE, INSTALL, SHA256, SMOLLM2, smollm2_file
+from train.demo.smollm2 import FILE, INSTALL, SHA256, SMOLLM2, smollm2_file, smollm2_licence
 from train.models.gguf_file import OWN, GgufFile, is_gguf, read_gguf
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def named_base(path: str) -> Path | None:
         return demo_base_path()
     if path == SMOLLM2:
         made = _folder(FILE, SHA256)
-        return made if made.is_dir() else gguf_folder(_smollm2_file())
+        return made if made.is_dir() else gguf_folder(_smollm2_file(), smollm2_licence())
     return gguf_folder(Path(path).expanduser()) if is_gguf(path) else None
 
 
@@ -70,11 +70,14 @@ def check_named(path: str) -> str | None:
     return f"to be made of {file.name} at the start"
 
 
-def gguf_folder(file: Path) -> Path:
+def gguf_folder(file: Path, licence: str | None = None) -> Path:
     """The safetensors folder of a GGUF file, with its tokenizer where that is known.
 
     Matrices that are F32 or F16 stay so; what is quantized becomes bf16. Making it takes 8 bytes a
     parameter of memory.
+
+    Args:
+        licence: text that goes along, into exports too.
 
     Raises:
         PostshareError: see :func:`read_gguf`; a quantization that transformers does not read; the
@@ -92,7 +95,7 @@ def gguf_folder(file: Path) -> Path:
             if not final.is_dir():  # another process made it
                 note(f"making {final} of {file.name}, once")
                 with new_folder(final) as folder:
-                    _write(head, folder)
+                    _write(head, folder, licence)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:120]
         raise PostshareError(
@@ -106,7 +109,7 @@ def _folder(name: str, sha256: str) -> Path:
     from huggingface_hub import constants
 
     stem = name.removesuffix(".gguf")
-    return Path(constants.HF_HOME) / "postshare" / "gguf-1" / f"{stem}-{sha256[:16]}"
+    return Path(constants.HF_HOME) / "postshare" / "gguf-2" / f"{stem}-{sha256[:16]}"
 
 
 def _smollm2_file() -> Path:
@@ -118,7 +121,7 @@ def _smollm2_file() -> Path:
     return file
 
 
-def _write(head: GgufFile, folder: Path) -> None:
+def _write(head: GgufFile, folder: Path, licence: str | None) -> None:
     _read_model(head).save_pretrained(folder)
     if (tokenizer := _read_tokenizer(head)) is not None:
         tokenizer.save_pretrained(folder)
@@ -126,6 +129,8 @@ def _write(head: GgufFile, folder: Path) -> None:
         settings = json.loads(file.read_text(encoding="utf-8"))
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # which transformers 4 knows too
         write_text(file, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+    if licence is not None:
+        write_text(folder / "LICENSE", licence)
     WeightsFolder(folder)
     for file in folder.iterdir():
         follow_umask(file)

@@ -170,7 +170,7 @@ class CompactReader:
         self._own = plan.own_units(plan.layout(self.config))
 
     def names(self) -> list[str]:
-        return self._source.names()
+        return [name for name in self._source.names() if name in self._shapes]
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._shapes[name]

@@ -63,7 +63,7 @@ def expected_spans(section: SpansSection, layers: int) -> list[SpanChoice]:
 def check_budget(problem: PlanProblem) -> None:
     """Raises PostshareError when the budget cannot be met; see :mod:`train.planning.problem`."""
     strategy = problem.section.strategy
-    if strategy in MATCHED:
+    if strategy in MATCHED and problem.section.action != "drop":
         check_count(problem.units, problem.layout, problem.skipped_layers(problem.kind))
     elif strategy == "basis":
         basis_plan(problem)

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 from rich.table import Table
 
+from sa_models.errors import PostshareError
 from sa_models.heads import HeadLayout
 from sa_models.plan import SharingPlan
-from sa_models.scores.magnitude import least_important
 from sa_models.scores.registry import IMPORTANCES_OF_WEIGHTS
 from sa_models.scores.weight_cosine import best_matches, random_matches
 from sa_models.search.pairs import make_plan
@@ -21,7 +21,7 @@ from sa_models.weights.safetensors_folder import WeightsFolder
 from sa_models.weights.structure import converted
 from train.common.run_files import SIMILARITY_PICTURE, TIES_PICTURE
 from train.planning.basis import basis_plan
-from train.planning.problem import PlanProblem
+from train.planning.problem import PlanProblem, least_important_of
 from train.planning.scores import CalibrationText, score_units
 
 if TYPE_CHECKING:
@@ -53,11 +53,15 @@ def find_ties(
     if section.strategy == "basis":
         return basis_plan(problem), None
     if section.strategy in IMPORTANCES_OF_WEIGHTS:
-        space = problem.space
         measure = resolve_name(IMPORTANCES_OF_WEIGHTS[section.strategy])
         importance = measure(converted(weights, structure), layout)
-        count = -(-space.needed // space.removal_saves)
-        plan = replace(structure, removed=least_important(importance, space.removable, count))
+        plan = replace(structure, removed=least_important_of(problem, importance))
+        plan.validate(weights.config)
+        return plan, None
+    if section.action == "drop":  # strategy random
+        draw = torch.Generator().manual_seed(section.seed)
+        chance = torch.rand(layout.layers, layout.units, generator=draw)
+        plan = replace(structure, removed=least_important_of(problem, chance))
         plan.validate(weights.config)
         return plan, None
     scores, followers = None, structure.leader_of()
@@ -77,6 +81,11 @@ def find_ties(
     )
     if section.action == "remove":
         found = SharingPlan(removed=tuple(sorted({tie.target for tie in found.ties})))
+        if emptied := found.dropped(layout):
+            raise PostshareError(
+                f"removed: layer {min(emptied)} would lose all its units ({layout.units}); ask for "
+                "fewer, or drop whole layers with plan.action=drop"
+            )
     plan = replace(found, kv_heads=structure.kv_heads, spans=structure.spans)
     plan.validate(weights.config)
     return plan, scores
@@ -126,6 +135,9 @@ def plan_table(plan: SharingPlan, config: LlamaConfig, requested: float, size: i
         ]
     if plan.removed:
         rows.append(("heads removed", f"{savings.removed_heads} of {savings.heads}"))
+    if dropped := plan.dropped(plan.layout(config)):
+        what = f"{len(dropped)} of {config.num_hidden_layers}: {ranges(tuple(sorted(dropped)))}"
+        rows.append(("layers without attention", what))
     if plan.kv_heads is not None:
         before = HeadLayout.from_config(config).kv_heads
         rows.append(("KV heads of a layer", f"{plan.kv_heads} of {before}"))

@@ -5,6 +5,8 @@ Imports no torch, so that an estimate needs none.
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -24,6 +26,8 @@ from sa_models.search.budget import (
 )
 
 if TYPE_CHECKING:
+    import torch
+
     from train.recipe.sections.plan import Budget, PlanSection
 
 
@@ -104,8 +108,8 @@ class PlanProblem:
 
     @property
     def kind(self) -> str:
-        """What a strategy with one kind of action does to a unit: tie, or remove."""
-        return "remove" if self.section.action == "remove" else "tie"
+        """What a strategy with one kind of action does: tie or remove a unit, or drop a layer."""
+        return self.section.action if self.section.removes else "tie"
 
     def skipped_layers(self, kind: str) -> tuple[int, ...]:
         """Layers whose units are not tied (removed): those of the recipe, and followers.
@@ -126,15 +130,21 @@ class PlanProblem:
         )
 
     @cached_property
+    def droppable(self) -> list[int]:
+        """The layers that may lose their attention: all their units may be removed."""
+        removable = Counter(layer for layer, _ in self.allowed.removable)
+        return [layer for layer, count in sorted(removable.items()) if count == self.layout.units]
+
+    @cached_property
     def units(self) -> int:
-        """How many units a strategy with one kind of action changes.
+        """How many units a strategy that ties or removes single ones changes.
 
         Raises:
             PostshareError: as :attr:`required`; or a share that cannot be met, with the nearest
                 that can.
         """
         asked, allowed = self.required, self.allowed
-        count = asked.units(self.kind)
+        count = asked.actions(self.kind)
         if asked.counted != "units":
             possible = allowed.tied if self.kind == "tie" else allowed.removable
             asked.check(len(possible) * asked.saves(self.kind))
@@ -142,7 +152,7 @@ class PlanProblem:
 
     @cached_property
     def space(self) -> Space:
-        """What strategies loss, magnitude and gradient choose from.
+        """What strategies loss, magnitude and gradient choose from; with action drop all.
 
         Raises:
             PostshareError: a budget that cannot be met, with the nearest that can.
@@ -157,6 +167,32 @@ class PlanProblem:
             allowed.followers,
             (asked.tie_saves, asked.removal_saves),
             asked.needed,
+            self.droppable,
+            asked.drop_saves,
         )
+        if self.section.action == "drop":
+            asked.actions("drop")
         asked.check(space.most())
         return space
+
+
+def least_important_of(problem: PlanProblem, importance: torch.Tensor) -> tuple[Unit, ...]:
+    """The units of least importance that the budget asks for, or those of the layers whose units
+    have the smallest sum of it.
+
+    Args:
+        importance: (layers, units).
+
+    Raises:
+        PostshareError: see :attr:`PlanProblem.space`.
+    """
+    from sa_models.scores.magnitude import least_important
+
+    space = problem.space
+    if problem.kind == "drop":
+        count, units = math.ceil(space.needed / space.drop_saves), range(problem.layout.units)
+        layers = [(layer, 0) for layer in space.droppable]
+        chosen = least_important(importance.sum(1, keepdim=True), layers, count, keep=0)
+        return tuple((layer, unit) for layer, _ in chosen for unit in units)
+    count = math.ceil(space.needed / space.removal_saves)
+    return least_important(importance, space.removable, count)

@@ -105,7 +105,7 @@ class RecipeFields(Section):
         """Whether post-training pulls units together at all."""
         return (
             self.plan.strategy != "none"
-            and self.plan.action != "remove"
+            and not self.plan.removes
             and self.plan.strategy != "basis"
             and self.train.steps != 0
             and self.penalty.loss_weights[1] > 0

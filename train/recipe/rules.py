@@ -63,8 +63,8 @@ def _nothing_to_materialize(recipe: RecipeFields) -> Iterator[str]:
 
 
 def _nothing_is_tied(recipe: RecipeFields) -> Iterator[str]:
-    if recipe.plan.action == "remove":
-        why = "plan.action is remove"
+    if recipe.plan.removes:
+        why = f"plan.action is {recipe.plan.action}"
     elif recipe.plan.strategy == "basis":
         why = "plan.strategy is basis"
     else:
@@ -183,7 +183,7 @@ def _residual(recipe: RecipeFields) -> Iterator[str]:
     section, plan = recipe.residual, recipe.plan
     if section is None:
         return
-    if plan.strategy in ("none", "basis") or plan.action == "remove":
+    if plan.strategy in ("none", "basis") or plan.removes:
         yield "residual: nothing is tied, so nothing is lost to ties; remove residual"
     if plan.strategy == "auto":
         yield (

@@ -32,11 +32,11 @@ def recipe_warnings(
             "plan.strategy released keeps the published chains: fewer units really change than "
             "plan.budget asks for (18.8 % of 30 % on Llama-2-7B); use cosine unless you compare"
         )
-    if plan.action == "remove":
+    if plan.removes:
         if recipe.train.steps != 0:
             lines.append(
-                "plan.action is remove: train.steps trains the model with all its units, which are "
-                "removed afterwards; to train without them, set materialize.heal_steps"
+                f"plan.action is {plan.action}: train.steps trains the model with all its units, "
+                "which are removed afterwards; to train without them, set materialize.heal_steps"
             )
     elif plan.strategy == "basis":
         if recipe.train.steps != 0:

@@ -283,12 +283,12 @@ def _isotropy(values: torch.Tensor, data: RunData) -> Figure:
 
 
 def _unit_costs(search: dict[str, Any], layout: HeadLayout) -> Figure:
-    """Only units that the plan changes were measured one by one."""
+    """Only units that the plan changes were measured one by one, or with their whole layer."""
     values = np.full((layout.layers, layout.units), np.nan)
     for rise in search["loss_rises"]:
         if rise["loss_rise"] is not None:
             layer, unit = rise["target"]
-            values[layer, unit] = rise["loss_rise"]
+            values[layer, slice(None) if unit is None else unit] = rise["loss_rise"]
     figure = Figure(figsize=(5.0, 4.3), layout="constrained")
     axes = figure.add_subplot()
     finite = values[np.isfinite(values)]

@@ -37,6 +37,7 @@ from train.planning.search.auto_report import (
 from train.planning.search.auto_search import search_auto
 from train.planning.search.loss_search import (
     choose_by_importance,
+    dearer_note,
     save_search,
     search_plan,
     search_sentence,
@@ -127,6 +128,8 @@ def find_by_loss(current: Run, base: Path, structure: SharingPlan, blocks: Block
         )
         save_search(searched, problem, current.export_dtype.itemsize, current.folder)
         current.say("", search_table(searched.found, problem.layout), search_sentence(searched))
+        if (line := dearer_note(searched.found, problem)) is not None:
+            current.say(line)
         if (line := unstable(searched.agreement, searched.blocks)) is not None:
             note(f"warning: {line}")
     found.validate(config)
@@ -152,13 +155,16 @@ def find_by_auto(current: Run, base: Path, problem: PlanProblem, blocks: Blocks)
     prompt = blocks[0]["input_ids"][None].to(device)
     front = time_front(searched, model, prompt, current.leaders, config, size)
     del model
-    save_auto(searched, front, config, size, current.folder)
+    within = problem.within(searched.chosen.plan.structure())
+    save_auto(searched, front, within, size, current.folder)
     tables = (compared_table(searched, config), cost_table(searched, config))
     current.say("", *tables, front_table(front, config, size, prompt.shape[1]))
     current.say(auto_sentence(searched))
     current.say(objective_sentence(recipe.plan.objective, searched.plan, config, size))
     if searched.factored is not None and searched.factored.is_better:
         current.say(factored_note(searched.factored, searched.chosen.plan))
+    if searched.found is not None and (line := dearer_note(searched.found, within)) is not None:
+        current.say(line)
     agreement = searched.chosen.agreement
     if agreement is not None and (line := unstable(agreement, searched.blocks)) is not None:
         note(f"warning: {line}")

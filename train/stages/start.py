@@ -15,6 +15,7 @@ from sa_models.weights.safetensors_folder import WeightsFolder
 from train.common.identity import refuse_other_run
 from train.common.progress import note
 from train.common.run_files import (
+    BLOCKS_FILE,
     CHANCE_FILE,
     ISOTROPY_PICTURE,
     MERGED,
@@ -34,10 +35,12 @@ from train.models.base_model import read_through
 from train.models.lora import check_gpu
 from train.planning.check import check_plan
 from train.recipe.identity import run_identity
+from train.recipe.precision import with_precisions_of
 from train.recipe.recipe import Recipe, load_recipe
 from train.recipe.warnings import recipe_warnings
 from train.stages.inputs import HELD_OUT, INPUTS_FILE, changed, read_stamp, stamp_inputs
 from train.stages.lock import LOCK_FILE, announce
+from train.stages.precision import settle_precision
 from train.stages.provenance import record_start
 from train.stages.run import Run, base_of
 from train.tracking.wandb_run import check_wandb
@@ -84,6 +87,8 @@ def _check(
     current.on_main(lambda: check_wandb(recipe.wandb))
     current.on_main(current.lock_existing)
     current.on_main(lambda: check_folder(recipe))
+    settle_precision(current, trains, lambda: begun_recipe(current.folder))
+    recipe = current.recipe
     if current.base is not None:
         current.on_main(lambda: check_plan(recipe, WeightsFolder(base_of(current))))
         check_weights(current, base_of(current))
@@ -97,7 +102,7 @@ def _check(
     current.on_main(lambda: claim(current, teacher))
 
 
-UNCLAIMED = (SEARCH_CACHE, SIGNS, LOCK_FILE, beside(Path(RECIPE_FILE)).name)
+UNCLAIMED = (SEARCH_CACHE, BLOCKS_FILE, SIGNS, LOCK_FILE, beside(Path(RECIPE_FILE)).name)
 """What may lie in a folder that is no run's yet."""
 STARTED = ("run.json", "continued", MERGED, "residual", "heal", "export", SUMMARY_FILE)
 
@@ -107,11 +112,17 @@ def has_started(folder: Path) -> bool:
     return any((folder / name).exists() for name in STARTED)
 
 
+def begun_recipe(folder: Path) -> Recipe | None:
+    """The resolved recipe of a run that holds more than a plan."""
+    file = folder / RECIPE_FILE
+    return load_recipe(file) if file.is_file() and has_started(folder) else None
+
+
 def check_folder(recipe: Recipe) -> None:
     """Refuse a folder that holds another run, or something that is no run at all.
 
-    What the search of another run has measured may lie there: every line names what it is of. So
-    may what a start leaves that is killed before it has claimed the folder.
+    What another run has measured, of a search or of models, may lie there: every entry names what
+    it is of. So may what a start leaves that is killed before it has claimed the folder.
     """
     folder, file = recipe.folder, recipe.folder / RECIPE_FILE
     if not file.is_file():
@@ -122,8 +133,9 @@ def check_folder(recipe: Recipe) -> None:
             raise PostshareError(
                 f"{folder} is not empty and is no run folder; choose another output_dir"
             )
-    elif has_started(folder):
-        refuse_other_run(folder, run_identity(load_recipe(file)), run_identity(recipe))
+    elif (theirs := begun_recipe(folder)) is not None:
+        ours = with_precisions_of(recipe, theirs)  # what `auto` was then, it stays
+        refuse_other_run(folder, run_identity(theirs), run_identity(ours))
 
 
 def claim(current: Run, teacher: Path | None = None) -> None:
@@ -161,7 +173,10 @@ def claim(current: Run, teacher: Path | None = None) -> None:
             note(f"note: {phrase}: what is evaluated from here on is of another text")
     announce(folder)
     if file.is_file():
-        other = trained or run_identity(load_recipe(file)) != run_identity(current.recipe)
+        # A plan that was found before the hardware was known is kept.
+        earlier = with_precisions_of(load_recipe(file), current.recipe)
+        ours = with_precisions_of(current.recipe, earlier)
+        other = trained or run_identity(earlier) != run_identity(ours)
         replaced = _plan_file_changed(current)
         if other or (replaced and not has_started(folder)):
             for stale in PLAN_OUTPUTS:

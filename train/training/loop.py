@@ -68,6 +68,7 @@ def train(job: TrainJob, recipe: Recipe) -> TrainResult:
         TrainingStopped: SIGINT, SIGTERM or SIGUSR1 arrived; the step was finished, a checkpoint
             written.
     """
+    assert recipe.train.precision != "auto", "the run has settled it"
     ours = identity(job, recipe)
     earlier = finished(job.folder, ours, recipe.resume)
     if earlier is not None:

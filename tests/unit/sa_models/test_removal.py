@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import flex_attention
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaForCausalLM, StaticCache
+from transformers.cache_utils import DynamicSlidingWindowLayer, QuantizedCache
 from transformers.integrations import flex_attention as library_flex
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
@@ -38,15 +39,29 @@ from tests.support.reference import (
 )
 
 ALL = ("q", "k", "v", "o")
-KINDS = ("removed", "ties", "spans")
+KINDS = ("removed", "ties", "spans", "dropped")
 CASES = [*((kind, shape) for kind in KINDS for shape in ("mha", "gqa", "odd"))]
-CASES += [("pooled", "mha"), ("pooled", "gqa")]
+CASES += [("pooled", "mha"), ("pooled", "gqa"), ("dropped", "mqa"), ("dropped, spans", "gqa")]
 
 
 def some_plan(kind: str, shape: str) -> SharingPlan:
-    """The layers 1, 2 and 4 lose other units each; layer 2 keeps a single one."""
+    """The layers 1, 2 and 4 lose other units each; layer 2 keeps a single one.
+
+    Of the kinds *dropped* the first, the last and other layers lose all.
+    """
     heads, units = (SHAPES[shape][f"num_{key}_heads"] for key in ("attention", "key_value"))
     last = units - 1
+    if kind.startswith("dropped"):
+        spans = ()
+        if "spans" in kind:
+            spans = (AttentionSpan(2, (4,)), AttentionSpan(5, (6,), "kv"))
+        at = (0, 1, 3) if spans else (0, 3, 5)
+        gone = tuple((layer, unit) for layer in at for unit in range(units))
+        ties = (HeadTie((4, 0), (2, last), ("v", "o")),)
+        if not spans and units > 1:
+            gone += ((1, 1),)
+            ties += (HeadTie((4, last), (1, 0), ("q", "k")),)
+        return SharingPlan(ties, removed=gone, spans=spans)
     removed = ((1, 1), *((2, unit) for unit in range(units) if unit != 1), (4, last))
     if kind == "removed":
         return SharingPlan(removed=removed)
@@ -78,7 +93,7 @@ def some_plan(kind: str, shape: str) -> SharingPlan:
 
 
 def base(kind: str, shape: str, **fields: Any) -> LlamaForCausalLM:
-    return dense(shape, num_hidden_layers=LAYERS + (kind == "spans"), **fields)
+    return dense(shape, num_hidden_layers=LAYERS + ("spans" in kind), **fields)
 
 
 @lru_cache
@@ -129,7 +144,7 @@ def test_logits_are_those_of_the_definition(
     use(model_of(kind, shape))
 
 
-@pytest.mark.parametrize(("kind", "shape"), [case for case in CASES if case[0] != "spans"])
+@pytest.mark.parametrize(("kind", "shape"), [case for case in CASES if "spans" not in case[0]])
 @torch.no_grad()
 def test_a_stock_llama_computes_the_same(kind: str, shape: str) -> None:
     model, plan = stock(kind, shape), some_plan(kind, shape)
@@ -161,6 +176,10 @@ def test_a_layer_holds_no_more_than_its_units(kind: str, shape: str) -> None:
         kept = units - sum(removed == at for removed, _ in plan.removed)
         assert out.attentions[at].shape[1] == kept * group
         attention = layer.self_attn
+        if not kept:
+            assert not [*attention.parameters()]
+            assert layer.input_layernorm is None
+            continue
         assert attention.o_proj.in_features == kept * group * dim
         assert attention.v_proj.out_features == kept * dim if hasattr(attention, "v_proj") else 1
     assert sum(p.numel() for p in model.parameters()) == plan.savings(config).stored_parameters
@@ -176,7 +195,9 @@ def test_any_plan(seed: int, tmp_path: Path) -> None:
     units = SHAPES[shape]["num_key_value_heads"]
     removed, ties = [], []
     for layer in range(LAYERS):
-        removed += [(layer, u) for u in generator.sample(range(units), generator.randrange(units))]
+        # Some lose all, but not all.
+        most = units + (layer > 0)
+        removed += [(layer, u) for u in generator.sample(range(units), generator.randrange(most))]
     left = [
         (layer, u) for layer in range(LAYERS) for u in range(units) if (layer, u) not in removed
     ]
@@ -323,12 +344,29 @@ def test_a_cache_of_other_units_is_refused_or_fitted(cache: str) -> None:
     assert (logits - expected_of("removed")).abs().max() <= 1e-5
 
 
+@pytest.mark.parametrize("kind", ["removed", "dropped"])
+@torch.no_grad()
+def test_layers_of_other_caches_are_left_as_they_are(kind: str) -> None:
+    """Of a window that the text does not fill, and in fp8; the first layer may hold nothing."""
+    model, ids = model_of(kind), tokens(2, 12)
+    sliding = DynamicCache(config=model.config)
+    sliding.layers = [DynamicSlidingWindowLayer(32) for _ in range(LAYERS)]
+    parts = ids.split([5, 1, 6], dim=1)
+    logits = [model(part, past_key_values=sliding, use_cache=True).logits for part in parts]
+    assert (torch.cat(logits, 1) - expected_of(kind)).abs().max() <= 1e-5
+    assert sliding.get_seq_length() == 12
+    rounded = QuantizedCache("fp8", model.config)
+    for part in parts:
+        model(part, past_key_values=rounded, use_cache=True)
+    assert rounded.get_seq_length() == 12
+
+
 def greedy(kind: str, prompt: list[int]) -> list[int]:
     with torch.no_grad():
         return Reference.of(base(kind, "gqa"), some_plan(kind, "gqa")).greedy(prompt, 8)
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "pooled"])
+@pytest.mark.parametrize("kind", [*KINDS, "pooled", "dropped, spans"])
 def test_generation(kind: str) -> None:
     model, ids = model_of(kind), tokens()[:, -5:]
     stories = [greedy(kind, row) for row in ids.tolist()]
@@ -367,6 +405,10 @@ def test_generation(kind: str) -> None:
         ("ties", "gqa", "bfloat16", "mean"),
         ("ties", "odd", "float32", "mean"),
         ("pooled", "gqa", "float32", "copy"),
+        ("dropped", "mha", "bfloat16", "mean"),
+        ("dropped", "gqa", "float32", "copy"),
+        ("dropped", "odd", "bfloat16", "copy"),
+        ("dropped", "mqa", "float32", "copy"),
     ],
 )
 def test_materialized_is_exported_is_loaded(
@@ -425,9 +467,9 @@ def test_materialized_is_exported_is_loaded(
 
 def test_a_plan_with_spans_is_exported_compact(tmp_path: Path) -> None:
     """The verification runs each layer, those with other units than the layers they read too."""
-    for shape in ("mha", "odd"):
-        base("spans", shape).save_pretrained(tmp_path / shape)
-        source, plan = WeightsFolder(tmp_path / shape), some_plan("spans", shape)
+    for kind, shape in (("spans", "mha"), ("spans", "odd"), ("dropped, spans", "gqa")):
+        base(kind, shape).save_pretrained(tmp_path / shape)
+        source, plan = WeightsFolder(tmp_path / shape), some_plan(kind, shape)
         result = export_model(
             source,
             plan,
@@ -439,7 +481,7 @@ def test_a_plan_with_spans_is_exported_compact(tmp_path: Path) -> None:
         loaded = AutoModelForCausalLM.from_pretrained(result.paths["compact"])
         with torch.no_grad():
             logits = loaded(tokens(2, 12)).logits
-        assert (logits - expected_of("spans", shape)).abs().max() <= 1e-5
+        assert (logits - expected_of(kind, shape)).abs().max() <= 1e-5
 
 
 def test_a_damaged_export_is_not_taken(tmp_path: Path) -> None:
@@ -460,10 +502,20 @@ def test_a_model_without_units_cannot_be_converted() -> None:
         convert(model_of("removed"), SharingPlan(spans=(AttentionSpan(0, (3,)),)))
 
 
-@pytest.mark.parametrize("name", ["stories260K", "stories260K-mha", "mixed7M"])
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("stories260K", "units"),
+        ("stories260K-mha", "units"),
+        ("mixed7M", "units"),
+        ("stories260K", "layers"),
+        pytest.param("stories260K-mha", "layers", marks=pytest.mark.more),
+        pytest.param("mixed7M", "layers", marks=pytest.mark.more),
+    ],
+)
 @torch.no_grad()
 def test_real_checkpoints(
-    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, what: str
 ) -> None:
     monkeypatch.setattr(LlamaRMSNorm, "forward", exact_norm)
     source = WeightsFolder(shared / "models" / name)
@@ -476,6 +528,12 @@ def test_real_checkpoints(
         ),
         removed=((0, 0), (1, 0), (1, 2), (2, 1), (2, 2), (3, 0), (4, 3)),
     )
+    if what == "layers":
+        gone = (0, 3, layout.layers - 1)
+        plan = SharingPlan(
+            (HeadTie((2, 0), (1, 1), ALL),),
+            removed=((1, 0), *((layer, unit) for layer in gone for unit in range(layout.units))),
+        )
     result = export_model(source, plan, tmp_path / "export", dtype=torch.float32, shard_bytes=10**8)
     model = LlamaForCausalLM.from_pretrained(source.path, dtype=torch.float32).double().eval()
     size = min(512, source.config.vocab_size)
@@ -567,7 +625,7 @@ def test_json_round_trip_and_hash(tmp_path: Path) -> None:
         ([(1, 0), (0, 1)], "removed [0, 1]: the unit is the source of 'tie [2, 0] <- [0, 1] (qk)'"),
         ([(4, 1)], "removed [4, 1]: layer 4 is in 'span 4 -> [5] (attention)'"),
         ([(5, 1)], "removed [5, 1]: layer 5 is in 'span 4 -> [5] (attention)'"),
-        ([(3, unit) for unit in range(4)], "layer 3 would lose all its units (4)"),
+        ([(4, unit) for unit in range(4)], "removed [4, 0]: layer 4 is in 'span 4 -> [5]"),
     ],
 )
 def test_a_wrong_unit_is_named(removed: list[tuple[int, int]], says: str) -> None:
@@ -582,11 +640,28 @@ def test_a_wrong_unit_is_named(removed: list[tuple[int, int]], says: str) -> Non
     assert "\n" not in str(error.value)
 
 
-def test_mqa_has_no_unit_to_spare() -> None:
-    with pytest.raises(PostshareError, match=r"layer 2 would lose all its units \(1\)"):
-        SharingPlan(removed=((2, 0),)).validate(dense("mqa").config)
-    with pytest.raises(PostshareError, match=r"layer 2 would lose all its units \(1\)"):
-        SharingPlan(kv_heads=1, removed=((2, 0),)).validate(dense("gqa").config)
+def test_savings_of_dropped_layers_by_hand() -> None:
+    """Two layers of four units of 24 rows, with a norm of 32 before them, and a unit of another."""
+    config = dense("gqa").config
+    plan = SharingPlan(removed=((1, 1), *((layer, unit) for layer in (0, 4) for unit in range(4))))
+    plan.validate(config)
+    savings, layout = plan.savings(config), plan.layout(config)
+    assert plan.dropped(layout) == {0, 4}
+    assert (savings.removed_units, savings.removed_heads, savings.dropped_layers) == (9, 18, 2)
+    assert savings.base_parameters - savings.stored_parameters == 9 * 24 * 32 + 2 * 32
+    assert savings.stored_ratio == 9 / 24
+    assert savings.dense_parameters == savings.base_parameters
+    assert savings.stored_cache == 6 * 32 - 9 * 8
+    assert plan.own_units(layout)[4] == {}
+    assert len(plan.dropped_names(layout)) == 10
+
+
+def test_a_layer_of_one_unit_may_go_but_not_all_layers() -> None:
+    SharingPlan(removed=((2, 0),)).validate(dense("mqa").config)
+    SharingPlan(kv_heads=1, removed=((2, 0),)).validate(dense("gqa").config)
+    every = tuple((layer, 0) for layer in range(6))
+    with pytest.raises(PostshareError, match="all 6 layers would lose all their units"):
+        SharingPlan(removed=every).validate(dense("mqa").config)
 
 
 def test_a_malformed_unit_is_named() -> None:

@@ -14,7 +14,7 @@ from sa_models.errors import PostshareError
 from sa_models.heads import PROJECTIONS, HeadLayout
 from sa_models.plan import SharingPlan
 from sa_models.savings import llama_parameters
-from sa_models.search.budget import share_of
+from sa_models.search.budget import Counted, amount_of_share, parse_share, share_of
 from train.common.run_files import COMPARED_RECIPE
 from train.planning.basis import saving_plan
 from train.recipe.recipe import Recipe, validate
@@ -56,6 +56,12 @@ class Target:
         """
         unit = sum(self.layout.unit_parameters(p) for p in PROJECTIONS)
         return -(-self.saved_parameters // unit) * self.layout.heads_per_unit
+
+    @property
+    def saved_cache(self) -> int:
+        """Elements of the KV cache of a token."""
+        savings = self.plan.savings(self.config)
+        return savings.base_cache - savings.stored_cache
 
     def tied_heads(self) -> int:
         return self.plan.savings(self.config).tied_heads
@@ -142,6 +148,33 @@ def _pruned(strategy: str) -> Callable[[Recipe, Target, int], dict[str, Any]]:
     return changes
 
 
+def _dropped(counted: Counted) -> Callable[[Recipe, Target, int], dict[str, Any] | None]:
+    """As many whole layers of attention as save no less than the plan, of all but the first."""
+
+    def changes(recipe: Recipe, target: Target, seed: int) -> dict[str, Any] | None:
+        config = target.config
+        base = SharingPlan().savings(config)
+        in_cache = counted == "cache"
+        saved = target.saved_cache if in_cache else target.saved_parameters
+        if saved <= 0:
+            return None
+        share = share_of(saved, base.base_cache if in_cache else base.base_parameters)
+        amount = amount_of_share(counted, parse_share(share), base, target.layout, PROJECTIONS)
+        if amount.actions("drop") >= target.layout.layers:
+            return None
+        plan: dict[str, Any] = {
+            "strategy": "loss",
+            "action": "drop",
+            "budget": {counted: share},
+            "skip_layers": [],
+        }
+        if recipe.plan.measures:
+            plan["calibration_blocks"] = recipe.plan.calibration_blocks
+        return {**_healed(recipe, target), "plan": plan}
+
+    return changes
+
+
 def _pooled(recipe: Recipe, target: Target, seed: int) -> dict[str, Any] | None:
     """KV heads of the number whose pooling saves most nearly what the plan saves."""
     layout = target.layout
@@ -182,6 +215,18 @@ CONTROLS = {
             "pruned-gradient",
             "units of smallest |w . dL/dw| removed (LLM-Pruner, attention only), healed",
             _pruned("gradient"),
+        ),
+        Control(
+            "drop-attention",
+            "whole layers of attention dropped where the loss rises least (LLM-Drop), healed",
+            _dropped("parameters"),
+            "the plan saves more than all layers of attention but the first",
+        ),
+        Control(
+            "drop-attention-cache",
+            "the same at the recipe's cache",
+            _dropped("cache"),
+            "the plan saves no cache, or more than all layers of attention but the first",
         ),
         Control("pooled", "KV heads mean-pooled (GQA), trained", _pooled, "one KV head a layer"),
         Control(

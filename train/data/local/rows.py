@@ -109,18 +109,16 @@ def where(path: Path, place: Place) -> str:
 
 def no_column(name: str, column: str, columns: list[str], of_text: list[str]) -> PostshareError:
     """`of_text` are the columns that could be meant."""
+    said = f"{name} has no column '{column}'"
     if "messages" in columns:
-        other = ", or set data.format=chat"
-    else:
-        other = ", or set data.format=alpaca" if {"instruction", "output"} <= {*columns} else ""
-    if of_text:
+        return PostshareError(f"{said} but chats in 'messages'; set data.format=chat")
+    if {"instruction", "output"} <= {*columns}:
         return PostshareError(
-            f"{name} has no column '{column}'; set text to one of: {', '.join(of_text)}{other}"
+            f"{said} but records of 'instruction' and 'output'; set data.format=alpaca"
         )
-    return PostshareError(
-        f"{name} has no column '{column}', nor another of text ({some(columns)}); choose another "
-        f"source{other}"
-    )
+    if of_text:
+        return PostshareError(f"{said}; set text to one of: {', '.join(of_text)}")
+    return PostshareError(f"{said}, nor another of text ({some(columns)}); choose another source")
 
 
 def other_than_text(name: str, column: str, what: str, of_text: list[str]) -> PostshareError:

@@ -28,6 +28,7 @@ from train.common.progress import bar
 from train.common.run_files import PARETO_PICTURE, SEARCH_FILE
 from train.evaluation.decode_time import bytes_read, decode_time
 from train.evaluation.pareto import pareto
+from train.planning.problem import PlanProblem
 from train.planning.search.auto_result import (
     BASIS,
     AutoResult,
@@ -38,6 +39,7 @@ from train.planning.search.auto_result import (
     in_words,
 )
 from train.planning.search.loss_search import (
+    dearer_list,
     halves_dict,
     parameters_of,
     rises_list,
@@ -253,15 +255,17 @@ def _versus(point: Point, base: Point) -> str:
 
 
 def save_auto(
-    searched: AutoResult, front: Sequence[Timed], config: LlamaConfig, size: int, folder: Path
+    searched: AutoResult, front: Sequence[Timed], problem: PlanProblem, size: int, folder: Path
 ) -> None:
     """Write plan-search.json, and the picture of the front, into the run folder.
 
     Args:
+        problem: with the structure of the best candidate.
         size: bytes of one exported parameter.
     """
     from train.planning.search.front_plot import save_front
 
+    config = problem.config
     on_front, noisy = pareto_points(searched, config), is_noisy(front)
     chosen = searched.chosen.points[-1]
     value = {
@@ -271,6 +275,7 @@ def save_auto(
         "loss": chosen.loss,
         "expected_loss": chosen.expected,
         "chosen": BASIS if searched.plan.basis else searched.chosen.name,
+        "dearer_than_removal": dearer_list(searched.found, problem) if searched.found else [],
         "candidates": [_candidate_dict(c, config) for c in searched.candidates],
         "base_reconstructed_loss": searched.base_rebuilt,
         "factored": None if searched.factored is None else _factored_dict(searched.factored),

@@ -126,6 +126,11 @@ class AutoResult:
         return self.chosen.plan
 
     @property
+    def found(self) -> SearchResult | None:
+        """The search of units that the plan comes from; None: a structure alone, or a basis."""
+        return self.chosen.found if self.plan == self.chosen.plan else None
+
+    @property
     def chosen(self) -> Candidate:
         """The best of the candidates."""
         return self.candidates[0]

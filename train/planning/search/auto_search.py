@@ -156,7 +156,8 @@ class _Search:
         ]
 
     def point(self, origin: str, place: _Place, state: State, loss: float, slope: float) -> Point:
-        units = as_plan(state)
+        layout = place.structure.layout(self.problem.config)
+        units = as_plan(state, layout)
         plan = replace(units, kv_heads=place.structure.kv_heads, spans=place.structure.spans)
         saved = self._saved(plan)
         return Point(origin, plan, saved, loss, slope, place.structure != self.problem.structure)

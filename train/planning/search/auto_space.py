@@ -20,6 +20,7 @@ SHARES = (("q", "k", "v", "o"), PAPER, ("q", "k"), ("v", "o"))
 STRUCTURES_SEARCHED = 2
 """Structures in which units are searched too: those that promise most."""
 FULL, REMOVALS, ANY = "ties and removals", "removals alone", "ties of q, k, v and removals"
+LAYERS, WITH_LAYERS = "whole layers alone", "removals and whole layers"
 REBUILT = 3
 """Candidates that are compared after reconstruction: the best ones as they are."""
 
@@ -48,8 +49,8 @@ def full_space(problem: PlanProblem) -> Space:
 
 
 def unit_spaces(problem: PlanProblem) -> dict[str, Space]:
-    """The searches of units that are compared: of everything, and the two of strategy loss; of
-    removals alone, where nothing is tied.
+    """The searches of units that are compared: of everything and the two of strategy loss, or where
+    nothing is tied of removals alone; and those that may drop whole layers of attention.
 
     Those that cannot meet the budget are left out, and a control that is the same search.
     """
@@ -71,7 +72,36 @@ def unit_spaces(problem: PlanProblem) -> dict[str, Space]:
         )
     if not spaces[FULL].targets:
         del spaces[FULL]
+    spaces |= layer_spaces(problem)
     return {name: space for name, space in spaces.items() if space.most() >= space.needed}
+
+
+def layer_spaces(problem: PlanProblem) -> dict[str, Space]:
+    """Whole layers alone, and beside removals of single units.
+
+    Counted in units only the first, where they come to whole layers: no more may change than the
+    budget asks for.
+    """
+    asked, allowed = problem.remaining, problem.allowed
+    counts_units = asked.counted == "units"
+    if counts_units and asked.needed % asked.drop_saves:
+        return {}
+    return {
+        name: make_space(
+            problem.layout,
+            kinds,
+            PAPER,
+            (),
+            allowed.removable,
+            (),
+            (0, asked.removal_saves),
+            asked.needed,
+            problem.droppable,
+            asked.drop_saves,
+        )
+        for name, kinds in ((LAYERS, ("drop",)), (WITH_LAYERS, ("remove", "drop")))
+        if not (counts_units and name == WITH_LAYERS)
+    }
 
 
 def has_structures(problem: PlanProblem) -> bool:
@@ -108,7 +138,8 @@ def may_have_spans(config: Any) -> bool:
 def check_auto(problem: PlanProblem) -> None:
     """Raises PostshareError when the budget cannot be met, with the nearest that can."""
     asked = problem.remaining
-    most = full_space(problem).most()
+    spaces = [full_space(problem), *layer_spaces(problem).values()]
+    most = max(space.most() for space in spaces)
     what = "ties, removals" if problem.section.may_tie else "removals (ties: plan.objective=bytes)"
     if has_structures(problem):
         what = f"{what}, spans and KV groups"

@@ -21,9 +21,8 @@ from sa_models.atomic_files import write_json
 from sa_models.calibration.partial_forward import Batch
 from sa_models.heads import PROJECTIONS, HeadLayout
 from sa_models.plan import SharingPlan
-from sa_models.scores.magnitude import least_important
 from sa_models.scores.registry import IMPORTANCES_OF_TEXT
-from sa_models.search.actions import Action, as_plan, ordered
+from sa_models.search.actions import WHOLE, Action, as_plan, ordered
 from sa_models.search.algorithms import (
     EvolutionOptions,
     Passes,
@@ -38,7 +37,7 @@ from sa_models.search.measured_loss import MeasuredLoss
 from sa_models.search.ranking import STABLE, Agreement, EstimatedRanking
 from train.common.progress import bar
 from train.common.run_files import PARETO_PICTURE, SEARCH_CACHE, SEARCH_FILE
-from train.planning.problem import PlanProblem
+from train.planning.problem import PlanProblem, least_important_of
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -73,12 +72,11 @@ def choose_by_importance(
     Args:
         model, batches: see :func:`search_plan`.
     """
-    space, structure = problem.space, problem.structure
+    structure = problem.structure
     measure = resolve_name(IMPORTANCES_OF_TEXT[problem.section.strategy])
     with bar(f"importance ({problem.section.strategy})") as advance:
         importance = measure(model, batches, structure.leader_of(), advance)
-    count = math.ceil(space.needed / space.removal_saves)
-    return replace(structure, removed=least_important(importance, space.removable, count))
+    return replace(structure, removed=least_important_of(problem, importance))
 
 
 def search_plan(
@@ -105,7 +103,9 @@ def search_plan(
             bound = evolution_passes(space.largest, options)
             found = evolve(space, measured, ranking, options, advance)
     measured.restore()
-    plan = replace(as_plan(found.state), kv_heads=structure.kv_heads, spans=structure.spans)
+    plan = replace(
+        as_plan(found.state, problem.layout), kv_heads=structure.kv_heads, spans=structure.spans
+    )
     assert ranking.agreement is not None
     return plan, LossSearch(
         found,
@@ -127,6 +127,20 @@ def unstable(agreement: Agreement, blocks: int) -> str | None:
         f"agree on {agreement.common} of {agreement.units} units (rank correlation "
         f"{agreement.correlation:.2f}); about {agreement.blocks_needed(blocks):,} blocks are "
         f"expected to agree on {STABLE:.0%}: raise plan.calibration_blocks"
+    )
+
+
+def dearer_note(found: SearchResult, problem: PlanProblem) -> str | None:
+    """One line, where units are tied whose removal would cost less."""
+    dearer = found.dearer_than_removal(problem.allowed.removable)
+    if not dearer:
+        return None
+    tied = len({action.target for action in found.state if action.source is not None})
+    removed = sum(found.removals[unit] for unit in dearer)
+    cure = "; set plan.action to any or remove" if problem.section.action == "tie" else ""
+    return (
+        f"note: of {tied} tied units {len(dearer)} would cost less if they were removed: an "
+        f"estimated {removed:.4f} nats of loss instead of {sum(dearer.values()):.4f}{cure}"
     )
 
 
@@ -177,8 +191,13 @@ def search_sentence(searched: LossSearch) -> str:
 
 
 def parameters_of(actions: Iterable[Action], layout: HeadLayout) -> int:
-    """Parameters that actions save."""
-    return sum(layout.unit_parameters(p) for a in actions for p in a.projections or PROJECTIONS)
+    """Parameters that actions save; with a layer's attention goes its norm."""
+    saved = 0
+    for action in actions:
+        unit = sum(map(layout.unit_parameters, action.projections or PROJECTIONS))
+        saved += len(action.units(layout)) * unit
+        saved += layout.hidden_size if action.kind == "drop" else 0
+    return saved
 
 
 def save_search(
@@ -209,6 +228,7 @@ def save_search(
             step_dict(step, count) for step, count in zip(found.path, removed[1:], strict=True)
         ],
         "loss_rises": rises_list(found),
+        "dearer_than_removal": dearer_list(found, problem),
         "halves": halves_dict(searched.agreement),
         "states_measured": found.measured,
         "forward_passes": searched.passes,
@@ -232,11 +252,20 @@ def step_dict(step: Step, parameters: int) -> dict[str, Any]:
 
 
 def rises_list(found: SearchResult) -> list[dict[str, Any]]:
-    """What every chosen action costs."""
+    """What every chosen action costs, and what the removal of a tied unit is estimated to cost."""
     return [
-        {**action_dict(action), "loss_rise": finite(found.rises[action])}
+        {
+            **action_dict(action),
+            "loss_rise": finite(found.rises[action]),
+            "removal_rise": finite(found.removals.get(action.target, math.nan)),
+        }
         for action in ordered(found.state)
     ]
+
+
+def dearer_list(found: SearchResult, problem: PlanProblem) -> list[list[int]]:
+    """The tied units whose removal would cost less, as JSON."""
+    return [list(unit) for unit in found.dearer_than_removal(problem.allowed.removable)]
 
 
 def halves_dict(agreement: Agreement) -> dict[str, Any]:
@@ -248,9 +277,11 @@ def halves_dict(agreement: Agreement) -> dict[str, Any]:
 
 
 def action_dict(action: Action) -> dict[str, Any]:
+    """A dropped layer's target is [layer, null]."""
+    layer, unit = action.target
     return {
         "action": action.kind,
-        "target": list(action.target),
+        "target": [layer, None if unit == WHOLE else unit],
         "source": None if action.source is None else list(action.source),
         "projections": list(action.projections),
     }

@@ -26,8 +26,9 @@ class DistillSection(Section):
     """Weight of the relative squared error of the outputs of the attention blocks."""
     teacher: PathName | None = None
     """Folder or hub name of another teacher, a Llama (default: the base model, unshared)."""
-    precision: Literal["fp32", "bf16", "int8"] = "fp32"
-    """The teacher's weights and computation; int8 needs a GPU and the extra [gpu]."""
+    precision: Literal["fp32", "bf16", "int8", "auto"] = "fp32"
+    """The teacher's weights and computation; int8 needs a GPU and the extra [gpu]; auto: as for
+    train.precision."""
     cache: bool = False
     """Compute the teacher's top_k once, before the training, and keep it in the run folder."""
 

@@ -71,7 +71,8 @@ class DataSection(Section):
     validation: Sources | None = None
     """Held-out text; when absent, validation_fraction of the training documents is held out."""
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Fraction of the training documents held out; needed when validation is absent."""
+    """Fraction of the training documents held out, or of the characters of a lone one, at its end;
+    needed when validation is absent."""
     sequence_length: Annotated[int, Field(ge=2)]
     """Tokens in a packed block."""
     format: Literal["text", "alpaca", "chat"] = "text"

@@ -95,9 +95,10 @@ class PlanSection(Section):
     qk); attention, output and output_map are measured on training text."""
     share: Projections = ("q", "k", "v")
     """Projections that a target takes from its source."""
-    action: Literal["tie", "remove", "any"] = "tie"
+    action: Literal["tie", "remove", "any", "drop"] = "tie"
     """What becomes of the chosen units: tie: they take their source's weights; remove: they are
-    pruned; any: whichever costs less (strategy loss only)."""
+    pruned; any: whichever of the two costs less (strategy loss only); drop: whole layers lose their
+    attention, the MLP stays (strategies loss, random, magnitude, gradient)."""
     search: Literal["greedy", "evolutionary"] = "greedy"
     """How strategy loss looks for the plan."""
     calibration_blocks: Annotated[int, Field(ge=2)] = 8
@@ -115,6 +116,8 @@ class PlanSection(Section):
     """What strategy auto saves under its budget. bytes: stored weights, by whatever costs least;
     cache: of keys and values; speed: what a step of decoding reads; all: the sum of them, as a
     server pays it. Ties and shared bases, which save weights alone, take part in bytes only."""
+    basis_layers: Positive = 2
+    """Adjacent layers on one basis, for strategy basis; 1: each layer has its own, of low rank."""
     path: PathName | None = None
     """Plan JSON, for strategy file."""
     seed: Count = 0
@@ -138,12 +141,17 @@ class PlanSection(Section):
 
     def _action(self) -> Iterator[str]:
         strategy, action = self.strategy, self.action
-        if strategy in REMOVING and action != "remove":
+        if strategy in REMOVING and not self.removes:
             yield f"strategy {strategy} chooses units to remove; set plan.action=remove"
         elif strategy == "basis" and action != "tie":
             yield "strategy basis ignores action; remove plan.action"
         elif strategy == "auto" and action != "tie":
             yield "strategy auto ignores action, it ties and removes; remove plan.action"
+        elif action == "drop" and strategy not in ("loss", "random", *REMOVING):
+            yield (
+                f"strategy {strategy} drops no layers by itself; set plan.strategy to loss, "
+                "random, magnitude or gradient, or remove plan.action"
+            )
         elif action == "any" and strategy not in MEASURED:
             yield "action any needs measured losses to compare; set plan.strategy=loss"
         elif action == "remove" and strategy in ("released", "file", "none"):
@@ -162,8 +170,7 @@ class PlanSection(Section):
             ignored.append("share")
         if strategy != "auto":
             ignored.append("objective")
-        if strategy == "basis":
-            ignored.append("skip_layers")
+        ignored.append("skip_layers" if strategy == "basis" else "basis_layers")
         if not self.scores:
             ignored.append("fold_norm")
         for name in ignored:
@@ -172,8 +179,9 @@ class PlanSection(Section):
 
     def _removal_shares_nothing(self) -> Iterator[str]:
         ignored = self.strategy in ("auto", "basis")  # as it is
-        if self.action == "remove" and self.is_set("share") and not ignored:
-            yield "action remove ignores share, a unit is removed whole; remove plan.share"
+        if self.removes and self.is_set("share") and not ignored:
+            what = "a unit is" if self.action == "remove" else "all units of a layer are"
+            yield f"action {self.action} ignores share, {what} removed whole; remove plan.share"
 
     def _fold_norm(self) -> Iterator[str]:
         if self.fold_norm and self.scores_text:
@@ -208,6 +216,11 @@ class PlanSection(Section):
         _basis_budget,
         _cache_budget,
     )
+
+    @property
+    def removes(self) -> bool:
+        """Whether units are removed, singly or with their layer, and none is tied."""
+        return self.action in ("remove", "drop")
 
     @property
     def may_tie(self) -> bool:

@@ -59,8 +59,9 @@ class TrainSection(Section):
     """Adam's epsilon."""
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Global gradient norm to clip at; null: no clipping."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Precision of forward and backward; master weights stay fp32."""
+    precision: Literal["fp32", "bf16", "auto"] = "fp32"
+    """Precision of forward and backward; master weights stay fp32. auto: bf16 where every process
+    has the instructions (GPUs since Ampere; CPUs with avx512_bf16, amx_bf16), else fp32."""
     optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
     """adamw_8bit needs a GPU and the extra [gpu]."""
     trainable: Annotated[tuple[Name, ...], Field(strict=False, min_length=1)] = ("*",)

@@ -14,7 +14,7 @@ from sa_models.calibration.partial_forward import Batch, Restart
 from sa_models.errors import PostshareError
 from sa_models.heads import PROJECTIONS, HeadLayout, unit_view
 from sa_models.scores.fisher import CIRCUITS, combined, estimate_sensitivity
-from sa_models.search.actions import Action
+from sa_models.search.actions import WHOLE, Action
 from sa_models.search.measured_loss import MeasuredLoss
 from sa_models.weights.structure import convert
 from tests.support.reference import LAYERS, VOCABULARY, Reference, dense
@@ -97,24 +97,25 @@ def test_measured_states_are_those_of_the_plan(shape: str) -> None:
     untouched = {name: p.clone() for name, p in model.named_parameters()}
     tie = Action((3, 1), (0, 2), ("q", "k", "v"))
     other = Action((4, 0), (2, 1), PROJECTIONS)
-    gone = Action((2, 0))
+    gone, dropped = Action((2, 0)), Action((1, WHOLE))
     measured = MeasuredLoss(model, batches())
     for state, base in (
         ({tie}, set()),
         ({tie, other}, {tie}),
         ({tie, other, gone}, {tie, other}),
         ({gone, other}, {tie}),
+        ({gone, dropped}, {dropped, tie}),
+        ({dropped, tie}, {gone}),
         (set(), {tie}),
     ):
         measured.rebase(frozenset(base))
         found = measured(frozenset(state))
         plain = dense(shape)
         ties = tuple(HeadTie(a.target, a.source, a.projections) for a in state if a.source)
-        reference = Reference.of(plain, SharingPlan(ties=ties))
-        if gone in state:
-            with torch.no_grad():
-                view(plain, 2, "o", 0).zero_()
-            reference = Reference.of(plain, SharingPlan(ties=ties))
+        units = HeadLayout.from_config(plain.config).units
+        removed = [(2, 0)] if gone in state else []
+        removed += [(1, unit) for unit in range(units)] if dropped in state else []
+        reference = Reference.of(plain, SharingPlan(ties=ties, removed=tuple(removed)))
         logits = reference(text()).logits[:, :-1]
         expected = F.cross_entropy(logits.flatten(0, 1), text()[:, 1:].flatten())
         assert found == pytest.approx(float(expected), abs=2e-6)
@@ -164,6 +165,26 @@ def test_removals_are_those_of_a_plain_loop() -> None:
             second += change.square().sum(-1) / 2
         assert torch.allclose(found.first[layer].float(), first / tokens, atol=1e-7)
         assert torch.allclose(found.second[layer].float(), second / tokens, atol=1e-7)
+
+
+def test_drops_are_those_of_a_plain_loop() -> None:
+    """What all units add together: their own second orders do not sum to it."""
+    model = dense("gqa")
+    found = estimate_sensitivity(model, batches(), without=(3,))
+    tokens = text().numel() - len(text())
+    for layer in (0, 2, 5):
+        first, second = 0.0, 0.0
+        for row in text():
+            given, gradient = contributions(model, row[None], layer)
+            change = -(given.sum(0) * gradient).sum(-1)
+            first += float(change.sum()) / tokens
+            second += float(change.square().sum()) / 2 / tokens
+        assert float(found.drop.first[layer]) == pytest.approx(first, abs=1e-7, rel=1e-4)
+        assert float(found.drop.second[layer]) == pytest.approx(second, abs=1e-7, rel=1e-4)
+        parts = float(found.removal.second[layer].sum())
+        assert parts != pytest.approx(second, rel=1e-2)
+    assert found.drop.total[3].isnan()
+    assert found.drop.total.shape == (LAYERS,)
 
 
 def test_the_first_order_is_the_slope_of_the_measured_loss() -> None:
@@ -247,6 +268,7 @@ def test_parts_make_the_whole_and_nothing_is_left_behind() -> None:
     assert both.tokens == whole.tokens
     for a, b in (
         (both.removal.total, whole.removal.total),
+        (both.drop.total, whole.drop.total),
         (both.ties[share].total, whole.ties[share].total),
     ):
         assert torch.allclose(a, b, equal_nan=True, atol=1e-12)

@@ -32,10 +32,21 @@ LAYOUT = HeadLayout(layers=4, hidden_size=8, heads=2, kv_heads=2, head_dim=4)
 UNITS = [(layer, unit) for layer in range(1, 4) for unit in range(2)]
 
 
+KINDS = [
+    ("tie",),
+    ("remove",),
+    ("tie", "remove"),
+    ("drop",),
+    ("remove", "drop"),
+    ("tie", "remove", "drop"),
+]
+
+
 def space(
     kinds: tuple[str, ...] = ("tie", "remove"), needed: int = 3, saves: tuple[int, int] = (1, 1)
 ) -> Space:
-    return make_space(LAYOUT, kinds, "qkv", UNITS, UNITS, (), saves, needed)
+    """A dropped layer saves a norm beside its two units."""
+    return make_space(LAYOUT, kinds, "qkv", UNITS, UNITS, (), saves, needed, (1, 2, 3), 3)
 
 
 class Table:
@@ -78,16 +89,19 @@ def valid_states(among: Space, size: int) -> list[State]:
     """Every set of so many actions that is a plan, written out from the definition."""
     found = []
     for actions in itertools.combinations(among.actions(), size):
-        targets = [a.target for a in actions]
+        targets = []
+        for a in actions:
+            layer, unit = a.target
+            targets += [(layer, 0), (layer, 1)] if a.kind == "drop" else [(layer, unit)]
         sources = [a.source for a in actions if a.source]
-        gone = [a.target[0] for a in actions if not a.source]
-        apart = len(set(targets)) == size and not set(targets) & set(sources)
+        gone = [a.target[0] for a in actions if a.kind == "remove"]
+        apart = len(set(targets)) == len(targets) and not set(targets) & set(sources)
         if apart and all(gone.count(layer) < LAYOUT.units for layer in gone):
             found.append(frozenset(actions))
     return found
 
 
-@pytest.mark.parametrize("kinds", [("tie",), ("remove",), ("tie", "remove")])
+@pytest.mark.parametrize("kinds", KINDS)
 def test_what_is_allowed_is_every_valid_state(kinds: tuple[str, ...]) -> None:
     among = space(kinds, needed=1)
     reached: set[State] = {frozenset()}
@@ -95,14 +109,17 @@ def test_what_is_allowed_is_every_valid_state(kinds: tuple[str, ...]) -> None:
         reached = {s | {a} for s in reached for a in among.actions() if among.allows(s, a)}
         assert reached == set(valid_states(among, size))
         for state in reached:
-            as_plan(state)
+            plan = as_plan(state, LAYOUT)
+            assert plan.dropped(LAYOUT) == {a.target[0] for a in state if a.kind == "drop"}
 
 
-@pytest.mark.parametrize("kinds", [("tie",), ("remove",), ("tie", "remove")])
+@pytest.mark.parametrize("kinds", KINDS)
 def test_no_choice_leads_into_a_dead_end(kinds: tuple[str, ...]) -> None:
     """With the largest budget, every allowed step must leave a way to meet it."""
     most = space(kinds, needed=1).most()
-    assert most == {("tie",): 6, ("remove",): 3, ("tie", "remove"): 6}[kinds]
+    assert most == (
+        9 if "drop" in kinds else {1: {"tie": 6, "remove": 3}[kinds[0]], 2: 6}[len(kinds)]
+    )
     among = space(kinds, needed=most)
     for seed in range(20):
         generator = torch.Generator().manual_seed(seed)
@@ -196,6 +213,31 @@ def test_the_slopes_of_the_text_choose_nothing(search: Callable[..., SearchResul
     assert [step.loss for step in found.path] != [step.loss for step in plain.path]
 
 
+@pytest.mark.parametrize("search", [greedy, evolve])
+def test_ties_that_cost_more_than_a_removal_are_told(search: Callable[..., SearchResult]) -> None:
+    """Units of odd layers are cheap to remove, those of layer 2 dear; of one nobody knows."""
+    among = space(("tie",), needed=6)
+    table = Table(among, pairs=0.0)
+    unknown = (3, 1)
+
+    def rank(state: State, count: int) -> list[Ranked]:
+        found = table.ranking(among)(state, count)
+        gone = {u: math.nan if u == unknown else -1.0 if u[0] % 2 else 9.0 for u in UNITS}
+        # A unit that is tied already has another removal, which says nothing of the first.
+        tied = {a.target for a in state}
+        return [r._replace(removal=99.0 if r.action.target in tied else gone[r.action.target])
+                for r in found]  # fmt: skip
+
+    found = search(among, table, rank)
+    costs = {a.target: float(table.one[table.actions.index(a)]) for a in found.state}
+    assert set(costs) == set(UNITS)
+    cheap = [(1, 0), (1, 1), (3, 0)]
+    told = found.dearer_than_removal(UNITS)
+    assert told == pytest.approx({unit: costs[unit] for unit in cheap})
+    assert [found.removals[unit] for unit in cheap] == [-1.0] * 3
+    assert set(found.dearer_than_removal([(1, 1), (2, 0)])) == {(1, 1)}
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_evolution_finds_what_brute_force_finds(seed: int) -> None:
     among = space()
@@ -209,6 +251,20 @@ def test_evolution_finds_what_brute_force_finds(seed: int) -> None:
     assert found == evolve(among, table, table.ranking(among), options)
     other = EvolutionOptions(population=20, generations=1, seed=seed + 1, pool=20)
     assert evolve(among, table, table.ranking(among), other).loss >= found.loss
+
+
+@pytest.mark.parametrize("search", [greedy, evolve])
+@pytest.mark.parametrize("seed", range(4))
+def test_layers_and_single_units_compete(search: Callable[..., SearchResult], seed: int) -> None:
+    """A layer saves three, a unit one: two layers, a layer and two units, or more."""
+    among = space(("remove", "drop"), needed=5)
+    table = Table(among, seed)
+    found = search(among, table, table.ranking(among))
+    plan = as_plan(found.state, LAYOUT)
+    assert among.saved(found.state) == len(plan.removed) + len(plan.dropped(LAYOUT)) >= 5
+    every = [s for size in (2, 3) for s in valid_states(among, size) if among.saved(s) >= 5]
+    best = min(map(table, every))
+    assert found.loss == pytest.approx(best) if search is evolve else found.loss < best + 0.5
 
 
 # --- with a model ---------------------------------------------------------------------------------
@@ -243,7 +299,7 @@ def test_the_losses_of_a_path_are_the_real_ones(kinds: tuple[str, ...]) -> None:
     assert state == found.state
     assert ranking.agreement is not None
     assert 0 <= ranking.agreement.common <= ranking.agreement.units == 5
-    as_plan(found.state)
+    as_plan(found.state, HeadLayout.from_config(dense("gqa").config))
     # A search that goes on from where it was computes less than as many full passes.
     assert measured.passes < found.measured
 

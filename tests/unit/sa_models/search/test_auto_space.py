@@ -119,7 +119,7 @@ def test_what_is_saved_is_what_the_plan_says(shape: str) -> None:
         for at in torch.randperm(len(allowed), generator=generator).tolist()[:40]:
             if among.allows(state, allowed[at]):
                 state |= {allowed[at]}
-        plan = as_plan(state)
+        plan = as_plan(state, layout)
         plan.validate(config)
         assert among.saved(state) == plan.savings(config).removed_parameters
         per_unit = {t.target for t in plan.ties} | set(plan.removed)
@@ -128,7 +128,7 @@ def test_what_is_saved_is_what_the_plan_says(shape: str) -> None:
 
 def test_two_ties_to_one_source_are_one() -> None:
     state = {Action((2, 0), (1, 1), VO), Action((2, 0), (1, 1), QK), Action((2, 1), (0, 0), QK)}
-    assert as_plan(state).ties == (
+    assert as_plan(state, SHAPES["mha"]).ties == (
         HeadTie((2, 0), (1, 1), QKVO),
         HeadTie((2, 1), (0, 0), QK),
     )
@@ -143,8 +143,8 @@ def test_two_sources_of_one_unit_through_materializing_and_export(
         {Action((3, 1), (0, 2), QK), Action((3, 1), (2, 0), VO), Action((4, 0)),
          Action((5, 2), (2, 0), QKV)}
     )  # fmt: skip
-    plan = as_plan(twice)
     model = dense(shape)
+    plan = as_plan(twice, HeadLayout.from_config(model.config))
     plan.validate(model.config)
     ids = tokens()
     expected = Reference.of(model, plan)(ids).logits

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import random
-from functools import partial
 from math import inf, nan
 
 import pytest
@@ -169,10 +168,6 @@ def test_errors_are_one_line_with_cause_and_cure() -> None:
         best_spans({SpanChoice(0, (1,)): 1.0}, 3, 1, 1)
 
 
-def _say(reports: list[tuple[int, int]], done: int, total: int) -> None:
-    reports.append((done, total))
-
-
 @pytest.mark.parametrize("seed", range(20))
 def test_spans_that_cannot_be_among_the_best_are_not_measured(seed: int) -> None:
     """Rises that grow with the followers and with their distance: the best of all, from fewer."""
@@ -186,8 +181,7 @@ def test_spans_that_cannot_be_among_the_best_are_not_measured(seed: int) -> None
     everything = {span: 2.0 - loss(*span) for span in candidate_spans(layers, most, skip)}
     for followers in (1, 3, 6):
         reports: list[tuple[int, int]] = []
-        said = partial(_say, reports)
-        spans = MeasuredSpans(loss, 2.0, layers, most, skip, said)
+        spans = MeasuredSpans(loss, 2.0, layers, most, skip, lambda *at, to=reports: to.append(at))
         assert spans.best(followers) == best_spans(everything, layers, followers, most, skip)
         assert spans.scores.items() <= everything.items()
         assert reports == [(n + 1, len(everything)) for n in range(len(spans.scores))]

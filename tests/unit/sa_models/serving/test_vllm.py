@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from sa_models import SharingPlan
 from sa_models.attention import SharedAttention
 from sa_models.errors import PostshareError
 from sa_models.modeling import SharedLlamaForCausalLM
@@ -41,13 +42,18 @@ def paged(
     return output.flatten(1), None
 
 
-@pytest.mark.parametrize("kind", ["both", "both, ties", "pooled, both"])
+DROPPED = SharingPlan(removed=tuple((layer, unit) for layer in (0, 3) for unit in range(4)))
+
+
+@pytest.mark.parametrize("kind", ["both", "both, ties", "pooled, both", "dropped"])
 def test_an_attention_that_owns_the_caches_gives_the_same_logits(
     monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    """Prompt and decoded tokens; SA followers cache the leader's keys, CLA followers nothing."""
+    """Prompt and decoded tokens; SA followers cache the leader's keys, CLA followers and dropped
+    layers nothing."""
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "paged", paged)
-    model = shared(dense("gqa"), some_plan(kind, "gqa")).eval()
+    plan = DROPPED if kind == "dropped" else some_plan(kind, "gqa")
+    model = shared(dense("gqa"), plan).eval()
     ids = tokens(rows=1)
     with torch.no_grad():
         expected = model(ids).logits[0]
@@ -59,8 +65,9 @@ def test_an_attention_that_owns_the_caches_gives_the_same_logits(
             found.append(one)
     assert float((torch.cat(found) - expected).abs().max()) <= 1e-5
     held = [hasattr(layer.self_attn, "held") for layer in model.model.layers]
-    spans = some_plan(kind, "gqa").leader_of()
+    spans = plan.leader_of()
     reading = [i for i, s in spans.items() if s.share == "kv" and s.map_of(i) is None]
+    reading += plan.dropped(plan.layout(model.config))
     assert [i for i, has in enumerate(held) if not has] == sorted(reading)
 
 

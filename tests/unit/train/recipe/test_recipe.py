@@ -181,7 +181,7 @@ def test_overrides_reach_every_level(minimal: Path) -> None:
         ("train.learning_rate=.nan", ["train.learning_rate is nan", "> 0 and <= 10"]),
         ("train.betas=[0.9, 1.0]", ["train.betas.1 is 1.0", ">= 0 and < 1"]),
         ("train.betas=[0.9]", ["train.betas.1 is missing"]),
-        ("train.precision=fp16", ["train.precision is 'fp16'", "one of fp32, bf16"]),
+        ("train.precision=fp16", ["train.precision is 'fp16'", "one of fp32, bf16, auto"]),
         ("train.gradient_checkpointing=yes", ["is 'yes'", "true or false"]),
         ("plan.budget.ratio=1", ["plan.budget.ratio is 1", "> 0 and < 1 or null"]),
         ("plan.share=[q, x]", ["plan.share.1 is 'x'", "one of q, k, v, o"]),
@@ -314,7 +314,7 @@ def test_all_kinds_of_faults_are_named_at_once(minimal: Path) -> None:
         "'train.steps' is no override; write key=value, such as train.steps=10",
         "override data.train.7.path: '7' is no index into 1 entries; use 0 to 1 (1 adds one)",
         "unknown key train.batchsize; did you mean train.batch_size?",
-        "train.precision is 'fp16'; allowed: one of fp32, bf16",
+        "train.precision is 'fp16'; allowed: one of fp32, bf16, auto",
         "distill.temperature is 0; allowed: a number > 0 and <= 100",
         "wandb.tags is 3; allowed: a list of non-empty text",
         "data: validation and validation_fraction exclude each other; keep one of them",
@@ -389,8 +389,8 @@ def test_within_a_section_all_rules_are_checked(minimal: Path) -> None:
 def test_a_key_of_an_earlier_version_names_the_one_that_took_its_place(minimal: Path) -> None:
     auto = "plan={strategy: auto, budget: {bytes: -5%}, basis: false}"
     assert message(minimal, auto) == (
-        f"{minimal}: unknown key plan.basis; set plan.objective=bytes where strategy auto may share "
-        "bases, or leave it out"
+        f"{minimal}: unknown key plan.basis; set plan.objective=bytes where strategy auto may "
+        "share bases, or leave it out"
     )
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from sa_models.errors import PostshareError
-from sa_models.heads import HeadLayout
+from sa_models.heads import PROJECTIONS, HeadLayout
 from sa_models.search.spans import best_spans
 from tests.support import REPOSITORY
 from train.data.record_blocks import first_records
@@ -53,8 +53,11 @@ STRUCTURED = {
     "llama2-7b-cla2": ({2 * i + 1: 2 * i for i in range(16)}, 16 * 2 * 4096 * 4096, 16 / 32),
     "llama2-7b-gqa8": ({}, 32 * 2 * (32 - 8) * 128 * 4096, 24 / 32),
     "llama3.2-1b-sa-isotropy": (None, 4 * (2048 + 512) * 2048, 4 / 32),
+    "smollm2-135m-sa": (None, 3 * (576 + 192) * 576, 1 - 57 / 60),
     "demo_sa": (None, 2 * 2 * 128 * 128, 2 / 16),
 }
+
+REAL = ("smollm2-135m", "smollm2-135m-postshare-30", "smollm2-135m-sa", "smollm2-135m-auto")
 
 
 def keys(value: object) -> int:
@@ -74,7 +77,7 @@ def shape_of(name: str) -> LlamaShape:
 def test_all_recipes_are_found_and_all_that_were_promised_are_there() -> None:
     found = {f.relative_to(REPOSITORY / "recipes").with_suffix("").as_posix() for f in FILES}
     assert found == set(shipped_recipes())
-    assert found >= {*EXPECTED, *STRUCTURED, "demo", "demo_postshare", "demo_base"}
+    assert found >= {*EXPECTED, *STRUCTURED, "demo", "demo_postshare", "demo_base", *REAL}
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
@@ -103,6 +106,11 @@ class TestEveryRecipe:
             return
         layout = HeadLayout.from_config(shape)
         assert recipe.plan.budget.ratio is not None
+        if recipe.plan.action == "remove":
+            assert savings.removed_units == floor(recipe.plan.budget.ratio * savings.units)
+            per_unit = sum(layout.unit_parameters(p) for p in PROJECTIONS)
+            assert savings.removed_parameters == savings.removed_units * per_unit
+            return
         assert savings.tied_units == floor(recipe.plan.budget.ratio * savings.units)
         per_unit = sum(layout.unit_parameters(p) for p in recipe.plan.share)
         assert savings.tied_parameters == savings.tied_units * per_unit
@@ -220,6 +228,20 @@ def test_published_batches_and_lengths(
         assert found == pytest.approx(epochs, rel=0.05)
     else:
         assert recipe.train.epochs == epochs
+
+
+def test_the_real_base_is_trained_in_what_the_hardware_has() -> None:
+    for name in REAL:
+        recipe = load_recipe(name)
+        assert (recipe.model.path, recipe.train.precision) == ("smollm2-135m", "auto")
+    recipe = load_recipe("smollm2-135m")  # `make real`: half an hour of two cores
+    shape = shape_of("smollm2-135m")
+    savings = plan_savings(PlanProblem(recipe.plan, shape, expected_structure(recipe, shape)))
+    assert (savings.removed_units, savings.units) == (9, 90)
+    assert savings.base_parameters - savings.stored_parameters == 9 * 2 * (3 + 1) * 64 * 576
+    assert (recipe.train.steps, recipe.materialize.heal_steps) == (0, 16)
+    assert recipe.materialize.reconstruct
+    assert recipe.distill is not None
 
 
 def test_directshare_does_not_train() -> None:

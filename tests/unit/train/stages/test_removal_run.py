@@ -92,6 +92,8 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"plan": {"action": "prune"}}, "plan.action is 'prune'"),
         ({"penalty": {"kind": "mse"}}, "plan.action is remove, nothing to pull"),
         ({"materialize": {"merge": "mean"}}, "plan.action is remove, nothing is merged"),
+        ({"plan": {"action": "drop"}, "penalty": {"kind": "mse"}}, "plan.action is drop, nothing"),
+        ({"plan": {"action": "drop"}, "residual": {"rank": 2}}, "residual: nothing is tied"),
     ],
 )
 def test_what_would_have_no_effect_is_refused(sections: dict[str, Any], says: str) -> None:
@@ -160,7 +162,8 @@ def test_a_budget_that_empties_a_layer_is_refused(tmp_path: Path) -> None:
     section = PlanSection.model_validate(
         {"strategy": "random", "action": "remove", "budget": {"heads": 4}}
     )
-    with pytest.raises(PostshareError, match=r"layer 1 would lose all its units \(4\)"):
+    says = r"layer 1 would lose all its units \(4\); .*plan\.action=drop"
+    with pytest.raises(PostshareError, match=says):
         find_ties(PlanProblem(section, model.config), WeightsFolder(tmp_path))
 
 
@@ -176,6 +179,18 @@ def test_the_dry_run_of_a_7b() -> None:
     assert f"{gone:,}" in said
     assert "(-30.0%)" in said  # of the cache
     assert "dense 13.5 GB" in said
+
+
+def test_the_dry_run_of_dropped_layers() -> None:
+    """10 % of the cache are four of 32 layers; with each goes a norm of 4,096."""
+    section = {"action": "drop", "budget": {"cache": "-10%"}}
+    made = recipe(Path("unused"), "meta-llama/Llama-2-7b-hf", "stdlib", plan=section)
+    console = Console(width=160, record=True, file=io.StringIO())
+    print_dry_run(made, console=console)
+    said = " ".join(console.export_text().split())
+    assert "the attention of 4 of 32 layers dropped, 12.5% of the units" in said
+    assert f"{4 * (4 * 4096 * 4096 + 4096):,}" in said
+    assert "(-12.5%)" in said
 
 
 # --- the whole run --------------------------------------------------------------------------------
@@ -245,6 +260,43 @@ def test_the_demo_base_is_pruned_and_healed(tmp_path: Path, text: Path) -> None:
     )
     assert "29.7% of the KV cache" in said
     assert "tied" not in said
+
+
+def test_whole_layers_are_dropped_reconstructed_and_healed_with_a_teacher(
+    tmp_path: Path, text: Path
+) -> None:
+    """What a dropped layer's attention gives is nothing, to the teacher too."""
+    made = recipe(
+        tmp_path / "run",
+        "demo-base",
+        text,
+        plan={"action": "drop", "budget": {"bytes": "-8%"}, "seed": 1},
+        materialize={"reconstruct": True, "calibration_blocks": 2, "heal_steps": 2},
+        distill={"hidden_weight": 0.1, "attention_weight": 0.1},
+        evaluate={"blocks": 2, "continued": False},
+    )
+    run(made)
+    summary = check_exports(made.folder)
+    plan = SharingPlan.load(made.folder / "plan.json")
+    config = WeightsFolder(made.folder / "export" / "dense").config
+    dropped = plan.dropped(plan.layout(config))
+    saved = summary["parameters"]["base"] - summary["parameters"]["stored"]
+    assert saved == len(dropped) * (8 * 4 * 16 * 128 + 128)  # eight heads of 16, a norm of 128
+    assert saved >= 0.08 * summary["parameters"]["base"] > saved - saved // len(dropped)
+    cache = summary["cache"]
+    layers = 8 - len(dropped)
+    assert cache["stored_elements_per_token"] == cache["base_elements_per_token"] * layers // 8
+    healed = open_weights(made.folder / "heal" / "weights")
+    for layer in dropped:
+        for p in "qkvo":
+            assert not healed.read(HeadLayout.parameter_name(layer, p)).any()
+        assert (healed.read(HeadLayout.norm_name(layer)) == 1).all()
+    assert summary["perplexity"]["post"] < summary["perplexity"]["direct"]
+    manifest = json.loads((made.folder / "export" / "compact" / "manifest.json").read_text())
+    assert manifest["heads"]["dropped_layers"] == len(dropped)
+    card = (made.folder / "export" / "compact" / "README.md").read_text()
+    assert f"| layers without attention | {len(dropped)} |" in card
+    assert (made.folder / "report.html").is_file()
 
 
 def test_a_plan_file_with_ties_and_removed_units(tmp_path: Path, text: Path) -> None:

@@ -11,11 +11,17 @@ import pytest
 from sa_models.errors import PostshareError
 from tests.support import REPOSITORY
 from tests.support.demo_runs import recipe
+from train.common.run_files import PLAN_FILE
+from train.recipe.recipe import Recipe, load_recipe
+from train.stages import precision
 from train.stages.lock import LOCK_FILE, lock, unlock
 from train.stages.start import begin
 
 LOCKING = """
 from pathlib import Path
+from train.common.run_files import PLAN_FILE
+from train.recipe.recipe import Recipe, load_recipe
+from train.stages import precision
 from train.stages.lock import announce, lock
 lock(Path({folder!r}))
 announce(Path({folder!r}))
@@ -90,3 +96,101 @@ def test_a_sequence_longer_than_the_model_is_warned_about(
     with begin(recipe(tmp_path / "other", data=data)):
         pass
     assert "exceeds" not in capfd.readouterr().err
+
+
+# --- what it computes in --------------------------------------------------------------------------
+
+
+def in_precision(folder: Path, name: str) -> Recipe:
+    section = {"steps": 2, "batch_size": 2, "micro_batch_size": 2, "learning_rate": 1e-3}
+    return recipe(folder, train={**section, "precision": name})
+
+
+def on_hardware(monkeypatch: pytest.MonkeyPatch, has: bool, factor: float = 16.24) -> None:
+    monkeypatch.setattr(precision, "has_bf16", lambda device: has)
+    monkeypatch.setattr(precision, "bf16_factor", lambda device: factor)
+
+
+@pytest.mark.parametrize(
+    ("has", "becomes", "said"),
+    [
+        (False, "fp32", "train.precision fp32, the hardware has no bf16 instructions"),
+        (True, "bf16", "train.precision bf16, the hardware has bf16 instructions"),
+    ],
+    ids=["without", "with"],
+)
+def test_auto_is_what_the_hardware_has_and_the_recipe_says_so(
+    has: bool,
+    becomes: str,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    on_hardware(monkeypatch, has)
+    with begin(in_precision(tmp_path / "run", "auto"), trains=True) as current:
+        assert current.recipe.train.precision == becomes
+    assert load_recipe(tmp_path / "run" / "recipe.yaml").train.precision == becomes
+    assert capfd.readouterr().err.count(f"note: precision auto: {said}\n") == 1
+
+
+def test_a_run_keeps_what_auto_was_when_it_began(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    asked = in_precision(tmp_path / "run", "auto")
+    on_hardware(monkeypatch, has=True)
+    with begin(asked, trains=True):
+        (asked.folder / "run.json").write_text("{}")
+    on_hardware(monkeypatch, has=False)  # another machine goes on
+    for trains in (True, False):
+        capfd.readouterr()
+        with begin(asked, trains=trains) as current:
+            assert current.recipe.train.precision == "bf16"
+        said = capfd.readouterr().err
+        assert f"train.precision bf16, as in the run that {asked.folder} holds" in said
+        assert ("bf16 is emulated" in said) is trains
+    with pytest.raises(PostshareError, match=r"train\.precision was 'bf16', now 'fp32'"):
+        begin(in_precision(asked.folder, "fp32"), trains=True)
+
+
+def test_a_plan_that_was_found_elsewhere_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = in_precision(tmp_path / "run", "auto")
+    on_hardware(monkeypatch, has=False)
+    with begin(asked) as current:  # `postshare plan`: another machine may train it
+        assert current.recipe.train.precision == "auto"
+    (asked.folder / PLAN_FILE).write_text("{}")
+    on_hardware(monkeypatch, has=True)
+    for trains in (True, False):
+        with begin(asked, trains=trains):
+            assert (asked.folder / PLAN_FILE).is_file()
+
+
+@pytest.mark.parametrize(
+    ("asked", "has", "factor", "warned"),
+    [
+        ("bf16", False, 16.24, True),
+        ("bf16", False, 1.1, False),
+        ("bf16", True, 16.24, False),
+        ("fp32", False, 16.24, False),
+    ],
+    ids=["slow", "emulated-and-quick", "native", "fp32"],
+)
+def test_emulated_bf16_is_one_warning_with_the_factor(
+    asked: str,
+    has: bool,
+    factor: float,
+    warned: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    on_hardware(monkeypatch, has, factor)
+    with begin(in_precision(tmp_path / "run", asked), trains=True):
+        pass
+    said = (
+        "warning: bf16 is emulated (train.precision), the hardware has no bf16 instructions: a "
+        "linear layer takes 16.2 times as long as in fp32; set train.precision=fp32, or auto\n"
+    )
+    assert capfd.readouterr().err.count(said) == warned

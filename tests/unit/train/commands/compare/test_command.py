@@ -21,6 +21,7 @@ from train.models.base_model import base_folder
 from train.planning.basis import basis_plan
 from train.planning.problem import PlanProblem
 from train.recipe.recipe import Recipe
+from train.stages import precision
 from train.tracking.metrics_log import read_rows
 
 pytestmark = pytest.mark.usefixtures("unrendered")
@@ -42,6 +43,20 @@ def target(tmp_path: Path) -> Target:
     weights = WeightsFolder(base_folder(made.model))
     plan, _ = find_ties(PlanProblem(made.plan, weights.config), weights)
     return Target(plan, config, 2)
+
+
+def test_all_runs_compute_in_what_the_first_one_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    section = {"steps": 2, "batch_size": 2, "micro_batch_size": 2, "learning_rate": 1e-3}
+    own = recipe(tmp_path / "run", train={**section, "precision": "auto"})
+    started: list[Recipe] = []
+    monkeypatch.setattr(precision, "has_bf16", lambda device: True)
+    monkeypatch.setattr(comparing.pipeline, "stages", started.append)
+    monkeypatch.setattr(comparing, "_conclude", lambda *_: None)
+    monkeypatch.setattr(comparing.engines, "shutdown", lambda: None)
+    comparing.compare(own, 2, ["random-pairs"])
+    assert [made.train.precision for made in started] == 4 * ["bf16"]
 
 
 def test_pruning_is_reconstructed_where_the_recipe_is(tmp_path: Path, target: Target) -> None:
@@ -68,7 +83,9 @@ def test_where_auto_shares_bases_the_control_is_auto_without_them(
     assert variant(CONTROLS["heads"], own, target, 0, str(tmp_path / "heads")) is None
 
 
-@pytest.mark.parametrize("name", [name for name in CONTROLS if name != "heads"])
+@pytest.mark.parametrize(
+    "name", [name for name in CONTROLS if name not in ("heads", "drop-attention-cache")]
+)
 @pytest.mark.parametrize("heal", [0, 3])
 def test_every_control_takes_the_same_steps_and_no_more_bytes(
     name: str, heal: int, tmp_path: Path, target: Target
@@ -87,6 +104,37 @@ def test_every_control_takes_the_same_steps_and_no_more_bytes(
         assert made.plan.budget.heads is not None
         # 19 of 64 heads without q, k, v are as large as 14.25 heads without q, k, v and o.
         assert made.plan.budget.heads == 15
+
+
+def test_whole_layers_are_dropped_at_the_recipes_bytes_and_at_its_cache(
+    tmp_path: Path, target: Target
+) -> None:
+    """The demo base: 8 layers of 8 units, of which two layers and 4 units more are removed."""
+    own = recipe(tmp_path / "run")
+    config, layout = target.config, target.layout
+    removed = tuple((layer, unit) for layer in (1, 2, 3) for unit in range(layout.units))
+    plan = SharingPlan(removed=removed[:20])
+    found: dict[str, Recipe | None] = {}
+    for name in ("drop-attention", "drop-attention-cache"):
+        found[name] = variant(CONTROLS[name], own, Target(plan, config, 2), 0, str(tmp_path / name))
+        made = found[name]
+        assert made is not None
+        assert (made.plan.strategy, made.plan.action) == ("loss", "drop")
+        assert (made.train.steps, made.materialize.heal_steps) == (0, 2)
+        space = PlanProblem(made.plan, config).space
+        assert space.needed > 2 * space.drop_saves  # 20 units are more than two layers
+        assert space.needed <= 3 * space.drop_saves
+    saved = plan.savings(config)
+    cache = PlanProblem(found["drop-attention-cache"].plan, config).space
+    assert cache.needed == saved.base_cache - saved.stored_cache
+    size = PlanProblem(found["drop-attention"].plan, config).space
+    assert size.needed == saved.removed_parameters
+    none = variant(CONTROLS["drop-attention-cache"], own, target, 0, str(tmp_path / "none"))
+    assert none is None, "ties save no cache"
+    most = tuple((layer, unit) for layer in range(1, 8) for unit in range(layout.units))
+    more = Target(SharingPlan(removed=((0, 0), *most)), config, 2)
+    for name in ("drop-attention", "drop-attention-cache"):
+        assert variant(CONTROLS[name], own, more, 0, str(tmp_path / name)) is None
 
 
 @pytest.mark.more

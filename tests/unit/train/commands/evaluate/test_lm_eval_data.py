@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import json
+import re
 import zipfile
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 
 from sa_models.errors import PostshareError
 from train.commands.evaluate.lm_eval_data import LocalTask, data_hash, find_local
+from train.commands.evaluate.lm_eval_tasks import _with_local_data
 
 
 def test_splits_by_name(tmp_path: Path) -> None:
@@ -96,3 +98,16 @@ def test_real_files(shared: Path) -> None:
         len(LocalTask(data / n).rows(s) or [])
         for n, s in (("sst2", "validation"), ("gsm8k", "test"))
     ] == [872, 1319]
+
+
+def test_hellaswag_without_its_file_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "hellaswag").mkdir()
+    found = find_local(tmp_path, "hellaswag")
+    assert found is not None
+    config = {"task": "hellaswag", "training_split": "train", "validation_split": "validation"}
+    said = re.escape(
+        f"{tmp_path / 'hellaswag'} has no validation data; put validation.jsonl there "
+        "(docs/evaluation.md)"
+    )
+    with pytest.raises(PostshareError, match=f"^{said}$"):
+        _with_local_data(config, found)

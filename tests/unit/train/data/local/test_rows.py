@@ -155,7 +155,12 @@ WRONG: list[tuple[str, str | bytes, str]] = [
     ),
     ("a.jsonl", '{"body": "a", "id": 1}', r"has no column 'text'; set text to one of: body$"),
     ("a.jsonl", '{"id": 1}', r"no column 'text', nor another of text \(id\); choose another s"),
-    ("a.jsonl", '{"messages": []}', r"choose another source, or set data\.format=chat"),
+    ("a.jsonl", '{"messages": []}', r"but chats in 'messages'; set data\.format=chat"),
+    (
+        "a.jsonl",
+        '{"instruction": "a", "input": "", "output": "b"}',
+        r"has no column 'text' but records of 'instruction' and 'output'; set data\.format=alpaca",
+    ),
     ("a.jsonl", lines({"instruction": "", "output": ""}), r", or set data\.format=alpaca"),
     ("a.jsonl", GOOD + '{"text": "\\ud83d"}', r", line 2 has \\ud83d, half of a character"),
     ("a.json", '[{"text": "\\udc00"}]', r", record 0 has \\udc00, half of a character"),

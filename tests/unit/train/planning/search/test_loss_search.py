@@ -16,6 +16,7 @@ from sa_models import HeadTie, SharingPlan
 from sa_models.errors import PostshareError
 from sa_models.heads import PROJECTIONS
 from sa_models.scores.fisher import estimate_sensitivity
+from sa_models.scores.magnitude import unit_norms
 from sa_models.search.algorithms import EvolutionOptions
 from sa_models.search.budget import parse_share
 from sa_models.weights.safetensors_folder import WeightsFolder
@@ -69,7 +70,8 @@ def test_the_plan_is_the_best_of_what_was_measured(
     assert search["base_loss"] == pytest.approx(dense, abs=1e-5)
     assert search["loss"] == pytest.approx(reference_loss(base, found, tokens), abs=1e-5)
     batches = [{"input_ids": row[None]} for row in tokens]
-    slopes = estimate_sensitivity(base, batches, [PROJECTIONS]).ties[PROJECTIONS].first
+    estimates = estimate_sensitivity(base, batches, [PROJECTIONS])
+    slopes = estimates.ties[PROJECTIONS].first
     rises = {}
     for line in (made.folder / SEARCH_CACHE).read_text().splitlines():
         entry = json.loads(line)
@@ -85,6 +87,10 @@ def test_the_plan_is_the_best_of_what_was_measured(
     assert (tie.target, tie.source) == best
     (rise,) = search["loss_rises"]
     assert rise["loss_rise"] == pytest.approx(rises[best], abs=2e-5)
+    removal = float(estimates.removal.second[tie.target])
+    assert rise["removal_rise"] == pytest.approx(removal, rel=1e-4)
+    dearer = rises[best] > removal
+    assert search["dearer_than_removal"] == [list(tie.target)] * dearer
     (step,) = search["path"]
     assert step["actions"] == [
         {
@@ -102,6 +108,10 @@ def test_the_plan_is_the_best_of_what_was_measured(
     assert picture.shape[0] > 300
     assert picture[..., :3].std() > 0.05
     shown = capsys.readouterr()
+    note = (
+        f"of 1 tied units 1 would cost less if they were removed: an estimated {removal:.4f} nats"
+    )
+    assert (note in " ".join(shown.out.split())) == dearer
     assert f"tie [{tie.target[0]}, {tie.target[1]}] <- " in shown.out
     assert f"{math.exp(dense):.2f}" in shown.out
     assert "plan-search.json" in shown.out.replace("\n", "")
@@ -226,6 +236,113 @@ def test_magnitude_and_gradient_remove_the_least(
     assert found.removed == tuple(sorted(least))
 
 
+# --- whole layers ---------------------------------------------------------------------------------
+
+DROP = LOSS | {"action": "drop"}
+
+
+def whole_layers(*layers: int) -> SharingPlan:
+    return SharingPlan(removed=tuple((layer, unit) for layer in layers for unit in range(HEADS)))
+
+
+@pytest.mark.usefixtures("rendered")
+def test_the_layer_that_costs_least_is_dropped(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two of six layers, one after the other, against every choice measured by the definition."""
+    made = recipe(home, tmp_path / "run", plan=DROP | {"budget": {"heads": 2 * HEADS}})
+    plan(made)
+    found = SharingPlan.load(made.folder / "plan.json")
+    tokens, base = calibration(made), base_model(home)
+    batches = [{"input_ids": row[None]} for row in tokens]
+    taken: list[int] = []
+    current = dense = reference_loss(base, SharingPlan(), tokens)
+    slopes = estimate_sensitivity(base, batches).drop.first
+    for _ in range(2):
+        rises = {
+            layer: reference_loss(base, whole_layers(*taken, layer), tokens) - current
+            for layer in range(1, LAYERS)
+            if layer not in taken
+        }
+        best = min(rises, key=lambda layer: rises[layer] - float(slopes[layer]))
+        taken.append(best)
+        current += rises[best]
+    assert found == whole_layers(*sorted(taken))
+    search = read(made.folder, "plan-search.json")
+    assert search["base_loss"] == pytest.approx(dense, abs=1e-5)
+    assert search["loss"] == pytest.approx(current, abs=1e-5)
+    actions = [action for step in search["path"] for action in step["actions"]]
+    assert [(a["action"], a["target"]) for a in actions] == [("drop", [at, None]) for at in taken]
+    savings = found.savings(base.config)
+    assert search["path"][-1]["parameters_saved"] == savings.removed_parameters
+    assert savings.removed_parameters == 2 * (HEADS * 4 * 8 * 32 + 32)
+    assert search["halves"]["units"] == 2
+    shown = capsys.readouterr().out
+    assert f"drop layer {taken[0]}" in shown
+    assert "layers without attention" in shown
+
+
+@pytest.mark.parametrize("strategy", ["random", "magnitude"])
+def test_layers_are_dropped_by_chance_and_by_magnitude(home: Path, strategy: str) -> None:
+    config, reader = base_model(home).config, WeightsFolder(home / "base")
+    asked = section(strategy=strategy, action="drop", budget={"ratio": 0.5})
+    found, _ = find_ties(PlanProblem(asked, config), reader)
+    dropped = found.dropped(found.layout(config))
+    assert len(dropped) == 3
+    assert len(found.removed) == 3 * HEADS
+    assert 0 not in dropped
+    if strategy == "magnitude":
+        norms = unit_norms(reader, found.layout(config)).sum(1)
+        assert dropped == set((norms[1:].argsort()[:3] + 1).tolist())
+    else:
+        others = [
+            find_ties(PlanProblem(asked.model_copy(update={"seed": n}), config), reader)[0]
+            for n in range(1, 6)
+        ]
+        assert len({other.removed for other in others}) > 1
+
+
+def test_gradient_drops_the_layers_of_least_importance(home: Path) -> None:
+    base = base_model(home)
+    asked = section(strategy="gradient", action="drop", budget={"ratio": 0.5})
+    torch.manual_seed(0)
+    batches = [{"input_ids": torch.randint(2048, (2, 16))}]
+    found = choose_by_importance(PlanProblem(asked, base.config), base, batches)
+    importance = estimate_sensitivity(base, batches).gradient.sum(1)
+    least = set((importance[1:].argsort()[:3] + 1).tolist())
+    assert found.dropped(found.layout(base.config)) == least
+
+
+@pytest.mark.parametrize(
+    ("budget", "layers"),
+    [
+        ({"ratio": 1 / 3}, None),  # 7 of 24 units
+        ({"ratio": 0.34}, 2),
+        ({"heads": 4}, 1),
+        ({"heads": 6}, None),
+        ({"parameters": "-1%"}, 1),
+        ({"bytes": "-5%"}, 2),
+        ({"cache": "-33.3%"}, 2),
+        ({"cache": "-34%"}, 3),
+    ],
+)
+def test_budgets_of_whole_layers(home: Path, budget: dict[str, Any], layers: int | None) -> None:
+    """Units have to come to whole layers; shares are met by the fewest layers."""
+    config = base_model(home).config
+    problem = PlanProblem(section(strategy="random", action="drop", budget=budget), config)
+    if layers is None:
+        with pytest.raises(PostshareError, match=r"the nearest is .*\(1 or 2 of 6 layers\)"):
+            _ = problem.space
+        return
+    predicted = plan_savings(problem)
+    found, _ = find_ties(problem, WeightsFolder(home / "base"))
+    assert predicted == found.savings(config)
+    assert predicted.dropped_layers == layers
+    if "cache" in budget:
+        share = parse_share(budget["cache"])
+        assert (layers - 1) / LAYERS < share <= layers / LAYERS
+
+
 # --- budgets --------------------------------------------------------------------------------------
 
 
@@ -286,6 +403,10 @@ def test_spans_and_kv_heads_count_towards_a_share(home: Path) -> None:
             {"strategy": "magnitude", "action": "remove", "budget": {"ratio": 0.7}},
             "asks for 16 of 24 units, possible are 1 to 15",
         ),
+        (
+            {"strategy": "loss", "action": "drop", "budget": {"cache": "-90%"}},
+            r"cache asks for -90.10%.*save -83.33% at most.*cache=-83.33%",
+        ),
     ],
 )
 def test_the_nearest_budget_is_said_and_can_be_met(
@@ -321,6 +442,10 @@ def test_the_nearest_budget_is_said_and_can_be_met(
         ({"strategy": "loss", "calibration_blocks": 1}, "greater than or equal to 2"),
         ({"strategy": "loss", "action": "remove", "share": ["q"]}, "ignores share"),
         ({"strategy": "loss", "budget": None}, "loss needs a budget"),
+        ({"action": "drop"}, "cosine drops no layers by itself"),
+        ({"strategy": "auto", "action": "drop"}, "auto ignores action"),
+        ({"strategy": "basis", "action": "drop"}, "basis ignores action"),
+        ({"strategy": "loss", "action": "drop", "share": ["q"]}, "ignores share"),
     ],
 )
 def test_options_without_effect_are_refused(fields: dict[str, Any], part: str) -> None:
