@@ -15,6 +15,7 @@ from sa_models.weights.safetensors_folder import WeightsFolder
 from train.common.identity import refuse_other_run
 from train.common.progress import note
 from train.common.run_files import (
+    BLOCKS_FILE,
     CHANCE_FILE,
     ISOTROPY_PICTURE,
     MERGED,
@@ -101,7 +102,7 @@ def _check(
     current.on_main(lambda: claim(current, teacher))
 
 
-UNCLAIMED = (SEARCH_CACHE, SIGNS, LOCK_FILE, beside(Path(RECIPE_FILE)).name)
+UNCLAIMED = (SEARCH_CACHE, BLOCKS_FILE, SIGNS, LOCK_FILE, beside(Path(RECIPE_FILE)).name)
 """What may lie in a folder that is no run's yet."""
 STARTED = ("run.json", "continued", MERGED, "residual", "heal", "export", SUMMARY_FILE)
 
@@ -120,8 +121,8 @@ def begun_recipe(folder: Path) -> Recipe | None:
 def check_folder(recipe: Recipe) -> None:
     """Refuse a folder that holds another run, or something that is no run at all.
 
-    What the search of another run has measured may lie there: every line names what it is of. So
-    may what a start leaves that is killed before it has claimed the folder.
+    What another run has measured, of a search or of models, may lie there: every entry names what
+    it is of. So may what a start leaves that is killed before it has claimed the folder.
     """
     folder, file = recipe.folder, recipe.folder / RECIPE_FILE
     if not file.is_file():

@@ -1,0 +1,113 @@
+"""docs/ties.md from the lines of tie_study.py: for each size a table of each number of tokens.
+
+python tests/benchmarks/tie_tables.py
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+from train.evaluation.bootstrap import interval
+from train.evaluation.perplexity import BlockLosses
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+PAGE, LINES = DOCS / "ties.md", DOCS / "ties-smollm2.jsonl"
+MARKS = ("<!-- tables: made by tie_tables.py -->", "<!-- /tables -->")
+SIZES = {"10": "9 of 90 KV groups", "30": "27 of 90 KV groups"}
+"""Whose parameters are saved."""
+
+Line = dict[str, Any]
+
+
+def tables(lines: list[Line]) -> str:
+    """A table of every size and number of tokens that has a line, in this order."""
+    parts = []
+    for size, what in SIZES.items():
+        of_size = [line for line in lines if line["size"] == size]
+        for tokens in sorted({line["tokens"] for line in of_size}):
+            found = [line for line in of_size if line["tokens"] == tokens]
+            title = f"{tokens:,} tokens" if tokens else "nothing trained"
+            parts.append(f"**{size} % ({what}), {title}**\n\n{_table(found, lines, tokens)}")
+    return "\n\n".join(parts)
+
+
+def _table(found: list[Line], every: list[Line], tokens: int) -> str:
+    continued = [line for line in every if line["size"] == "0" and line["tokens"] == tokens]
+    arms: dict[str, list[Line]] = {}
+    for line in [*continued, *found]:
+        arms.setdefault(name_of(line), []).append(line)
+    out = ["| what | seeds | untrained | trained | above *continued* (95 %) | bytes |"]
+    out.append("| --- | --- | --- | --- | --- | --- |")
+    for name, lines in sorted(arms.items(), key=lambda item: trained(item[1])):
+        untrained = lines[0]["perplexity"]["untrained"]
+        cells = (
+            name,
+            len(lines),
+            "" if untrained is None else f"{untrained:.2f}",
+            f"{trained(lines):.2f}",
+            above(lines, continued),
+            f"{max(line['bytes'] for line in lines):,}",
+        )
+        out.append(f"| {' | '.join(map(str, cells))} |".replace("|  |", "| |"))
+    return "\n".join(out)
+
+
+def name_of(line: Line) -> str:
+    """The values of the axes that are neither none nor what changes nothing."""
+    arm = line["arm"]
+    if arm["share"] == "continued":
+        return "*continued*" + (", teacher" if arm["teacher"] != "none" else "")
+    return ", ".join(value for value in arm.values() if value not in ("none", "copy"))
+
+
+def trained(lines: list[Line]) -> float:
+    return statistics.fmean(line["perplexity"]["trained"] for line in lines)
+
+
+def above(lines: list[Line], continued: list[Line]) -> str:
+    """How far perplexity lies above that of *continued* with as good a teacher, in percent, with
+    its interval over blocks and seeds; nothing where that is not known."""
+    ours = {line["seed"]: line for line in lines}
+    control = {
+        line["seed"]: line
+        for line in continued
+        if line["arm"]["teacher"] == lines[0]["arm"]["teacher"] and line["seed"] in ours
+    }
+    if lines[0]["size"] == "0" or not control or control.keys() != ours.keys():
+        return ""
+    runs, reference = (
+        [BlockLosses(tuple(of[seed]["nats"]), tuple(of[seed]["predicted"])) for seed in sorted(of)]
+        for of in (ours, control)
+    )
+    middle = statistics.fmean(r.perplexity.loss for r in runs)
+    middle -= statistics.fmean(r.perplexity.loss for r in reference)
+    values = (middle, *interval(runs, reference))
+    mean, low, high = (f"{100 * math.expm1(value):.2f}" for value in values)
+    return f"{mean} % ({low} to {high})"
+
+
+def read() -> list[Line]:
+    """The trainings that have finished."""
+    if not LINES.is_file():
+        return []
+    return [json.loads(line) for line in LINES.read_text(encoding="utf-8").splitlines()]
+
+
+def filled(page: str) -> str:
+    """The text of the page with the tables between their marks."""
+    begin, end = MARKS
+    before, rest = page.split(begin)
+    return f"{before}{begin}\n\n{tables(read())}\n\n{end}{rest.split(end, 1)[1]}"
+
+
+def write() -> None:
+    """Bring docs/ties.md up to date."""
+    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write()

@@ -1,0 +1,239 @@
+"""The study of ties: which trainings follow, the plans they share, and its tables."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+
+from sa_models.heads import PROJECTIONS
+from sa_models.plan import SharingPlan
+from tests.support import pictures
+from tests.support.spans_base import recipe, write_base, write_text
+from train.recipe.recipe import validate
+from train.stages.pipeline import plan, run
+
+FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
+UNIT = 4 * 8 * 32
+"""Parameters of a unit of the small base: q, k, v and o."""
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    return importlib.import_module("tie_study")
+
+
+@pytest.fixture
+def settings(made: ModuleType) -> dict[str, Any]:
+    return yaml.safe_load(made.SETTINGS.read_text(encoding="utf-8"))
+
+
+def add_lines(study: Any, jobs: list[Any], perplexity: dict[str, float]) -> None:
+    """Finished trainings; those that are not named are bad."""
+    with study.lines.open("a") as file:
+        for job in jobs:
+            value = {"trained": perplexity.get(job.arm.name, 99.0)}
+            file.write(json.dumps({"name": job.name, "perplexity": value}) + "\n")
+
+
+def test_a_round_goes_on_with_the_best_of_the_one_before(
+    made: ModuleType, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    study = made.Study(settings, tmp_path / "lines.jsonl", tmp_path)
+    first = study.next_jobs("10")
+    names = [job.name for job in first]
+    assert names[:2] == ["qkvo-heal-10-4096-0", "qkvo-least_squares-heal-10-4096-0"]
+    assert names[-2:] == ["removed-heal-10-4096-0", "removed-heal-teacher-10-4096-0"]
+    assert len(first) == 4 * 3 + 2
+    assert len(study.next_jobs("30")) == 3 * 3 + 2  # k and v alone cannot save so much
+    add_lines(study, first[:3], {})
+    assert study.next_jobs("10") == first[3:]  # what was stopped goes on
+    best = {"vo heal": 30.0, "qk weighted_mean heal": 31.0}
+    add_lines(study, first[3:], best | {"removed heal": 20.0})
+    second = study.next_jobs("10")
+    found = {job.arm.name for job in second}
+    assert {arm.split()[0] for arm in found} == {"qk", "vo"}  # no control is kept
+    # 6 ways to pull or not, healed or not, with 3 residuals, with or without a teacher; without
+    # those that nothing trains but have a teacher. With a residual units are copied.
+    of_vo = [name for name in found if name.startswith("vo")]
+    assert len(of_vo) == 6 * 2 * 3 * 2 - 3 - 1  # "vo heal" is known
+    assert sum(name.startswith("qk weighted_mean") for name in found) == 6 * 2 * 2 - 1 - 1
+    assert sum(name.startswith("qk ") and "rank" in name for name in found) == 6 * 2 * 2 * 2 - 2
+    untrained = next(job for job in second if job.arm.name == "vo rank4")
+    assert untrained.name == "vo-rank4-10-0-0"
+    add_lines(study, second, {f"vo heal {pull}": 10.0 for pull in ("progressive", "penalty")})
+    third = study.next_jobs("10")
+    assert len(third) == 8 + 2
+    assert {job.tokens for job in third} == {16384}
+    assert [job.arm.name for job in third[:2]] == ["vo heal penalty", "vo heal progressive"]
+    add_lines(study, third, {"vo heal progressive": 9.0})
+    last = study.next_jobs("10")
+    assert {job.seed for job in last} == {0, 1, 2}
+    add_lines(study, last, {})
+    assert study.next_jobs("10") == []
+
+
+def test_every_training_of_a_round_has_a_valid_recipe(
+    made: ModuleType, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    study = made.Study(settings, tmp_path / "lines.jsonl", tmp_path)
+    jobs = study.next_jobs("10")
+    add_lines(study, jobs, {"vo heal": 30.0, "qkvo least_squares heal": 31.0})
+    jobs += study.next_jobs("10")
+    recipes = {job.arm.name: validate(study.recipe(job)) for job in jobs}
+    pulled = recipes["vo heal decoupled rank16 teacher"]
+    assert (pulled.train.steps, pulled.materialize.heal_steps) == (4, 4)
+    assert (pulled.penalty.mode, pulled.penalty.coefficient) == ("decoupled", 12)
+    assert pulled.residual is not None
+    assert pulled.distill is not None
+    assert (pulled.residual.rank, pulled.distill.weight) == (16, 0.5)
+    assert pulled.plan.path == str(tmp_path / "plan-vo-10-rank16.json")
+    healed = recipes["qkvo least_squares heal"]
+    assert (healed.materialize.merge, healed.materialize.heal_steps) == ("least_squares", 8)
+    assert recipes["removed heal teacher"].distill is not None
+    assert recipes["vo rank4"].steps == 0
+    for share, size in (("qkvo", "10"), ("kv", "10"), ("removed", "30")):
+        searched = validate(study.search_recipe(share, size))
+        assert searched.plan.strategy == "loss"
+    assert searched.plan.action == "remove"
+
+
+def test_a_plan_is_the_shortest_beginning_that_saves_enough(made: ModuleType) -> None:
+    """Units of the small base have 1,024 parameters; a residual of rank 2 takes 512 a layer."""
+    config = base_model_config()
+    targets = [[5, 0], [5, 1], [4, 0], [3, 0], [2, 0]]
+    path = [
+        {
+            "actions": [
+                {"target": target, "source": [0, 0], "projections": [*PROJECTIONS]}
+                for target in pair
+            ]
+        }
+        for pair in (targets[:2], targets[2:4], targets[4:])
+    ]
+
+    def length(needed: int, rank: int) -> int:
+        return len(made.first_of_path(path, config, needed, rank).ties)
+
+    assert [length(needed, 0) for needed in (1, UNIT, UNIT + 1, 3 * UNIT)] == [1, 1, 2, 3]
+    # 1 unit leaves 512, 2 of one layer 1,536, 3 of two layers 2,048, 4 of three 2,560.
+    assert [length(needed, 2) for needed in (512, 513, 1537, 2049)] == [1, 2, 3, 4]
+    with pytest.raises(Exception, match="5 actions saves less than 5,121"):
+        length(5 * UNIT + 1, 0)
+
+
+def base_model_config() -> Any:
+    from transformers import LlamaConfig
+
+    from tests.support.spans_base import HEADS, HIDDEN, LAYERS
+
+    return LlamaConfig(
+        hidden_size=HIDDEN,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=HEADS,
+    )
+
+
+@pytest.mark.more
+def test_trainings_share_a_search_and_what_was_measured(
+    made: ModuleType, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = copy.deepcopy(settings)
+    write_base(tmp_path / "base"), write_text(tmp_path / "text.jsonl")
+    known = recipe(
+        tmp_path, tmp_path / "any", plan={"strategy": "none"}, export={"formats": ["dense"]}
+    )
+    data = known.data.model_dump(mode="json")
+    small["base"] |= {
+        "model": {"path": str(tmp_path / "base"), "tokenizer": "demo-base"},
+        "data": {name: data[name] for name in ("train", "validation", "sequence_length")},
+        "evaluate": {"blocks": 4, "continued": False},
+    }
+    small["search"]["calibration_blocks"] = 2
+    small["sizes"] = {"10": 2 * UNIT}
+    small["axes"]["share"] = {"qkvo": {"plan": {"share": [*PROJECTIONS]}, "heads": {"10": 4}}}
+    small["axes"]["merge"] = {"copy": {}}
+    small["axes"]["residual"] = {
+        "none": {},
+        "rank2": {"recovery": ["residual"], "recipe": {"residual": {"rank": 2}}},
+    }
+    small["axes"]["teacher"] = {"none": {}}
+    small["controls"] = {"removed": {"plan": {"action": "remove"}, "heads": {"10": 2}}}
+    small["rounds"] = [
+        {"tokens": 64, "vary": ["heal", "residual"], "keep": 1},
+        {"tokens": 128, "keep": 1},
+    ]
+    started: list[str] = []
+
+    def start(command: str, value: dict[str, Any], file: Path) -> None:
+        started.append(f"{command} {file.stem}")
+        {"plan": plan, "run": run}[command](validate(value))
+
+    monkeypatch.setattr(made, "start", start)
+    study = made.Study(small, tmp_path / "lines.jsonl", tmp_path / "runs")
+    study.folder.mkdir()
+    with pictures.unrendered():
+        done = [job.name for job in made.go_on(study, ["10"])]
+    assert done[:4] == [
+        "qkvo-heal-10-64-0",
+        "qkvo-heal-rank2-10-64-0",
+        "qkvo-10-0-0",
+        "qkvo-rank2-10-0-0",
+    ]
+    assert len(started) == len(done) + 2
+    assert started[0] == "plan search-qkvo-10"
+    lines = {line["name"]: line for line in study.read()}
+    assert {line["perplexity"]["base"] for line in lines.values()} == {
+        lines["qkvo-10-0-0"]["perplexity"]["base"]
+    }
+    plain, residual = lines["qkvo-heal-10-64-0"], lines["qkvo-rank2-10-0-0"]
+    assert plain["perplexity"]["untrained"] == lines["qkvo-10-0-0"]["perplexity"]["trained"]
+    assert plain["units"] == 2 < residual["units"]
+    base = lines["continued-heal-0-64-0"]
+    assert base["perplexity"]["trained"] != base["perplexity"]["base"]
+    assert [name for name in lines if name not in done] == [
+        "continued-heal-0-64-0",
+        "continued-heal-0-128-0",
+    ]
+    assert base["bytes"] - plain["bytes"] >= 2 * UNIT * 4 - 2000  # heads of files differ
+    plans = [SharingPlan.load(study.folder / f"plan-qkvo-10-{n}.json") for n in ("none", "rank2")]
+    assert plans[1].ties[:2] == plans[0].ties
+    assert not any(child.is_dir() for child in (study.folder / "qkvo-heal-10-64-0").iterdir())
+    table = importlib.import_module("tie_tables").tables([*lines.values()])
+    assert "**10 % (9 of 90 KV groups), 64 tokens**" in table
+    assert "| qkvo, heal, rank2 | 1 | " in table
+    assert [*made.go_on(study, ["10"])] == []
+
+
+def test_an_interval_stands_beside_what_lies_above_continued(made: ModuleType) -> None:
+    tables = importlib.import_module("tie_tables")
+
+    def line(share: str, seed: int, nats: list[float], teacher: str = "none") -> dict[str, Any]:
+        return {
+            "arm": {"share": share, "teacher": teacher}, "seed": seed, "nats": nats,
+            "predicted": [10, 10], "size": "0" if share == "continued" else "10",
+        }  # fmt: skip
+
+    continued = [line("continued", seed, [30.0, 32.0]) for seed in (0, 1)]
+    ours = [line("qkvo", 0, [30.2, 32.2]), line("qkvo", 1, [30.2, 32.2])]
+    # 0.02 nats a token whatever blocks and seeds are drawn: exp(0.02) - 1
+    assert tables.above(ours, continued) == "2.02 % (2.02 to 2.02)"
+    assert tables.above(ours[:1], continued) == "2.02 % (2.02 to 2.02)"
+    assert tables.above([line("qkvo", 2, [30.2, 32.2])], continued) == ""
+    assert tables.above([line("qkvo", 0, [30.2, 32.2], "teacher")], continued) == ""
+    spread = tables.above([line("qkvo", 0, [30.0, 32.4])], continued)
+    assert spread == "2.02 % (0.00 to 4.08)"
+
+
+def test_the_page_has_the_tables_of_its_lines(made: ModuleType) -> None:
+    tables = importlib.import_module("tie_tables")
+    page = tables.PAGE.read_text(encoding="utf-8")
+    assert tables.filled(page) == page, "run tests/benchmarks/tie_tables.py"
