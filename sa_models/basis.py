@@ -24,7 +24,8 @@ class SharedBasis:
     """Which layers share bases, and their ranks.
 
     Attributes:
-        layers: adjacent layers that share one; the last group may be smaller.
+        layers: adjacent layers that share one; the last group may be smaller. 1: each layer has its
+            own, a low-rank approximation.
         q, k, v: the rank of every group.
     """
 
@@ -65,8 +66,8 @@ def read_basis(value: Any) -> SharedBasis | None:
     refuse_unknown(value, {"layers", "ranks"}, where)
     layers: Any = value.get("layers")
     ranks = value.get("ranks")
-    if not is_index(layers) or layers < 2:
-        raise PostshareError(f"{where}.layers is {layers!r}; give an integer of at least 2")
+    if not is_index(layers) or layers < 1:
+        raise PostshareError(f"{where}.layers is {layers!r}; give an integer of at least 1")
     if not isinstance(ranks, dict) or ranks.keys() != set(FACTORED):
         raise PostshareError(f"{where}.ranks is {ranks!r}; give the lists q, k and v")
     for p, numbers in ranks.items():

@@ -72,7 +72,7 @@ class Sensitivity:
     Attributes:
         removal: (layers, units); nan where a layer is left out.
         ties: {projections: (layers, units, layers, units)}, target first; nan where the source is
-            not in an earlier layer, or a layer is left out.
+            not in an earlier layer, or out of reach, or a layer is left out.
         gradient: |sum of weight * gradient| over q, k, v and o of every unit, (layers, units): the
             first-order importance of LLM-Pruner (2305.11627, equation 5), attention only.
         tokens: predicted tokens.
@@ -92,6 +92,7 @@ def estimate_sensitivity(
     shares: Sequence[Sequence[str]] = (),
     without: Iterable[int] = (),
     progress: Progress | None = None,
+    reach: int | None = None,
 ) -> Sensitivity:
     """First and second order of all removals and ties, from one backward pass over the text.
 
@@ -103,13 +104,14 @@ def estimate_sensitivity(
         shares: the sets of projections that a tie shares.
         without: layers whose units are neither changed nor sources (followers of spans).
         progress: called with (done, total) rows.
+        reach: layers below a target's, at most, in which its sources are; None: all of them.
 
     Raises:
         PostshareError: no token to predict, or padding.
     """
     rows = rows_of(batches)
     with _evaluation(model):
-        sums = _Sums(model, [tuple(share) for share in shares], frozenset(without))
+        sums = _Sums(model, [tuple(share) for share in shares], frozenset(without), reach)
         for done, row in enumerate(rows, start=1):
             sums.add(row)
             if progress is not None:
@@ -183,9 +185,13 @@ class _Sums:
     """Sums over rows of the directional derivatives, and of their squares."""
 
     def __init__(
-        self, model: LlamaForCausalLM, shares: list[tuple[str, ...]], without: frozenset[int]
+        self,
+        model: LlamaForCausalLM,
+        shares: list[tuple[str, ...]],
+        without: frozenset[int],
+        reach: int | None,
     ) -> None:
-        self.model, self.shares, self.without = model, shares, without
+        self.model, self.shares, self.without, self.reach = model, shares, without, reach
         self.layout = layout = HeadLayout.from_config(model.config)
         self.parameters = dict(model.named_parameters())
         shape = (layout.layers, layout.units)
@@ -267,11 +273,12 @@ class _Sums:
             return
         target = self._projected(layer, seen)
         maps = self._maps(target) if CIRCUITS[1] in self.ties else None
-        for other in range(layer):
+        for other in range(max(0, layer - (self.reach or layer)), layer):
             if other in self.without:
                 continue
             source = self._projected(other, seen)
             theirs = self._through_o(other, gradient)
+            whole: torch.Tensor | None = None  # of the source's q, k and v, with or without its o
             for share, sums in self.ties.items():
                 if share in CIRCUITS:
                     if share == CIRCUITS[0]:
@@ -281,12 +288,12 @@ class _Sums:
                         after = _mixed_along(maps, theirs, source["v"][0]).transpose(0, 1)
                     _add(sums[:, layer, :, other], after.transpose(0, 1) - now[:, None])
                     continue
-                same = {"q", "k", "v"} <= set(share)
-                then = self._tied(share, 0, target, source)
+                if same := {"q", "k", "v"} <= set(share):
+                    whole = self._tied(share, 0, target, source) if whole is None else whole
                 changes = []
                 for unit in range(self.layout.units):
-                    if unit and not same:
-                        then = self._tied(share, unit, target, source)
+                    then = whole if same else self._tied(share, unit, target, source)
+                    assert then is not None
                     outer = theirs if "o" in share else own[unit]
                     changes.append((outer * then).sum(-1) - now[unit])
                 _add(sums[:, layer, :, other], torch.stack(changes))

@@ -287,12 +287,13 @@ def make_space(
             droppable=tuple(sorted(droppable)),
             drop_saves=drop_saves,
         )
+    ties = "tie" in kinds and saved > 0
     return Space(
         layout=layout,
-        targets=tuple(sorted(targets)) if "tie" in kinds and saved else (),
+        targets=tuple(sorted(targets)) if ties else (),
         removable=tuple(sorted(removable)) if "remove" in kinds and unit_saves[1] else (),
         sources=_units(layout, without),
-        shares={shared: saved},
+        shares={shared: saved} if ties else {},
         removal_saves=unit_saves[1],
         needed=needed,
         droppable=tuple(sorted(droppable)) if "drop" in kinds else (),

@@ -27,8 +27,11 @@ from sa_models.search.algorithms import SOURCES_PER_TARGET, Ranked, price
 from sa_models.search.measured_loss import MeasuredLoss
 from sa_models.ties import Unit
 
-STABLE = 2 / 3
+STABLE = 0.8
 """Share of the chosen units on which both halves agree, below which the choice is not stable."""
+REACH = 8
+"""Layers below a target's in which its sources are looked for: attention of far layers is rarely
+alike, and the time of an estimate is in proportion to the pairs of layers."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class Agreement:
     """How far two halves of the calibration text would choose the same.
 
     Attributes:
-        units: that are chosen.
+        units: that are chosen; layers, where only whole ones are dropped.
         common: of them, those that both halves choose.
         correlation: Spearman correlation of what the units cost on the halves.
     """
@@ -48,6 +51,15 @@ class Agreement:
     @property
     def is_stable(self) -> bool:
         return self.common >= STABLE * self.units
+
+    def blocks_needed(self, blocks: int) -> int:
+        """Blocks with which both halves are expected to agree on :data:`STABLE` of the units.
+
+        The noise of a mean falls with the root of the text; so does the share of the units that it
+        exchanges.
+        """
+        differing = 1 - self.common / self.units
+        return math.ceil(round(blocks * (differing / (1 - STABLE)) ** 2, 6))
 
 
 class Estimator:
@@ -90,7 +102,7 @@ class Estimator:
         parts: list[Sensitivity] = []
         for half in self._halves:
             report = self._report(total - len(half) if parts else 0, total)
-            parts.append(estimate_sensitivity(model, half, wanted, self.without, report))
+            parts.append(estimate_sensitivity(model, half, wanted, self.without, report, REACH))
         if not state:
             self._first = parts
         return parts
@@ -142,6 +154,7 @@ class EstimatedRanking:
             [space.tie_saves, space.removal_saves],
             [space.targets, space.removable],
             self.without,
+            self._shares,
         ]
         if space.droppable:
             about.append([space.droppable, space.drop_saves])
@@ -150,7 +163,11 @@ class EstimatedRanking:
         value = self.measured.cache.get(key, lambda: self._estimate(state, count))
         if self.agreement is None:
             self.agreement = Agreement(*value["agreement"])
-        return [Ranked(Action.from_list(a), *numbers) for a, *numbers in value["actions"]]
+        ranked = [Ranked(Action.from_list(a), *numbers) for a, *numbers in value["actions"]]
+        # Ties that are far from being taken are not estimated again, which takes most of the time.
+        near = {r.action.projections for r in ranked[:count]}
+        self._shares = tuple(share for share in self._shares if share in near)
+        return ranked
 
     def _estimate(self, state: State, count: int) -> dict[str, Any]:
         parts = self._estimator.at(state, self._shares)
@@ -187,6 +204,8 @@ def cheapest(space: Space, state: State, estimated: Sensitivity) -> list[Ranked]
         if unit in space.removable and unit not in changed:
             options.append(_ranked(Action(unit), removal.second[unit], removal.first[unit], gone))
         for share in space.shares if unit in space.targets else ():
+            if share not in estimated.ties:
+                continue
             if unit not in changed or space.may_tie_again(state, unit, share):
                 options += _nearest(space, changed, unit, share, estimated.ties[share], gone)
         found += [option for option in options if space.allows(state, option.action)]

@@ -7,7 +7,7 @@ an assumption, since each span is measured alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from itertools import pairwise
 from math import isfinite
@@ -146,35 +146,82 @@ def isotropy_score(isotropy: torch.Tensor) -> Score:
     return lambda leader, followers: sum(values[leader][follower] for follower in followers)
 
 
-def measure_candidates(
-    candidates: Iterable[SpanChoice],
-    loss_of: Callable[[int, tuple[int, ...]], float],
-    base_loss: float,
-    progress: Progress | None = None,
-) -> dict[SpanChoice, float]:
-    """Score of every candidate: minus the loss increase when that span alone is shared.
+class MeasuredSpans:
+    """The best spans by the loss, of which only those are measured that may be among the best.
+
+    Every span of one follower is. A longer one is expected to cost no less than its first followers
+    alone, and no less than its last one with the layer below it as its leader; where the best spans
+    by what is expected hold one that has not been measured, it is, from its first followers on.
 
     Args:
         loss_of: called with (leader, followers): the loss of the model with that one span.
         base_loss: the loss of the model without spans, on the same text.
-        progress: called with (done, total) after every candidate.
+        layers, max_followers, skip_layers: see :func:`candidate_spans`.
+        progress: called with (measured, candidates) after every measurement.
 
-    Raises:
-        PostshareError: a loss that is not finite.
+    Attributes:
+        scores: of what has been measured: minus the rise of the loss.
     """
-    candidates = list(candidates)
-    scores = {}
-    for done, span in enumerate(candidates, start=1):
-        loss = loss_of(*span)
-        if not isfinite(loss - base_loss):
+
+    def __init__(
+        self,
+        loss_of: Callable[[int, tuple[int, ...]], float],
+        base_loss: float,
+        layers: int,
+        max_followers: int,
+        skip_layers: Sequence[int] = (),
+        progress: Progress | None = None,
+    ) -> None:
+        self._loss_of, self._base_loss, self._progress = loss_of, base_loss, progress
+        self._limits = (max_followers, skip_layers)
+        self._layers = layers
+        self._candidates = candidate_spans(layers, *self._limits)
+        self.scores: dict[SpanChoice, float] = {}
+
+    def best(self, followers: int) -> list[SpanChoice]:
+        """The spans with so many followers and the smallest sum of rises, by leader.
+
+        Raises:
+            PostshareError: the budget cannot be met, or a loss is not finite.
+        """
+        _check_budget(followers, self._layers, *self._limits)
+        missing = [span for span in self._candidates if len(span.followers) == 1]
+        while True:
+            for span in missing:
+                self._measure(span)
+            expected = {span: self._expected(span) for span in self._candidates}
+            found = best_spans(expected, self._layers, followers, *self._limits)
+            missing = [self._first_missing(span) for span in found if span not in self.scores]
+            if not missing:
+                return found
+
+    def _measure(self, span: SpanChoice) -> None:
+        if span in self.scores:
+            return
+        loss = self._loss_of(*span)
+        if not isfinite(loss - self._base_loss):
             raise PostshareError(
-                f"the calibration loss is {loss} with {span} and {base_loss} without; load the "
-                "model in float32, or choose spans by isotropy"
+                f"the calibration loss is {loss} with {span} and {self._base_loss} without; load "
+                "the model in float32, or choose spans by isotropy"
             )
-        scores[span] = base_loss - loss
-        if progress is not None:
-            progress(done, len(candidates))
-    return scores
+        self.scores[span] = self._base_loss - loss
+        if self._progress is not None:
+            self._progress(len(self.scores), len(self._candidates))
+
+    def _expected(self, span: SpanChoice) -> float:
+        if span in self.scores:
+            return self.scores[span]
+        last = span.followers[-1]
+        shorter = SpanChoice(span.leader, span.followers[:-1])
+        return min(self._expected(shorter), self.scores[SpanChoice(last - 1, (last,))])
+
+    def _first_missing(self, span: SpanChoice) -> SpanChoice:
+        """The shortest beginning of a span that has not been measured."""
+        parts = (
+            SpanChoice(span.leader, span.followers[:count])
+            for count in range(1, len(span.followers) + 1)
+        )
+        return next(part for part in parts if part not in self.scores)
 
 
 class _Partial(NamedTuple):

@@ -1,13 +1,13 @@
 """The structures that strategy auto tries: spans by what they cost, and every number of KV heads.
 
-Spans are contiguous, as in :mod:`~sa_models.search.spans`: each candidate is measured alone, and
-dynamic programming gives those with the smallest sum of rises for 1, 2, 4, ... followers.
+Spans are contiguous, as in :mod:`~sa_models.search.spans`: each is measured alone, and dynamic
+programming gives those with the smallest sum of rises for 1, 2, 4, ... followers.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -19,8 +19,8 @@ from sa_models.spans import SHARES, AttentionSpan
 MAX_FOLLOWERS = 4
 """Of one leader."""
 
-Scores = Mapping[str, Mapping[SpanChoice, float]]
-"""{what a span shares: {span: minus the rise of the loss}}."""
+Spans = Callable[[str, int], list[SpanChoice]]
+"""Called with what spans share and a number of followers: the best spans with so many."""
 
 
 def span_plan(choices: Iterable[SpanChoice], share: str) -> SharingPlan:
@@ -35,7 +35,7 @@ def candidates(layers: int, skip_layers: Sequence[int]) -> list[SpanChoice]:
 def structures(
     config: Any,
     skip_layers: Sequence[int],
-    scores: Scores | None,
+    spans: Spans | None,
     is_met: Callable[[SharingPlan], bool],
 ) -> list[SharingPlan]:
     """What is tried: for each share 1, 2, 4, ... followers and the first number that meets the
@@ -43,23 +43,20 @@ def structures(
 
     Args:
         config: of the base model.
-        scores: of the spans; None: there are to be no spans.
-        is_met: whether a structure alone meets the budget.
+        spans: the best ones; None: there are to be no spans.
+        is_met: whether a structure alone meets the budget: of spans their number decides.
     """
     layout = HeadLayout.from_config(config)
     limits = (MAX_FOLLOWERS, skip_layers)
     found: list[SharingPlan] = []
-    for share in SHARES if scores is not None else ():
-        assert scores is not None
-        most = most_followers(layout.layers, *limits)
-        plans = [
-            span_plan(best_spans(scores[share], layout.layers, count, *limits), share)
-            for count in range(1, most + 1)
-        ]
-        enough = next((n for n, plan in enumerate(plans, start=1) if is_met(plan)), most)
+    for share in SHARES if spans is not None else ():
+        assert spans is not None
+        most, some = most_followers(layout.layers, *limits), any_spans(layout.layers, skip_layers)
+        numbers = range(1, most + 1)
+        enough = next((n for n in numbers if is_met(span_plan(some(share, n), share))), most)
         found += [
-            plan
-            for n, plan in enumerate(plans[:enough], start=1)
+            span_plan(spans(share, n), share)
+            for n in numbers[:enough]
             if n == enough or not n & (n - 1)  # a power of two
         ]
     return found + [
@@ -67,10 +64,11 @@ def structures(
     ]
 
 
-def without_scores(layers: int, skip_layers: Sequence[int]) -> Scores:
-    """Scores of zero: any spans, where only their number counts."""
-    zero = dict.fromkeys(candidates(layers, skip_layers), 0.0)
-    return dict.fromkeys(SHARES, zero)
+def any_spans(layers: int, skip_layers: Sequence[int]) -> Spans:
+    """Any spans, where only their number counts."""
+    return lambda share, followers: best_spans(
+        lambda *_: 0.0, layers, followers, MAX_FOLLOWERS, skip_layers
+    )
 
 
 def changed_layers(structure: SharingPlan, layers: int) -> frozenset[int]:

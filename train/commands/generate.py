@@ -64,7 +64,7 @@ def continued(
 ) -> str:
     """What follows a prompt, the likeliest token each time, up to the end of the text."""
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
-    made = model.generate(
+    made = model.generate(  # type: ignore[operator]  # of a mixin
         **inputs, max_new_tokens=tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id or 0
     )
     return str(tokenizer.decode(made[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))

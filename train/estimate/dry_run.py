@@ -17,7 +17,6 @@ from train.common.console import plain_console
 from train.common.sizes import byte_unit, count, size
 from train.estimate import gpu_memory, parameters
 from train.estimate.llama_shapes import DTYPE_BYTES, LlamaShape, find_shape
-from train.planning.basis import BASIS_LAYERS
 from train.planning.problem import PlanProblem
 from train.planning.search.auto_space import REBUILT, auto_passes
 from train.recipe.precision import is_auto, with_precision
@@ -171,10 +170,9 @@ def _units(recipe: Recipe, problem: PlanProblem, savings: PlanSavings) -> str:
             f"{passes.forward:,} forward passes over {plan.calibration_blocks} blocks{rebuilt}"
         )
     if plan.strategy == "basis":
-        return (
-            f"q, k and v of {BASIS_LAYERS} adjacent layers share a basis (Basis Sharing), their "
-            "factors fitted to calibration text"
-        )
+        adjacent = f"{plan.basis_layers} adjacent layers share a basis (Basis Sharing)"
+        what = "each layer have low rank" if plan.basis_layers == 1 else adjacent
+        return f"q, k and v of {what}, their factors fitted to calibration text"
     unit = "heads" if problem.layout.heads_per_unit == 1 else "KV groups"
     of = f"of {savings.units:,} units ({unit})"
     removed = f"{savings.removed_units:,} {of} removed"

@@ -15,7 +15,7 @@ from sa_models.plan import SharingPlan
 from train.planning.problem import PlanProblem
 
 BASIS_LAYERS = 2
-"""Adjacent layers that share a basis: the paper's main setting."""
+"""Adjacent layers that share a basis where a recipe does not say: the paper's main setting."""
 
 
 def basis_plan(problem: PlanProblem) -> SharingPlan:
@@ -25,10 +25,10 @@ def basis_plan(problem: PlanProblem) -> SharingPlan:
         PostshareError: a budget that factors of q, k and v cannot meet, with the nearest that they
             can.
     """
-    asked = problem.required
-    least, whole = parameter_range(problem.layout, BASIS_LAYERS)
+    asked, layers = problem.required, problem.section.basis_layers
+    least, whole = parameter_range(problem.layout, layers)
     asked.check(whole - least, "factors of q, k and v")
-    if (plan := saving_plan(problem.config, asked.needed)) is None:
+    if (plan := saving_plan(problem.config, asked.needed, layers)) is None:
         raise PostshareError(
             f"plan.budget.{asked.counted} leaves too few parameters for a rank in every group of "
             "layers; ask for less"
@@ -36,10 +36,10 @@ def basis_plan(problem: PlanProblem) -> SharingPlan:
     return plan
 
 
-def saving_plan(config: Any, saved: int) -> SharingPlan | None:
+def saving_plan(config: Any, saved: int, layers: int = BASIS_LAYERS) -> SharingPlan | None:
     """The plan whose factors save at least so many parameters; None where q, k and v hold too
     little, or nothing is to be saved."""
     layout = HeadLayout.from_config(config)
-    _, whole = parameter_range(layout, BASIS_LAYERS)
-    basis = basis_of(layout, BASIS_LAYERS, whole - saved)
+    _, whole = parameter_range(layout, layers)
+    basis = basis_of(layout, layers, whole - saved)
     return None if basis is None else SharingPlan(basis=basis)

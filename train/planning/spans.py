@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from rich import box
 from rich.table import Table
 
 from sa_models.atomic_files import write_json
+from sa_models.calibration.partial_forward import Restart
 from sa_models.plan import SharingPlan
 from sa_models.scores.attention_maps import (
     Isotropy,
@@ -27,7 +29,7 @@ from train.common.progress import bar
 from train.common.run_files import ISOTROPY_PICTURE, SPANS_FILE
 from train.data.blocks import Blocks
 from train.data.calibration import calibration_inputs
-from train.evaluation.perplexity import perplexity
+from train.data.reader import read_batches
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -59,7 +61,7 @@ class SpanMeasurements:
     base_loss: float
     choices: tuple[Choice, ...]
     candidates: dict[SpanChoice, float]
-    """Rise of the loss, where strategy loss measured it."""
+    """Rise of the loss, of the spans that strategy loss measured."""
 
 
 def late_is_possible(section: SpansSection, config: LlamaConfig) -> bool:
@@ -127,9 +129,8 @@ class SpanFinder:
         else:
             found = {"isotropy": searched_spans(section, config, by_isotropy)}
             if section.strategy == "loss":
-                scores = self._measure_candidates(base_loss)
+                found["loss"], scores = self._by_loss(base_loss)
                 rises = {span: -score for span, score in scores.items()}
-                found["loss"] = searched_spans(section, config, scores)
             if late_is_possible(section, config):
                 found["late"] = late_choices(section, config)
             options = {name: as_spans(spans, section.share) for name, spans in found.items()}
@@ -149,26 +150,36 @@ class SpanFinder:
 
     def loss(self, spans: tuple[AttentionSpan, ...]) -> float:
         """Calibration loss (nats per token) with these spans, untrained."""
+        if not spans:
+            return self._restart.loss
         if spans not in self._losses:
-            shared = convert(self.model, SharingPlan(spans=spans), self.section.leaders)
-            measured = perplexity(
-                shared, self.blocks, self.batch_size, limit=self.count, progress=False
-            )
-            self._losses[spans] = measured.loss
+            shared = convert(self.model, SharingPlan(spans=spans), self.section.leaders).eval()
+            lowest = min(span.leader for span in spans)
+            self._losses[spans] = self._restart.loss_of(shared, lowest)
         return self._losses[spans]
 
-    def _measure_candidates(self, base_loss: float) -> dict[SpanChoice, float]:
-        section, layers = self.section, self.model.config.num_hidden_layers
-        candidates = span_search.candidate_spans(layers, section.max_followers, section.skip_layers)
-        with bar(f"measuring {len(candidates)} spans") as advance:
-            return span_search.measure_candidates(
-                candidates,
+    @cached_property
+    def _restart(self) -> Restart:
+        """The base on the text: a model with spans differs from its lowest leader on."""
+        batches = read_batches(self.blocks, range(self.count), self.batch_size, self.model.device)
+        return Restart(self.model.eval(), batches)
+
+    def _by_loss(self, base_loss: float) -> tuple[list[SpanChoice], dict[SpanChoice, float]]:
+        """The spans that cost least, and the scores of those that were measured."""
+        section = self.section
+        assert section.layers is not None
+        with bar("measuring spans") as advance:
+            measured = span_search.MeasuredSpans(
                 lambda leader, followers: self.loss(
                     (AttentionSpan(leader, followers, section.share),)
                 ),
                 base_loss,
+                self.model.config.num_hidden_layers,
+                section.max_followers,
+                section.skip_layers,
                 advance,
             )
+            return measured.best(section.layers), measured.scores
 
     def _with_head_maps(self, spans: tuple[AttentionSpan, ...]) -> tuple[AttentionSpan, ...]:
         pairs = sum(len(span.followers) for span in spans)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import flex_attention
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaForCausalLM, StaticCache
+from transformers.cache_utils import DynamicSlidingWindowLayer, QuantizedCache
 from transformers.integrations import flex_attention as library_flex
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
@@ -341,6 +342,23 @@ def test_a_cache_of_other_units_is_refused_or_fitted(cache: str) -> None:
     held.reset()
     logits = model(tokens(2, 12), past_key_values=held).logits
     assert (logits - expected_of("removed")).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("kind", ["removed", "dropped"])
+@torch.no_grad()
+def test_layers_of_other_caches_are_left_as_they_are(kind: str) -> None:
+    """Of a window that the text does not fill, and in fp8; the first layer may hold nothing."""
+    model, ids = model_of(kind), tokens(2, 12)
+    sliding = DynamicCache(config=model.config)
+    sliding.layers = [DynamicSlidingWindowLayer(32) for _ in range(LAYERS)]
+    parts = ids.split([5, 1, 6], dim=1)
+    logits = [model(part, past_key_values=sliding, use_cache=True).logits for part in parts]
+    assert (torch.cat(logits, 1) - expected_of(kind)).abs().max() <= 1e-5
+    assert sliding.get_seq_length() == 12
+    rounded = QuantizedCache("fp8", model.config)
+    for part in parts:
+        model(part, past_key_values=rounded, use_cache=True)
+    assert rounded.get_seq_length() == 12
 
 
 def greedy(kind: str, prompt: list[int]) -> list[int]:

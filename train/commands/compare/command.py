@@ -24,6 +24,7 @@ from train.distributed.engines import start as engines
 from train.evaluation.perplexity import BlockLosses
 from train.evaluation.summary import bytes_of, parameters_of, read_block_losses
 from train.planning.check import check_plan
+from train.recipe.precision import with_precisions_of
 from train.recipe.recipe import Recipe
 from train.report.page import write_report
 from train.stages import pipeline
@@ -60,6 +61,7 @@ def compare(recipe: Recipe, seeds: int, names: Sequence[str] | None = None) -> N
     asked = _asked(names)
     folder = recipe.folder.with_name(f"{recipe.folder.name}-compare")
     first = _first(recipe, folder)
+    recipe = with_precisions_of(recipe, first.recipe)  # all compute in one, on any machine
     runs = _plan_runs(recipe, first, folder, seeds, asked)
     began = time.perf_counter()
     for done, run in enumerate(runs):
@@ -88,7 +90,8 @@ def _asked(names: Sequence[str] | None) -> list[str]:
 def _first(recipe: Recipe, folder: Path) -> Run:
     """The recipe's first run, with its plan: what it saves is what the controls may save."""
     current = begin(
-        changed(recipe, COMPARED_RECIPE, {}, 0, str(folder / COMPARED_RECIPE / "seed-0"))
+        changed(recipe, COMPARED_RECIPE, {}, 0, str(folder / COMPARED_RECIPE / "seed-0")),
+        trains=True,
     )
     make_plan(current)
     return current

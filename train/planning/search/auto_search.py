@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sa_models.calibration.partial_forward import Batch
 from sa_models.errors import PostshareError
@@ -29,7 +29,7 @@ from sa_models.search.actions import Action, Space, State, as_plan
 from sa_models.search.algorithms import SearchResult, greedy
 from sa_models.search.measured_loss import MeasuredLoss, state_key
 from sa_models.search.ranking import Agreement, EstimatedRanking, Estimator
-from sa_models.spans import SHARES as SPAN_SHARES
+from sa_models.search.spans import MeasuredSpans, SpanChoice
 from sa_models.weights.structure import convert
 from train.common.progress import bar
 from train.common.run_files import SEARCH_CACHE
@@ -176,8 +176,7 @@ class _Search:
     def structures(self) -> list[Point]:
         """Every structure that is tried, measured alone."""
         spans = self.spans and auto_space.may_have_spans(self.problem.config)
-        scores = self._span_scores() if spans else None
-        within = auto_space.tried_structures(self.problem, scores)
+        within = auto_space.tried_structures(self.problem, self._best_spans if spans else None)
         found = [inside.structure for inside in within]
         losses: list[float] = []
         with bar(f"measuring {len(found)} structures") as advance:
@@ -191,20 +190,20 @@ class _Search:
             for plan, loss in zip(found, losses, strict=True)
         ]
 
-    def _span_scores(self) -> dict[str, dict[Any, float]]:
-        layers = self.problem.config.num_hidden_layers
-        choices = plan_structures.candidates(layers, self.problem.section.skip_layers)
-        base = self.measured(frozenset())
-        scores: dict[str, dict[Any, float]] = {}
-        total = len(SPAN_SHARES) * len(choices)
-        with bar(f"measuring {total} spans") as advance:
-            for at, share in enumerate(SPAN_SHARES):
-                scores[share] = {}
-                for done, choice in enumerate(choices, start=1):
-                    plan = plan_structures.span_plan([choice], share)
-                    scores[share][choice] = base - self._loss(plan)
-                    advance(at * len(choices) + done, total)
-        return scores
+    def _best_spans(self, share: str, followers: int) -> list[SpanChoice]:
+        """By the loss; what has been measured for another number is in the cache."""
+        with bar(f"measuring spans ({share}, {followers} followers)") as advance:
+            spans = MeasuredSpans(
+                lambda leader, which: self._loss(
+                    plan_structures.span_plan([SpanChoice(leader, which)], share)
+                ),
+                self.measured(frozenset()),
+                self.problem.config.num_hidden_layers,
+                plan_structures.MAX_FOLLOWERS,
+                self.problem.section.skip_layers,
+                advance,
+            )
+            return spans.best(followers)
 
     def _loss(self, plan: SharingPlan) -> float:
         def measure() -> float:

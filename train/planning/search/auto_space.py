@@ -114,16 +114,16 @@ def possible_structures(problem: PlanProblem) -> list[PlanProblem]:
     spans."""
     layers, skipped = problem.config.num_hidden_layers, problem.section.skip_layers
     spans = may_have_spans(problem.config)
-    return tried_structures(problem, structures.without_scores(layers, skipped) if spans else None)
+    return tried_structures(problem, structures.any_spans(layers, skipped) if spans else None)
 
 
-def tried_structures(problem: PlanProblem, scores: structures.Scores | None) -> list[PlanProblem]:
+def tried_structures(problem: PlanProblem, spans: structures.Spans | None) -> list[PlanProblem]:
     """The problem within each structure of :func:`sa_models.search.structures.structures`; without
     those that save nothing."""
     found = structures.structures(
         problem.config,
         problem.section.skip_layers,
-        scores,
+        spans,
         lambda plan: problem.within(plan).remaining.needed <= 0,
     )
     within = [problem.within(plan) for plan in found]

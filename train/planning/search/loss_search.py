@@ -34,7 +34,7 @@ from sa_models.search.algorithms import (
     greedy_passes,
 )
 from sa_models.search.measured_loss import MeasuredLoss
-from sa_models.search.ranking import Agreement, EstimatedRanking
+from sa_models.search.ranking import STABLE, Agreement, EstimatedRanking
 from train.common.progress import bar
 from train.common.run_files import PARETO_PICTURE, SEARCH_CACHE, SEARCH_FILE
 from train.planning.problem import PlanProblem, least_important_of
@@ -125,7 +125,8 @@ def unstable(agreement: Agreement, blocks: int) -> str | None:
     return (
         f"the choice is not stable: the two halves of the {blocks} calibration blocks "
         f"agree on {agreement.common} of {agreement.units} units (rank correlation "
-        f"{agreement.correlation:.2f}); raise plan.calibration_blocks"
+        f"{agreement.correlation:.2f}); about {agreement.blocks_needed(blocks):,} blocks are "
+        f"expected to agree on {STABLE:.0%}: raise plan.calibration_blocks"
     )
 
 

@@ -116,6 +116,8 @@ class PlanSection(Section):
     """What strategy auto saves under its budget. bytes: stored weights, by whatever costs least;
     cache: of keys and values; speed: what a step of decoding reads; all: the sum of them, as a
     server pays it. Ties and shared bases, which save weights alone, take part in bytes only."""
+    basis_layers: Positive = 2
+    """Adjacent layers on one basis, for strategy basis; 1: each layer has its own, of low rank."""
     path: PathName | None = None
     """Plan JSON, for strategy file."""
     seed: Count = 0
@@ -168,8 +170,7 @@ class PlanSection(Section):
             ignored.append("share")
         if strategy != "auto":
             ignored.append("objective")
-        if strategy == "basis":
-            ignored.append("skip_layers")
+        ignored.append("skip_layers" if strategy == "basis" else "basis_layers")
         if not self.scores:
             ignored.append("fold_norm")
         for name in ignored:

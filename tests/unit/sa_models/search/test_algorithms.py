@@ -250,6 +250,20 @@ def test_evolution_finds_what_brute_force_finds(seed: int) -> None:
     assert evolve(among, table, table.ranking(among), other).loss >= found.loss
 
 
+@pytest.mark.parametrize("search", [greedy, evolve])
+@pytest.mark.parametrize("seed", range(4))
+def test_layers_and_single_units_compete(search: Callable[..., SearchResult], seed: int) -> None:
+    """A layer saves three, a unit one: two layers, a layer and two units, or more."""
+    among = space(("remove", "drop"), needed=5)
+    table = Table(among, seed)
+    found = search(among, table, table.ranking(among))
+    plan = as_plan(found.state, LAYOUT)
+    assert among.saved(found.state) == len(plan.removed) + len(plan.dropped(LAYOUT)) >= 5
+    every = [s for size in (2, 3) for s in valid_states(among, size) if among.saved(s) >= 5]
+    best = min(map(table, every))
+    assert found.loss == pytest.approx(best) if search is evolve else found.loss < best + 0.5
+
+
 # --- with a model ---------------------------------------------------------------------------------
 
 
@@ -327,8 +341,10 @@ def test_names_of_states_are_canonical() -> None:
 
 
 def test_halves_tell_whether_the_text_is_enough() -> None:
-    assert Agreement(19, 12, 0.5).is_stable is False
-    assert Agreement(19, 13, 0.9).is_stable is True
+    assert Agreement(20, 15, 0.5).is_stable is False
+    assert Agreement(20, 16, 0.9).is_stable is True
+    # Twice as many units differ as may: four times the text.
+    assert Agreement(20, 12, 0.5).blocks_needed(8) == 32
     one = [{"input_ids": batches()[0]["input_ids"][:1]}]
     measured = MeasuredLoss(dense("gqa"), one)
     with pytest.raises(PostshareError, match="a single block"):

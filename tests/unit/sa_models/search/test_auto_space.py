@@ -17,7 +17,8 @@ from sa_models.plan import HeadTie
 from sa_models.search.actions import Action, Space, State, as_plan, make_full_space
 from sa_models.search.budget import tie_saves
 from sa_models.search.measured_loss import MeasuredLoss
-from sa_models.search.structures import rise_at, structures, without_scores
+from sa_models.search.spans import SpanChoice, best_spans, candidate_spans
+from sa_models.search.structures import MAX_FOLLOWERS, any_spans, rise_at, structures
 from sa_models.weights.compact_folder import open_weights
 from tests.support.reference import Reference, dense, tokens
 
@@ -178,8 +179,8 @@ def test_two_sources_of_one_unit_through_materializing_and_export(
 
 def test_structures_are_the_best_spans_of_doubling_numbers_and_the_divisors() -> None:
     config = dense("gqa").config  # 6 layers, 4 KV heads
-    scores = without_scores(6, (0,))
-    cheap = dict.fromkeys(scores["attention"], -1.0)
+    cheap = dict.fromkeys(candidate_spans(6, MAX_FOLLOWERS, (0,)), -1.0)
+    asked: list[tuple[str, int]] = []
     for span in cheap:
         if span.leader == 3:
             cheap[span] = -0.1 * len(span.followers)
@@ -187,7 +188,14 @@ def test_structures_are_the_best_spans_of_doubling_numbers_and_the_divisors() ->
     def met(plan: SharingPlan) -> bool:
         return sum(len(span.followers) for span in plan.spans) >= 3
 
-    found = structures(config, (0,), {"attention": cheap, "kv": scores["kv"]}, met)
+    def spans_of(share: str, followers: int) -> list[SpanChoice]:
+        asked.append((share, followers))
+        if share == "kv":
+            return any_spans(6, (0,))(share, followers)
+        return best_spans(cheap, 6, followers, MAX_FOLLOWERS, (0,))
+
+    found = structures(config, (0,), spans_of, met)
+    assert asked == [(share, n) for share in ("attention", "kv") for n in (1, 2, 3)]
     spans = [[(s.leader, s.followers, s.share) for s in plan.spans] for plan in found if plan.spans]
     assert spans[0] == [(3, (4,), "attention")]
     assert spans[1] == [(3, (4, 5), "attention")]

@@ -11,12 +11,12 @@ import torch
 
 from sa_models.errors import PostshareError
 from sa_models.search.spans import (
+    MeasuredSpans,
     SpanChoice,
     best_spans,
     candidate_spans,
     isotropy_score,
     late_spans,
-    measure_candidates,
     most_followers,
 )
 
@@ -168,17 +168,30 @@ def test_errors_are_one_line_with_cause_and_cure() -> None:
         best_spans({SpanChoice(0, (1,)): 1.0}, 3, 1, 1)
 
 
-def test_measured_candidates_score_minus_the_increase() -> None:
-    losses = {(0, (1,)): 2.5, (0, (1, 2)): 4.0, (1, (2,)): 1.75}
-    reports: list[tuple[int, int]] = []
-    scores = measure_candidates(
-        candidate_spans(3, 2),
-        lambda leader, followers: losses[leader, followers],
-        2.0,
-        lambda done, total: reports.append((done, total)),
-    )
-    assert scores == {(0, (1,)): -0.5, (0, (1, 2)): -2.0, (1, (2,)): 0.25}
-    assert reports == [(1, 3), (2, 3), (3, 3)]
-    assert best_spans(scores, 3, 1, 2) == [(1, (2,))]
+@pytest.mark.parametrize("seed", range(20))
+def test_spans_that_cannot_be_among_the_best_are_not_measured(seed: int) -> None:
+    """Rises that grow with the followers and with their distance: the best of all, from fewer."""
+    draw = random.Random(seed)
+    layers, most, skip = 12, 4, (0,)
+    alone = [draw.random() for _ in range(layers)]
+
+    def loss(leader: int, followers: tuple[int, ...]) -> float:
+        return 2.0 + sum(alone[f] * (1 + 0.3 * (f - leader - 1)) for f in followers)
+
+    everything = {span: 2.0 - loss(*span) for span in candidate_spans(layers, most, skip)}
+    for followers in (1, 3, 6):
+        reports: list[tuple[int, int]] = []
+        spans = MeasuredSpans(loss, 2.0, layers, most, skip, lambda *at, to=reports: to.append(at))
+        assert spans.best(followers) == best_spans(everything, layers, followers, most, skip)
+        assert spans.scores.items() <= everything.items()
+        assert reports == [(n + 1, len(everything)) for n in range(len(spans.scores))]
+        if followers <= 3:
+            assert len(spans.scores) < 0.7 * len(everything)
+        before = dict(spans.scores)
+        assert spans.best(followers) == best_spans(everything, layers, followers, most, skip)
+        assert spans.scores == before
+
+
+def test_a_loss_that_is_not_finite_is_refused() -> None:
     with pytest.raises(PostshareError, match=r"loss is inf with span 0 -> \[1\] and 2.0 without"):
-        measure_candidates(candidate_spans(2, 1), lambda *_: inf, 2.0)
+        MeasuredSpans(lambda *_: inf, 2.0, 2, 1).best(1)

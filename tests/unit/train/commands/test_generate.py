@@ -34,8 +34,9 @@ def by_hand(folder: Path, prompt: str, tokens: int) -> str:
 
 
 def test_each_model_continues_each_prompt(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")  # or DeepSpeed, if it is imported, warns
     folders = [small_models.dense(tmp_path / name) for name in ("one", "two")]
     prompts = ("the cat", "a dog sat")
     options = [word for prompt in prompts for word in ("--prompt", prompt)]

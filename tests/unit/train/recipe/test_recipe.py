@@ -369,11 +369,11 @@ def test_within_a_section_all_rules_are_checked(minimal: Path) -> None:
         "plan.seed=3",
         "plan.score=output",
         "plan.fold_norm=true",
-        "plan.basis=false",
+        "plan.objective=cache",
     ) == [
         "plan: strategy file ignores budget; set plan.budget=null",
         "plan: strategy file needs the plan; set plan.path",
-        "plan: strategy file ignores basis; remove plan.basis",
+        "plan: strategy file ignores objective; remove plan.objective",
         "plan: strategy file ignores fold_norm; remove plan.fold_norm",
     ]
     assert messages(minimal, "penalty={mode: progressive, kind: mse, coefficient: 2.0}") == [
@@ -384,6 +384,15 @@ def test_within_a_section_all_rules_are_checked(minimal: Path) -> None:
         "penalty: mode progressive has no loss to weigh, so coefficient has no effect; remove "
         "coefficient",
     ]
+
+
+def test_a_key_of_an_earlier_version_names_the_one_that_took_its_place(minimal: Path) -> None:
+    auto = "plan={strategy: auto, budget: {bytes: -5%}, basis: false}"
+    (line,) = messages(minimal, auto)
+    assert line == (
+        "unknown key plan.basis; set plan.objective=bytes where strategy auto may share bases, or "
+        "leave it out"
+    )
 
 
 def test_a_value_of_several_forms_is_one_fault(minimal: Path) -> None:

@@ -74,6 +74,21 @@ def test_a_run_counts_its_factors(finished: Recipe) -> None:
     )
 
 
+@pytest.mark.parametrize("layers", [1, 3])
+def test_any_number_of_layers_shares_a_basis(tmp_path: Path, layers: int) -> None:
+    made = recipe(
+        tmp_path / "run",
+        plan={"strategy": "basis", "basis_layers": layers, "budget": {"parameters": "-10.5%"}},
+    )
+    config = read_config(demo_base_path())
+    plan = basis_plan(PlanProblem(made.plan, config))
+    assert plan.basis is not None
+    assert len(plan.basis.q) == -(-config.num_hidden_layers // layers)
+    saved = plan.savings(config).removed_parameters
+    asked = -(-1_869_952 * 105 // 1000)
+    assert asked <= saved < asked + 128 * (1 + layers)
+
+
 def test_the_factors_that_are_shipped_are_the_trained_ones(finished: Recipe) -> None:
     folder = finished.folder
     assert [row["step"] for row in read_rows(folder / "heal" / "metrics.jsonl")] == [1, 2, 3]

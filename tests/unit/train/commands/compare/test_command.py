@@ -21,6 +21,7 @@ from train.models.base_model import base_folder
 from train.planning.basis import basis_plan
 from train.planning.problem import PlanProblem
 from train.recipe.recipe import Recipe
+from train.stages import precision
 from train.tracking.metrics_log import read_rows
 
 pytestmark = pytest.mark.usefixtures("unrendered")
@@ -42,6 +43,20 @@ def target(tmp_path: Path) -> Target:
     weights = WeightsFolder(base_folder(made.model))
     plan, _ = find_ties(PlanProblem(made.plan, weights.config), weights)
     return Target(plan, config, 2)
+
+
+def test_all_runs_compute_in_what_the_first_one_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    section = {"steps": 2, "batch_size": 2, "micro_batch_size": 2, "learning_rate": 1e-3}
+    own = recipe(tmp_path / "run", train={**section, "precision": "auto"})
+    started: list[Recipe] = []
+    monkeypatch.setattr(precision, "has_bf16", lambda device: True)
+    monkeypatch.setattr(comparing.pipeline, "stages", started.append)
+    monkeypatch.setattr(comparing, "_conclude", lambda *_: None)
+    monkeypatch.setattr(comparing.engines, "shutdown", lambda: None)
+    comparing.compare(own, 2, ["random-pairs"])
+    assert [made.train.precision for made in started] == 4 * ["bf16"]
 
 
 def test_pruning_is_reconstructed_where_the_recipe_is(tmp_path: Path, target: Target) -> None:

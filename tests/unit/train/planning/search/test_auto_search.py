@@ -430,7 +430,8 @@ def test_a_difference_that_tells_nothing_does_not_choose() -> None:
     assert chosen(losses(20.0), losses(10.0)) == 0  # one block has no spread
     # Rises 0.3 and 0.2 nats a token: the first is worth it where it saves 1.5 times as much.
     assert chosen(first, surely, shares=(0.2, 0.1)) == 0
-    assert chosen(surely, first, shares=(0.1, 0.2)) == 1
+    # The second may rise to 0.8 where it saves four times as much, and rises to 0.3: no doubt.
+    assert chosen(surely, first, shares=(0.1, 0.4)) == 1
     assert chosen(surely, first, shares=(0.1, 0.14)) == 0
 
 
@@ -539,8 +540,11 @@ def test_a_budget_that_cannot_be_met_names_the_nearest(home: Path, tmp_path: Pat
 def test_a_7b_is_bounded() -> None:
     """Actions of a state, shortlists and rounds, written out; see docs/planning.md."""
     asked = {"strategy": "auto", "objective": "bytes", "budget": {"bytes": "-10%"}}
-    section = PlanSection.model_validate(asked)
-    bound = auto_passes(PlanProblem(section, LlamaShape()))
+    bound = auto_passes(PlanProblem(PlanSection.model_validate(asked), LlamaShape()))
+    removals = PlanSection.model_validate(asked | {"objective": "all"})
+    fewer = auto_passes(PlanProblem(removals, LlamaShape()))
+    assert fewer.forward < bound.forward / 2
+    assert fewer.backward < bound.backward
     needed, row = 673_841_562, 128 * 4096
     searches = 0
     for smallest in (2 * row, 4 * row, 3 * row, 4 * row):  # the last beside whole layers
@@ -551,7 +555,7 @@ def test_a_7b_is_bounded() -> None:
     assert layers == 11
     searches += 1 + layers * (8 + 1)  # alone: one in a round, eight measured
     assert searches < bound.forward < 3 * searches
-    assert bound.forward == 6900
+    assert bound.forward == 6690
 
 
 # --- decoding -------------------------------------------------------------------------------------
