@@ -124,10 +124,25 @@ def summed_loss(model: LlamaForCausalLM, hidden: torch.Tensor, targets: torch.Te
     return sum(row_losses(model.lm_head(model.model.norm(hidden))[:, :-1], targets))
 
 
+@dataclass(frozen=True)
+class PartialRun:
+    """What a changed model computes, from the lowest layer that has changed.
+
+    Attributes:
+        loss: nats per predicted token.
+        leaving: the hidden states that leave layer ``start`` and every layer above it, by batch.
+    """
+
+    loss: float
+    start: int
+    leaving: list[list[torch.Tensor]]
+
+
 class Restart:
     """A model and the hidden states that enter each of its layers on calibration text.
 
-    Holds (layers + 1) * tokens * hidden elements in the model's dtype, on its device.
+    Holds (layers + 1) * tokens * hidden elements in the model's dtype, on its device. A
+    :class:`PartialRun` holds the part of as many that it has computed.
 
     Args:
         model: a Llama, stock or with spans, in evaluation mode.
@@ -156,7 +171,7 @@ class Restart:
             raise PostshareError(
                 "there is no token to predict in the calibration text; add text to data.train"
             )
-        self.loss = self.keep(0)
+        self.loss = self.keep(self.run_from(0))
 
     def first_layer(self, layer: int) -> int:
         """The layer to start at when ``layer`` has changed: a leader's tensors are not kept."""
@@ -167,14 +182,21 @@ class Restart:
         return layer
 
     @torch.no_grad()
-    def loss_from(self, layer: int) -> float:
-        """Nats per predicted token, where weights of ``layer`` and above have changed."""
-        return self._run(self.first_layer(layer), keep=False)
+    def run_from(self, layer: int) -> PartialRun:
+        """The model where weights of ``layer`` and above have changed."""
+        start, total = self.first_layer(layer), 0.0
+        leaving: list[list[torch.Tensor]] = [[] for _ in range(start, self.layers)]
+        for entering, entered in zip(self._hidden[start], self._entered, strict=True):
+            for at, hidden in enumerate(run_layers(self.model, entering, entered, start)):
+                leaving[at].append(hidden)
+            total += summed_loss(self.model, leaving[-1][-1], entered.targets)
+        self.passes += (self.layers - start) / self.layers
+        return PartialRun(total / self.tokens, start, leaving)
 
-    @torch.no_grad()
-    def keep(self, layer: int) -> float:
-        """:meth:`loss_from`; the hidden states from now on are those of the changed model."""
-        self.loss = self._run(self.first_layer(layer), keep=True)
+    def keep(self, run: PartialRun) -> float:
+        """The loss and the hidden states from now on are those of the changed model."""
+        self._hidden[run.start + 1 :] = run.leaving
+        self.loss = run.loss
         return self.loss
 
     @torch.no_grad()
@@ -186,18 +208,4 @@ class Restart:
                 hidden = leaving
             total += summed_loss(other, hidden, entered.targets)
         self.passes += (self.layers - layer) / self.layers
-        return total / self.tokens
-
-    def _run(self, start: int, keep: bool) -> float:
-        total = 0.0
-        kept: list[list[torch.Tensor]] = [[] for _ in range(start + 1, self.layers + 1)]
-        for hidden, entered in zip(self._hidden[start], self._entered, strict=True):
-            for at, leaving in enumerate(run_layers(self.model, hidden, entered, start)):
-                hidden = leaving
-                if keep:
-                    kept[at].append(leaving)
-            total += summed_loss(self.model, hidden, entered.targets)
-        if keep:
-            self._hidden[start + 1 :] = kept
-        self.passes += (self.layers - start) / self.layers
         return total / self.tokens

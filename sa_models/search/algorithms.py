@@ -41,6 +41,9 @@ class StateLoss(Protocol):
     def rebase(self, state: State) -> None:
         """A hint: the states asked for from now on contain this one."""
 
+    def hold(self, state: State) -> None:
+        """A hint: of the states asked for, this one is the best so far."""
+
 
 class Ranked(NamedTuple):
     """An action as an estimate sees it.
@@ -114,7 +117,7 @@ class GreedyOptions:
     Attributes:
         shortlist: actions that are measured in a round; twice what a round takes, if that is more.
         rounds: at most so many: with more units than rounds, a round takes several.
-        estimate_every: rounds between new estimates.
+        estimate_every: rounds between new estimates; none where fewer than half as many are left.
     """
 
     shortlist: int = 8
@@ -180,7 +183,9 @@ def greedy(
         loss.rebase(state)
         candidates = _cheapest(space, state, known, count)
         short = len(candidates) < count and not complete
-        if len(path) >= last_rank + options.estimate_every or short:
+        left = math.ceil((space.needed - space.saved(state)) / space.least / per_round)
+        old = len(path) >= last_rank + options.estimate_every
+        if (old and left > options.estimate_every / 2) or not path or short:
             wanted = count * (1 + options.estimate_every)
             ranked = ranking(state, wanted)
             complete = len(ranked) < wanted
@@ -201,13 +206,17 @@ def greedy(
                 rises[action] = loss(state | {action}) - current - slopes[action]
                 known[action] = rises[action]
                 fresh.add(action)
+                if action == min(fresh, key=lambda a: (price(space, a, known[a]), a.key)):
+                    loss.hold(state | {action})
             due = [a for a in _cheapest(space, state, known, per_round) if a not in fresh]
         asked += len(fresh) + 1
         taken: list[Action] = []
-        # Of several at a time one may rule out another: then what was not measured follows.
+        # Of several at a time one may rule out another: then what was measured earlier follows,
+        # and what was not measured.
         by_price = sorted(known, key=lambda a: (price(space, a, known[a]), a.key))
-        rest = [] if per_round == 1 else [a for a in by_price if a not in fresh]
-        for action in [a for a in by_price if a in fresh] + rest:
+        first = [a for a in by_price if a in (fresh if due else rises)]
+        rest = [] if per_round == 1 else [a for a in by_price if a not in first]
+        for action in first + rest:
             so_far = state | set(taken)
             if len(taken) == per_round or space.is_met(so_far):
                 break

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sa_models.calibration.partial_forward import Batch, Restart
+from sa_models.calibration.partial_forward import Batch, PartialRun, Restart
 from sa_models.errors import PostshareError
 from sa_models.heads import HeadLayout, unit_view
 from sa_models.search.actions import WHOLE, Action, State, ordered
@@ -117,6 +117,8 @@ class MeasuredLoss:
         self._applied: State = frozenset()
         self._base: State = frozenset()
         self._kept: State | None = None
+        self._last: tuple[State, PartialRun] | None = None
+        self._held: tuple[State, PartialRun] | None = None
         self._restart: Restart | None = None
 
     @property
@@ -130,6 +132,11 @@ class MeasuredLoss:
     def rebase(self, state: State) -> None:
         """The state from which later measurements start."""
         self._base = state
+
+    def hold(self, state: State) -> None:
+        """Keep what was computed last, if it was for this state: it is the best one so far."""
+        if self._last is not None and self._last[0] == state:
+            self._held = self._last
 
     def loss_of(self, other: LlamaForCausalLM, layer: int) -> float:
         """The loss of a model that shares the weights, unchanged, below ``layer``; not cached."""
@@ -159,13 +166,24 @@ class MeasuredLoss:
             self._kept = self._base
         assert self._kept is not None
         if self._kept != self._base:
-            self._apply(self._base)
-            self._restart.keep(lowest(self._kept ^ self._base))
-            self._kept = self._base
+            self._restart.keep(self._run_of_base())
+            self._kept, self._last, self._held = self._base, None, None
         if state == self._kept:
             return self._restart.loss
+        self._last = None  # not to be held beside the next
+        self._last = state, self._run(state)
+        return self._last[1].loss
+
+    def _run_of_base(self) -> PartialRun:
+        if self._held is not None and self._held[0] == self._base:
+            return self._held[1]
+        return self._run(self._base)
+
+    def _run(self, state: State) -> PartialRun:
+        assert self._restart is not None
+        assert self._kept is not None
         self._apply(state)
-        return self._restart.loss_from(lowest(state ^ self._kept))
+        return self._restart.run_from(lowest(state ^ self._kept))
 
     @torch.no_grad()
     def _apply(self, state: State) -> None:

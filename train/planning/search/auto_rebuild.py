@@ -28,7 +28,7 @@ from train.models.materialize import on_text
 from train.planning.basis import saving_plan
 from train.planning.search.auto_result import AutoResult, Factored
 from train.planning.search.auto_space import REBUILT
-from train.planning.search.objective import cost, saved_share
+from train.planning.search.objective import cost, rise_for, saved_share
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -128,10 +128,7 @@ def _chosen(tried: Sequence[BlockLosses], shares: Sequence[float], base_loss: fl
             times the rise of the best may another rise.
     """
     rises = [losses.perplexity.loss - base_loss for losses in tried]
-    costs = [
-        rise / share if rise > 0 else rise * share
-        for rise, share in zip(rises, shares, strict=True)
-    ]
+    costs = [rise_for(*both) for both in zip(rises, shares, strict=True)]
     best = costs.index(min(costs))
     if len(tried[best].tokens) < 2:
         return 0

@@ -85,7 +85,11 @@ def cost(problem: PlanProblem, plan: SharingPlan, rise: float) -> float:
     Args:
         rise: of the loss above that of the problem's structure, nats per token.
     """
-    saved = saved_share(problem, plan)
+    return rise_for(rise, saved_share(problem, plan))
+
+
+def rise_for(rise: float, saved: float) -> float:
+    """A rise of the loss for what is saved; a lower loss counts the more, the more is saved."""
     if rise <= 0:
         return rise * saved
     return rise / saved if saved > 0 else float("inf")

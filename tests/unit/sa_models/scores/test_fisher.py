@@ -65,7 +65,7 @@ def test_the_loss_from_a_layer_is_that_of_the_full_pass(shape: str, with_spans: 
         with torch.no_grad():
             before = weight.clone()
             weight *= 1.5
-        measured = restart.loss_from(layer)
+        measured = restart.run_from(layer).loss
         again = Restart(model, batches())
         assert measured == again.loss  # bit for bit
         with torch.no_grad():
@@ -74,7 +74,7 @@ def test_the_loss_from_a_layer_is_that_of_the_full_pass(shape: str, with_spans: 
         assert measured == pytest.approx(float(expected), abs=1e-6)
         assert measured != restart.loss
     passes = restart.passes
-    restart.loss_from(LAYERS - 1)
+    restart.run_from(LAYERS - 1)
     assert restart.passes - passes == pytest.approx(1 / LAYERS)
 
 

@@ -388,10 +388,9 @@ def test_within_a_section_all_rules_are_checked(minimal: Path) -> None:
 
 def test_a_key_of_an_earlier_version_names_the_one_that_took_its_place(minimal: Path) -> None:
     auto = "plan={strategy: auto, budget: {bytes: -5%}, basis: false}"
-    (line,) = messages(minimal, auto)
-    assert line == (
-        "unknown key plan.basis; set plan.objective=bytes where strategy auto may share bases, or "
-        "leave it out"
+    assert message(minimal, auto) == (
+        f"{minimal}: unknown key plan.basis; set plan.objective=bytes where strategy auto may "
+        "share bases, or leave it out"
     )
 
 

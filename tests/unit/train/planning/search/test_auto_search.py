@@ -150,7 +150,8 @@ def test_what_is_chosen_costs_no_more_than_any_control(
         assert savings.removed_parameters == candidate["saved"] >= 5 * UNIT
         loss = reference_loss(base, one, tokens)
         assert candidate["loss"] == pytest.approx(loss, abs=1e-5)
-        if not one.spans and one.kv_heads is None:
+        twice = len({tie.target for tie in one.ties}) < len(one.ties)  # their orders do not add up
+        if not one.spans and one.kv_heads is None and not twice:
             off = slope(base, one, tokens)
             assert candidate["expected_loss"] == pytest.approx(loss - off, abs=3e-5)
         expected[candidate["name"]] = candidate["expected_loss"]
