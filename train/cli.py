@@ -43,8 +43,21 @@ OverridesArgument = Annotated[
 ]
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib import metadata
+
+        typer.echo(f"postshare {metadata.version('postshare')}")
+        raise typer.Exit
+
+
 @app.callback(invoke_without_command=True)
-def _welcome(context: typer.Context) -> None:
+def _welcome(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it.")
+    ] = False,
+) -> None:
     if context.invoked_subcommand is None:
         typer.echo(
             "postshare run demo          the whole pipeline on a small model: start here\n"
@@ -375,15 +388,33 @@ def dashboard(
     typer.echo(dashboard(entity, project, json))
 
 
-@app.command(epilog="Example: postshare recipes")
-def recipes() -> None:
-    """List the shipped recipes."""
+@app.command(epilog="Example: postshare recipes llama3-8b-postshare-30 --copy mine.yaml")
+def recipes(
+    name: Annotated[
+        str | None,
+        typer.Argument(help="Print this recipe.", autocompletion=complete_recipe),
+    ] = None,
+    copy: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write it there, to make it your own."),
+    ] = None,
+) -> None:
+    """List the shipped recipes, or print or copy one."""
     from rich.table import Table
 
     from train.common.console import plain_console
-    from train.recipe.load import description
+    from train.recipe.load import copy_recipe, description, text_of
     from train.recipe.shipped import shipped_recipes
 
+    if name is not None and copy is not None:
+        copy_recipe(name, copy)
+        typer.echo(f"{copy} is a copy of {name}: postshare run {copy}")
+        return
+    if copy is not None:
+        raise typer.BadParameter("name the recipe that is to be copied", param_hint="--copy")
+    if name is not None:
+        typer.echo(text_of(name), nl=False)
+        return
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(no_wrap=True)
     for name, file in shipped_recipes().items():

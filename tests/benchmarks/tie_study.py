@@ -32,6 +32,7 @@ import yaml
 from transformers import AutoConfig
 
 from sa_models.errors import PostshareError
+from sa_models.heads import HeadLayout
 from sa_models.materialize.residual_shapes import residual_parameters
 from sa_models.plan import SharingPlan
 from sa_models.search.actions import Action, as_plan
@@ -238,6 +239,7 @@ def first_of_path(path: list[dict[str, Any]], config: Any, needed: int, rank: in
     Raises:
         PostshareError: the whole path saves less.
     """
+    layout = HeadLayout.from_config(config)
     taken: list[Action] = []
     for step in path:
         for found in step["actions"]:
@@ -249,7 +251,7 @@ def first_of_path(path: list[dict[str, Any]], config: Any, needed: int, rank: in
                     tuple(found["projections"]),
                 )
             )
-            plan = as_plan(taken)
+            plan = as_plan(taken, layout)
             residuals = residual_parameters(plan, config, rank) if rank and plan.ties else 0
             if plan.savings(config).removed_parameters - residuals >= needed:
                 return plan

@@ -32,7 +32,7 @@ def tables(lines: list[Line]) -> str:
             found = [line for line in of_size if line["tokens"] == tokens]
             title = f"{tokens:,} tokens" if tokens else "nothing trained"
             parts.append(f"**{size} % ({what}), {title}**\n\n{_table(found, lines, tokens)}")
-    return "\n\n".join(parts)
+    return "\n\n".join(parts) or "No training has finished yet."
 
 
 def _table(found: list[Line], every: list[Line], tokens: int) -> str:

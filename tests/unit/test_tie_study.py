@@ -205,7 +205,7 @@ def test_trainings_share_a_search_and_what_was_measured(
     ]
     assert base["bytes"] - plain["bytes"] >= 2 * UNIT * 4 - 2000  # heads of files differ
     plans = [SharingPlan.load(study.folder / f"plan-qkvo-10-{n}.json") for n in ("none", "rank2")]
-    assert plans[1].ties[:2] == plans[0].ties
+    assert {*plans[0].ties} < {*plans[1].ties}
     assert not any(child.is_dir() for child in (study.folder / "qkvo-heal-10-64-0").iterdir())
     table = importlib.import_module("tie_tables").tables([*lines.values()])
     assert "**10 % (9 of 90 KV groups), 64 tokens**" in table

@@ -1,14 +1,16 @@
 """Progress on stderr: bars with the time that is left, and lines that do not tear them.
 
 All bars that are shown at a time are rows of one live display; a second one on the same terminal
-would write over the first. Where stderr is no terminal, only a bar that says so prints lines.
+would write over the first. Where stderr is no terminal, as in a job of a cluster, a bar prints a
+line every :data:`EVERY` seconds, also while nothing moves.
 """
 
 from __future__ import annotations
 
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -19,6 +21,8 @@ from rich.text import Text
 from train.common.console import plain_console
 
 console = plain_console(stderr=True)
+EVERY = 30.0
+"""Seconds between the lines of a bar where stderr is no terminal."""
 _display: Progress | None = None
 """What is live; None while no bar is shown."""
 
@@ -50,7 +54,7 @@ def bar(
 
     Args:
         of_bytes: done and total are bytes, and shown as such.
-        lines: about how many to print where stderr is no terminal.
+        lines: about how many to print at least where stderr is no terminal.
         first: what was done before, by another process.
         keep: leave the bar's last state on the terminal.
         shown: false shows nothing.
@@ -61,7 +65,37 @@ def bar(
         with _row(what, of_bytes, first, keep) as show:
             yield show
     else:
-        yield _printed(what, lines, first)
+        lined = _Lines(what, lines, first)
+        with _repeated(lined.remind):
+            yield lined.show
+
+
+@contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """Lines that say what is being waited for, where stderr is no terminal and no bar can tell."""
+    if console.is_terminal:
+        yield
+    else:
+        with _repeated(_Lines(what).remind):
+            yield
+
+
+@contextmanager
+def _repeated(call: Callable[[], None]) -> Iterator[None]:
+    """Call it now and then, in a thread, for as long as the block runs."""
+    ended = threading.Event()
+
+    def repeat() -> None:
+        while not ended.wait(EVERY / 4):
+            call()
+
+    thread = threading.Thread(target=repeat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 @contextmanager
@@ -99,19 +133,39 @@ def _row(what: str, of_bytes: bool, first: int, keep: bool) -> Iterator[Show]:
             _display = None
 
 
-def _printed(what: str, lines: int, first: int) -> Show:
-    started, last = time.perf_counter(), first
+class _Lines:
+    """The lines of one bar.
 
-    def show(done: int, total: int, text: str = "") -> None:
-        nonlocal last
-        every = max(1, total // max(1, lines))
-        due = done // every > last // every or done in (first + 1, total)
-        if lines and due and done > last:
-            left = (time.perf_counter() - started) / (done - first) * (total - done)
-            note(f"{what} {text or share(done, total)} ETA {clock(left)}")
-        last = done
+    Args:
+        lines: about how many to print whatever the time.
+        first: what was done before.
+    """
 
-    return show
+    def __init__(self, what: str, lines: int = 0, first: int = 0) -> None:
+        self.what, self.lines, self.first = what, lines, first
+        self.done, self.total, self.text = first, 0, ""
+        self.started = self.said = time.monotonic()
+
+    def show(self, done: int, total: int, text: str = "") -> None:
+        before, self.done, self.total, self.text = self.done, done, total, text
+        every = max(1, total // max(1, self.lines))
+        due = done // every > before // every or done in (self.first + 1, total)
+        if self.lines and due and done > before:
+            self._say()
+
+    def remind(self) -> None:
+        """Say how far it is, where nothing was said for a while."""
+        if time.monotonic() - self.said >= EVERY:
+            self._say()
+
+    def _say(self) -> None:
+        self.said = time.monotonic()
+        took, done, total = self.said - self.started, self.done, self.total
+        if done == self.first:
+            note(f"{self.what}, {clock(took)} so far")
+        else:
+            left = took / (done - self.first) * (total - done)
+            note(f"{self.what} {self.text or share(done, total)} ETA {clock(left)}")
 
 
 def share(done: int, total: int) -> str:

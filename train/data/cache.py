@@ -12,6 +12,7 @@ from datasets.exceptions import DatasetsError
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from sa_models.errors import PostshareError
+from train.common.progress import console, waiting
 
 _UNWRITABLE = {
     errno.EACCES,
@@ -62,8 +63,11 @@ def writing(name: str, *, processes: int = 1) -> Iterator[None]:
     Raises:
         PostshareError: in one line, for whatever keeps the table from being made.
     """
+    if not console.is_terminal:
+        datasets.disable_progress_bars()  # they redraw one line, which a file keeps as many
     try:
-        yield
+        with waiting(f"reading {name}"):
+            yield
     except (OSError, ValueError, RuntimeError, DatasetsError, pa.ArrowException) as error:
         links = chain(error)
         if found := said(links):

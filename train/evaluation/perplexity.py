@@ -65,8 +65,11 @@ def block_losses(
     batch_size: int,
     limit: int | None = None,
     progress: bool = True,
+    name: str = "",
 ) -> BlockLosses:
     """Losses of the first `limit` blocks (None = all), in order, without dropout.
+
+    `name` is the model's, for the bar.
 
     Every token but the first of a block is predicted; with document masks, the first of each
     document is not. Losses are computed in fp32 whatever the model's dtype, and summed in float64,
@@ -82,7 +85,7 @@ def block_losses(
     tokens: list[int] = []
     try:
         batches = read_batches(blocks, range(count), batch_size, device)
-        with bar("evaluating", shown=progress) as show:
+        with bar(f"evaluating {name}".rstrip(), shown=progress) as show:
             for batch in batches:
                 labels = batch.pop("labels")[:, 1:]
                 logits = model(**batch, use_cache=False).logits[:, :-1]

@@ -96,7 +96,7 @@ def evaluate_models(
             continue
         loaded = model.load()
         loaded.to(device)  # type: ignore[arg-type]  # transformers' decorator hides it
-        measured[name] = block_losses(loaded, blocks, batch_size, limit=limit)
+        measured[name] = block_losses(loaded, blocks, batch_size, limit=limit, name=name)
         del loaded
         gc.collect()  # the projections of a compact model refer to each other
         try:

@@ -49,6 +49,33 @@ def locate(path_or_name: str | Path) -> Path:
     raise PostshareError(f"no recipe {text!r}, neither a .yaml file nor a shipped name; {hint}")
 
 
+def text_of(path_or_name: str | Path) -> str:
+    """A recipe as it is written, without the line that leads an editor to our schema.
+
+    Raises:
+        PostshareError: not found.
+    """
+    lines = locate(path_or_name).read_text(encoding="utf-8").splitlines(keepends=True)
+    return "".join(line for line in lines if not line.startswith("# yaml-language-server:"))
+
+
+def copy_recipe(path_or_name: str | Path, file: Path) -> None:
+    """Write a recipe to a new file.
+
+    Raises:
+        PostshareError: not found, the file is there already, or it cannot be written.
+    """
+    text = text_of(path_or_name)
+    try:
+        with file.open("x", encoding="utf-8") as opened:
+            opened.write(text)
+    except FileExistsError:
+        raise PostshareError(f"{file} exists; choose another name") from None
+    except OSError as error:
+        reason = error.strerror or error
+        raise PostshareError(f"{file} cannot be written ({reason}); choose another place") from None
+
+
 def read(path_or_name: str | Path) -> dict[str, Any]:
     """The raw mapping of a recipe, its data sources spelt out as lists.
 

@@ -4,6 +4,7 @@ import os
 import resource
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -206,6 +207,31 @@ def test_recipes_lists_every_shipped_one(capsys: pytest.CaptureFixture[str]) -> 
     for file in (REPOSITORY / "recipes").rglob("*.yaml"):
         assert f"{file.stem} " in out
     assert "DirectShare on Llama-2-7B, 10 % of the heads" in out
+
+
+def test_a_recipe_is_printed_and_copied(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code("recipes", "demo") == 0
+    printed = capsys.readouterr().out
+    written = (REPOSITORY / "recipes" / "demo.yaml").read_text(encoding="utf-8")
+    assert printed == written.split("\n", 1)[1]  # without the first line, the editor's
+    mine = tmp_path / "mine.yaml"
+    assert exit_code("recipes", "demo", "--copy", str(mine)) == 0
+    assert mine.read_text(encoding="utf-8") == printed
+    assert str(mine) in capsys.readouterr().out
+    for arguments, said in (
+        (("demo", "--copy", str(mine)), "exists; choose another name"),
+        (("demo", "--copy", str(tmp_path / "no" / "mine.yaml")), "cannot be written (No such file"),
+        (("demp",), "did you mean demo?"),
+        (("--copy", str(mine)), "name the recipe"),
+    ):
+        assert exit_code("recipes", *arguments) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code("--version") == 0
+    pyproject = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))
+    assert capsys.readouterr().out == f"postshare {pyproject['project']['version']}\n"
 
 
 @pytest.mark.parametrize("name", [command.callback.__name__ for command in app.registered_commands])

@@ -6,12 +6,13 @@ import pty
 import re
 import sys
 import threading
+from contextlib import nullcontext
 
 import pytest
 from rich.console import Console
 
 from train.common import progress
-from train.common.progress import bar, clock, note
+from train.common.progress import bar, clock, note, waiting
 
 WIDTH = 60
 
@@ -176,6 +177,38 @@ def test_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) ->
     assert [words[1] for words in said] == ["51%", "75%", "100%"]
     assert all(words[2] == "ETA" for words in said)
     assert said[-1][3] == "0:00"
+
+
+def test_a_line_every_half_minute_where_there_is_no_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also while nothing moves, and with nothing to count."""
+    now, calls = [100.0], []
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(progress, "_repeated", lambda call: calls.append(call) or nullcontext())
+
+    def at(seconds: float) -> list[str]:
+        now[0] = 100 + seconds
+        for call in calls:
+            call()
+        return capsys.readouterr().err.splitlines()
+
+    with bar("searching") as show, waiting("reading text"):
+        assert at(29) == []
+        assert at(31) == ["searching, 0:31 so far", "reading text, 0:31 so far"]
+        show(1, 4)
+        assert at(40) == []
+        assert at(61) == ["searching 25% ETA 3:03", "reading text, 1:01 so far"]
+        assert at(92)[0] == "searching 25% ETA 4:36"
+
+
+def test_what_is_repeated_ends_with_its_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "EVERY", 0.004)
+    called = threading.Event()
+    before = threading.active_count()
+    with progress._repeated(called.set):
+        assert called.wait(20)
+    assert threading.active_count() == before
 
 
 def test_a_bar_that_is_not_shown(screen: Screen) -> None:
