@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sa_models.errors import PostshareError
+from train.common.run_files import RECIPE_FILE
 from train.recipe import yaml12
 from train.recipe.sections.inputs import as_sources
 from train.recipe.sections.structure import as_spans
@@ -90,6 +91,8 @@ def read(path_or_name: str | Path) -> dict[str, Any]:
     data = yaml12.parse(text, str(file))
     if not isinstance(data, dict):
         raise PostshareError(f"{file}: a recipe is a mapping of keys to values; see recipes/demo")
+    if file.name == RECIPE_FILE:
+        _bring_up_to_date(data)
     if isinstance(data.get("data"), dict):
         # So that an override can point into them: data.train.0.path=x
         for key in ("train", "validation"):
@@ -98,6 +101,15 @@ def read(path_or_name: str | Path) -> dict[str, Any]:
     if "spans" in data:
         data["spans"] = as_spans(data["spans"])  # likewise: spans.spans.0.leader=x
     return data
+
+
+def _bring_up_to_date(data: dict[str, Any]) -> None:
+    """The resolved recipe of a run that an earlier version began: it holds keys that are gone."""
+    plan = data.get("plan")
+    if isinstance(plan, dict) and "basis" in plan:
+        bases = plan.pop("basis")  # of strategy auto alone; the others had the default
+        if plan.get("strategy") == "auto":
+            plan["objective"] = "bytes" if bases else "all"
 
 
 def override(data: dict[str, Any], text: str) -> None:

@@ -14,12 +14,14 @@ from sa_models.errors import PostshareError
 from sa_models.materialize.merge import check_merge
 from sa_models.plan import SharingPlan
 from sa_models.scores.registry import IMPORTANCES_OF_TEXT
+from sa_models.search.ranking import Agreement
 from sa_models.weights.safetensors_folder import WeightsFolder
 from sa_models.weights.structure import convert
 from train.common.progress import note
 from train.common.run_files import PLAN_FILE
 from train.data.blocks import Blocks
 from train.data.calibration import calibration_batches
+from train.evaluation.perplexity import perplexity
 from train.models.base_model import load_dense
 from train.planning.find import draw_plan, find_ties, plan_table, requested_ratio
 from train.planning.problem import PlanProblem
@@ -42,6 +44,7 @@ from train.planning.search.loss_search import (
     search_plan,
     search_sentence,
     search_table,
+    unlike,
     unstable,
 )
 from train.planning.search.objective import objective_sentence
@@ -130,10 +133,26 @@ def find_by_loss(current: Run, base: Path, structure: SharingPlan, blocks: Block
         current.say("", search_table(searched.found, problem.layout), search_sentence(searched))
         if (line := dearer_note(searched.found, problem)) is not None:
             current.say(line)
-        if (line := unstable(searched.agreement, searched.blocks)) is not None:
-            note(f"warning: {line}")
+        warn_of_text(current, model, searched.found.base_loss, searched.agreement, searched.blocks)
     found.validate(config)
     return found
+
+
+def warn_of_text(
+    current: Run, model: LlamaForCausalLM, loss: float, agreement: Agreement | None, count: int
+) -> None:
+    """Say where a choice was made on too little text, or on text unlike that of the evaluation.
+
+    Args:
+        model: that was searched, unchanged; `loss` is its loss on the calibration text.
+        count: of calibration blocks; as many of the evaluation text are read.
+    """
+    held_out, size = current.blocks[1], current.recipe.evaluate.batch_size
+    found = perplexity(model, held_out, size, limit=count, progress=False)
+    lines = [None if agreement is None else unstable(agreement, count), unlike(loss, found.loss)]
+    for line in lines:
+        if line is not None:
+            note(f"warning: {line}")
 
 
 def find_by_auto(current: Run, base: Path, problem: PlanProblem, blocks: Blocks) -> SharingPlan:
@@ -146,6 +165,8 @@ def find_by_auto(current: Run, base: Path, problem: PlanProblem, blocks: Blocks)
     model = measured_model(current, base, problem.structure)
     text = measured_text(current, blocks)
     searched = search_auto(problem, model, text, current.folder, spans)
+    agreement = searched.chosen.agreement
+    warn_of_text(current, model, searched.base.loss, agreement, searched.blocks)
     del model
     gc.collect()  # the projections of models with spans refer to each other
     if recipe.materialize.reconstruct:
@@ -165,9 +186,6 @@ def find_by_auto(current: Run, base: Path, problem: PlanProblem, blocks: Blocks)
         current.say(factored_note(searched.factored, searched.chosen.plan))
     if searched.found is not None and (line := dearer_note(searched.found, within)) is not None:
         current.say(line)
-    agreement = searched.chosen.agreement
-    if agreement is not None and (line := unstable(agreement, searched.blocks)) is not None:
-        note(f"warning: {line}")
     searched.plan.validate(config)
     return searched.plan
 

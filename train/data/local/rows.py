@@ -109,16 +109,23 @@ def where(path: Path, place: Place) -> str:
 
 def no_column(name: str, column: str, columns: list[str], of_text: list[str]) -> PostshareError:
     """`of_text` are the columns that could be meant."""
-    said = f"{name} has no column '{column}'"
     if "messages" in columns:
-        return PostshareError(f"{said} but chats in 'messages'; set data.format=chat")
+        return PostshareError(
+            f"{name} has no column '{column}' but chats in 'messages'; set data.format=chat"
+        )
     if {"instruction", "output"} <= {*columns}:
         return PostshareError(
-            f"{said} but records of 'instruction' and 'output'; set data.format=alpaca"
+            f"{name} has no column '{column}' but records of 'instruction' and 'output'; set "
+            "data.format=alpaca"
         )
     if of_text:
-        return PostshareError(f"{said}; set text to one of: {', '.join(of_text)}")
-    return PostshareError(f"{said}, nor another of text ({some(columns)}); choose another source")
+        return PostshareError(
+            f"{name} has no column '{column}'; set text to one of: {', '.join(of_text)}"
+        )
+    return PostshareError(
+        f"{name} has no column '{column}', nor another of text ({some(columns)}); choose another "
+        "source"
+    )
 
 
 def other_than_text(name: str, column: str, what: str, of_text: list[str]) -> PostshareError:

@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
 SHOWN_STEPS = 40
+UNLIKE = 1.25
+"""Ratio of the base's losses on two texts above which they are of different kinds."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,24 @@ def dearer_note(found: SearchResult, problem: PlanProblem) -> str | None:
     return (
         f"note: of {tied} tied units {len(dearer)} would cost less if they were removed: an "
         f"estimated {removed:.4f} nats of loss instead of {sum(dearer.values()):.4f}{cure}"
+    )
+
+
+def unlike(calibration_loss: float, evaluation_loss: float) -> str | None:
+    """One line, where the base finds the text of the choice much easier, or harder, than that of
+    the evaluation.
+
+    Args:
+        calibration_loss, evaluation_loss: of the base on both, nats per token.
+    """
+    low, high = sorted((calibration_loss, evaluation_loss))
+    if high <= UNLIKE * low:
+        return None
+    return (
+        f"the base loses {calibration_loss:.2f} nats per token on the calibration text and "
+        f"{evaluation_loss:.2f} on the evaluation text, {high / low:.1f} times as much on one: "
+        "what costs least on the one need not on the other; choose on text of the same kind "
+        "(data.train)"
     )
 
 

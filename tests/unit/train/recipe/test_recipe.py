@@ -730,3 +730,21 @@ def test_editors_accept_both_forms_of_spans() -> None:
     (ref, listed, null) = schema["properties"]["spans"]["anyOf"]
     assert (ref, null) == ({"$ref": "#/$defs/SpansSection"}, {"type": "null"})
     assert (listed["type"], listed["items"]) == ("array", {"$ref": "#/$defs/Span"})
+
+
+@pytest.mark.parametrize(
+    ("plan", "objective"),
+    [
+        ({"strategy": "cosine", "basis": True}, "all"),
+        ({"strategy": "auto", "basis": True}, "bytes"),
+        ({"strategy": "auto", "basis": False}, "all"),
+    ],
+    ids=["cosine", "bases", "no-bases"],
+)
+def test_a_run_of_an_earlier_version_can_be_read(
+    tmp_path: Path, plan: dict[str, Any], objective: str
+) -> None:
+    """Its recipe.yaml has plan.basis, which plan.objective has replaced."""
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml12.dump(MINIMAL | {"plan": MINIMAL["plan"] | plan}))
+    assert load_recipe(file).plan.objective == objective

@@ -73,8 +73,9 @@ def share_of(home: Path, parameters: int) -> str:
 def made(home: Path, folder: Path, parameters: int, **more: Any) -> Recipe:
     budget = {"bytes": share_of(home, parameters)}
     section = {"strategy": "auto", "budget": budget, "calibration_blocks": BLOCKS}
-    section |= {"objective": "bytes"}
-    return recipe(home, folder, plan=section | more.pop("plan", {}), **more)
+    section |= more.pop("plan", {})
+    section |= {"objective": "bytes"} if section["strategy"] == "auto" else {}
+    return recipe(home, folder, plan=section, **more)
 
 
 def calibration(of: Recipe, home: Path) -> torch.Tensor:

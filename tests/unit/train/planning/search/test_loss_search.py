@@ -36,7 +36,7 @@ from train.estimate.parameters import plan_savings
 from train.planning.find import find_ties
 from train.planning.problem import PlanProblem
 from train.planning.search import loss_search
-from train.planning.search.loss_search import choose_by_importance
+from train.planning.search.loss_search import choose_by_importance, unlike
 from train.recipe.recipe import Recipe
 from train.recipe.sections.plan import PlanSection
 from train.stages.pipeline import plan, run
@@ -190,6 +190,29 @@ def test_enough_text_is_not_mentioned(
 ) -> None:
     assert halves(home, tmp_path / "run", {"ratio": 0.4}) == (9, 9)
     assert "not stable" not in capsys.readouterr().err
+
+
+def test_text_unlike_that_of_the_evaluation_is_said() -> None:
+    assert unlike(2.0, 2.5) is None
+    assert unlike(2.5, 2.0) is None
+    line = unlike(2.21, 3.55)
+    assert line is not None
+    assert "2.21 nats per token on the calibration text and 3.55 on the evaluation text" in line
+    assert "1.6 times as much" in line
+    assert unlike(3.55, 2.21) is not None
+
+
+def test_the_evaluation_text_is_measured_with_the_base(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the search, which has changed the model and must have restored it."""
+    asked: list[tuple[float, ...]] = []
+    monkeypatch.setattr("train.stages.plan.unlike", lambda *losses: asked.append(losses))
+    made = recipe(home, tmp_path / "run", plan=LOSS | {"calibration_blocks": 2})
+    plan(made)
+    ((_, measured),) = asked
+    expected = reference_loss(base_model(home), SharingPlan(), ids(made, 2, validation=True))
+    assert measured == pytest.approx(expected, abs=1e-5)
 
 
 # --- pruning controls -----------------------------------------------------------------------------
