@@ -161,8 +161,7 @@ def test_what_is_chosen_costs_no_more_than_any_control(
     assert found.to_dict() == search["candidates"][0]["plan"]
     assert search["expected_loss"] == min(expected.values())
     for action in ("remove", "any"):
-        alone = {"strategy": "loss", "action": action, "objective": ...}
-        pure = made(home, tmp_path / action, 5 * UNIT, plan=alone)
+        pure = made(home, tmp_path / action, 5 * UNIT, plan={"strategy": "loss", "action": action})
         plan(pure)
         control = SharingPlan.load(pure.folder / "plan.json")
         without = reference_loss(base, control, tokens) - slope(base, control, tokens)
