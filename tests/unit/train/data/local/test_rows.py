@@ -158,10 +158,9 @@ WRONG: list[tuple[str, str | bytes, str]] = [
     ("a.jsonl", '{"messages": []}', r"but chats in 'messages'; set data\.format=chat"),
     (
         "a.jsonl",
-        '{"instruction": "a", "input": "", "output": "b"}',
-        r"has no column 'text' but records of 'instruction' and 'output'; set data\.format=alpaca",
+        lines({"instruction": "", "output": ""}),
+        r"but records of 'instruction' and 'output'; set data\.format=alpaca",
     ),
-    ("a.jsonl", lines({"instruction": "", "output": ""}), r", or set data\.format=alpaca"),
     ("a.jsonl", GOOD + '{"text": "\\ud83d"}', r", line 2 has \\ud83d, half of a character"),
     ("a.json", '[{"text": "\\udc00"}]', r", record 0 has \\udc00, half of a character"),
     ("a.txt", "a\nb\n\u00e4".encode("latin-1"), r", line 3: byte 0xe4 is no UTF-8; " + SAVE),
