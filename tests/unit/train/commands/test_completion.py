@@ -49,7 +49,7 @@ def test_every_key_that_is_offered_is_one() -> None:
 
 def test_choices_are_those_of_the_key() -> None:
     assert complete_override("plan.action=") == [
-        f"plan.action={w}" for w in ("tie", "remove", "any")
+        f"plan.action={w}" for w in ("tie", "remove", "any", "drop")
     ]
     assert complete_override("plan.strategy=ra") == ["plan.strategy=random"]
     assert complete_override("data.bos=") == ["data.bos=true", "data.bos=false"]
