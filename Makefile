@@ -11,7 +11,7 @@ PYTEST_ARGS ?=
 
 help:
 	@echo "make demo    run the whole pipeline on a small model; writes runs/demo"
-	@echo "make real    the same on a real small Llama of the package index (92 MB, half an hour); writes runs/real"
+	@echo "make real    the same on a real small Llama of the package index (92 MB, 20 minutes); writes runs/real"
 	@echo "make test    run the tests (PYTEST_ARGS='-k recipe' selects)"
 	@echo "make test-all      these and further cases of what they prove (test-more: these alone)"
 	@echo "make test-matrix   every backend on 1, 2 and 4 processes against one; prints a table"

@@ -343,7 +343,8 @@ def next_step(current: Run) -> str:
     """What to do with a finished run."""
     budget = current.recipe.plan.budget
     if budget is not None and budget.ratio is not None:
-        return "the same with another budget: plan.budget.ratio=0.1 output_dir=<another folder>"
+        half = f"plan.budget.ratio={budget.ratio / 2:.3g}"
+        return f"the same with half the budget: {half} output_dir=<another folder>"
     kind = export_formats(current)[0]
     return f"load it: see {current.folder / 'export' / kind / 'README.md'}"
 
