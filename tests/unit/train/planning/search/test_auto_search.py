@@ -216,9 +216,13 @@ def check_front(search: dict, of: Recipe) -> None:
 
 @pytest.mark.more
 def test_plans_are_compared_after_reconstruction(
-    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    home: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Of the best three: the loss that the recipe's own materializing leaves, on its text."""
+    monkeypatch.setattr(auto_rebuild, "rival", lambda *_: None)  # Basis Sharing: other tests
     more = {"materialize": {"reconstruct": True, "calibration_blocks": 4}, "train": {"steps": 0}}
     of = made(home, tmp_path / "auto", 5 * UNIT, **more)
     plan(of)
@@ -247,7 +251,8 @@ def test_plans_are_compared_after_reconstruction(
             rebuilt = load_dense(merged_folder(current), "sdpa")
             loss = reference_loss(rebuilt, SharingPlan(), tokens)
             assert candidate["reconstructed_loss"] == pytest.approx(loss, abs=1e-5)
-            assert abs(loss - reference_loss(base_model(home), found, tokens)) > 1e-3
+            # Ten times what the two may differ by: it is not the loss of the plan as it is.
+            assert abs(loss - reference_loss(base_model(home), found, tokens)) > 1e-4
             compared += 1
     assert compared >= 2
     # A second start measures nothing.
