@@ -275,18 +275,6 @@ def make_space(
     """
     kinds, saved = {*kinds}, unit_saves[0]
     shared = tuple(p for p in PROJECTIONS if p in set(share))
-    if kinds == {"drop"}:
-        return Space(
-            layout=layout,
-            targets=(),
-            removable=(),
-            sources=frozenset(),
-            shares={},
-            removal_saves=0,
-            needed=needed,
-            droppable=tuple(sorted(droppable)),
-            drop_saves=drop_saves,
-        )
     ties = "tie" in kinds and saved > 0
     return Space(
         layout=layout,
@@ -294,7 +282,7 @@ def make_space(
         removable=tuple(sorted(removable)) if "remove" in kinds and unit_saves[1] else (),
         sources=_units(layout, without),
         shares={shared: saved} if ties else {},
-        removal_saves=unit_saves[1],
+        removal_saves=0 if kinds == {"drop"} else unit_saves[1],
         needed=needed,
         droppable=tuple(sorted(droppable)) if "drop" in kinds else (),
         drop_saves=drop_saves if "drop" in kinds else 0,

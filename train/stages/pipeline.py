@@ -341,8 +341,9 @@ def show(current: Run) -> None:
 
 def next_step(current: Run) -> str:
     """What to do with a finished run."""
-    budget = current.recipe.plan.budget
-    if budget is not None and budget.ratio is not None:
+    plan, budget = current.recipe.plan, current.recipe.plan.budget
+    # Half as many units need not be whole layers.
+    if budget is not None and budget.ratio is not None and plan.action != "drop":
         half = f"plan.budget.ratio={budget.ratio / 2:.3g}"
         return f"the same with half the budget: {half} output_dir=<another folder>"
     kind = export_formats(current)[0]

@@ -23,7 +23,7 @@ from train.evaluation.perplexity import perplexity
 from train.models.base_model import load_dense
 from train.recipe.identity import run_identity
 from train.recipe.recipe import Recipe, validate
-from train.stages.pipeline import evaluate, export, plan, run
+from train.stages.pipeline import evaluate, export, next_step, plan, run
 from train.stages.run import Run
 from train.stages.start import begin
 from train.tracking.metrics_log import read_rows
@@ -581,3 +581,23 @@ def test_real_text_and_a_real_base(shared: Path, tmp_path: Path) -> None:
 def test_the_resume_of_a_run_folder_ignores_what_changes_nothing(finished: Recipe) -> None:
     changed = finished.model_copy(update={"name": "renamed"})
     assert run_identity(changed) == run_identity(finished)
+
+
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [
+        ({"strategy": "cosine"}, "half the budget: plan.budget.ratio=0.125 "),
+        # Half of the units of whole layers may be no whole layers.
+        ({"strategy": "magnitude", "action": "drop"}, "load it: see "),
+    ],
+    ids=["ties", "layers"],
+)
+def test_the_next_step_is_one_that_can_be_taken(
+    tmp_path: Path, text: Path, section: dict[str, Any], said: str
+) -> None:
+    steps = {"train": {"steps": 0, "batch_size": 2, "micro_batch_size": 2, "learning_rate": 1e-3}}
+    more = steps | {"plan": section | {"budget": {"ratio": 0.25}}}
+    made = recipe(tmp_path / "run", demo_base_path(), text, **more)
+    made.folder.mkdir()
+    SharingPlan(removed=((1, 0),)).save(made.folder / "plan.json")
+    assert said in next_step(Run(made, start(made)))
