@@ -99,6 +99,8 @@ def make_run(
         0.4,
         {"base": 4_000_000, "compact": 3_700_000},
         TrainingCost(tokens=steps * 64, seconds=90.0),
+        element_bytes=4,
+        positions=config.max_position_embeddings,
     )
     write(folder / "summary.json", summary)
     return folder

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from sa_models.weights.whole_model import open_stored
 from train.common.identity import identity_hash
 from train.common.run_files import BLOCKS_FILE
 from train.data.blocks import Blocks, blocks_hash
+from train.evaluation.figures import DecodeRatio, Figures
 from train.evaluation.perplexity import BlockLosses, Perplexity, block_losses
 
 EVALUATION_FILE = "evaluation.json"
@@ -141,7 +142,11 @@ def summarize(
     requested: float,
     disk: dict[str, int],
     training: TrainingCost,
+    *,
+    element_bytes: int,
+    positions: int,
     residual: int = 0,
+    decode: DecodeRatio | None = None,
 ) -> dict[str, Any]:
     """The value of ``summary.json``; a model that the run does not have is null.
 
@@ -149,9 +154,12 @@ def summarize(
         requested: the ratio of heads that the recipe asks for.
         disk: bytes of the weight files, by ``base``, ``compact``, ``adapter`` and ``dense``.
         residual: parameters of the adapter, which belong to what is stored.
+        element_bytes: of one exported parameter.
+        positions: the most tokens that the model reads.
+        decode: of the plan, where it was measured.
     """
     stored_ratio = savings.stored_ratio - residual / savings.attention_parameters
-    return {
+    summary: dict[str, Any] = {
         "perplexity": {
             name: measured[name].perplexity if name in measured else None for name in MODELS
         },
@@ -181,6 +189,26 @@ def summarize(
         "tokens": training.tokens,
         "seconds": training.seconds,
     }
+    of_plan = Figures.of_plan(savings, element_bytes, positions, residual)
+    figures = replace(
+        of_plan,
+        weight_bytes=bytes_of(summary, "post") or of_plan.weight_bytes,
+        decode=decode,
+        perplexity=_against_continued(summary["perplexity"]),
+    )
+    return {**summary, "figures": asdict(figures)}
+
+
+def figures_of(summary: Mapping[str, Any]) -> Figures | None:
+    """The four figures of a run; None where ``summary.json`` is of an earlier version."""
+    return Figures.from_dict(summary["figures"]) if "figures" in summary else None
+
+
+def _against_continued(perplexity: Mapping[str, float | None]) -> float | None:
+    """Of what the run ships: *post*, or where it trains nothing *direct*."""
+    shipped = perplexity["post"] or perplexity["direct"]
+    reference = perplexity["continued"]
+    return shipped / reference if shipped and reference else None
 
 
 def weight_bytes(folder: Path) -> int:
@@ -271,10 +299,9 @@ def bytes_of(summary: dict[str, Any], name: str) -> int | None:
 
 
 def saved_sentence(summary: dict[str, Any]) -> str:
-    """What sharing saves, in one line."""
-    parameters, size = summary["parameters"], summary["bytes"]
+    """Which heads change, and what is no longer stored, in one line."""
+    parameters, heads = summary["parameters"], summary["heads"]
     saved = parameters["base"] - parameters["stored"]
-    heads = summary["heads"]
     changed = ", ".join(
         f"{heads[what] / heads['total']:.1%} of the heads {what}"
         for what in ("tied", "removed")
@@ -285,12 +312,6 @@ def saved_sentence(summary: dict[str, Any]) -> str:
         f"{parameters['stored_ratio']:.1%} of the attention parameters, "
         f"{saved / parameters['base']:.1%} of all parameters"
     )
-    cache = summary["cache"]
-    if cache["stored_elements_per_token"] != cache["base_elements_per_token"]:
-        kept = cache["stored_elements_per_token"] / cache["base_elements_per_token"]
-        line += f", {1 - kept:.1%} of the KV cache"
-    if size["compact"] and size["dense"]:
-        line += f", {size['dense'] - size['compact'] - (size['adapter'] or 0):,} bytes"
     if parameters["adapter"]:
         line += f" (residuals of {parameters['adapter']:,} parameters counted)"
     return line

@@ -12,6 +12,7 @@ from sa_models.export.manifest import read_manifest
 from sa_models.export.peft_adapter import insert_, load_adapter
 from train.data.blocks import blocks_hash
 from train.data.calibration import spread_indices
+from train.evaluation.figures import Figures
 from train.evaluation.models import weight_hashes
 from train.evaluation.summary import EvaluatedModel
 from train.models.base_model import load_dense, load_model
@@ -61,6 +62,22 @@ def _tied(current: Run) -> dict[str, Any]:
         "merged": merged,
         "calibration": text,
     }
+
+
+def residual_parameters(current: Run) -> int:
+    """Parameters of the adapter; 0 without residuals."""
+    section = current.recipe.residual
+    return 0 if section is None else section.parameters(current.plan, current.config)
+
+
+def planned_figures(current: Run) -> Figures:
+    """The four figures before anything is measured."""
+    return Figures.of_plan(
+        current.plan.savings(current.config),
+        current.export_dtype.itemsize,
+        current.config.max_position_embeddings,
+        residual_parameters(current),
+    )
 
 
 # --- exports --------------------------------------------------------------------------------------

@@ -26,6 +26,8 @@ from train.common.progress import bar
 from train.common.run_files import SUMMARY_FILE
 from train.data.blocks import Blocks
 from train.distributed.engines import start as engines
+from train.evaluation.figures import Figures
+from train.evaluation.run_scores import measured_decode
 from train.evaluation.summary import (
     TrainingCost,
     evaluate_models,
@@ -45,7 +47,9 @@ from train.stages.evaluation import (
     evaluated_models,
     export_formats,
     exported,
+    planned_figures,
     require_exports,
+    residual_parameters,
     shipped,
 )
 from train.stages.lora import report_merged
@@ -259,7 +263,11 @@ def write_exports(current: Run) -> None:
                 base=current.base,
                 tokenizer=tokenizer,
                 recipe=recipe.model_dump(mode="json"),
-                notes={"name": recipe.name, "base_model": recipe.model.path},
+                notes={
+                    "name": recipe.name,
+                    "base_model": recipe.model.path,
+                    "figures": planned_figures(current).rows(),
+                },
                 progress=lambda stage, done, total: shows[stage](done, total),
             )
         summary = current.folder / SUMMARY_FILE
@@ -302,12 +310,17 @@ def measure(current: Run, blocks: Blocks) -> None:
         {"base": weight_bytes(base_of(current))}
         | {kind: weight_bytes(current.folder / "export" / kind) for kind in exported(current)},
         trained(current),
-        0 if recipe.residual is None else recipe.residual.parameters(current.plan, current.config),
+        element_bytes=current.export_dtype.itemsize,
+        positions=current.config.max_position_embeddings,
+        residual=residual_parameters(current),
+        decode=measured_decode(current.folder) if recipe.residual is None else None,
     )
     write_json(current.folder / SUMMARY_FILE, summary)
+    figures = Figures.from_dict(summary["figures"])
     for kind in exported(current):
-        update_notes(current.folder / "export" / kind, {"numbers": summary})
-    current.say("", summary_table(summary), saved_sentence(summary), "")
+        notes = {"numbers": summary, "figures": figures.rows()}
+        update_notes(current.folder / "export" / kind, notes)
+    current.say("", summary_table(summary), figures.table(), "", saved_sentence(summary), "")
 
 
 def tell_wandb(current: Run) -> None:

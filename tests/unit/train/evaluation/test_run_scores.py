@@ -11,8 +11,9 @@ import pytest
 from tests.support import small_models
 from tests.support.report_run import make_run, write
 from train.cli import main
-from train.common.run_files import SCORES_FILE
-from train.evaluation.run_scores import add_scores
+from train.common.run_files import SCORES_FILE, SEARCH_FILE
+from train.evaluation.figures import DecodeRatio
+from train.evaluation.run_scores import add_scores, measured_decode
 from train.evaluation.score import Score
 from train.report.page import write_report
 
@@ -80,6 +81,22 @@ def test_numbers_of_another_export_are_left_out_and_said(tmp_path: Path) -> None
     assert "sst2" not in page
     add_scores(run, {"base": speed([1.0], 8.0), "post": speed([1.0], 8.0)}, FACTS)
     assert set(json.loads((run / SCORES_FILE).read_text())["tasks"]) == {"speed"}
+
+
+def test_the_time_of_decoding_is_the_exports_else_the_searchs(tmp_path: Path) -> None:
+    run = finished(tmp_path / "run")
+    assert measured_decode(run) is None
+    others = [{"over_dense": 1.4, "chosen": False}, {"over_dense": 0.9, "chosen": True}]
+    write(run / SEARCH_FILE, {"decoding": others, "decoding_noisy": True})
+    assert measured_decode(run) is None
+    write(run / SEARCH_FILE, {"decoding": others, "decoding_noisy": False})
+    assert measured_decode(run) == DecodeRatio(0.9, "float32, batch 1, untrained")
+    one, other = speed([100, 200, 400], 8192.0), speed([125, 250, 500], 6144.0)
+    add_scores(run, {"base": one, "direct": one, "post": other}, FACTS)
+    assert measured_decode(run) == DecodeRatio(0.8, "float32, batch 1")
+    files = {"model.safetensors": {"sha256": "another", "bytes": 1}}
+    write(run / "export" / "compact" / "manifest.json", {"version": 1, "files": files})
+    assert measured_decode(run) == DecodeRatio(0.9, "float32, batch 1, untrained")
 
 
 def test_evaluate_of_a_run_alone_writes_them(
