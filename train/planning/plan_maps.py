@@ -154,7 +154,7 @@ def draw_basis_map(basis: SharedBasis, layout: HeadLayout, cell: float = 0.4) ->
     Args:
         cell: inches of a layer, where the map is not too high for it.
     """
-    figure = Figure(figsize=(WIDTH, min(9.0, 1.4 + cell * layout.layers)), layout="constrained")
+    figure = Figure(figsize=(WIDTH, min(9.0, 1.6 + cell * layout.layers)), layout="constrained")
     axes = figure.add_subplot()
     axes.grid(visible=False)
     sizes, columns = factor_sizes(layout, basis.layers), (*FACTORED, "o")
@@ -178,7 +178,7 @@ def draw_basis_map(basis: SharedBasis, layout: HeadLayout, cell: float = 0.4) ->
     axes.set_xlabel("projection (grey: own weights)")
     axes.set_ylabel("layer")
     shared = f"{basis.layers} adjacent layers share a basis" if basis.layers > 1 else "low rank"
-    axes.set_title(f"q, k and v: {shared}; % of their numbers are stored")
+    axes.set_title(f"q, k and v: {shared},\n% of their numbers are stored")
     return figure
 
 

@@ -23,11 +23,11 @@ UNKNOWN_NOISE = 0.02
 ENOUGH_SEEDS = 3
 
 RULE = (
-    f"The rule: worth it where perplexity rises by at most {PRICE:.0%} of what is saved (1% for "
-    "10%), of weights, KV cache or decode time, whichever is saved most. Not worth it where it "
-    f"rises by more, where less than {LEAST:.0%} is saved of each, where decoding takes longer by "
-    "more than is saved, or where a control that is as small is better. Each beyond its "
-    "uncertainty, else it cannot be told."
+    "The rule: worth it where perplexity rises by at most a tenth of what is saved (1% for 10%), "
+    "of weights, KV cache or decode time, whichever is saved most. Not worth it where it rises by "
+    f"more, where less than {LEAST:.0%} is saved of each, where decoding takes longer by more than "
+    "is saved, or where a control that is as small is better. It cannot be told where the "
+    "uncertainty leaves both open."
 )
 
 
@@ -107,19 +107,17 @@ def decide(
     if better is not None:
         return _no(f"{said}, but {better}, a control that is as small, is better.")
     allowed = PRICE * most
-    said += f", which may cost {allowed:.2%} of perplexity"
+    said += f", for which perplexity may rise by {allowed:.2%}."
     if cost is None:
-        return _open(
-            f"{said}; what it costs is not known, as no control was trained (evaluate.continued)."
-        )
-    spread = f"{cost.low:+.2%} to {cost.high:+.2%} ({cost.of})"
+        return _open(f"{said} By how much it rises is not known: evaluate.continued is false.")
+    said += f" It changes by {cost.low:+.2%} to {cost.high:+.2%} ({cost.of})."
     if cost.low > allowed:
-        return _no(f"{said}; it costs {spread}.")
+        return _no(said)
     if cost.high <= allowed:
-        return Decision("worth it", "good", f"{said}; it costs {spread}.")
+        return Decision("worth it", "good", said)
     return _open(
-        f"{said}; it costs {spread}. More seeds (postshare compare RECIPE --seeds 3) and more "
-        "held-out text (evaluate.blocks) narrow that."
+        f"{said} More seeds (postshare compare RECIPE --seeds 3) and more held-out text "
+        "(evaluate.blocks) narrow that."
     )
 
 

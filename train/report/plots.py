@@ -54,12 +54,13 @@ def training_pictures(data: RunData, names: Mapping[str, str]) -> Iterator[Pictu
         + (" Points: validation." if validated else ""),
     )
     post = data.trainings.get("post")
-    control = data.trainings.get("continued")
-    if post is not None and control is not None:
+    # Healing reads the batches from the first on: beside a post-training, others than the control.
+    own, control = post or data.trainings.get("heal"), data.trainings.get("continued")
+    if own is not None and control is not None:
         yield Picture(
             "Loss above continued",
-            render(_above, post, control),
-            "Difference of the losses of post-training and continued, step by step",
+            render(_above, own, control),
+            f"Difference of the losses of {names[own.name]} and continued, step by step",
             "Step by step on the same batch. Thick: the running mean.",
         )
     if post is not None and post.has("penalty"):
@@ -187,10 +188,10 @@ def _losses(trainings: Mapping[str, Training], names: Mapping[str, str]) -> Figu
     return figure
 
 
-def _above(post: Training, control: Training) -> Figure:
+def _above(own: Training, control: Training) -> Figure:
     figure, axes = _axes("step", "nats per token")
-    steps, ours, theirs = np.intersect1d(post.steps, control.steps, return_indices=True)
-    difference = post.columns["lm_loss"][ours] - control.columns["lm_loss"][theirs]
+    steps, ours, theirs = np.intersect1d(own.steps, control.steps, return_indices=True)
+    difference = own.columns["lm_loss"][ours] - control.columns["lm_loss"][theirs]
     draw_trend(axes, steps, difference, BLUE, None)
     axes.axhline(0, color=MUTED, linewidth=1)
     return figure

@@ -32,7 +32,7 @@ class Table:
         plain: the cells are words, aligned left; otherwise all but the first column are numbers.
         folded: it is shown when it is asked for.
         described: the second column is words, which may take several lines.
-        quoted: the cells are text of models, shown with its line breaks.
+        quoted: the cells are text of models.
     """
 
     title: str
@@ -139,9 +139,15 @@ def samples(data: RunData) -> Iterator[Table]:
     names = STRUCTURED if data.summary is None else model_names(data.summary)
     shown = {name: texts for name, texts in data.samples["models"].items() if name in names}
     for at, passage in enumerate(data.samples["passages"]):
-        rows = [("held-out text", passage["prompt"]), ("goes on", passage["text"])]
-        rows += [(names[name], texts[at]) for name, texts in shown.items()]
-        yield Table(f"Sample {at + 1}", ("", "text"), tuple(rows), plain=True, quoted=True)
+        rows = [("the text itself", _line(passage["text"]))]
+        rows += [(names[name], _line(texts[at])) for name, texts in shown.items()]
+        head = ("given", _line(passage["prompt"]))
+        yield Table(f"Sample {at + 1}", head, tuple(rows), plain=True, quoted=True)
+
+
+def _line(text: str) -> str:
+    """Text with its line breaks as marks: a model that only breaks lines would fill the page."""
+    return " ".join(text.replace("\n", " \u21b5 ").split())
 
 
 def systems(data: RunData) -> Table | None:

@@ -116,7 +116,7 @@ def _headline(
     cache = figures.cache_bytes / figures.stock_cache_bytes
     parts = [
         _less(figures.weight_ratio, "bytes of weights"),
-        _less(cache, "KV cache") if cache != 1 else "the KV cache as it was",
+        _less(cache, "KV cache") if cache != 1 else "no KV cache saved",
     ]
     if figures.decode is None:
         parts.append(f"decode time {NOT_MEASURED}")
@@ -165,7 +165,7 @@ def _weights(summary: dict[str, Any], figures: Figures) -> Tile:
         if summary["heads"][what]
     ]
     detail = f"{size(figures.weight_bytes, '.3g')}, stock {size(stock, '.3g')}"
-    return Tile("weights", f"{figures.weight_ratio - 1:+.1%}", "; ".join([detail, *changed]))
+    return Tile("weight bytes", f"{figures.weight_ratio - 1:+.1%}", "; ".join([detail, *changed]))
 
 
 def _cache(figures: Figures) -> Tile:
@@ -173,22 +173,22 @@ def _cache(figures: Figures) -> Tile:
         size(BATCH * figures.context * each, ".3g")
         for each in (figures.cache_bytes, figures.stock_cache_bytes)
     )
-    ratio = figures.cache_bytes / figures.stock_cache_bytes
-    detail = f"{figures.cache_bytes:,} bytes a token; {BATCH} x {figures.context:,} tokens: {held}"
+    label, ratio = "cache bytes per token", figures.cache_bytes / figures.stock_cache_bytes
+    detail = f"{figures.cache_bytes:,}; {BATCH} x {figures.context:,} tokens: {held}"
     if ratio == 1:
-        return Tile("KV cache", "as stock", detail)
-    return Tile("KV cache", f"{ratio - 1:+.1%}", f"{detail}, stock {stock}")
+        return Tile(label, "as stock", detail)
+    return Tile(label, f"{ratio - 1:+.1%}", f"{detail}, stock {stock}")
 
 
 def _decode(data: RunData, figures: Figures) -> Tile:
-    found = figures.decode
+    label, found = "decode time against stock", figures.decode
     if found is None:
         cure = f"postshare evaluate {data.folder} --tasks speed"
-        return Tile("decode time", NOT_MEASURED, cure)
+        return Tile(label, NOT_MEASURED, cure)
     low, high = found.quartiles
     tone = "good" if high < 1 else "bad" if low > 1 else ""
     quartiles = f"quartiles {low - 1:+.1%} to {high - 1:+.1%}"
-    return Tile("decode time", f"{found.ratio - 1:+.1%}", f"{quartiles}; {found.how}", tone)
+    return Tile(label, f"{found.ratio - 1:+.1%}", f"{quartiles}; {found.how}", tone)
 
 
 def _against(data: RunData, summary: dict[str, Any], shipped: str, other: str) -> Tile:

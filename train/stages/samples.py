@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,8 +43,17 @@ class Samples:
         count = len(blocks) if limit is None else min(limit, len(blocks))
         self.file, self.tokenizer = folder / SAMPLES_FILE, tokenizer
         ends = {tokenizer.eos_token_id, tokenizer.bos_token_id} - {None}
-        indices = [part * count // PASSAGES for part in range(min(PASSAGES, count))]
-        cut = [passage(blocks[index]["input_ids"].tolist(), ends) for index in indices]
+        parts = min(PASSAGES, count)
+        cut = [
+            passage(
+                (
+                    blocks[index]["input_ids"].tolist()
+                    for index in range(part * count // parts, (part + 1) * count // parts)
+                ),
+                ends,
+            )
+            for part in range(parts)
+        ]
         self.prompts = torch.tensor([given for given, _ in cut])
         self.added = min((len(after) for _, after in cut), default=0)
         self.passages = [
@@ -73,20 +83,26 @@ class Samples:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
 
-def passage(ids: list[int], ends: set[Any]) -> tuple[list[int], list[int]]:
-    """The tokens that are given and those after them, of a block of token ids.
+def passage(blocks: Iterable[list[int]], ends: set[Any]) -> tuple[list[int], list[int]]:
+    """The tokens that are given and those after them, of blocks of token ids.
 
-    The first document that begins in the block and has room for both, else the block's beginning.
+    From the first document that begins in a block and has room for both there, else from the
+    beginning of the first block.
 
     Args:
+        blocks: of one length, at least one.
         ends: ids at which documents end or begin.
     """
-    given = min(PROMPT, len(ids) // 2)
-    after = min(ADDED, len(ids) - given)
-    last = len(ids) - given - after
-    begun = [at + 1 for at, token in enumerate(ids[:last]) if token in ends]
-    start = next((at for at in begun if not ends & {*ids[at : at + given]}), 0)
-    return ids[start : start + given], ids[start + given : start + given + after]
+    first = None
+    for ids in blocks:
+        given = min(PROMPT, len(ids) // 2)
+        after = min(ADDED, len(ids) - given)
+        first = first or (ids[:given], ids[given : given + after])
+        for at in range(1, len(ids) - given - after + 1):
+            if ids[at - 1] in ends and not ends & {*ids[at : at + given]}:
+                return ids[at : at + given], ids[at + given : at + given + after]
+    assert first is not None
+    return first
 
 
 @torch.no_grad()

@@ -52,8 +52,9 @@ def words(page: str) -> str:
 
 def test_a_later_call_replaces_its_tasks_and_the_report_shows_all(tmp_path: Path) -> None:
     run = finished(tmp_path / "run")
-    assert f"decode time not measured postshare evaluate {run} --tasks speed" in words(
-        write_report([run]).read_text()
+    assert (
+        f"decode time against stock not measured postshare evaluate {run} --tasks speed"
+        in words(write_report([run]).read_text())
     )
     add_scores(run, {"base": answers(1), "post": answers(1)}, FACTS)
     add_scores(
@@ -65,7 +66,7 @@ def test_a_later_call_replaces_its_tasks_and_the_report_shows_all(tmp_path: Path
     assert set(json.loads((run / SCORES_FILE).read_text())["tasks"]) == {"sst2", "speed"}
     page = words(write_report([run]).read_text())
     # Medians; the change is the median of 1.1, 0.9 and 1.5: of the same rounds.
-    assert "decode time -9.1% quartiles -23.1% to +0.0%; float32, batch 1" in page
+    assert "decode time against stock -9.1% quartiles -23.1% to +0.0%; float32, batch 1" in page
     assert "9.1% less time to decode; " in page
     assert "task base post last vs first 95 %" in page
     assert "speed: decode tokens/s 200 180 +10.0% +0.0% to +30.0%" in page

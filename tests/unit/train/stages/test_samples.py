@@ -18,11 +18,13 @@ END = 99
 
 def test_a_passage_is_the_beginning_of_a_document_with_room() -> None:
     ids = [*range(10), END, *range(20), END, *range(100, 180)]
-    given, after = passage(ids, {END})
+    given, after = passage([ids], {END})
     assert given == [*range(100, 100 + PROMPT)], "the document of 20 tokens is too short"
     assert after == [*range(100 + PROMPT, 100 + PROMPT + ADDED)]
-    assert passage([*range(40)], {END}) == ([*range(20)], [*range(20, 40)])
-    assert passage([*range(70)], {END})[0] == [*range(PROMPT)], "no document begins: the block does"
+    assert passage([[*range(40)]], {END}) == ([*range(20)], [*range(20, 40)])
+    none = [*range(70)]
+    assert passage([none, none[::-1]], {END})[0] == [*range(PROMPT)], "none begins: the block does"
+    assert passage([none, [5, END, *range(200, 270)]], {END})[0] == [*range(200, 200 + PROMPT)]
 
 
 def test_each_model_continues_what_is_evaluated(tmp_path: Path) -> None:
