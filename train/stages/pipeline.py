@@ -263,6 +263,7 @@ def write_exports(current: Run) -> None:
                 base=current.base,
                 tokenizer=tokenizer,
                 recipe=recipe.model_dump(mode="json"),
+                written=recipe.written,
                 notes={
                     "name": recipe.name,
                     "base_model": recipe.model.path,
