@@ -41,9 +41,11 @@ from train.models.lora import TRAINABLE as ADAPTERS
 from train.models.lora import adapt
 from train.models.sharded_source import Source, base_source, compact_source, factored_source
 from train.planning.find import requested_ratio
+from train.planning.search.alternatives import alternatives_lines
 from train.recipe.recipe import Recipe
 from train.recipe.rules import unfinished
 from train.stages.evaluation import (
+    directshare_of,
     evaluated_models,
     export_formats,
     exported,
@@ -342,13 +344,17 @@ def measure(current: Run, blocks: Blocks) -> None:
         positions=current.config.max_position_embeddings,
         residual=residual_parameters(current),
         decode=measured_decode(current.folder) if recipe.residual is None else None,
+        directshare=directshare_of(current).savings(current.config)
+        if recipe.evaluate.directshare
+        else None,
     )
     write_json(current.folder / SUMMARY_FILE, summary)
     figures = Figures.from_dict(summary["figures"])
     for kind in exported(current):
         notes = {"numbers": summary, "figures": figures.rows()}
         update_notes(current.folder / "export" / kind, notes)
-    current.say("", summary_table(summary), figures.table(), "", saved_sentence(summary), "")
+    current.say("", summary_table(summary), figures.table(), "", saved_sentence(summary))
+    current.say(*alternatives_lines(current.folder), "")
 
 
 def tell_wandb(current: Run) -> None:
