@@ -32,6 +32,7 @@ factors of a plan with a basis."""
 
 SUMMARY_FILE = "summary.json"
 BLOCKS_FILE = "evaluation-blocks.json"
+SAMPLES_FILE = "samples.json"
 SCORES_FILE = "task-scores.json"
 COMPARISON_FILE = "comparison.json"
 COMPARED_RECIPE = "recipe"

@@ -61,6 +61,7 @@ def evaluate_models(
     device: torch.device,
     folder: Path,
     say: Callable[[str], None] = print,
+    also: Callable[[str, PreTrainedModel], None] = lambda name, model: None,
 ) -> dict[str, Perplexity]:
     """Perplexity of each model on the same blocks, one model in memory at a time.
 
@@ -70,6 +71,7 @@ def evaluate_models(
 
     Args:
         say: is told which models are measured again, and why.
+        also: called with the name and the model of each that is measured, while it is in memory.
 
     Raises:
         PostshareError: there is no token to predict, or a model's loss is not finite.
@@ -98,6 +100,7 @@ def evaluate_models(
         loaded = model.load()
         loaded.to(device)  # type: ignore[arg-type]  # transformers' decorator hides it
         measured[name] = block_losses(loaded, blocks, batch_size, limit=limit, name=name)
+        also(name, loaded)
         del loaded
         gc.collect()  # the projections of a compact model refer to each other
         try:

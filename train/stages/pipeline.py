@@ -64,6 +64,7 @@ from train.stages.materialize import (
 from train.stages.plan import make_plan
 from train.stages.residual import fit_residual, fitted, residual_of, trainable, with_residual
 from train.stages.run import Run, base_of
+from train.stages.samples import Samples
 from train.stages.start import PLAN_OUTPUTS, begin, check_weights, find_teacher
 from train.stages.timetable import Stage, announce
 from train.tracking.wandb_evaluation import log_outcome
@@ -331,6 +332,7 @@ def measure(current: Run, blocks: Blocks) -> None:
         current.ranks.device,
         current.folder,
         current.say,
+        Samples(current.folder, current.tokenizer, blocks, section.blocks).add,
     )
     summary = summarize(
         measured,
