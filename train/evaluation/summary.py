@@ -147,6 +147,7 @@ def summarize(
     positions: int,
     residual: int = 0,
     decode: DecodeRatio | None = None,
+    directshare: PlanSavings | None = None,
 ) -> dict[str, Any]:
     """The value of ``summary.json``; a model that the run does not have is null.
 
@@ -157,6 +158,7 @@ def summarize(
         element_bytes: of one exported parameter.
         positions: the most tokens that the model reads.
         decode: of the plan, where it was measured.
+        directshare: of DirectShare as published, where it was evaluated beside the plan.
     """
     stored_ratio = savings.stored_ratio - residual / savings.attention_parameters
     summary: dict[str, Any] = {
@@ -196,6 +198,12 @@ def summarize(
         decode=decode,
         perplexity=_against_continued(summary["perplexity"]),
     )
+    if directshare is not None:
+        summary["directshare"] = {
+            "perplexity": measured["directshare"].perplexity,
+            "heads": directshare.tied_heads,
+            "parameters": directshare.stored_parameters,
+        }
     return {**summary, "figures": asdict(figures)}
 
 
@@ -239,8 +247,18 @@ def summary_cells(summary: dict[str, Any]) -> tuple[list[str], dict[str, list[st
     reference = summary["perplexity"]["continued"]
     cache = summary["cache"]
     rows = {}
+    published = summary.get("directshare")
     for name, label in model_names(summary).items():
         value = summary["perplexity"][name]
+        if name == "direct" and published is not None:
+            rows["directshare"] = [
+                MODELS["direct"],
+                f"{published['perplexity']:.2f}",
+                f"{published['perplexity'] / reference - 1:+.1%}" if reference else "",
+                "100%" if structured else f"{published['heads']}/{heads['total']}",
+                f"{published['parameters']:,}",
+                "",  # it is not exported
+            ]
         if value is None:
             continue
         shared = name in ("direct", "post")
@@ -262,9 +280,9 @@ def is_structured(summary: dict[str, Any]) -> bool:
 
 
 def model_names(summary: dict[str, Any]) -> dict[str, str]:
-    """What each model of a run is called."""
-    papers = not (is_structured(summary) or summary["heads"]["removed"])
-    return MODELS if papers else STRUCTURED
+    """What each model of a run is called; "DirectShare" is the control, where there is one."""
+    others = is_structured(summary) or summary["heads"]["removed"] or "directshare" in summary
+    return STRUCTURED if others else MODELS
 
 
 def _changed_heads(heads: dict[str, Any]) -> tuple[str, str]:
