@@ -12,8 +12,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from train.common.figure_style import GRID, MUTED, SERIES, color_and_mark
+from train.common.pareto import pareto
 from train.common.progress import clock
-from train.evaluation.pareto import pareto
 from train.evaluation.summary import bytes_of
 from train.report.data import RunData
 from train.report.plots import SIZE, draw_curve, draw_trend

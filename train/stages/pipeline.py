@@ -39,6 +39,7 @@ from train.evaluation.summary import (
 from train.models.base_model import load_base, load_model
 from train.models.lora import TRAINABLE as ADAPTERS
 from train.models.lora import adapt
+from train.models.samples import Samples
 from train.models.sharded_source import Source, base_source, compact_source, factored_source
 from train.planning.find import requested_ratio
 from train.planning.search.alternatives import alternatives_lines
@@ -64,7 +65,6 @@ from train.stages.materialize import (
 from train.stages.plan import make_plan
 from train.stages.residual import fit_residual, fitted, residual_of, trainable, with_residual
 from train.stages.run import Run, base_of
-from train.stages.samples import Samples
 from train.stages.start import PLAN_OUTPUTS, begin, check_weights, find_teacher
 from train.stages.timetable import Stage, announce
 from train.tracking.wandb_evaluation import log_outcome
