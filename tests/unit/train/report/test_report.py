@@ -381,6 +381,11 @@ def test_runs_side_by_side(tmp_path: Path) -> None:
     loss = sum(n * t for n, t in zip((3.0, 3.2, 3.1, 2.9), TOKENS, strict=True)) / sum(TOKENS)
     assert rows["a/run"][:3] == [f"{math.exp(loss - 0.04):.2f}", "+6.2%", "+6.2% to +6.2%"]
     assert rows["b/run"][:3] == [f"{math.exp(loss - 0.02):.2f}", "+8.3%", "+8.3% to +8.3%"]
+    summary = json.loads((one / "summary.json").read_text())
+    ratio = summary["parameters"]["stored"] / summary["parameters"]["base"]
+    assert rows["a/run"][3:] == [
+        f"3,700,000 ({ratio - 1:+.1%})", "as stock", "not measured", "not worth it",
+    ]  # fmt: skip
     assert page.tables["What differs in the recipes"] == [
         ["key", "a/run", "b/run"],
         ["train.batch_size", "4", "8"],
