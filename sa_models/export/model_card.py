@@ -12,8 +12,7 @@ from sa_models.spans import ranges
 
 USAGE = {
     "compact": f"""\
-What is shared is stored, and held in memory, once; a removed unit not at all. With `postshare`
-installed:
+With `postshare` installed, which holds what is shared in memory once:
 
 ```python
 import sa_models
@@ -22,9 +21,8 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
 ```
 
-Without it, the modeling files in this folder do the same: read them, then pass
-`trust_remote_code=True`, to `AutoTokenizer` as well, which would ask. Both need transformers
-{NEEDED} or newer. `AutoModel` gives the hidden states.
+Without it, read the modeling files in this folder, then pass `trust_remote_code=True`, to
+`AutoTokenizer` as well, which would ask. Both need transformers {NEEDED} or newer.
 """,
     "dense": """\
 A stock `LlamaForCausalLM` with full-size tensors: it loads in every tool that loads a Llama, also
@@ -65,6 +63,8 @@ model = load_dequantized("path/to/this/folder")
 ```
 """,
 }
+MOST_SPANS = 3
+"""That have a row each; a card has at most 60 lines."""
 PERPLEXITY_OF = {
     "base": "the base",
     "continued": "*continued*: the same training, nothing shared",
@@ -98,7 +98,6 @@ def model_card(manifest: Mapping[str, Any]) -> str:
     file = notes.get("recipe_file")
     recipe = f"`{file}` is what it was made by; " if file else ""
     parts += [
-        "## Files\n",
         f"{recipe}`manifest.json` has the SHA-256 of every file, the resolved recipe, the sharing "
         "plan and the versions that made them.\n",
     ]
@@ -110,8 +109,9 @@ def _front_matter(base: str | None, library: str, licence: Mapping[str, str] | N
     # The hub refuses a card whose base_model is no name of its own.
     if base and base.count("/") == 1 and not base.startswith(("/", ".", "~")):
         values["base_model"] = base
-    values |= {**(licence or {}), "tags": ["llama", "postshare", "attention-sharing"]}
-    return f"---\n{yaml.safe_dump(values, sort_keys=False)}---\n"
+    values |= licence or {}
+    lines = f"{yaml.safe_dump(values, sort_keys=False)}tags: [llama, postshare, attention-sharing]"
+    return f"---\n{lines}\n---\n"
 
 
 def _perplexities(numbers: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -145,7 +145,13 @@ def _shared_rows(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
         rows.append(("attention heads removed", f"{heads['removed']} of {heads['total']}"))
     if heads.get("dropped_layers"):
         rows.append(("layers without attention", f"{heads['dropped_layers']}"))
-    for span in plan["spans"]:
+    spans = plan["spans"]
+    if len(spans) > MOST_SPANS:
+        pairs = (f"{ranges(tuple(s['followers']))} of {s['leader']}" for s in spans)
+        shared = sorted({s["share"] for s in spans})
+        rows.append((f"layers that reuse another's {' or '.join(shared)}", "; ".join(pairs)))
+        spans = []
+    for span in spans:
         what = "attention weights" if span["share"] == "attention" else "keys and values"
         matched = ", heads matched" if span["head_map"] else ""
         layers = ranges(tuple(span["followers"]))
@@ -163,7 +169,8 @@ def _shared_rows(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
         rows.append(("keys and values of leaders", "began as the mean over the layers they serve"))
     if plan["kv_heads"] is not None:
         rows.append(("KV heads of a layer", f"{plan['kv_heads']}, mean-pooled from the base's"))
-    if cache["bytes_per_token"] != cache["base_bytes_per_token"]:
+    figures = manifest["notes"].get("figures")  # have this as well
+    if cache["bytes_per_token"] != cache["base_bytes_per_token"] and not figures:
         kept = cache["bytes_per_token"] / cache["base_bytes_per_token"]
         rows.append(
             ("bytes of KV cache for a token", f"{cache['bytes_per_token']:,} ({kept:.1%} of base)")
@@ -179,7 +186,6 @@ def _shared_rows(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("parameters of the base", f"{tensors['base_parameters']:,}"),
         ("parameters in this folder", f"{tensors['parameters']:,}"),
         ("bytes of weights in this folder", f"{tensors['bytes']:,} ({stored})"),
-        ("plan (SHA-256)", f"`{manifest['plan_sha256']}`"),
     ]
 
 

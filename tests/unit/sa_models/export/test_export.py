@@ -23,6 +23,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 import sa_models.export.export as export_module
 from sa_models.errors import PostshareError
 from sa_models.export.manifest import update_notes
+from sa_models.export.model_card import model_card
 from sa_models.export.verify import verify_equal
 from sa_models.heads import HeadLayout
 from sa_models.materialize.reader import MaterializedReader
@@ -564,3 +565,33 @@ def test_values_beyond_float16_are_refused(tmp_path: Path) -> None:
             tmp_path / "export",
             dtype=torch.float16,
         )
+
+
+def test_the_longest_card_has_60_lines() -> None:
+    """Every kind of row at once, which no plan has, and 20 spans."""
+    spans = [
+        {"leader": layer, "followers": [layer + 1], "share": "kv", "head_map": None}
+        for layer in range(0, 40, 2)
+    ]
+    tie = {"projections": ["q", "k"]}
+    plan = {"ties": [tie], "removed": [[0, 0]], "spans": spans, "kv_heads": 2, "basis": None}
+    figures = dict.fromkeys(("weights", "cache", "caches", "decode", "perplexity"), "words")
+    licence = {"license": "other", "license_name": "llama2", "license_link": "LICENSE.txt"}
+    measured = {"perplexity": dict.fromkeys(("base", "continued", "direct", "post"), 10.0)}
+    notes = {"name": "a", "base_model": "a/base", "licence": licence, "recipe_file": "recipe.yaml"}
+    card = model_card(
+        {
+            "format": "compact",
+            "notes": {**notes, "figures": figures, "numbers": measured},
+            "plan": plan,
+            "merge": "copy",
+            "leaders": "mean",
+            "dtype": "bfloat16",
+            "cache": {"bytes_per_token": 1, "base_bytes_per_token": 2},
+            "heads": {"tied": 1, "removed": 1, "total": 9, "dropped_layers": 1, "stored_ratio": 0},
+            "tensors": {"base_parameters": 9, "parameters": 8, "bytes": 16},
+        }
+    )
+    assert len(card.splitlines()) <= 60
+    assert "| layers that reuse another's kv | 1 of 0; 3 of 2; " in card
+    assert card.count("license") == 3
