@@ -65,6 +65,8 @@ def evaluate(asked: Recipe) -> None:
         0.3,
         {"base": 1000, "compact": 900, "dense": 1000},
         TrainingCost(tokens=600, seconds=1.0),
+        element_bytes=4,
+        positions=tiny.model().config.max_position_embeddings,
     )
     for _ in range(2):
         log_outcome(asked, GROUP, tiny.PLAN, summary, exports)

@@ -15,9 +15,11 @@ from typing import Any
 from sa_models.atomic_files import write_json
 from sa_models.errors import PostshareError
 from sa_models.export.manifest import read_manifest
-from train.common.run_files import SCORES_FILE
+from train.common.run_files import SCORES_FILE, SEARCH_FILE
+from train.evaluation.figures import DecodeRatio
 from train.evaluation.models import export_of
 from train.evaluation.score import Score
+from train.evaluation.speed import TASK as SPEED
 from train.evaluation.table import as_models
 
 VERSION = 1
@@ -65,3 +67,43 @@ def _kept(file: Path, weights: str) -> dict[str, Any]:
         return dict(value["tasks"]) if known else {}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
+
+
+# --- decoding -------------------------------------------------------------------------------------
+
+
+def measured_decode(run: Path) -> DecodeRatio | None:
+    """What a run folder says of the time to decode with its export; None where it says nothing.
+
+    `postshare evaluate RUN --tasks speed` times the export itself; else the search of strategy auto
+    has timed its plan, untrained.
+    """
+    weights = export_hash(run)
+    scores = {} if weights is None else _kept(run / SCORES_FILE, weights)
+    try:
+        search = json.loads((run / SEARCH_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        search = None
+    return decode_ratio(scores, search)
+
+
+def decode_ratio(scores: Mapping[str, Any], search: Any) -> DecodeRatio | None:
+    """As :func:`measured_decode`.
+
+    Args:
+        scores: entries of ``task-scores.json`` by task, of the export that is there now.
+        search: the value of ``plan-search.json``, if any.
+    """
+    if SPEED in scores:
+        entry = scores[SPEED]
+        shipped = entry["models"][-1]["scores"]
+        faster = next(s["change"] for s in shipped if s["metric"] == "decode tokens/s")
+        low, high = (1 / (1 + change) for change in reversed(faster["interval"]))
+        return DecodeRatio(1 / (1 + faster["value"]), f"{entry['dtype']}, batch 1", (low, high))
+    if not isinstance(search, dict) or search.get("decoding_noisy", True):
+        return None
+    chosen = [timed for timed in search.get("decoding", []) if timed.get("chosen")]
+    if not chosen:
+        return None
+    ratio, half = chosen[0]["over_dense"], chosen[0]["spread"]
+    return DecodeRatio(ratio, "float32, batch 1, untrained", (ratio - half, ratio + half))

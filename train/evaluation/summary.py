@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from sa_models.weights.whole_model import open_stored
 from train.common.identity import identity_hash
 from train.common.run_files import BLOCKS_FILE
 from train.data.blocks import Blocks, blocks_hash
+from train.evaluation.figures import DecodeRatio, Figures
 from train.evaluation.perplexity import BlockLosses, Perplexity, block_losses
 
 EVALUATION_FILE = "evaluation.json"
@@ -60,6 +61,7 @@ def evaluate_models(
     device: torch.device,
     folder: Path,
     say: Callable[[str], None] = print,
+    also: Callable[[str, PreTrainedModel], None] = lambda name, model: None,
 ) -> dict[str, Perplexity]:
     """Perplexity of each model on the same blocks, one model in memory at a time.
 
@@ -69,6 +71,7 @@ def evaluate_models(
 
     Args:
         say: is told which models are measured again, and why.
+        also: called with the name and the model of each that is measured, while it is in memory.
 
     Raises:
         PostshareError: there is no token to predict, or a model's loss is not finite.
@@ -97,6 +100,7 @@ def evaluate_models(
         loaded = model.load()
         loaded.to(device)  # type: ignore[arg-type]  # transformers' decorator hides it
         measured[name] = block_losses(loaded, blocks, batch_size, limit=limit, name=name)
+        also(name, loaded)
         del loaded
         gc.collect()  # the projections of a compact model refer to each other
         try:
@@ -138,7 +142,12 @@ def summarize(
     requested: float,
     disk: dict[str, int],
     training: TrainingCost,
+    *,
+    element_bytes: int,
+    positions: int,
     residual: int = 0,
+    decode: DecodeRatio | None = None,
+    directshare: PlanSavings | None = None,
 ) -> dict[str, Any]:
     """The value of ``summary.json``; a model that the run does not have is null.
 
@@ -146,9 +155,13 @@ def summarize(
         requested: the ratio of heads that the recipe asks for.
         disk: bytes of the weight files, by ``base``, ``compact``, ``adapter`` and ``dense``.
         residual: parameters of the adapter, which belong to what is stored.
+        element_bytes: of one exported parameter.
+        positions: the most tokens that the model reads.
+        decode: of the plan, where it was measured.
+        directshare: of DirectShare as published, where it was evaluated beside the plan.
     """
     stored_ratio = savings.stored_ratio - residual / savings.attention_parameters
-    return {
+    summary: dict[str, Any] = {
         "perplexity": {
             name: measured[name].perplexity if name in measured else None for name in MODELS
         },
@@ -178,6 +191,32 @@ def summarize(
         "tokens": training.tokens,
         "seconds": training.seconds,
     }
+    of_plan = Figures.of_plan(savings, element_bytes, positions, residual)
+    figures = replace(
+        of_plan,
+        weight_bytes=bytes_of(summary, "post") or of_plan.weight_bytes,
+        decode=decode,
+        perplexity=_against_continued(summary["perplexity"]),
+    )
+    if directshare is not None:
+        summary["directshare"] = {
+            "perplexity": measured["directshare"].perplexity,
+            "heads": directshare.tied_heads,
+            "parameters": directshare.stored_parameters,
+        }
+    return {**summary, "figures": asdict(figures)}
+
+
+def figures_of(summary: Mapping[str, Any]) -> Figures | None:
+    """The four figures of a run; None where ``summary.json`` is of an earlier version."""
+    return Figures.from_dict(summary["figures"]) if "figures" in summary else None
+
+
+def _against_continued(perplexity: Mapping[str, float | None]) -> float | None:
+    """Of what the run ships: *post*, or where it trains nothing *direct*."""
+    shipped = perplexity["post"] or perplexity["direct"]
+    reference = perplexity["continued"]
+    return shipped / reference if shipped and reference else None
 
 
 def weight_bytes(folder: Path) -> int:
@@ -208,8 +247,18 @@ def summary_cells(summary: dict[str, Any]) -> tuple[list[str], dict[str, list[st
     reference = summary["perplexity"]["continued"]
     cache = summary["cache"]
     rows = {}
+    published = summary.get("directshare")
     for name, label in model_names(summary).items():
         value = summary["perplexity"][name]
+        if name == "direct" and published is not None:
+            rows["directshare"] = [
+                MODELS["direct"],
+                f"{published['perplexity']:.2f}",
+                f"{published['perplexity'] / reference - 1:+.1%}" if reference else "",
+                "100%" if structured else f"{published['heads']}/{heads['total']}",
+                f"{published['parameters']:,}",
+                "",  # it is not exported
+            ]
         if value is None:
             continue
         shared = name in ("direct", "post")
@@ -231,9 +280,9 @@ def is_structured(summary: dict[str, Any]) -> bool:
 
 
 def model_names(summary: dict[str, Any]) -> dict[str, str]:
-    """What each model of a run is called."""
-    papers = not (is_structured(summary) or summary["heads"]["removed"])
-    return MODELS if papers else STRUCTURED
+    """What each model of a run is called; "DirectShare" is the control, where there is one."""
+    others = is_structured(summary) or summary["heads"]["removed"] or "directshare" in summary
+    return STRUCTURED if others else MODELS
 
 
 def _changed_heads(heads: dict[str, Any]) -> tuple[str, str]:
@@ -268,10 +317,9 @@ def bytes_of(summary: dict[str, Any], name: str) -> int | None:
 
 
 def saved_sentence(summary: dict[str, Any]) -> str:
-    """What sharing saves, in one line."""
-    parameters, size = summary["parameters"], summary["bytes"]
+    """Which heads change, and what is no longer stored, in one line."""
+    parameters, heads = summary["parameters"], summary["heads"]
     saved = parameters["base"] - parameters["stored"]
-    heads = summary["heads"]
     changed = ", ".join(
         f"{heads[what] / heads['total']:.1%} of the heads {what}"
         for what in ("tied", "removed")
@@ -282,12 +330,6 @@ def saved_sentence(summary: dict[str, Any]) -> str:
         f"{parameters['stored_ratio']:.1%} of the attention parameters, "
         f"{saved / parameters['base']:.1%} of all parameters"
     )
-    cache = summary["cache"]
-    if cache["stored_elements_per_token"] != cache["base_elements_per_token"]:
-        kept = cache["stored_elements_per_token"] / cache["base_elements_per_token"]
-        line += f", {1 - kept:.1%} of the KV cache"
-    if size["compact"] and size["dense"]:
-        line += f", {size['dense'] - size['compact'] - (size['adapter'] or 0):,} bytes"
     if parameters["adapter"]:
         line += f" (residuals of {parameters['adapter']:,} parameters counted)"
     return line

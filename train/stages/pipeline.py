@@ -26,6 +26,8 @@ from train.common.progress import bar
 from train.common.run_files import SUMMARY_FILE
 from train.data.blocks import Blocks
 from train.distributed.engines import start as engines
+from train.evaluation.figures import Figures
+from train.evaluation.run_scores import measured_decode
 from train.evaluation.summary import (
     TrainingCost,
     evaluate_models,
@@ -39,13 +41,17 @@ from train.models.lora import TRAINABLE as ADAPTERS
 from train.models.lora import adapt
 from train.models.sharded_source import Source, base_source, compact_source, factored_source
 from train.planning.find import requested_ratio
+from train.planning.search.alternatives import alternatives_lines
 from train.recipe.recipe import Recipe
 from train.recipe.rules import unfinished
 from train.stages.evaluation import (
+    directshare_of,
     evaluated_models,
     export_formats,
     exported,
+    planned_figures,
     require_exports,
+    residual_parameters,
     shipped,
 )
 from train.stages.lora import report_merged
@@ -58,7 +64,9 @@ from train.stages.materialize import (
 from train.stages.plan import make_plan
 from train.stages.residual import fit_residual, fitted, residual_of, trainable, with_residual
 from train.stages.run import Run, base_of
+from train.stages.samples import Samples
 from train.stages.start import PLAN_OUTPUTS, begin, check_weights, find_teacher
+from train.stages.timetable import Stage, announce
 from train.tracking.wandb_evaluation import log_outcome
 from train.training.job import TrainJob
 from train.training.loop import TrainResult, train
@@ -77,15 +85,29 @@ def stages(recipe: Recipe) -> None:
     """As `run`; other runs may follow in this process. Call `engine.shutdown` after the last."""
     with begin(recipe, trains=True) as current:
         check_length(current)
-        make_plan(current)
-        post_train(current)
-        materialize_on_text(current)
-        fit_residual(current, trained_folder(current))
-        heal(current)
-        write_exports(current)
-        judge(current)
-        tell_wandb(current)
-        show(current)
+        every = timetable(current)
+        for number, stage in enumerate(every, start=1):
+            announce(current, every, number)
+            stage.work(current)
+
+
+def timetable(current: Run) -> list[Stage]:
+    """The stages that this recipe has, in their order."""
+    recipe, folder = current.recipe, current.folder
+    healing, control = recipe.materialize.heal_steps, control_steps(current)
+    first = "pretrain" if current.base is None else "post"
+    made = recipe.may_read_text or recipe.residual is not None
+    every = [
+        (recipe.plans, Stage("plan", make_plan)),
+        (control > 0, Stage("continued", train_control, control, folder / "continued")),
+        (current.steps > 0, Stage(first, post_train, current.steps, folder)),
+        (made, Stage("materialize", materialize)),
+        (healing > 0, Stage("heal", heal, healing, folder / "heal")),
+        (True, Stage("export", write_exports)),
+        (recipe.plans, Stage("evaluate", judge)),
+        (True, Stage("report", conclude)),
+    ]
+    return [stage for wanted, stage in every if wanted]
 
 
 def plan(recipe: Recipe) -> None:
@@ -111,8 +133,7 @@ def evaluate(recipe: Recipe) -> None:
     """`postshare evaluate`: perplexity of the run's models, its summary, its report."""
     with begin(recipe, requires=require_evaluable) as current:
         judge(current)
-        tell_wandb(current)
-        show(current)
+        conclude(current)
 
 
 def prepare(recipe: Recipe) -> None:
@@ -140,16 +161,22 @@ def check_length(current: Run) -> None:
         raise PostshareError(problem)
 
 
-def post_train(current: Run) -> None:
-    """Train the control without any sharing (*continued*), then the model with its structure.
+def control_steps(current: Run) -> int:
+    """Steps of the control: as many as the model takes, its healing included; 0 without one."""
+    if not (current.shares and current.recipe.evaluate.continued):
+        return 0
+    return current.steps + current.recipe.materialize.heal_steps
 
-    The control takes as many steps as the model, its healing included.
-    """
-    steps = current.steps + current.recipe.materialize.heal_steps
-    if current.shares and current.recipe.evaluate.continued and steps > 0:
-        train_one(current, "continued", current.folder / "continued", None, steps)
-    if current.steps == 0:
-        return
+
+def train_control(current: Run) -> None:
+    """Train without any sharing (*continued*)."""
+    folder = current.folder / "continued"
+    steps = control_steps(current)
+    train_one(current, "continued", folder, None, steps, later_steps=steps)
+
+
+def post_train(current: Run) -> None:
+    """Train the model with the plan's structure, its ties pulled together."""
     if current.shares:
         train_one(current, "post", current.folder, current.plan)
         report_merged(current, base_of(current), current.folder / "weights")
@@ -158,7 +185,12 @@ def post_train(current: Run) -> None:
 
 
 def train_one(
-    current: Run, name: str, folder: Path, plan: SharingPlan | None, steps: int | None = None
+    current: Run,
+    name: str,
+    folder: Path,
+    plan: SharingPlan | None,
+    steps: int | None = None,
+    later_steps: int | None = None,
 ) -> TrainResult:
     section = current.recipe.train
     training, validation = current.blocks
@@ -177,15 +209,20 @@ def train_one(
         steps=current.steps if steps is None else steps,
         learning_rate=section.learning_rate,
         group=current.group,
+        later_steps=current.recipe.materialize.heal_steps if later_steps is None else later_steps,
     )
     return train(job, current.recipe)
 
 
+def materialize(current: Run) -> None:
+    """What needs calibration text or is fitted: merges, factors, residuals."""
+    materialize_on_text(current)
+    fit_residual(current, trained_folder(current))
+
+
 def heal(current: Run) -> None:
-    """Materialize, then train the compact model, in which what is shared is one parameter."""
+    """Train the compact model, in which what is shared is one parameter."""
     section = current.recipe.materialize
-    if section.heal_steps == 0:
-        return
     residual = None if current.recipe.residual is None else fitted(current)
 
     def load() -> LlamaForCausalLM:
@@ -258,7 +295,11 @@ def write_exports(current: Run) -> None:
                 base=current.base,
                 tokenizer=tokenizer,
                 recipe=recipe.model_dump(mode="json"),
-                notes={"name": recipe.name, "base_model": recipe.model.path},
+                notes={
+                    "name": recipe.name,
+                    "base_model": recipe.model.path,
+                    "figures": planned_figures(current).rows(),
+                },
                 progress=lambda stage, done, total: shows[stage](done, total),
             )
         summary = current.folder / SUMMARY_FILE
@@ -291,6 +332,7 @@ def measure(current: Run, blocks: Blocks) -> None:
         current.ranks.device,
         current.folder,
         current.say,
+        Samples(current.folder, current.tokenizer, blocks, section.blocks).add,
     )
     summary = summarize(
         measured,
@@ -300,12 +342,21 @@ def measure(current: Run, blocks: Blocks) -> None:
         {"base": weight_bytes(base_of(current))}
         | {kind: weight_bytes(current.folder / "export" / kind) for kind in exported(current)},
         trained(current),
-        0 if recipe.residual is None else recipe.residual.parameters(current.plan, current.config),
+        element_bytes=current.export_dtype.itemsize,
+        positions=current.config.max_position_embeddings,
+        residual=residual_parameters(current),
+        decode=measured_decode(current.folder) if recipe.residual is None else None,
+        directshare=directshare_of(current).savings(current.config)
+        if recipe.evaluate.directshare
+        else None,
     )
     write_json(current.folder / SUMMARY_FILE, summary)
+    figures = Figures.from_dict(summary["figures"])
     for kind in exported(current):
-        update_notes(current.folder / "export" / kind, {"numbers": summary})
-    current.say("", summary_table(summary), saved_sentence(summary), "")
+        notes = {"numbers": summary, "figures": figures.rows()}
+        update_notes(current.folder / "export" / kind, notes)
+    current.say("", summary_table(summary), figures.table(), "", saved_sentence(summary))
+    current.say(*alternatives_lines(current.folder), "")
 
 
 def tell_wandb(current: Run) -> None:
@@ -318,6 +369,12 @@ def tell_wandb(current: Run) -> None:
         log_outcome(current.recipe, current.group, current.plan, summary, folders)
 
     current.on_main(work)
+
+
+def conclude(current: Run) -> None:
+    """Tell wandb and the person what came of it."""
+    tell_wandb(current)
+    show(current)
 
 
 def show(current: Run) -> None:

@@ -18,7 +18,7 @@ import torch
 
 from sa_models.atomic_files import write_text
 from sa_models.errors import PostshareError
-from train.common.progress import bar, note
+from train.common.progress import bar, clock, note
 from train.distributed.launch_env import launched_place
 from train.tracking.wandb_run import WandbRun, agree_on_run, check_wandb
 
@@ -58,6 +58,7 @@ class Tracker:
         wandb_run_id: id of an earlier segment, from the checkpoint.
         main: whether this is the main process; elsewhere nothing is recorded.
         group: of the wandb run (default: the recipe's name).
+        later_steps: of the run's trainings after this one.
 
     Raises:
         PostshareError: wandb is online and no account is set up.
@@ -73,6 +74,7 @@ class Tracker:
         wandb_run_id: str | None = None,
         main: bool = True,
         group: str | None = None,
+        later_steps: int = 0,
     ) -> None:
         check_wandb(recipe.wandb)
         self.path = folder / "metrics.jsonl"
@@ -90,7 +92,7 @@ class Tracker:
             node = place.node if shared else None
             self._wandb = WandbRun(job, recipe, folder, group or recipe.name, run_id, node, main)
         if main:
-            self._line = ProgressLine(job, steps, resumed_step)
+            self._line = ProgressLine(job, steps, resumed_step, later_steps)
 
     @property
     def wandb_run_id(self) -> str | None:
@@ -203,10 +205,14 @@ def memory_bytes() -> int:
 
 
 class ProgressLine:
-    """One line on stderr: redrawn on a terminal, else a new line about 20 times a training."""
+    """One line on stderr: redrawn on a terminal, else a new line about 20 times a training.
 
-    def __init__(self, job: str, steps: int, done: int) -> None:
-        self.steps = steps
+    Args:
+        later: steps of the run's trainings after this one.
+    """
+
+    def __init__(self, job: str, steps: int, done: int, later: int = 0) -> None:
+        self.steps, self.later = steps, later
         self.average: float | None = None
         self.slowest = ""
         self._stack = ExitStack()
@@ -231,6 +237,9 @@ class ProgressLine:
             self.slowest = f"slowest rank {row['slowest_rank']} (+{100 * behind:.0f}%)"
         if self.slowest:
             parts.append(self.slowest)
+        if self.later:
+            left = (self.steps - row["step"] + self.later) * row["seconds"] / row["step"]
+            parts.append(f"all training {clock(left)}")
         return "  ".join(parts)
 
     def close(self) -> None:

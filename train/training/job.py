@@ -33,6 +33,7 @@ class TrainJob:
         validation_blocks: for `train.evaluate_every`; None: no evaluation.
         folder: metrics.jsonl, checkpoints/ and, at the end, weights/ go here.
         group: of its wandb run; None: the recipe's name.
+        later_steps: of the run's trainings after this one, for the time that is left.
     """
 
     name: str
@@ -46,6 +47,7 @@ class TrainJob:
     source: Callable[[], Source | None] = lambda: None
     trainable: tuple[str, ...] | None = None
     group: str | None = None
+    later_steps: int = 0
 
     @cached_property
     def model(self) -> PreTrainedModel:

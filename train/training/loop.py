@@ -140,7 +140,15 @@ def _train(
         steps=job.steps - at.step,
     )
     tracker = Tracker(
-        job.name, recipe, job.folder, job.steps, at.step, at.wandb_run_id, engine.is_main, job.group
+        job.name,
+        recipe,
+        job.folder,
+        job.steps,
+        at.step,
+        at.wandb_run_id,
+        engine.is_main,
+        job.group,
+        job.later_steps,
     )
     batches = read_ahead(job.train_blocks, samples, 2 * samples.accumulation)
     watch = Watchdog(engine.rank, engine.world, section.hang_timeout)

@@ -284,6 +284,7 @@ def save_auto(
         "decoding": [
             {
                 **_timed_dict(timed, config, size),
+                "chosen": timed.plan == searched.plan,
                 "context": timed.context,
                 "seconds": timed.decode.seconds,
                 "over_dense": timed.decode.ratio,

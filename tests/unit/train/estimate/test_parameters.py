@@ -497,7 +497,7 @@ def test_a_dry_run_without_training_estimates_no_memory() -> None:
 
 def test_a_dry_run_counts_healing() -> None:
     out = Console(file=io.StringIO(), width=160)
-    print_dry_run(load_recipe("demo"), console=out)
+    print_dry_run(load_recipe("demo_auto"), console=out)
     text = out.file.getvalue()  # type: ignore[attr-defined]
     assert "200 steps (200 of healing), 2,048 tokens per step, 409,600 (410 K) tokens" in text
     assert "1,869,952 (1.87 M)" in text.split("trained", 1)[1].splitlines()[0]

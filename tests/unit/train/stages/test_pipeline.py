@@ -343,6 +343,14 @@ def test_what_a_plan_file_shares_and_the_penalty_leaves_out_is_warned_about(
     assert "k will be pulled and not shared" in lines[1]
 
 
+def test_stages_are_numbered(finished: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    run(finished)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("stage ")]
+    names = ["plan", "continued, done before", "post, done before", "heal, done before"]
+    names += ["export", "evaluate", "report"]
+    assert lines == [f"stage {number} of 7: {name}" for number, name in enumerate(names, 1)]
+
+
 def test_another_recipe_in_the_same_folder_is_refused(finished: Recipe, text: Path) -> None:
     other = recipe(
         finished.folder,

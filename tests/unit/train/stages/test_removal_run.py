@@ -23,7 +23,7 @@ from train.distributed.engines.start import start
 from train.estimate.dry_run import print_dry_run
 from train.estimate.llama_shapes import LlamaShape, find_shape
 from train.estimate.parameters import disk_space, plan_savings
-from train.evaluation.summary import saved_sentence, summary_table
+from train.evaluation.summary import figures_of, saved_sentence, summary_table
 from train.models.base_model import load_dense
 from train.planning.find import find_ties, requested_ratio
 from train.planning.plan_maps import save_ties
@@ -258,8 +258,23 @@ def test_the_demo_base_is_pruned_and_healed(tmp_path: Path, text: Path) -> None:
     assert said.startswith(
         "saved     29.7% of the heads removed: 29.7% of the attention parameters"
     )
-    assert "29.7% of the KV cache" in said
     assert "tied" not in said
+    figures = figures_of(summary)
+    assert figures is not None
+    stored, base = 1_869_952 - 19 * 4 * 16 * 128, 1_869_952
+    assert figures.weight_bytes == summary["bytes"]["compact"]
+    assert figures.weight_ratio == stored / base
+    size = figures.stock_cache_bytes // (8 * 2 * 128)
+    assert (size, figures.cache_bytes) == (2, 45 * 2 * 16 * size)
+    rows = figures.rows()
+    assert rows["cache bytes per token"] == "2,880, 29.7% less than stock"
+    assert rows["cache of 8 x 512 tokens"] == "11.8 MB, stock 16.8 MB"
+    assert rows["decode time against stock"] == "not measured"
+    ratio = summary["perplexity"]["post"] / summary["perplexity"]["continued"]
+    assert rows["perplexity against continued"] == f"{ratio - 1:+.1%}"
+    for kind in ("compact", "dense"):
+        notes = json.loads((made.folder / "export" / kind / "manifest.json").read_text())["notes"]
+        assert notes["figures"] == rows
 
 
 def test_whole_layers_are_dropped_reconstructed_and_healed_with_a_teacher(
