@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
-from train.commands.completion import complete_override, complete_recipe
+from train.commands import options
+from train.commands.completion import complete_recipe
+from train.commands.options import OverridesArgument, RecipeArgument
 from train.common.exit_codes import ExitCode
 from train.common.imports import large_imports
 from train.common.signals import Interrupted, TrainingStopped, exit_code, watching
@@ -24,23 +26,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-RecipeArgument = Annotated[
-    str,
-    typer.Argument(
-        metavar="RECIPE",
-        help="A .yaml file, or a shipped recipe's name.",
-        autocompletion=complete_recipe,
-    ),
-]
-OverridesArgument = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="KEY=VALUE",
-        help="Overrides, such as train.steps=100.",
-        autocompletion=complete_override,
-    ),
-]
 
 
 def _print_version(wanted: bool) -> None:
@@ -113,53 +98,19 @@ def export(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
     "evaluate demo evaluate.blocks=64)"
 )
 def evaluate(
-    arguments: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="MODEL...",
-            help="Run folders, model folders or hub names; or a RECIPE and KEY=VALUE overrides.",
-        ),
-    ],
-    tasks: Annotated[
-        str | None,
-        typer.Option(
-            help="perplexity (default), speed, and lm-eval's, separated by commas: "
-            "perplexity,mmlu,rte,sst2,hellaswag,gsm8k."
-        ),
-    ] = None,
-    text: Annotated[
-        Path | None,
-        typer.Option(help="Text of perplexity: .txt, .jsonl (default: what the run held out)."),
-    ] = None,
-    context: Annotated[
-        int | None, typer.Option(min=64, help="Tokens of a window (default: 2048, if it fits).")
-    ] = None,
-    stride: Annotated[
-        int | None, typer.Option(min=1, help="Tokens a window moves (default: the context).")
-    ] = None,
-    data: Annotated[
-        Path | None, typer.Option(help="Folder of local task data, FOLDER/TASK/SPLIT.jsonl.")
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="Only the first questions of each lm-eval task.")
-    ] = None,
-    fewshot: Annotated[
-        int | None, typer.Option(min=0, help="Examples before a question (default: the task's).")
-    ] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Windows or requests in a forward (default: 8).")
-    ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(help="float32 (default on the CPU), bfloat16 (default elsewhere), float16."),
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="Such as cpu or cuda:1 (default: a GPU if there is one).")
-    ] = None,
-    output: Annotated[Path | None, typer.Option(help="Also write the results, as JSON.")] = None,
-    cache: Annotated[
-        Path | None, typer.Option(help="Results by content (default: ~/.cache/postshare).")
-    ] = None,
+    arguments: options.ModelsOrRecipe,
+    tasks: options.Tasks = None,
+    text: options.PerplexityText = None,
+    context: options.Window = None,
+    stride: options.Stride = None,
+    data: options.TaskData = None,
+    limit: options.Limit = None,
+    fewshot: options.FewShot = None,
+    batch_size: options.BatchSize = None,
+    dtype: options.DType = None,
+    device: options.Device = None,
+    output: options.Results = None,
+    cache: options.Cache = None,
 ) -> None:
     """Compare models side by side; with a RECIPE: evaluate the models of its own run."""
     given = {
@@ -188,9 +139,7 @@ def generate(
         typer.Option(help="A text to go on with; may be given often (default: three)."),
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="The most to add to a prompt.")] = 32,
-    device: Annotated[
-        str | None, typer.Option(help="Such as cpu or cuda:1 (default: a GPU if there is one).")
-    ] = None,
+    device: options.Device = None,
 ) -> None:
     """Print how models continue the same prompts, before and after sharing; greedily."""
     from train.commands.generate import generate
@@ -236,45 +185,20 @@ def report(
 
 @app.command(epilog="Example: postshare analyze demo-base --text stdlib --sensitivity")
 def analyze(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL", help="A hub name, a dense or compact model folder, or a run folder."
-        ),
-    ],
-    text: Annotated[
-        Path | None,
-        typer.Option(
-            help="Text to measure on: .txt, .jsonl; stdlib: the demo's "
-            "(default: what a run held out)."
-        ),
-    ] = None,
-    output: Annotated[
-        Path | None, typer.Option(help="Folder to write (default: analysis/MODEL).")
-    ] = None,
-    blocks: Annotated[
-        int | None,
-        typer.Option(min=1, help="Blocks of text, the first ones (default: 16, or what there is)."),
-    ] = None,
-    context: Annotated[
-        int | None, typer.Option(min=3, help="Tokens of a block (default: 512, if they fit).")
-    ] = None,
-    score: Annotated[
-        str, typer.Option(help="Similarity of two heads, as plan.score (docs/scores.md).")
-    ] = "qk",
-    sensitivity: Annotated[
-        bool, typer.Option("--sensitivity", help="Also the loss without each head and layer.")
-    ] = False,
-    device: Annotated[
-        str | None, typer.Option(help="Such as cpu or cuda:1 (default: a GPU if there is one).")
-    ] = None,
+    model: options.AnalyzedModel,
+    text: options.AnalyzedText = None,
+    output: options.AnalysisFolder = None,
+    blocks: options.Blocks = None,
+    context: options.BlockTokens = None,
+    score: options.Score = "qk",
+    sensitivity: options.Sensitivity = False,
+    device: options.Device = None,
 ) -> None:
     """Isotropy and similarity of any Llama, without training: a table, JSON, pictures."""
     from train.commands.analyze.command import AnalyzeOptions
     from train.commands.analyze.command import analyze as run_analysis
 
-    options = AnalyzeOptions(text, output, blocks, context, score, sensitivity, device)
-    run_analysis(model, options)
+    run_analysis(model, AnalyzeOptions(text, output, blocks, context, score, sensitivity, device))
 
 
 @app.command(epilog="Example: postshare push runs/demo/export/compact me/small-llama --dry-run")
@@ -400,26 +324,14 @@ def recipes(
     ] = None,
 ) -> None:
     """List the shipped recipes, or print or copy one."""
-    from rich.table import Table
+    from train.commands.recipes import copy_one, list_all, print_one
 
-    from train.common.console import plain_console
-    from train.recipe.load import copy_recipe, description, text_of
-    from train.recipe.shipped import shipped_recipes
-
-    if name is not None and copy is not None:
-        copy_recipe(name, copy)
-        typer.echo(f"{copy} is a copy of {name}: postshare run {copy}")
-        return
-    if copy is not None:
+    if copy is None:
+        print_one(name) if name is not None else list_all()
+    elif name is None:
         raise typer.BadParameter("name the recipe that is to be copied", param_hint="--copy")
-    if name is not None:
-        typer.echo(text_of(name), nl=False)
-        return
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(no_wrap=True)
-    for name, file in shipped_recipes().items():
-        table.add_row(name, description(file))
-    plain_console().print(table)
+    else:
+        copy_one(name, copy)
 
 
 def _load(recipe: str, overrides: list[str] | None) -> Recipe:
