@@ -40,7 +40,10 @@ def _print_version(wanted: bool) -> None:
 def _welcome(
     context: typer.Context,
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it.")
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
     ] = False,
 ) -> None:
     if context.invoked_subcommand is None:
@@ -65,7 +68,7 @@ def run(
         typer.Option(min=1, help="With --dry-run: GPUs to estimate for (default: up to 8)."),
     ] = None,
 ) -> None:
-    """Plan, post-train, materialize, export, evaluate, report; finished stages are skipped."""
+    """Run all stages: plan, train, export, evaluate, report. Finished stages are skipped."""
     if gpus is not None and not dry_run:
         raise typer.BadParameter("--gpus goes with --dry-run; accelerate launch sets the processes")
     loaded = _load(recipe, overrides)
@@ -81,14 +84,14 @@ def run(
 
 @app.command(epilog="Example: postshare plan demo plan.budget.ratio=0.2")
 def plan(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
-    """Find the sharing plan, print it, and draw the similarity of heads and the ties."""
+    """Find the sharing plan, print it and draw it. Nothing is trained."""
     loaded = _load(recipe, overrides)
     _stage("plan", loaded)
 
 
 @app.command(epilog="Example: postshare export demo export.dtype=bfloat16")
 def export(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
-    """Write the compact and dense folders of a finished training, verified."""
+    """Export a finished training: compact and dense, verified."""
     loaded = _load(recipe, overrides)
     _stage("export", loaded)
 
@@ -112,7 +115,7 @@ def evaluate(
     output: options.Results = None,
     cache: options.Cache = None,
 ) -> None:
-    """Compare models side by side; with a RECIPE: evaluate the models of its own run."""
+    """Compare models side by side. With a RECIPE: evaluate the models of its own run."""
     given = {
         "--tasks": tasks, "--text": text, "--context": context, "--stride": stride, "--data": data,
         "--limit": limit, "--fewshot": fewshot, "--batch-size": batch_size, "--dtype": dtype,
@@ -136,12 +139,12 @@ def generate(
     ],
     prompt: Annotated[
         list[str] | None,
-        typer.Option(help="A text to go on with; may be given often (default: three)."),
+        typer.Option(help="A text to go on with; may be repeated (default: three)."),
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="The most to add to a prompt.")] = 32,
     device: options.Device = None,
 ) -> None:
-    """Print how models continue the same prompts, before and after sharing; greedily."""
+    """Let models continue prompts, before and after sharing. Each takes the likeliest token."""
     from train.commands.generate import generate
 
     generate(models, prompt, tokens, device)
@@ -161,7 +164,7 @@ def quantize(
         typer.Option(min=2, help="Of int4: inputs of a row that share a scale (default: 32)."),
     ] = None,
 ) -> None:
-    """Round the projections of an export to int8 or int4; `evaluate` compares the result."""
+    """Round the weights of a model to int8 or int4. `evaluate` compares the result."""
     from train.commands.quantize import quantize_model
 
     quantize_model(model, output, to, group_size)
@@ -177,7 +180,7 @@ def report(
         typer.Option(help="File to write (default: RUN/report.html; of several, report.html)."),
     ] = None,
 ) -> None:
-    """Write report.html of a run, finished or not; of several, one that compares them."""
+    """Write report.html of a run, or one that compares several. They need not be finished."""
     from train.report.page import write_report
 
     typer.echo(f"report    {write_report(runs, output)}")
@@ -194,7 +197,7 @@ def analyze(
     sensitivity: options.Sensitivity = False,
     device: options.Device = None,
 ) -> None:
-    """Isotropy and similarity of any Llama, without training: a table, JSON, pictures."""
+    """Measure how alike heads and layers of a Llama are. No training: a table and pictures."""
     from train.commands.analyze.command import AnalyzeOptions
     from train.commands.analyze.command import analyze as run_analysis
 
@@ -204,7 +207,7 @@ def analyze(
 @app.command(epilog="Example: postshare push runs/demo/export/compact me/small-llama --dry-run")
 def push(
     folder: Annotated[
-        Path, typer.Argument(metavar="FOLDER", help="An export (or a run: its compact export).")
+        Path, typer.Argument(metavar="FOLDER", help="An export; of a run, its compact export.")
     ],
     repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="Such as me/small-llama.")],
     private: Annotated[bool, typer.Option("--private", help="Make a private repository.")] = False,
@@ -213,7 +216,7 @@ def push(
         typer.Option("--dry-run", help="Verify and list what would be uploaded; needs no network."),
     ] = False,
 ) -> None:
-    """Upload an export and its model card to the hub, once every hash is that of its manifest."""
+    """Upload an export and its model card to the hub. Every hash is compared first."""
     from train.commands.push import push as upload
 
     upload(folder, repo_id, private, dry_run)
@@ -223,13 +226,15 @@ def push(
 def compare(
     recipe: RecipeArgument,
     overrides: OverridesArgument = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Runs of each, with other seeds.")] = 1,
+    seeds: Annotated[
+        int, typer.Option(min=1, help="Trainings of each model, each with another seed.")
+    ] = 1,
     controls: Annotated[
         str | None,
         typer.Option(help="Only these, separated by commas (default: all that exist)."),
     ] = None,
 ) -> None:
-    """Train the recipe and its controls on the same tokens: one table, one Pareto plot."""
+    """Train a recipe and its controls on the same tokens. One table, one Pareto plot."""
     loaded = _load(recipe, overrides)
     from train.commands.compare.command import compare
 
@@ -238,13 +243,17 @@ def compare(
 
 @app.command(epilog="Example: postshare pack runs/mine/export/adapter small --bytes 25%")
 def pack(
-    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="Of an export.")],
-    output: Annotated[Path, typer.Argument(metavar="FOLDER", help="Not there yet.")],
+    adapter: Annotated[
+        Path,
+        typer.Argument(metavar="ADAPTER", help="Folder of an adapter, such as RUN/export/adapter."),
+    ],
+    output: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder to make.")],
     size: Annotated[
-        str, typer.Option("--bytes", help="Most bytes of the file, or 25% of the adapter's.")
+        str,
+        typer.Option("--bytes", help="Most bytes of the file: a number, or a share such as 25%."),
     ],
 ) -> None:
-    """Store a residual's adapter in mixed precision, bits by singular value."""
+    """Store a residual's adapter in mixed precision. Larger singular values get more bits."""
     from train.commands.pack import pack_folder
 
     typer.echo(pack_folder(adapter, output, size))
@@ -253,7 +262,7 @@ def pack(
 @app.command(epilog="Example: postshare unpack small adapter")
 def unpack(
     packed: Annotated[Path, typer.Argument(metavar="PACKED", help="What pack has written.")],
-    output: Annotated[Path, typer.Argument(metavar="FOLDER", help="Not there yet.")],
+    output: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder to make.")],
 ) -> None:
     """Write a packed adapter as PEFT reads it."""
     from train.commands.pack import unpack_folder
@@ -263,7 +272,7 @@ def unpack(
 
 @app.command(epilog="Example: postshare prepare llama3.2-1b-postshare-30")
 def prepare(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
-    """Download and cache model and data, once per node; then HF_HUB_OFFLINE=1 works."""
+    """Download and cache model and data, once per node. Then HF_HUB_OFFLINE=1 works."""
     loaded = _load(recipe, overrides)
     _warn_of_hiding()
     _stage("prepare", loaded)
@@ -283,7 +292,7 @@ def doctor(
         float, typer.Option(min=1, help="Seconds that a process may be late.")
     ] = 60.0,
 ) -> None:
-    """Before a big job: would it start, run and save here? Exit code 0: go, 2: no-go."""
+    """Say whether a job would start, fit and save here. Exit code 0: go, 2: no-go."""
     with large_imports():
         from train.doctor.diagnosis import diagnose
 
@@ -306,7 +315,7 @@ def dashboard(
         typer.Option("--json", metavar="FILE", help="Write the panels as JSON; no network."),
     ] = None,
 ) -> None:
-    """Make the wandb workspace of a project: loss, penalty, pairs, systems, evaluation."""
+    """Make a wandb dashboard of a project. Loss, penalty, pairs, systems, evaluation."""
     from train.commands.dashboard import dashboard
 
     typer.echo(dashboard(entity, project, json))
@@ -320,7 +329,7 @@ def recipes(
     ] = None,
     copy: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Write it there, to make it your own."),
+        typer.Option(metavar="FILE", help="Write the recipe to FILE, to make it your own."),
     ] = None,
 ) -> None:
     """List the shipped recipes, or print or copy one."""

@@ -55,7 +55,8 @@ Window = Annotated[
     int | None, typer.Option(min=64, help="Tokens of a window (default: 2048, if it fits).")
 ]
 Stride = Annotated[
-    int | None, typer.Option(min=1, help="Tokens a window moves (default: the context).")
+    int | None,
+    typer.Option(min=1, help="Tokens by which a window moves on (default: the context)."),
 ]
 TaskData = Annotated[
     Path | None, typer.Option(help="Folder of local task data, FOLDER/TASK/SPLIT.jsonl.")
@@ -64,10 +65,10 @@ Limit = Annotated[
     int | None, typer.Option(min=1, help="Only the first questions of each lm-eval task.")
 ]
 FewShot = Annotated[
-    int | None, typer.Option(min=0, help="Examples before a question (default: the task's).")
+    int | None, typer.Option(min=0, help="Examples before each question (default: the task's).")
 ]
 BatchSize = Annotated[
-    int | None, typer.Option(min=1, help="Windows or requests in a forward (default: 8).")
+    int | None, typer.Option(min=1, help="Windows or requests per forward pass (default: 8).")
 ]
 DType = Annotated[
     str | None,
@@ -75,7 +76,7 @@ DType = Annotated[
 ]
 Results = Annotated[Path | None, typer.Option(help="Also write the results, as JSON.")]
 Cache = Annotated[
-    Path | None, typer.Option(help="Results by content (default: ~/.cache/postshare).")
+    Path | None, typer.Option(help="Folder of kept results (default: ~/.cache/postshare).")
 ]
 
 # --- of analyze -----------------------------------------------------------------------------------
