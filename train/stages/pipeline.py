@@ -23,10 +23,16 @@ from sa_models.plan import SharingPlan
 from sa_models.weights.compact_folder import open_weights
 from sa_models.weights.structure import convert
 from train.common.progress import bar
-from train.common.run_files import SUMMARY_FILE
+from train.common.run_files import (
+    CHANCE_FILE,
+    PLAN_FILE,
+    SEARCH_FILE,
+    SPANS_FILE,
+    SUMMARY_FILE,
+)
 from train.data.blocks import Blocks
 from train.distributed.engines import start as engines
-from train.evaluation.figures import Figures
+from train.evaluation.figures import Figures, rows_table
 from train.evaluation.run_scores import measured_decode
 from train.evaluation.summary import (
     TrainingCost,
@@ -62,7 +68,7 @@ from train.stages.materialize import (
 from train.stages.plan import make_plan
 from train.stages.residual import fit_residual, fitted, residual_of, trainable, with_residual
 from train.stages.run import Run, base_of
-from train.stages.start import PLAN_OUTPUTS, begin, check_weights, find_teacher
+from train.stages.start import begin, check_weights, find_teacher
 from train.stages.timetable import Stage, announce
 from train.tracking.wandb_evaluation import log_outcome
 from train.training.job import TrainJob
@@ -114,9 +120,12 @@ def plan(recipe: Recipe) -> None:
     measures = recipe.spans is not None and recipe.spans.measures
     with begin(recipe, needs_data=measures or recipe.plan.measures) as current:
         make_plan(current)
-        for name in PLAN_OUTPUTS:
-            if (current.folder / name).is_file():
-                current.say(f"{current.folder / name}")
+        files = [
+            name
+            for name in (PLAN_FILE, SPANS_FILE, CHANCE_FILE, SEARCH_FILE)
+            if (current.folder / name).is_file()
+        ]
+        current.say(f"files     {current.folder}: {', '.join(files)}", *pictures(current.folder))
 
 
 def export(recipe: Recipe) -> None:
@@ -348,7 +357,9 @@ def measure(current: Run, blocks: Blocks) -> None:
     for kind in exported(current):
         notes = {"numbers": summary, "figures": figures.rows()}
         update_notes(current.folder / "export" / kind, notes)
-    current.say("", summary_table(summary), figures.table(), "", saved_sentence(summary), "")
+    current.say(
+        "", summary_table(summary), rows_table(figures.rows()), "", saved_sentence(summary), ""
+    )
 
 
 def tell_wandb(current: Run) -> None:
@@ -379,13 +390,19 @@ def show(current: Run) -> None:
             for kind in exported(current):
                 current.say(f"{kind:<10}{current.folder / 'export' / kind}")
             current.say(f"summary   {current.folder / SUMMARY_FILE}")
-        if any(current.folder.glob("plan-*.png")):
-            current.say(f"pictures  {current.folder / 'plan-*.png'}, and .svg")
+        current.say(*pictures(current.folder))
         current.say(f"report    {page}")
         if current.shares:
             current.say(f"next      {next_step(current)}")
 
     current.on_main(work)
+
+
+def pictures(folder: Path) -> list[str]:
+    """Where the pictures of the plan are, in one line; none where there are none."""
+    found = sorted(folder.glob("plan-*.png"))
+    name = found[0].name if len(found) == 1 else "plan-*.png"
+    return [f"pictures  {folder / name}, and .svg"] if found else []
 
 
 def next_step(current: Run) -> str:

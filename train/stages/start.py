@@ -24,6 +24,7 @@ from train.common.run_files import (
     RECIPE_FILE,
     SEARCH_CACHE,
     SEARCH_FILE,
+    SEARCH_PAGE,
     SIMILARITY_PICTURE,
     SPANS_FILE,
     SUMMARY_FILE,
@@ -47,7 +48,7 @@ from train.tracking.wandb_run import check_wandb
 
 _PNG = (SIMILARITY_PICTURE, TIES_PICTURE, ISOTROPY_PICTURE, PARETO_PICTURE)
 _PICTURES = (*_PNG, *(name.replace(".png", ".svg") for name in _PNG))
-PLAN_OUTPUTS = (PLAN_FILE, SPANS_FILE, CHANCE_FILE, SEARCH_FILE, *_PICTURES)
+PLAN_OUTPUTS = (PLAN_FILE, SPANS_FILE, CHANCE_FILE, SEARCH_FILE, SEARCH_PAGE, *_PICTURES)
 """What the plan stage may leave in a run folder, but for what a search has measured."""
 
 
