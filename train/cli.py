@@ -61,21 +61,34 @@ def run(
     overrides: OverridesArgument = None,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Only print the resolved recipe and the estimates."),
+        typer.Option("--dry-run", help="Only print what it saves, needs and takes."),
     ] = False,
     gpus: Annotated[
         int | None,
         typer.Option(min=1, help="With --dry-run: GPUs to estimate for (default: up to 8)."),
     ] = None,
+    speed: Annotated[
+        float | None,
+        typer.Option(
+            min=1e-3,
+            metavar="TOKENS",
+            help="With --dry-run: tokens per second (default: as an earlier run in its folder).",
+        ),
+    ] = None,
+    full: Annotated[
+        bool, typer.Option("--full", help="With --dry-run: also the whole resolved recipe.")
+    ] = False,
 ) -> None:
     """Run all stages: plan, train, export, evaluate, report. Finished stages are skipped."""
     if gpus is not None and not dry_run:
         raise typer.BadParameter("--gpus goes with --dry-run; accelerate launch sets the processes")
+    if not dry_run and (full or speed is not None):
+        raise typer.BadParameter("--full and --speed go with --dry-run")
     loaded = _load(recipe, overrides)
     if dry_run:
         from train.estimate.dry_run import print_dry_run
 
-        print_dry_run(loaded, gpus)
+        print_dry_run(loaded, gpus, full=full, tokens_per_second=speed)
         return
     _warn(loaded)
     _warn_of_hiding()
