@@ -19,6 +19,7 @@ from train.evaluation.summary import (
     summary_table,
     weight_bytes,
 )
+from train.models.samples import Samples
 from train.planning.find import requested_ratio
 from train.planning.search.alternatives import alternatives_lines
 from train.stages.evaluation import (
@@ -29,7 +30,6 @@ from train.stages.evaluation import (
     residual_parameters,
 )
 from train.stages.run import Run, base_of
-from train.stages.samples import Samples
 from train.tracking.wandb_evaluation import log_outcome
 from train.training.training_folder import read_result
 
