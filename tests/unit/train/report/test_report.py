@@ -103,7 +103,7 @@ def test_the_numbers_are_those_of_summary_json(tmp_path: Path) -> None:
     summary = json.loads((folder / "summary.json").read_text())
     head, *rows = page.tables["Evaluation"]
     assert head == [
-        "model", "perplexity", "vs continued", "95 %", "heads tied", "parameters", "bytes",
+        "model", "perplexity", "vs continued", "95 %", "KV groups tied", "parameters", "bytes",
     ]  # fmt: skip
     by_name = {row[0]: row[1:] for row in rows}
     names = {"base": "base", "continued": "continued", "DirectShare": "direct", "PostShare": "post"}
@@ -115,7 +115,7 @@ def test_the_numbers_are_those_of_summary_json(tmp_path: Path) -> None:
         assert value == f"{summary['perplexity'][name]:.2f}"
         assert parameters == f"{summary['parameters']['stored' if shared else 'base']:,}"
         assert size == f"{summary['bytes']['compact' if shared else 'base']:,}"
-        assert heads == ("4/12" if shared else "0")
+        assert heads == ("2/6" if shared else "0")
         if name != "continued":
             assert change == f"{summary['perplexity'][name] / continued - 1:+.1%}"
             exact = f"{math.expm1(ABOVE[name] - ABOVE['continued']):+.1%}"

@@ -23,7 +23,8 @@ from train.evaluation.perplexity import perplexity
 from train.models.base_model import load_dense
 from train.recipe.identity import run_identity
 from train.recipe.recipe import Recipe, validate
-from train.stages.pipeline import evaluate, export, next_step, plan, run
+from train.stages.outcome import next_step
+from train.stages.pipeline import evaluate, export, plan, run
 from train.stages.run import Run
 from train.stages.start import begin
 from train.tracking.metrics_log import read_rows
