@@ -60,6 +60,11 @@ class HeadLayout:
     def heads_per_unit(self) -> int:
         return self.heads // self.kv_heads
 
+    @property
+    def unit_name(self) -> str:
+        """What a unit is called, in the plural."""
+        return "heads" if self.heads_per_unit == 1 else "KV groups"
+
     def with_units(self, units: int) -> HeadLayout:
         """The shape with so many units in a layer, each as large as now."""
         return replace(self, heads=units * self.heads_per_unit, kv_heads=units)

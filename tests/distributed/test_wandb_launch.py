@@ -16,10 +16,12 @@ from tests.support.launcher import run
 from tests.support.wandb_file import history, records, values
 from tests.support.wandb_server import serving
 from train.tracking.dashboard_panels import SECTIONS, keys
+from train.tracking.wandb_names import wandb_name
 
 pytestmark = pytest.mark.distributed
 
-NO_PANEL = {"step", "tokens", "seconds", "_step", "_runtime", "_timestamp"}
+NO_PANEL = {wandb_name(key) for key in ("step", "tokens", "seconds")}
+NO_PANEL |= {"_step", "_runtime", "_timestamp"}
 
 
 @pytest.fixture(scope="module")
@@ -44,10 +46,11 @@ def test_every_panel_shows_what_the_main_process_logs(segments: list[Path]) -> N
         values(record.summary.update)
         for record in records(evaluation)
         if record.WhichOneof("record_type") == "summary"
-        and "perplexity/post" in values(record.summary.update)
+        and "postshare/perplexity/post" in values(record.summary.update)
     )
     assert keys("evaluation") <= set(summary)
-    assert (summary["perplexity/post"], summary["bytes/compact"]) == (13.0, 900)
+    assert summary["postshare/perplexity/post"] == 13.0
+    assert summary["postshare/bytes/compact"] == 900
 
 
 def test_segments_join_into_the_rows_of_the_file(segments: list[Path]) -> None:
@@ -59,9 +62,9 @@ def test_segments_join_into_the_rows_of_the_file(segments: list[Path]) -> None:
     folder = first.parents[2]
     kept = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for row in kept:
-        assert {key: joined[row["step"]][key] for key in row} == row
+        assert {key: joined[row["step"]][wandb_name(key)] for key in row} == row
     # What the second says again is what the first has said.
-    assert history(second)[0]["lm_loss"] == history(first)[2]["lm_loss"]
+    assert history(second)[0]["train/loss"] == history(first)[2]["train/loss"]
 
 
 def test_sync_appends_the_segments(segments: list[Path]) -> None:
@@ -81,10 +84,10 @@ def test_sync_appends_the_segments(segments: list[Path]) -> None:
         ((name, lines),) = server.rows.items()
     rows = [json.loads(line) for line in lines]
     assert first.name == f"run-{name}.wandb"
-    assert [row["step"] for row in rows] == [1, 2, 3, 3, 4, 5]
+    assert [row["train/global_step"] for row in rows] == [1, 2, 3, 3, 4, 5]
     assert [row["_step"] for row in rows] == [1, 2, 3, 4, 5, 6]
-    assert [row["lm_loss"] for row in rows] == [
-        row["lm_loss"] for file in (first, second) for row in history(file)
+    assert [row["train/loss"] for row in rows] == [
+        row["train/loss"] for file in (first, second) for row in history(file)
     ]
 
 

@@ -13,7 +13,7 @@ from train.tracking.wandb_run import has_account
 
 TITLE = "postshare"
 PROJECT = str(WandbSection.model_fields["project"].default)
-COLUMNS = ("run:displayName", "run:group", "run:jobType", "summary:perplexity/post")
+COLUMNS = ("run:displayName", "run:group", "run:jobType", "summary:postshare/perplexity/post")
 """Of the list of runs."""
 
 

@@ -1,7 +1,8 @@
-"""The output of `--dry-run`: the resolved recipe, what the plan saves, what the run needs."""
+"""The output of `--dry-run`: what the plan saves, what the run needs, and the resolved recipe."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import astuple, fields
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,9 @@ from sa_models.spans import ranges
 from train.common.console import plain_console
 from train.common.sizes import byte_unit, count, size
 from train.estimate import gpu_memory, parameters
+from train.estimate.duration import pace_of, steps_of, training_time
 from train.estimate.llama_shapes import DTYPE_BYTES, LlamaShape, find_shape
+from train.evaluation.figures import Figures, rows_table
 from train.planning.problem import PlanProblem
 from train.planning.search.auto_space import REBUILT, auto_passes
 from train.recipe.precision import is_auto, with_precision
@@ -28,15 +31,26 @@ if TYPE_CHECKING:
     from train.recipe.sections.lora import LoraSection
 
 
-def print_dry_run(recipe: Recipe, gpus: int | None = None, console: Console | None = None) -> None:
-    """Print the resolved recipe and every estimate, from the config alone; nothing is written.
+def print_dry_run(
+    recipe: Recipe,
+    gpus: int | None = None,
+    console: Console | None = None,
+    *,
+    full: bool = False,
+    tokens_per_second: float | None = None,
+) -> None:
+    """Print what a run saves, needs and takes, from the config alone; nothing is written but, where
+    epochs of local text are counted, the cache of its tokens.
 
     Args:
         gpus: GPUs to estimate for (default: the most, up to 8, that divide the batch).
+        full: also print the resolved recipe.
+        tokens_per_second: of all GPUs together, for the time (default: as an earlier run in the run
+            folder).
 
     Raises:
-        PostshareError: the model's config is not found, the budget cannot be met, or the batch
-            does not divide among `gpus`.
+        PostshareError: the model's config is not found, the budget cannot be met, the batch
+            does not divide among `gpus`, or local text cannot be read.
     """
     console = console or plain_console()
     text, auto = recipe.to_yaml(), is_auto(recipe)
@@ -44,137 +58,183 @@ def print_dry_run(recipe: Recipe, gpus: int | None = None, console: Console | No
     shape, origin = find_shape(recipe.model)
     gpus = gpus or parameters.most_gpus(recipe.train)
     accumulation = recipe.accumulation(gpus)
-    facts = _facts(recipe, shape, origin, gpus, accumulation)
+    structure = parameters.expected_structure(recipe, shape)
+    problem = PlanProblem(recipe.plan, shape, structure)
+    savings = parameters.plan_savings(problem)
+    rows = [*_model_rows(recipe, problem, origin), *_plan_rows(recipe, problem, savings)]
+    rows += _saved_rows(recipe, problem, savings)
+    needed = [*_training_rows(recipe, shape, gpus, accumulation, tokens_per_second)]
     if auto:
-        facts.add_row(
-            "precision", "auto: bf16 where every process has it, which is counted here, else fp32"
-        )
-    needed = _memory(recipe, shape, gpus) if recipe.steps != 0 else None
-    console.print(Syntax(text, "yaml", background_color="default"))
-    console.print(facts)
-    if needed is not None:
-        console.print(needed)
+        needed.append(("precision", "auto: bf16 where every process has it, as here, else fp32"))
+    memory = _memory(recipe, shape, gpus) if recipe.steps != 0 else None
+    for name, value in rows:
+        console.print(f"{name:<12}{value}", soft_wrap=True)
+    if recipe.plans:
+        console.print()
+        console.print(rows_table(_figures(recipe, problem, savings)))
+        console.print()
+    for name, value in needed:
+        console.print(f"{name:<12}{value}", soft_wrap=True)
+    if memory is not None:
+        console.print()
+        console.print(_memory_title(recipe, gpus))
+        console.print(memory)
     for line in recipe_warnings(recipe, _shared(recipe), shape.max_position_embeddings):
         console.print(Text.assemble(("warning:", "yellow"), f" {line}"))
+    if full:
+        console.print(Syntax(text, "yaml", background_color="default"))
+    else:
+        console.print("the whole recipe, defaults included: --full")
 
 
-def _facts(recipe: Recipe, shape: LlamaShape, origin: str, gpus: int, accumulation: int) -> Table:
-    plan, train = recipe.plan, recipe.train
-    structure = parameters.expected_structure(recipe, shape)
-    problem = PlanProblem(plan, shape, structure)
-    savings = parameters.plan_savings(problem)
-    element = DTYPE_BYTES.get(recipe.export.dtype, shape.dtype_bytes)
-    base, stored = savings.bytes(element)
-    residual = parameters.residual_parameters(recipe.residual, problem)
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_row("model", f"{recipe.model.path}, config from {origin}")
-    table.add_row("parameters", count(savings.base_parameters))
-    trained = parameters.trainable_parameters(shape, train.trainable, structure, recipe.lora)
-    table.add_row("trained", count(trained if recipe.steps != 0 else 0))
+Rows = Iterator[tuple[str, str]]
+
+
+def _model_rows(recipe: Recipe, problem: PlanProblem, origin: str) -> Rows:
+    shape = problem.config
+    yield "model", str(recipe.model.path)
+    yield "config", origin
+    yield "parameters", count(problem.savings.base_parameters)
+    trained = parameters.trainable_parameters(
+        shape, recipe.train.trainable, problem.structure, recipe.lora
+    )
+    yield "trained", count(trained if recipe.steps != 0 else 0)
     if recipe.lora is not None:
-        table.add_row("lora", _lora(recipe.lora))
-    for row in _plan_rows(recipe, problem, savings):
-        table.add_row(*row)
+        yield "lora", _lora(recipe.lora)
+
+
+def _saved_rows(recipe: Recipe, problem: PlanProblem, savings: PlanSavings) -> Rows:
+    plan, structure, element = recipe.plan, problem.structure, _element(recipe, problem.config)
+    residual = parameters.residual_parameters(recipe.residual, problem)
     if recipe.plans:
         bound = "at most " if plan.strategy == "released" else ""
         removed = savings.removed_parameters - residual
         ratio = removed / savings.attention_parameters
-        table.add_row(
+        yield (
             "saved",
-            f"{bound}{count(removed)} parameters, {ratio:.1%} of "
-            f"attention, {removed / savings.base_parameters:.1%} of the model",
+            f"{bound}{removed:,} parameters: {ratio:.1%} of attention, "
+            f"{removed / savings.base_parameters:.1%} of the model",
         )
-        if recipe.residual is not None:
-            table.add_row(
-                "residual",
-                f"rank {recipe.residual.rank}, at most {count(residual)} parameters, which are not "
-                "saved",
-            )
-        forms = []
-        if plan.strategy != "none" or structure.spans:
-            forms.append(f"compact {size(stored)}")
-        if residual:
-            forms.append(f"adapter at most {size(residual * element)}")
-        dense = f"dense {size(savings.dense_parameters * element)}"
-        forms.append(dense if structure.has_stock_form else "no dense form")
-        saved = size(base - stored - residual * element)
-        table.add_row(
-            "export",
-            f"{', '.join(forms)} ({saved} saved, {element} bytes per parameter)",
-        )
-    if savings.stored_cache != savings.base_cache:
-        table.add_row(
-            "KV cache",
-            f"{size(savings.stored_cache * element)} for a token instead of "
-            f"{size(savings.base_cache * element)} ({-savings.cache_ratio:.1%})",
-        )
-    table.add_row("training", _training(recipe))
+    if recipe.plans and recipe.residual is not None:
+        yield "residual", f"rank {recipe.residual.rank}, at most {count(residual)} parameters"
+    forms = []
+    if plan.strategy != "none" or structure.spans:
+        forms.append(f"compact {size(savings.bytes(element)[1])}")
+    if recipe.plans and residual:
+        forms.append(f"adapter at most {size(residual * element)}")
+    dense = f"dense {size(savings.dense_parameters * element)}"
+    forms.append(dense if structure.has_stock_form else "no dense form")
+    yield "export", f"{', '.join(forms)}, {element} bytes per parameter"
+
+
+def _element(recipe: Recipe, shape: LlamaShape) -> int:
+    """Bytes of one exported parameter."""
+    return DTYPE_BYTES.get(recipe.export.dtype, shape.dtype_bytes)
+
+
+def _figures(recipe: Recipe, problem: PlanProblem, savings: PlanSavings) -> dict[str, str]:
+    """The four figures; what strategy auto is free to choose is not foretold."""
+    residual = parameters.residual_parameters(recipe.residual, problem)
+    shape = problem.config
+    positions = shape.max_position_embeddings
+    rows = Figures.of_plan(savings, _element(recipe, shape), positions, residual).rows()
+    if recipe.plan.strategy == "auto":
+        asked_of_cache = problem.remaining.counted == "cache"
+        for name in rows:
+            if name.startswith("cache" if not asked_of_cache else "weight"):
+                rows[name] = "as the search decides"
+    return rows
+
+
+def _training_rows(
+    recipe: Recipe, shape: LlamaShape, gpus: int, accumulation: int, speed: float | None
+) -> Rows:
+    train = recipe.train
     if recipe.steps != 0:
-        table.add_row(
+        steps = steps_of(recipe, shape)
+        yield from _length_rows(recipe, steps)
+        yield "time", training_time(recipe, steps, pace_of(recipe, speed))
+        yield (
             "batch",
             f"{train.batch_size} sequences = {gpus} GPU(s) x {train.micro_batch_size} x "
             f"accumulation {accumulation}",
         )
+    else:
+        yield "training", "none (train.steps is 0)"
     held = gpu_memory.whole_models(recipe, shape)
-    table.add_row(
+    yield (
         "held whole",
         f"{size(held.bytes)}: {held.count} fp32 model{'s' * (held.count > 1)} on the main "
-        f"process's device to {held.stage}, however training is spread",
+        f"process's device to {held.stage}",
     )
-    table.add_row("run folder", str(recipe.folder))
-    return table
+    yield "run folder", str(recipe.folder)
 
 
-def _plan_rows(recipe: Recipe, problem: PlanProblem, savings: PlanSavings) -> list[tuple[str, str]]:
+def _length_rows(recipe: Recipe, steps: int | None) -> Rows:
+    per_step = recipe.train.batch_size * recipe.data.sequence_length
+    epochs, heal = recipe.train.epochs, recipe.materialize.heal_steps
+    of_epochs = "" if epochs is None else f"{epochs:g} epoch(s)"
+    if steps is None:
+        yield "training", f"{of_epochs}; the data tells how many steps"
+        yield "tokens", f"{per_step:,} per step"
+        return
+    healing = f" ({heal:,} of healing)" if heal else ""
+    counted = f", {of_epochs} of the local text" if epochs is not None else ""
+    yield "training", f"{steps:,} steps{healing}{counted}"
+    yield "tokens", f"{per_step:,} per step, {count(steps * per_step)} in all"
+
+
+def _plan_rows(recipe: Recipe, problem: PlanProblem, savings: PlanSavings) -> Rows:
     """What is shared: ties, spans, KV heads."""
     plan, spans = recipe.plan, recipe.spans
     shape, structure = problem.config, problem.structure
     if not recipe.plans:
-        return [("plan", "none: nothing is shared")]
-    rows = []
-    if plan.strategy != "none":
-        rows.append(("plan", _units(recipe, problem, savings)))
+        yield "plan", "none: nothing is shared"
+        return
+    if plan.strategy == "auto":
+        yield from _auto_rows(recipe, problem)
+    elif plan.strategy != "none":
+        yield "plan", _units(recipe, problem, savings)
+        if not (plan.removes or plan.strategy == "basis"):
+            named = "as the plan file says" if plan.strategy == "file" else ", ".join(plan.share)
+            yield "projections", named
     shared = {"attention": "attention weights", "kv": "keys and values"}
     if spans is not None and spans.layers is not None:
-        rows.append(
-            (
-                "spans",
-                f"{spans.layers} layers will reuse the {shared[spans.share]} of a layer below; "
-                f"which ones, strategy {spans.strategy} decides",
-            )
+        yield (
+            "spans",
+            f"{spans.layers} layers reuse the {shared[spans.share]} of a layer below, by "
+            f"{spans.strategy}",
         )
     else:
-        rows += [
-            ("span", f"{span.leader} -> {ranges(span.followers)}: {shared[span.share]}")
-            for span in structure.spans
-        ]
+        for span in structure.spans:
+            yield "span", f"{span.leader} -> {ranges(span.followers)}: {shared[span.share]}"
     if structure.kv_heads is not None:
         kv_heads = shape.num_key_value_heads or shape.num_attention_heads
-        rows.append(("KV heads", f"{structure.kv_heads} of {kv_heads} in a layer, mean-pooled"))
-    return rows
+        yield "KV heads", f"{structure.kv_heads} of {kv_heads} in a layer, mean-pooled"
+
+
+def _auto_rows(recipe: Recipe, problem: PlanProblem) -> Rows:
+    """What strategy auto may choose from, and what that takes at most."""
+    plan, passes = recipe.plan, auto_passes(problem)
+    what = "removals, spans and KV groups"
+    if plan.may_tie:
+        what = "ties, removals, spans, KV groups and shared bases"
+    yield "plan", f"strategy auto: {what}"
+    blocks = plan.calibration_blocks
+    yield "search", f"at most {passes.forward:,} forward passes over {blocks} blocks"
+    if recipe.materialize.reconstruct:
+        one = " and one factorization" if plan.may_tie else ""
+        yield "", f"then {REBUILT} reconstructions{one}"
 
 
 def _units(recipe: Recipe, problem: PlanProblem, savings: PlanSavings) -> str:
     """How many units are tied or removed."""
     plan = recipe.plan
-    if plan.strategy == "auto":
-        passes = auto_passes(problem)
-        what, rebuilt = "removals, spans and KV groups", ""
-        if plan.may_tie:
-            what = "ties per projection, removals, spans, KV groups and shared bases"
-        if recipe.materialize.reconstruct:
-            rebuilt = f", and {REBUILT} reconstructions"
-            rebuilt += " and one factorization" if plan.may_tie else ""
-        return (
-            f"{what}: strategy auto decides, in at most "
-            f"{passes.forward:,} forward passes over {plan.calibration_blocks} blocks{rebuilt}"
-        )
     if plan.strategy == "basis":
         adjacent = f"{plan.basis_layers} adjacent layers share a basis (Basis Sharing)"
         what = "each layer have low rank" if plan.basis_layers == 1 else adjacent
-        return f"q, k and v of {what}, their factors fitted to calibration text"
-    unit = "heads" if problem.layout.heads_per_unit == 1 else "KV groups"
-    of = f"of {savings.units:,} units ({unit})"
+        return f"q, k and v of {what}"
+    of = f"of {savings.units:,} units ({problem.layout.unit_name})"
     removed = f"{savings.removed_units:,} {of} removed"
     if plan.action == "drop":
         layers = f"the attention of {savings.dropped_layers} of {problem.layout.layers} layers"
@@ -182,29 +242,14 @@ def _units(recipe: Recipe, problem: PlanProblem, savings: PlanSavings) -> str:
     if plan.action == "remove":
         return f"{removed}, {savings.effective_ratio:.1%}"
     bound = "at most " if plan.strategy == "released" else ""
-    what = "as the plan file says" if plan.strategy == "file" else ", ".join(plan.share)
     tied = f"{bound}{savings.tied_units:,} {of} tied"
     both = f"{tied}, {removed}" if savings.removed_units else tied
-    return f"{both}, {savings.effective_ratio:.1%}; projections: {what}"
-
-
-def _training(recipe: Recipe) -> str:
-    length = parameters.length(recipe)
-    per_step = f"{length.tokens_per_step:,} tokens per step"
-    if length.steps == 0:
-        return "none (train.steps is 0)"
-    if length.tokens is None:
-        return f"{recipe.train.epochs:g} epoch(s), {per_step}; the data tells how many steps"
-    heal = recipe.materialize.heal_steps
-    steps = f"{length.steps:,} steps" + (f" ({heal:,} of healing)" if heal else "")
-    return f"{steps}, {per_step}, {count(length.tokens)} tokens"
+    return f"{both}, {savings.effective_ratio:.1%}"
 
 
 def _lora(section: LoraSection) -> str:
-    return (
-        f"adapters of rank {section.rank} on {', '.join(section.targets)}, times "
-        f"{section.scaling:g}; the weights are frozen, in {section.base}"
-    )
+    targets = ", ".join(section.targets)
+    return f"rank {section.rank} on {targets}, times {section.scaling:g}; base in {section.base}"
 
 
 def _memory(recipe: Recipe, shape: LlamaShape, gpus: int) -> Table:
@@ -232,21 +277,23 @@ def _memory(recipe: Recipe, shape: LlamaShape, gpus: int) -> Table:
         )
         rows.append((*astuple(chosen)[: len(names)], chosen.total, other.total))
     unit, factor = byte_unit(max(rows[-1][-1], 1e6))
-    table = Table(
-        title=f"{unit} of memory per GPU at the peak of a step, {gpus} GPU(s), gradient "
-        f"checkpointing {words[now]}\n(last column: {words[not now]}); "
-        "allow 2 to 4 GB more for CUDA and communication buffers",
-        title_justify="left",
-        title_style="",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-    )
-    table.add_column("ZeRO")
-    for name in (*names, "total", f"total {words[not now]}"):
-        table.add_column(name, justify="right")
+    table = Table(box=box.SIMPLE_HEAD, padding=0)
+    table.add_column(f"ZeRO\n{unit}", no_wrap=True)
+    for name in (*names, "total", f"total\n{words[not now]}"):
+        table.add_column(name, justify="right", no_wrap=True)
     for stage, row in zip(stages, rows, strict=True):
         table.add_row(str(stage), *(f"{number / factor:,.1f}" for number in row))
     return table
+
+
+def _memory_title(recipe: Recipe, gpus: int) -> str:
+    words = ("off", "on")
+    now = recipe.train.gradient_checkpointing
+    return (
+        f"memory per GPU at the peak of a step, {gpus} GPU(s), gradient checkpointing "
+        f"{words[now]}\n(last column: {words[not now]}); allow 2 to 4 GB more for CUDA and "
+        "communication"
+    )
 
 
 def _shared(recipe: Recipe) -> frozenset[str] | None:

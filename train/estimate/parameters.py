@@ -291,24 +291,6 @@ def step_traffic(
     return Traffic(int(gradients), int(weights))
 
 
-@dataclass(frozen=True)
-class Length:
-    """How much a run trains on; None where only the data can tell (epochs)."""
-
-    tokens_per_step: int
-    steps: int | None
-
-    @property
-    def tokens(self) -> int | None:
-        """Tokens in all, those of the last position of a block included."""
-        return None if self.steps is None else self.steps * self.tokens_per_step
-
-
-def length(recipe: Recipe) -> Length:
-    """Tokens per optimizer step, and steps, healing included."""
-    return Length(recipe.train.batch_size * recipe.data.sequence_length, recipe.steps)
-
-
 def most_gpus(train: TrainSection, limit: int = 8) -> int:
     """The largest number of GPUs up to `limit` among which the batch divides evenly."""
     forwards = train.batch_size // train.micro_batch_size

@@ -109,14 +109,15 @@ class Figures:
             "perplexity against continued": perplexity,
         }
 
-    def table(self) -> Table:
-        """The rows for a terminal; no cell is wrapped."""
-        table = Table(show_header=False, box=None, pad_edge=False)
-        table.add_column(no_wrap=True)
-        table.add_column(no_wrap=True)
-        for row in self.rows().items():
-            table.add_row(*row)
-        return table
+
+def rows_table(rows: Mapping[str, str]) -> Table:
+    """The rows for a terminal; no cell is wrapped."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True)
+    for row in rows.items():
+        table.add_row(*row)
+    return table
 
 
 def _against_stock(ratio: float) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -172,6 +173,12 @@ def summarize(
             "tied": savings.tied_heads,
             "removed": savings.removed_heads,
         },
+        "units": {
+            "name": "heads" if savings.units == savings.heads else "KV groups",
+            "total": savings.units,
+            "tied": savings.tied_units,
+            "removed": savings.removed_units,
+        },
         "parameters": {
             "base": savings.base_parameters,
             "stored": savings.stored_parameters + residual,
@@ -201,7 +208,7 @@ def summarize(
     if directshare is not None:
         summary["directshare"] = {
             "perplexity": measured["directshare"].perplexity,
-            "heads": directshare.tied_heads,
+            "units": directshare.tied_units,
             "parameters": directshare.stored_parameters,
         }
     return {**summary, "figures": asdict(figures)}
@@ -229,11 +236,12 @@ def weight_bytes(folder: Path) -> int:
 
 def summary_table(summary: dict[str, Any]) -> Table:
     """What a run is judged by, as one table."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     columns, rows = summary_cells(summary)
     for column in columns:
         left = column == "model"
-        table.add_column(column, justify="left" if left else "right", no_wrap=True)
+        heading = textwrap.fill(column, 10)  # for the numbers of a 70B, 80 columns are few
+        table.add_column(heading, justify="left" if left else "right", no_wrap=True)
     for row in rows.values():
         table.add_row(*row)
     return table
@@ -241,37 +249,43 @@ def summary_table(summary: dict[str, Any]) -> Table:
 
 def summary_cells(summary: dict[str, Any]) -> tuple[list[str], dict[str, list[str]]]:
     """Headings, and the cells of each model that the run has, for the terminal and the report."""
-    heads = summary["heads"]
     structured = is_structured(summary)
-    what, changed = ("cache", "") if structured else _changed_heads(heads)
+    units = units_of(summary)
+    what, changed = ("cache", "") if structured else _changed_units(units)
     reference = summary["perplexity"]["continued"]
     cache = summary["cache"]
-    rows = {}
+
+    def row(name: str, value: float, held: str, parameters: int, size: int | None) -> list[str]:
+        against = f"{value / reference - 1:+.1%}" if reference and name != "continued" else ""
+        return [
+            *(names[name], f"{value:.2f}"),
+            *([against] if reference else []),
+            *(held, f"{parameters:,}", "" if size is None else f"{size:,}"),
+        ]
+
+    names = {**model_names(summary), "directshare": MODELS["direct"]}
     published = summary.get("directshare")
-    for name, label in model_names(summary).items():
-        value = summary["perplexity"][name]
+    rows = {}
+    for name in MODELS:
         if name == "direct" and published is not None:
-            rows["directshare"] = [
-                MODELS["direct"],
-                f"{published['perplexity']:.2f}",
-                f"{published['perplexity'] / reference - 1:+.1%}" if reference else "",
-                "100%" if structured else f"{published['heads']}/{heads['total']}",
-                f"{published['parameters']:,}",
-                "",  # it is not exported
-            ]
-        if value is None:
+            held = "100.0%" if structured else f"{published['units']}/{units['total']}"
+            # It is not exported, and has no size on disk.
+            found = published["perplexity"], held, published["parameters"], None
+            rows["directshare"] = row("directshare", *found)
+        if (value := summary["perplexity"][name]) is None:
             continue
         shared = name in ("direct", "post")
         kept = cache["stored_elements_per_token"] / cache["base_elements_per_token"]
-        rows[name] = [
-            label,
-            f"{value:.2f}",
-            f"{value / reference - 1:+.1%}" if reference and name != "continued" else "",
-            (f"{kept:.1%}" if shared else "100%") if structured else (changed if shared else "0"),
-            f"{parameters_of(summary, name):,}",
-            "" if (held := bytes_of(summary, name)) is None else f"{held:,}",
-        ]
-    return ["model", "perplexity", "vs continued", what, "parameters", "bytes"], rows
+        held = f"{kept if shared else 1:.1%}" if structured else (changed if shared else "0")
+        rows[name] = row(name, value, held, parameters_of(summary, name), bytes_of(summary, name))
+    control = ["vs continued"] if reference else []
+    return ["model", "perplexity", *control, what, "parameters", "bytes"], rows
+
+
+def units_of(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """Units in all, tied and removed, and what a unit is called; an earlier version wrote down
+    heads alone."""
+    return summary.get("units") or {"name": "heads", **summary["heads"]}
 
 
 def is_structured(summary: dict[str, Any]) -> bool:
@@ -285,14 +299,14 @@ def model_names(summary: dict[str, Any]) -> dict[str, str]:
     return STRUCTURED if others else MODELS
 
 
-def _changed_heads(heads: dict[str, Any]) -> tuple[str, str]:
-    """The column for the heads that a plan changes: its heading and its value."""
-    tied, removed, total = heads["tied"], heads["removed"], heads["total"]
+def _changed_units(units: dict[str, Any]) -> tuple[str, str]:
+    """The column for the units that a plan changes: its heading and its value."""
+    tied, removed, total = units["tied"], units["removed"], units["total"]
     if not removed:
-        return "heads tied", f"{tied}/{total}"
+        return f"{units['name']} tied", f"{tied}/{total}"
     if not tied:
-        return "removed", f"{removed}/{total}"
-    return "changed", f"{tied} + {removed}/{total}"  # no longer word fits 80 columns
+        return f"{units['name']} removed", f"{removed}/{total}"
+    return f"{units['name']} tied + removed", f"{tied} + {removed}/{total}"
 
 
 def parameters_of(summary: dict[str, Any], name: str) -> int:
@@ -317,13 +331,13 @@ def bytes_of(summary: dict[str, Any], name: str) -> int | None:
 
 
 def saved_sentence(summary: dict[str, Any]) -> str:
-    """Which heads change, and what is no longer stored, in one line."""
-    parameters, heads = summary["parameters"], summary["heads"]
+    """Which units change, and what is no longer stored, in one line."""
+    parameters, units = summary["parameters"], units_of(summary)
     saved = parameters["base"] - parameters["stored"]
     changed = ", ".join(
-        f"{heads[what] / heads['total']:.1%} of the heads {what}"
+        f"{units[what] / units['total']:.1%} of the {units['name']} {what}"
         for what in ("tied", "removed")
-        if heads[what]
+        if units[what]
     )
     line = (
         f"saved     {f'{changed}: ' if changed else ''}"

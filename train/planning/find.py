@@ -8,7 +8,6 @@ from pkgutil import resolve_name
 from typing import TYPE_CHECKING
 
 import torch
-from rich.table import Table
 
 from sa_models.errors import PostshareError
 from sa_models.heads import HeadLayout
@@ -19,7 +18,8 @@ from sa_models.search.pairs import make_plan
 from sa_models.spans import ranges
 from sa_models.weights.safetensors_folder import WeightsFolder
 from sa_models.weights.structure import converted
-from train.common.run_files import SIMILARITY_PICTURE, TIES_PICTURE
+from train.common.run_files import PLAN_FILE, SIMILARITY_PICTURE, TIES_PICTURE
+from train.evaluation.figures import Figures
 from train.planning.basis import basis_plan
 from train.planning.problem import PlanProblem, least_important_of
 from train.planning.scores import CalibrationText, score_units
@@ -111,64 +111,61 @@ def draw_plan(
     return written
 
 
-def plan_table(plan: SharingPlan, config: LlamaConfig, requested: float, size: int) -> Table:
-    """Requested, effective and stored ratios, parameters and bytes, as a table.
+def plan_lines(plan: SharingPlan, config: LlamaConfig, requested: float, size: int) -> list[str]:
+    """What a plan changes and saves, for a terminal of 80 columns.
 
     Args:
-        requested: the ratio of heads that the recipe asks for.
+        requested: the ratio of units that the recipe asks for.
         size: bytes of one element in the exported weights.
     """
-    savings = plan.savings(config)
-    base_bytes, stored_bytes = savings.bytes(size)
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(style="dim")
-    table.add_column(justify="right")
+    savings, layout = plan.savings(config), plan.layout(config)
     rows: list[tuple[str, str]] = []
+    tied, removed = savings.tied_units, savings.removed_units
     if plan.ties or plan.removed:
-        changed = savings.tied_heads + savings.removed_heads
-        rows += [
-            ("heads asked for", f"{requested:.2%}"),
-            (
-                "heads that change (effective)",
-                f"{savings.effective_ratio:.2%}   {changed} of {savings.heads}",
-            ),
-        ]
-    if plan.removed:
-        rows.append(("heads removed", f"{savings.removed_heads} of {savings.heads}"))
-    if dropped := plan.dropped(plan.layout(config)):
-        what = f"{len(dropped)} of {config.num_hidden_layers}: {ranges(tuple(sorted(dropped)))}"
-        rows.append(("layers without attention", what))
-    if plan.kv_heads is not None:
-        before = HeadLayout.from_config(config).kv_heads
-        rows.append(("KV heads of a layer", f"{plan.kv_heads} of {before}"))
-    for span in plan.spans:
-        what = "attention weights" if span.share == "attention" else "keys and values"
-        layers = "layer" if len(span.followers) == 1 else "layers"
-        mapped = ", heads matched" if span.head_map else ""
-        rows.append(
-            (f"{layers} {ranges(span.followers)}", f"{what} of layer {span.leader}{mapped}")
-        )
-    if plan.basis is not None:
-        rows.append(("q, k and v", f"{plan.basis.layers} adjacent layers share a basis"))
-    rows += [
-        (
-            "attention parameters no longer stored",
-            f"{savings.stored_ratio:.2%}   {savings.removed_parameters:,} of "
-            f"{savings.attention_parameters:,}",
-        ),
-        ("parameters stored", f"{savings.stored_parameters:,} of {savings.base_parameters:,}"),
-        ("bytes stored", f"{stored_bytes:,} of {base_bytes:,}"),
-    ]
-    if savings.stored_cache != savings.base_cache:
+        what = f"{tied} tied, {removed} removed" if tied and removed else ""
+        what = what or ("tied" if tied else "removed")
         rows.append(
             (
-                "bytes of KV cache for a token",
-                f"{savings.stored_cache * size:,} of {savings.base_cache * size:,}",
+                "plan",
+                f"{tied + removed} of {savings.units} {layout.unit_name} change, "
+                f"{savings.effective_ratio:.2%} (asked {requested:.2%}): {what}",
             )
         )
-    for row in rows:
-        table.add_row(*row)
-    return table
+    if dropped := plan.dropped(layout):
+        named = ranges(tuple(sorted(dropped)))
+        rows.append(
+            ("layers", f"{len(dropped)} of {config.num_hidden_layers} without attention: {named}")
+        )
+    if plan.kv_heads is not None:
+        before = HeadLayout.from_config(config).kv_heads
+        rows.append(("KV heads", f"{plan.kv_heads} of {before} in a layer, mean-pooled"))
+    if plan.spans:
+        rows.append(("spans", _spans(plan)))
+    if plan.basis is not None:
+        rows.append(("basis", f"q, k and v of {plan.basis.layers} adjacent layers share one"))
+    figures = Figures.of_plan(savings, size, config.max_position_embeddings).rows()
+    rows += [
+        (
+            "saved",
+            f"{savings.stored_ratio:.2%} of the attention parameters, "
+            f"{savings.removed_parameters:,} of {savings.attention_parameters:,}",
+        ),
+        ("weights", figures["weight bytes"].replace(", ", " bytes, ", 1)),
+        ("cache", figures["cache bytes per token"].replace(", ", " bytes per token, ", 1)),
+    ]
+    return [f"{name:<10}{text}" for name, text in rows]
+
+
+def _spans(plan: SharingPlan) -> str:
+    """Leaders and followers in one line; where that is too long, their number."""
+    shared = {"attention": "attention weights", "kv": "keys and values"}
+    found = [
+        f"{span.leader} -> {ranges(span.followers)} ({shared[span.share]}"
+        f"{', heads matched' if span.head_map else ''})"
+        for span in plan.spans
+    ]
+    line = ", ".join(found)
+    return line if len(line) <= 70 else f"{found[0]} and {len(found) - 1} more, see {PLAN_FILE}"
 
 
 def requested_ratio(section: PlanSection, plan: SharingPlan, layout: HeadLayout) -> float:

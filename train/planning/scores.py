@@ -131,7 +131,7 @@ class PairChances:
         """What `postshare plan` says."""
         return (
             f"chance: {self.significant} of {len(self.pairs)} pairs beat the best of as many "
-            f"scrambled sources ({self.score}, {LEVEL:.0%})"
+            f"scrambled sources ({LEVEL:.0%})"
         )
 
     def save(self, folder: Path) -> None:

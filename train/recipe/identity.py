@@ -22,6 +22,21 @@ FREE_TRAIN = {
 }
 
 
+def compared(theirs: Recipe, ours: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The identities of two recipes, for :func:`train.common.identity.refuse_other_run`.
+
+    A recipe with `recovery` says train.steps and means the steps before and after sharing: where
+    their sum differs, it is compared under the name that was typed.
+    """
+    both = run_identity(theirs), run_identity(ours)
+    if not ours.recovers or theirs.steps == ours.steps:
+        return both
+    for recipe, identity in zip((theirs, ours), both, strict=True):
+        identity["train"]["steps"] = recipe.steps
+        del identity["materialize"]["heal_steps"]
+    return both
+
+
 def run_identity(recipe: Recipe) -> dict[str, Any]:
     """What decides a run's results; the rest of a recipe may change between two starts."""
     free = {"name", "output_dir", "resume", "wandb", "export", "evaluate"}

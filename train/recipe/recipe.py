@@ -8,17 +8,18 @@ A recipe is resolved as defaults <- YAML <- `a.b=c` from the command line. Unkno
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError, model_validator
+from pydantic import PrivateAttr, ValidationError, model_validator
 
 from sa_models.atomic_files import write_text
 from sa_models.errors import PostshareError
 from train.recipe import yaml12
 from train.recipe.faults import FaultyRecipeError, faults
 from train.recipe.fields import RecipeFields
-from train.recipe.load import override, read
+from train.recipe.load import override, read, text_of
 from train.recipe.recovery import resolved
 from train.recipe.rules import RULES
 from train.recipe.sections.distill import DistillSection
@@ -60,11 +61,23 @@ class Recipe(RecipeFields):
     """One run of postshare, from a base model to its exports."""
 
     rules = RULES
+    _written: Any = PrivateAttr(default=None)
+
+    @property
+    def recovers(self) -> bool:
+        """Whether it was written with `recovery`, of which train.steps is the number of all steps;
+        a resolved recipe, as a run folder holds it, was not."""
+        return self._written is not None
 
     @model_validator(mode="before")
     @classmethod
     def _resolved(cls, data: Any) -> Any:
         return resolved(data) if isinstance(data, dict) else data
+
+    @cached_property
+    def written(self) -> str:
+        """The recipe as it was written: its file with what was typed beside it, or what was set."""
+        return yaml12.dump(self.model_dump(mode="json", exclude_unset=True))
 
     def to_yaml(self) -> str:
         """The resolved recipe: every field, defaults included."""
@@ -90,7 +103,10 @@ def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Reci
         except PostshareError as error:
             refused[text] = str(error)
     if not refused:
-        return validate(data, origin=str(path_or_name))
+        recipe = validate(data, origin=str(path_or_name))
+        typed = ["# Typed with it:\n", *(f"#   {text}\n" for text in overrides)]
+        recipe.__dict__["written"] = text_of(path_or_name) + "".join(typed if overrides else ())
+        return recipe
     paths = [tuple(text.partition("=")[0].strip().split(".")) for text in refused]
     lines = [*refused.values(), *faults(data, unknown=paths)]
     if len(lines) == 1:  # it is on the command line, not in the recipe
@@ -105,6 +121,8 @@ def validate(data: dict[str, Any], origin: str = "recipe") -> Recipe:
         FaultyRecipeError: all that is wrong: the path of each, its value, and what is allowed.
     """
     try:
-        return Recipe.model_validate(data)
+        recipe = Recipe.model_validate(data)
+        recipe._written = data.get("recovery")
+        return recipe
     except ValidationError:
         raise FaultyRecipeError(origin, faults(data)) from None

@@ -8,69 +8,53 @@ for its outcome.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from transformers import LlamaForCausalLM
 
-from sa_models.atomic_files import write_json
 from sa_models.errors import PostshareError
 from sa_models.export import export as exporting
-from sa_models.export.manifest import update_notes
 from sa_models.export.peft_adapter import insert_
 from sa_models.modeling import SharedLlamaForCausalLM
 from sa_models.plan import SharingPlan
 from sa_models.weights.compact_folder import open_weights
 from sa_models.weights.structure import convert
 from train.common.progress import bar
-from train.common.run_files import SUMMARY_FILE
-from train.data.blocks import Blocks
-from train.distributed.engines import start as engines
-from train.evaluation.figures import Figures
-from train.evaluation.run_scores import measured_decode
-from train.evaluation.summary import (
-    TrainingCost,
-    evaluate_models,
-    saved_sentence,
-    summarize,
-    summary_table,
-    weight_bytes,
+from train.common.run_files import (
+    CHANCE_FILE,
+    PLAN_FILE,
+    SEARCH_FILE,
+    SPANS_FILE,
+    SUMMARY_FILE,
 )
+from train.distributed.engines import start as engines
 from train.models.base_model import load_base, load_model
 from train.models.lora import TRAINABLE as ADAPTERS
 from train.models.lora import adapt
 from train.models.sharded_source import Source, base_source, compact_source, factored_source
-from train.planning.find import requested_ratio
-from train.planning.search.alternatives import alternatives_lines
 from train.recipe.recipe import Recipe
 from train.recipe.rules import unfinished
 from train.stages.evaluation import (
-    directshare_of,
-    evaluated_models,
     export_formats,
-    exported,
     planned_figures,
     require_exports,
-    residual_parameters,
     shipped,
 )
-from train.stages.lora import report_merged
 from train.stages.materialize import (
     materialize_on_text,
     merged_folder,
+    report_merged,
     tied,
     trained_folder,
 )
+from train.stages.outcome import conclude, judge, pictures
 from train.stages.plan import make_plan
 from train.stages.residual import fit_residual, fitted, residual_of, trainable, with_residual
 from train.stages.run import Run, base_of
-from train.stages.samples import Samples
-from train.stages.start import PLAN_OUTPUTS, begin, check_weights, find_teacher
+from train.stages.start import begin, check_weights, find_teacher
 from train.stages.timetable import Stage, announce
-from train.tracking.wandb_evaluation import log_outcome
 from train.training.job import TrainJob
 from train.training.loop import TrainResult, train
-from train.training.training_folder import read_result
 
 # --- the commands ---------------------------------------------------------------------------------
 
@@ -117,9 +101,12 @@ def plan(recipe: Recipe) -> None:
     measures = recipe.spans is not None and recipe.spans.measures
     with begin(recipe, needs_data=measures or recipe.plan.measures) as current:
         make_plan(current)
-        for name in PLAN_OUTPUTS:
-            if (current.folder / name).is_file():
-                current.say(f"{current.folder / name}")
+        files = [
+            name
+            for name in (PLAN_FILE, SPANS_FILE, CHANCE_FILE, SEARCH_FILE)
+            if (current.folder / name).is_file()
+        ]
+        current.say(f"files     {current.folder}: {', '.join(files)}", *pictures(current.folder))
 
 
 def export(recipe: Recipe) -> None:
@@ -295,6 +282,7 @@ def write_exports(current: Run) -> None:
                 base=current.base,
                 tokenizer=tokenizer,
                 recipe=recipe.model_dump(mode="json"),
+                written=recipe.written,
                 notes={
                     "name": recipe.name,
                     "base_model": recipe.model.path,
@@ -311,100 +299,6 @@ def write_exports(current: Run) -> None:
             )
 
     current.on_main(work)
-
-
-def judge(current: Run) -> None:
-    """Perplexity of base, continued, DirectShare and PostShare; the summary; the table."""
-    if not current.shares:
-        return
-    blocks = current.blocks[1]
-    current.on_main(lambda: measure(current, blocks))
-
-
-def measure(current: Run, blocks: Blocks) -> None:
-    """Evaluate what is not evaluated yet, write evaluation.json and summary.json, print both."""
-    recipe, section = current.recipe, current.recipe.evaluate
-    measured = evaluate_models(
-        evaluated_models(current),
-        blocks,
-        section.batch_size,
-        section.blocks,
-        current.ranks.device,
-        current.folder,
-        current.say,
-        Samples(current.folder, current.tokenizer, blocks, section.blocks).add,
-    )
-    summary = summarize(
-        measured,
-        current.plan,
-        current.plan.savings(current.config),
-        requested_ratio(recipe.plan, current.plan, current.plan.layout(current.config)),
-        {"base": weight_bytes(base_of(current))}
-        | {kind: weight_bytes(current.folder / "export" / kind) for kind in exported(current)},
-        trained(current),
-        element_bytes=current.export_dtype.itemsize,
-        positions=current.config.max_position_embeddings,
-        residual=residual_parameters(current),
-        decode=measured_decode(current.folder) if recipe.residual is None else None,
-        directshare=directshare_of(current).savings(current.config)
-        if recipe.evaluate.directshare
-        else None,
-    )
-    write_json(current.folder / SUMMARY_FILE, summary)
-    figures = Figures.from_dict(summary["figures"])
-    for kind in exported(current):
-        notes = {"numbers": summary, "figures": figures.rows()}
-        update_notes(current.folder / "export" / kind, notes)
-    current.say("", summary_table(summary), figures.table(), "", saved_sentence(summary))
-    current.say(*alternatives_lines(current.folder), "")
-
-
-def tell_wandb(current: Run) -> None:
-    """The evaluation, and where the recipe asks for it the exports, as a wandb run."""
-    file = current.folder / SUMMARY_FILE
-
-    def work() -> None:
-        summary = json.loads(file.read_text(encoding="utf-8")) if current.shares else None
-        folders = {kind: current.folder / "export" / kind for kind in exported(current)}
-        log_outcome(current.recipe, current.group, current.plan, summary, folders)
-
-    current.on_main(work)
-
-
-def conclude(current: Run) -> None:
-    """Tell wandb and the person what came of it."""
-    tell_wandb(current)
-    show(current)
-
-
-def show(current: Run) -> None:
-    """Write report.html; say where everything is."""
-    from train.report.page import write_report  # draws, which a training does not wait for
-
-    def work() -> None:
-        page = write_report([current.folder])
-        if current.shares:
-            for kind in exported(current):
-                current.say(f"{kind:<10}{current.folder / 'export' / kind}")
-            current.say(f"summary   {current.folder / SUMMARY_FILE}")
-        if any(current.folder.glob("plan-*.png")):
-            current.say(f"pictures  {current.folder / 'plan-*.png'}, and .svg")
-        current.say(f"report    {page}")
-        if current.shares:
-            current.say(f"next      {next_step(current)}")
-
-    current.on_main(work)
-
-
-def next_step(current: Run) -> str:
-    """What to do with a finished run."""
-    plan, budget = current.recipe.plan, current.recipe.plan.budget
-    # Half as many units need not be whole layers.
-    if budget is not None and budget.ratio is not None and plan.action != "drop":
-        half = f"plan.budget.ratio={budget.ratio / 2:.3g}"
-        return f"the same with half the budget: {half} output_dir=<another folder>"
-    kind = export_formats(current)[0]
-    return f"load it: see {current.folder / 'export' / kind / 'README.md'}"
 
 
 # --- where things are -----------------------------------------------------------------------------
@@ -433,10 +327,3 @@ def require_evaluable(current: Run) -> None:
     require_trained(current)
     if current.shares:
         require_exports(current)
-
-
-def trained(current: Run) -> TrainingCost:
-    """Tokens and seconds of the post-training, healing included."""
-    results = [read_result(current.folder), read_result(current.folder / "heal")]
-    done = [result for result in results if result is not None]
-    return TrainingCost(sum(r.tokens for r in done), sum(r.seconds for r in done))

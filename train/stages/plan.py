@@ -20,12 +20,12 @@ from sa_models.search.ranking import Agreement
 from sa_models.weights.safetensors_folder import WeightsFolder
 from sa_models.weights.structure import convert
 from train.common.progress import note
-from train.common.run_files import ALTERNATIVES_FILE, PLAN_FILE
+from train.common.run_files import ALTERNATIVES_FILE, PLAN_FILE, SEARCH_PAGE
 from train.data.blocks import Blocks
 from train.data.calibration import calibration_batches
 from train.evaluation.perplexity import perplexity
 from train.models.base_model import load_dense
-from train.planning.find import draw_plan, find_ties, plan_table, requested_ratio
+from train.planning.find import draw_plan, find_ties, plan_lines, requested_ratio
 from train.planning.problem import PlanProblem
 from train.planning.scores import calibration_text, chance_line, save_chances
 from train.planning.search.alternatives import (
@@ -36,7 +36,7 @@ from train.planning.search.alternatives import (
 )
 from train.planning.search.auto_rebuild import compare_rebuilt
 from train.planning.search.auto_report import (
-    auto_sentence,
+    chosen_lines,
     compared_table,
     cost_table,
     factored_note,
@@ -44,24 +44,30 @@ from train.planning.search.auto_report import (
     save_auto,
     time_front,
 )
+from train.planning.search.auto_result import AutoResult, Timed
 from train.planning.search.auto_search import search_auto
 from train.planning.search.loss_search import (
+    LossSearch,
+    bound_sentence,
     choose_by_importance,
     dearer_note,
     save_search,
     search_plan,
-    search_sentence,
     search_table,
+    took_line,
     unlike,
     unstable,
 )
 from train.planning.search.objective import objective_sentence
+from train.planning.search_page import add_to_page, cost_line
 from train.planning.spans import SpanFinder, save_spans, spans_table
 from train.recipe.sections.structure import listed_structure
 from train.recipe.warnings import recipe_warnings
 from train.stages.evaluation import directshare_of, residual_parameters
 from train.stages.materialize import tied
 from train.stages.run import Run, base_of
+
+DEARER = f"note      some tied units would cost less if they were removed: {SEARCH_PAGE}"
 
 
 def make_plan(current: Run) -> None:
@@ -75,6 +81,7 @@ def make_plan(current: Run) -> None:
     def work() -> None:
         file = current.folder / PLAN_FILE
         if not file.is_file():
+            (current.folder / SEARCH_PAGE).unlink(missing_ok=True)
             structure = find_structure(current, base, blocks if spans_measure else None)
             scores = text = None
             if section.searches:
@@ -112,7 +119,8 @@ def find_structure(current: Run, base: Path, blocks: Blocks | None) -> SharingPl
     model = measured_model(current, base, SharingPlan(kv_heads=structure.kv_heads))
     found = SpanFinder(current.recipe, model, blocks).find(structure.spans)
     save_spans(found, current.folder)
-    current.say("", spans_table(found))
+    add_to_page(current.folder, spans_table(found))
+    current.say(cost_line(found.choices[0].loss, found.base_loss))
     return replace(structure, spans=found.spans)
 
 
@@ -145,12 +153,23 @@ def find_by_loss(current: Run, base: Path, structure: SharingPlan, blocks: Block
             problem, model, measured_text(current, blocks), current.folder
         )
         save_search(searched, problem, current.export_dtype.itemsize, current.folder)
-        current.say("", search_table(searched.found, problem.layout), search_sentence(searched))
-        if (line := dearer_note(searched.found, problem)) is not None:
-            current.say(line)
+        tell_search(current, searched, problem)
         warn_of_text(current, model, searched.found.base_loss, searched.agreement, searched.blocks)
     found.validate(config)
     return found
+
+
+def tell_search(current: Run, searched: LossSearch, problem: PlanProblem) -> None:
+    """The search of strategy loss: every step on the page, what it comes to on the terminal."""
+    found = searched.found
+    dearer, page = dearer_note(found, problem), [search_table(found, problem.layout)]
+    add_to_page(current.folder, *page, bound_sentence(searched.bound), *filter(None, [dearer]))
+    current.say(
+        took_line(searched.seconds, searched.passes, searched.blocks, searched.estimates),
+        cost_line(found.path[-1].loss if found.path else found.base_loss, found.base_loss),
+    )
+    if dearer is not None:
+        current.say(DEARER)
 
 
 def warn_of_text(
@@ -193,14 +212,7 @@ def find_by_auto(current: Run, base: Path, problem: PlanProblem, blocks: Blocks)
     del model
     within = problem.within(searched.chosen.plan.structure())
     save_auto(searched, front, within, size, current.folder)
-    tables = (compared_table(searched, config), cost_table(searched, config))
-    current.say("", *tables, front_table(front, config, size, prompt.shape[1]))
-    current.say(auto_sentence(searched))
-    current.say(objective_sentence(recipe.plan.objective, searched.plan, config, size))
-    if searched.factored is not None and searched.factored.is_better:
-        current.say(factored_note(searched.factored, searched.chosen.plan))
-    if searched.found is not None and (line := dearer_note(searched.found, within)) is not None:
-        current.say(line)
+    tell_auto(current, searched, front, within)
     searched.plan.validate(config)
     return searched.plan
 
@@ -222,23 +234,52 @@ def find_alternatives(current: Run, base: Path, blocks: Blocks) -> None:
     save_alternatives(alternatives, math.expm1(after - before), current.folder)
 
 
+def tell_auto(current: Run, searched: AutoResult, front: list[Timed], problem: PlanProblem) -> None:
+    """The search of strategy auto: its tables on the page, what was chosen on the terminal.
+
+    Args:
+        problem: with the structure of the best candidate.
+    """
+    config, size = current.config, current.export_dtype.itemsize
+    factored, found = searched.factored, searched.found
+    better = factored is not None and factored.is_better
+    dearer = None if found is None else dearer_note(found, problem)
+    add_to_page(
+        current.folder,
+        compared_table(searched, config),
+        cost_table(searched, config),
+        front_table(front, config, size),
+        bound_sentence(searched.bound),
+        objective_sentence(current.recipe.plan.objective, searched.plan, config, size),
+        *([factored_note(factored, searched.chosen.plan)] if better and factored else []),
+        *filter(None, [dearer]),
+    )
+    current.say(
+        took_line(searched.seconds, searched.passes, searched.blocks, searched.estimates),
+        *chosen_lines(searched),
+    )
+    if better and searched.plan.basis is None:
+        current.say(f"note      Basis Sharing at as many bytes is better untrained: {SEARCH_PAGE}")
+    if dearer is not None:
+        current.say(DEARER)
+
+
 def show_plan(current: Run) -> None:
     found, section = current.plan, current.recipe.plan
     requested = requested_ratio(section, found, found.layout(current.config))
-    current.say("", plan_table(found, current.config, requested, current.export_dtype.itemsize), "")
+    current.say(*plan_lines(found, current.config, requested, current.export_dtype.itemsize))
+    if (current.folder / SEARCH_PAGE).is_file():
+        current.say(f"tables    {current.folder / SEARCH_PAGE}")
     if section.scores:
         current.say(chance_line(section, current.folder))
     current.say(*alternatives_lines(current.folder))
     if found.released:
         current.say(
-            "note: strategy released keeps the published chains, in which ties undo each other: "
-            "fewer heads change than were asked for"
+            "note: strategy released keeps the published chains, in which ties undo each\n"
+            "other: fewer heads change than were asked for"
         )
     if not found.has_stock_form and "dense" in current.recipe.export.formats:
-        current.say(
-            "note: a plan with spans has no dense form, no stock Llama computes it: only the "
-            "compact folder will be exported"
-        )
+        current.say("note: a plan with spans has no dense form; only compact will be exported")
     positions = current.config.max_position_embeddings
     said = recipe_warnings(current.recipe, None, positions)  # before the plan was known
     for line in recipe_warnings(current.recipe, found.shared_projections(), positions):

@@ -202,8 +202,8 @@ class Run:
             for renderable in renderables:
                 if isinstance(renderable, Table):
                     print_whole(self.console, renderable)
-                else:
-                    self.console.print(renderable)
+                else:  # a path that is wrapped cannot be copied
+                    self.console.print(renderable, soft_wrap=True)
 
     @cached_property
     def console(self) -> Console:

@@ -26,6 +26,7 @@ from train.common.run_files import (
     RECIPE_FILE,
     SEARCH_CACHE,
     SEARCH_FILE,
+    SEARCH_PAGE,
     SIMILARITY_PICTURE,
     SPANS_FILE,
     SUMMARY_FILE,
@@ -36,7 +37,7 @@ from train.distributed.shared_folder import SIGNS, require_shared
 from train.models.base_model import read_through
 from train.models.lora import check_gpu
 from train.planning.check import check_plan
-from train.recipe.identity import run_identity
+from train.recipe.identity import compared, run_identity
 from train.recipe.precision import with_precisions_of
 from train.recipe.recipe import Recipe, load_recipe
 from train.recipe.warnings import recipe_warnings
@@ -54,6 +55,7 @@ PLAN_OUTPUTS = (
     SPANS_FILE,
     CHANCE_FILE,
     SEARCH_FILE,
+    SEARCH_PAGE,
     DIRECTSHARE_FILE,
     ALTERNATIVES_FILE,
     *_PICTURES,
@@ -145,7 +147,7 @@ def check_folder(recipe: Recipe) -> None:
             )
     elif (theirs := begun_recipe(folder)) is not None:
         ours = with_precisions_of(recipe, theirs)  # what `auto` was then, it stays
-        refuse_other_run(folder, run_identity(theirs), run_identity(ours))
+        refuse_other_run(folder, *compared(theirs, ours))
 
 
 def claim(current: Run, teacher: Path | None = None) -> None:

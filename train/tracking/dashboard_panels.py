@@ -1,6 +1,7 @@
 """Panels of the dashboard: the metrics that a run logs, by section.
 
-Every key is a column of `metrics.jsonl`, or, in the last section, a number of `summary.json`.
+Every key is wandb's name of a column of `metrics.jsonl`, or, in the last section, of a number of
+`summary.json`.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-X_AXIS = "tokens"
+from train.tracking.wandb_names import OURS, wandb_name
+
+X_AXIS = wandb_name("tokens")
 """Predicted tokens so far: what makes runs with other batch sizes comparable."""
 
 
@@ -29,50 +32,75 @@ class Panel:
 
 SECTIONS: dict[str, tuple[Panel, ...]] = {
     "loss": (
-        Panel("Loss, nats per token", ("lm_loss", "total_loss")),
-        Panel("Validation loss, nats per token", ("validation_loss",)),
-        Panel("Validation perplexity", ("validation_perplexity",)),
-        Panel("Terms of the teacher", ("distill_loss", "hidden_loss", "attention_loss")),
-        Panel("Loss of the worst rank", ("lm_loss_max",)),
+        Panel("Loss, nats per token", ("train/loss", "postshare/total_loss")),
+        Panel("Validation loss, nats per token", ("eval/loss",)),
+        Panel("Validation perplexity", ("eval/perplexity",)),
+        Panel(
+            "Terms of the teacher",
+            ("postshare/distill_loss", "postshare/hidden_loss", "postshare/attention_loss"),
+        ),
+        Panel("Loss of the worst rank", ("postshare/lm_loss_max",)),
     ),
     "penalty": (
-        Panel("Penalty", ("penalty",)),
-        Panel("Gradient norm before clipping", ("gradient_norm",)),
-        Panel("Learning rate", ("learning_rate",)),
-        Panel("Bytes that the penalty sends in a step", ("penalty_bytes",)),
+        Panel("Penalty", ("postshare/penalty",)),
+        Panel("Gradient norm before clipping", ("train/grad_norm",)),
+        Panel("Learning rate", ("train/learning_rate",)),
+        Panel("Bytes that the penalty sends in a step", ("perf/penalty_bytes",)),
     ),
     "pairs": (
-        Panel("Distance of pairs", ("pair_distance_mean", "pair_distance_worst")),
-        Panel("Cosine of pairs", ("pair_cosine_mean", "pair_cosine_worst")),
-        Panel("Pairs that are equal", ("pairs_merged",)),
-        Panel("Distances of all pairs", ("pair_distances",)),
+        Panel(
+            "Distance of pairs", ("postshare/pair_distance_mean", "postshare/pair_distance_worst")
+        ),
+        Panel("Cosine of pairs", ("postshare/pair_cosine_mean", "postshare/pair_cosine_worst")),
+        Panel("Pairs that are equal", ("postshare/pairs_merged",)),
+        Panel("Distances of all pairs", ("postshare/pair_distances",)),
     ),
     "systems": (
-        Panel("Tokens per second", ("tokens_per_second",)),
+        Panel("Tokens per second", ("perf/tokens_per_second",)),
         Panel(
             "Seconds of a step, and of them waiting for data",
-            ("step_seconds", "data_wait_seconds", "data_wait_seconds_max"),
+            ("perf/step_seconds", "perf/data_wait_seconds", "perf/data_wait_seconds_max"),
         ),
-        Panel("Peak memory, bytes", ("memory_bytes", "memory_bytes_max")),
-        Panel("Seconds of a rank by itself", ("rank_seconds_median", "rank_seconds_max")),
-        Panel("Slowest rank", ("slowest_rank",)),
+        Panel("Peak memory, bytes", ("perf/memory_bytes", "perf/memory_bytes_max")),
+        Panel("Seconds of a rank by itself", ("perf/rank_seconds_median", "perf/rank_seconds_max")),
+        Panel("Slowest rank", ("perf/slowest_rank",)),
     ),
     "evaluation": (
-        Panel("Perplexity against bytes", ("bytes/compact", "perplexity/post"), "points"),
+        Panel(
+            "Perplexity against bytes",
+            ("postshare/bytes/compact", "postshare/perplexity/post"),
+            "points",
+        ),
         Panel(
             "Perplexity",
-            ("perplexity/base", "perplexity/continued", "perplexity/direct", "perplexity/post"),
+            (
+                "postshare/perplexity/base",
+                "postshare/perplexity/continued",
+                "postshare/perplexity/direct",
+                "postshare/perplexity/post",
+            ),
             "bars",
         ),
-        Panel("Bytes of the weights", ("bytes/base", "bytes/compact", "bytes/dense"), "bars"),
+        Panel(
+            "Bytes of the weights",
+            ("postshare/bytes/base", "postshare/bytes/compact", "postshare/bytes/dense"),
+            "bars",
+        ),
         Panel(
             "Heads that changed, attention parameters that are no longer stored",
-            ("heads/requested_ratio", "heads/effective_ratio", "parameters/stored_ratio"),
+            (
+                "postshare/heads/requested_ratio",
+                "postshare/heads/effective_ratio",
+                "postshare/parameters/stored_ratio",
+            ),
             "bars",
         ),
         Panel(
             "Elements of the cache for each token",
-            ("cache/base_elements_per_token", "cache/stored_elements_per_token"),
+            (
+                "postshare/cache/base_elements_per_token",
+                "postshare/cache/stored_elements_per_token",
+            ),
             "bars",
         ),
     ),
@@ -85,8 +113,9 @@ def keys(*sections: str) -> set[str]:
 
 
 def evaluation_values(summary: dict[str, Any]) -> dict[str, float]:
-    """The numbers of ``summary.json``, such as ``perplexity/post``; what is null is left out."""
-    return dict(_numbers(summary, ""))
+    """The numbers of ``summary.json``, such as ``postshare/perplexity/post``; what is null is left
+    out."""
+    return dict(_numbers(summary, OURS))
 
 
 def _numbers(value: dict[str, Any], prefix: str) -> Iterator[tuple[str, float]]:

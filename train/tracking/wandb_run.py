@@ -17,6 +17,7 @@ from train.common.progress import note
 from train.common.signals import TrainingStopped
 from train.distributed.launch_env import Place
 from train.tracking.dashboard_panels import X_AXIS
+from train.tracking.wandb_names import wandb_name
 
 if TYPE_CHECKING:
     from sa_models.plan import SharingPlan
@@ -203,9 +204,11 @@ class WandbRun:
     def _log(self, row: dict[str, Any], distances: torch.Tensor | None) -> None:
         import wandb
 
-        values = {key: value for key, value in row.items() if value is not None}
+        values = {wandb_name(key): value for key, value in row.items() if value is not None}
         if distances is not None:
-            values["pair_distances"] = wandb.Histogram(distances[~distances.isnan()].tolist())
+            values[wandb_name("pair_distances")] = wandb.Histogram(
+                distances[~distances.isnan()].tolist()
+            )
         # wandb's own step is ours: what a resumed training repeats, an online run has already and
         # drops. With several writers the server counts, and takes none.
         self._run.log(values, **({"step": row["step"]} if self.node is None else {}))

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from tests.support.pages import DOCS, REPOSITORY, blocks, lines
+from train.recipe.recipe import load_recipe
+from train.recipe.shipped import shipped_recipes
 
 PAGE = DOCS / "tutorial.md"
 
@@ -61,6 +63,13 @@ def shortened(line: str) -> str:
     line = line.partition("#")[0].strip()
     training = line.startswith("postshare run ") and "--dry-run" not in line
     return f"{line} {hurried()}" if training and "train.steps=" not in line else line
+
+
+@pytest.mark.parametrize("name", [name for name in shipped_recipes() if name.startswith("demo")])
+@pytest.mark.parametrize("overrides", [hurried(), "train.steps=50"])
+def test_every_demo_takes_the_same_overrides(name: str, overrides: str) -> None:
+    recipe = load_recipe(name, overrides.split())
+    assert recipe.steps == (50 if overrides == "train.steps=50" else 4)
 
 
 @pytest.mark.slow

@@ -173,9 +173,11 @@ def test_a_dry_run_needs_no_network_and_writes_nothing(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert exit_code("run", "llama2-7b-postshare-30", "--dry-run", "seed=5") == 0
     out = capsys.readouterr().out
-    assert "seed: 5" in out
+    assert "seed: 5" not in out
     assert "6,738,415,616" in out
     assert "307 of 1,024 units" in out
+    assert exit_code("run", "llama2-7b-postshare-30", "--dry-run", "--full", "seed=5") == 0
+    assert "seed: 5" in capsys.readouterr().out
     assert (pipeline.calls, list(tmp_path.iterdir())) == ([], [])
 
 
@@ -186,6 +188,7 @@ def test_a_dry_run_needs_no_network_and_writes_nothing(
         (["rnu", "demo"], "No such command 'rnu'"),
         (["run", "demo", "--gpus", "2"], "--gpus goes with --dry-run"),
         (["run", "demo", "--dry-run", "--gpus", "0"], "--gpus"),
+        (["run", "demo", "--full"], "--full and --speed go with --dry-run"),
         (["run", "demo", "--fast"], "--fast"),
     ],
 )

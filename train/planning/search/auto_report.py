@@ -24,10 +24,10 @@ from sa_models.atomic_files import write_json
 from sa_models.heads import HeadLayout
 from sa_models.plan import SharingPlan
 from sa_models.weights.structure import Leaders
+from train.common.pareto import pareto
 from train.common.progress import bar
 from train.common.run_files import PARETO_PICTURE, SEARCH_FILE
 from train.evaluation.decode_time import bytes_read, decode_time
-from train.evaluation.pareto import pareto
 from train.planning.problem import PlanProblem
 from train.planning.search.auto_result import (
     BASIS,
@@ -46,6 +46,7 @@ from train.planning.search.loss_search import (
     search_table,
     step_dict,
 )
+from train.planning.search_page import cost_line
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -176,8 +177,9 @@ def cost_table(searched: AutoResult, config: LlamaConfig) -> Table:
     return table
 
 
-def front_table(front: Sequence[Timed], config: LlamaConfig, size: int, context: int) -> Table:
+def front_table(front: Sequence[Timed], config: LlamaConfig, size: int) -> Table:
     """Quality against bytes, and against the time of decoding a token."""
+    context = front[0].context
     table = _table("quality against bytes and time", "bytes stored", "perplexity without slope")
     table.add_column(f"ms a token after {context}, fp32", justify="right")
     table.add_column("vs dense", justify="right")
@@ -196,17 +198,19 @@ def front_table(front: Sequence[Timed], config: LlamaConfig, size: int, context:
     return table
 
 
-def auto_sentence(searched: AutoResult) -> str:
-    """What the search took."""
-    return (
-        f"searched in {searched.seconds:.0f} s: {searched.passes:.0f} forward passes over "
-        f"{searched.blocks} calibration blocks (at most {searched.bound.forward:,}), "
-        f"{searched.estimates} estimates{_rebuilt(searched)}"
-    )
+def chosen_lines(searched: AutoResult) -> list[str]:
+    """What was taken of how many candidates, and what it costs, in lines of the terminal."""
+    factored, rebuilt = searched.factored, _rebuilt(searched)
+    if factored is not None and factored.taken and searched.base_rebuilt is not None:
+        name, cost = BASIS, cost_line(factored.loss, searched.base_rebuilt)
+    else:
+        name = searched.chosen.name
+        cost = cost_line(searched.chosen.expected, searched.base.expected)
+    return [f"chosen    {name}, of {len(searched.candidates)} candidates{rebuilt}", cost]
 
 
 def factored_note(factored: Factored, other: SharingPlan) -> str:
-    """What Basis Sharing being better means for the run.
+    """What Basis Sharing being better means for the run, in a sentence.
 
     Args:
         other: the best of the other plans.
@@ -216,17 +220,17 @@ def factored_note(factored: Factored, other: SharingPlan) -> str:
     if factored.taken:
         return (
             f"Basis Sharing is chosen: it is better than {in_words(other)} at as many bytes, "
-            f"{better}. It saves no KV cache; where that counts, set plan.objective=all"
+            f"{better}. It saves no KV cache; where that counts, set plan.objective=all."
         )
     return (
-        f"note: Basis Sharing at as many bytes is better than this plan, {better}; it saves no KV "
-        "cache, and is chosen where the budget is one of bytes or parameters"
+        f"Note: Basis Sharing at as many bytes is better than this plan, {better}; it saves no KV "
+        "cache, and is chosen where the budget is one of bytes or parameters."
     )
 
 
 def _rebuilt(searched: AutoResult) -> str:
     count = len({c.plan for c in searched.candidates if c.rebuilt is not None})
-    return f"; {count} plans compared after reconstruction" if count else ""
+    return f"; {count} reconstructed" if count else ""
 
 
 def _table(first: str, *columns: str) -> Table:

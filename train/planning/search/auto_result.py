@@ -160,14 +160,18 @@ class Timed:
 
 
 def in_words(plan: SharingPlan) -> str:
-    """`3 removed, 2 tied in qk, span 2 -> [3] (kv)`."""
-    parts = [f"{len(plan.removed)} removed"] if plan.removed else []
+    """`3 units removed, 2 units tied in qk, span 2 -> [3] (kv)`."""
+    parts = [f"{_units(len(plan.removed))} removed"] if plan.removed else []
     for share in dict.fromkeys("".join(tie.projections) for tie in plan.ties):
         count = sum("".join(tie.projections) == share for tie in plan.ties)
-        parts.append(f"{count} tied in {share}")
+        parts.append(f"{_units(count)} tied in {share}")
     parts += [str(span) for span in plan.spans]
     if plan.kv_heads is not None:
         parts.append(f"{plan.kv_heads} KV heads")
     if plan.basis is not None:
         parts.append(f"q, k, v of {plan.basis.layers} layers on one basis")
     return ", ".join(parts) or "none (dense)"
+
+
+def _units(count: int) -> str:
+    return f"{count} unit{'s' * (count != 1)}"

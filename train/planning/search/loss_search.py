@@ -35,14 +35,13 @@ from sa_models.search.algorithms import (
 )
 from sa_models.search.measured_loss import MeasuredLoss
 from sa_models.search.ranking import STABLE, Agreement, EstimatedRanking
-from train.common.progress import bar
+from train.common.progress import bar, clock
 from train.common.run_files import PARETO_PICTURE, SEARCH_CACHE, SEARCH_FILE
 from train.planning.problem import PlanProblem, least_important_of
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
-SHOWN_STEPS = 40
 UNLIKE = 1.25
 """Ratio of the base's losses on two texts above which they are of different kinds."""
 
@@ -133,7 +132,7 @@ def unstable(agreement: Agreement, blocks: int) -> str | None:
 
 
 def dearer_note(found: SearchResult, problem: PlanProblem) -> str | None:
-    """One line, where units are tied whose removal would cost less."""
+    """A sentence, where units are tied whose removal would cost less."""
     dearer = found.dearer_than_removal(problem.allowed.removable)
     if not dearer:
         return None
@@ -141,8 +140,8 @@ def dearer_note(found: SearchResult, problem: PlanProblem) -> str | None:
     removed = sum(found.removals[unit] for unit in dearer)
     cure = "; set plan.action to any or remove" if problem.section.action == "tie" else ""
     return (
-        f"note: of {tied} tied units {len(dearer)} would cost less if they were removed: an "
-        f"estimated {removed:.4f} nats of loss instead of {sum(dearer.values()):.4f}{cure}"
+        f"Note: of {tied} tied units {len(dearer)} would cost less if they were removed: an "
+        f"estimated {removed:.4f} nats of loss instead of {sum(dearer.values()):.4f}{cure}."
     )
 
 
@@ -183,13 +182,8 @@ def search_table(
         table.add_column(column, justify="right")
     base = math.exp(found.base_loss)
     table.add_row(start, f"{found.base_loss:.4f}", f"{base:.2f}", "", "")
-    left_out = len(found.path) - SHOWN_STEPS
-    for number, step in enumerate(found.path, start=1):
+    for step in found.path:
         saved += parameters_of(step.actions, layout)
-        if left_out > 0 and SHOWN_STEPS // 2 < number <= SHOWN_STEPS // 2 + left_out:
-            if number == SHOWN_STEPS // 2 + 1:
-                table.add_row(f"({left_out} more, see {SEARCH_FILE})", "", "", "", "")
-            continue
         more = f" and {len(step.actions) - 1} more" if len(step.actions) > 1 else ""
         table.add_row(
             f"{step.actions[0]}{more}",
@@ -201,13 +195,17 @@ def search_table(
     return table
 
 
-def search_sentence(searched: LossSearch) -> str:
-    """What the search took."""
+def took_line(seconds: float, passes: float, blocks: int, estimates: int) -> str:
+    """What a search took, in one line of the terminal."""
     return (
-        f"searched in {searched.seconds:.0f} s: {searched.passes:.0f} forward passes over "
-        f"{searched.blocks} calibration blocks (at most {searched.bound.forward:,}), "
-        f"{searched.estimates} estimates of all units"
+        f"search    {clock(seconds)}: {passes:,.0f} forward passes over {blocks} blocks, "
+        f"{estimates} estimates"
     )
+
+
+def bound_sentence(bound: Passes) -> str:
+    """What a search takes at most."""
+    return f"At most {bound.forward:,} forward passes and {bound.backward:,} estimates."
 
 
 def parameters_of(actions: Iterable[Action], layout: HeadLayout) -> int:

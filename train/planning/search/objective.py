@@ -106,6 +106,6 @@ def objective_sentence(objective: str, plan: SharingPlan, config: Any, size: int
     )
     what = _NAMES[objective].format(requests=REQUESTS, context=context_of(config))
     return (
-        f"objective {objective}: {what}: {after:,} bytes, {1 - after / before:.1%} less than the "
-        f"{before:,} of the dense model"
+        f"Objective {objective}: {what}: {after:,} bytes, {1 - after / before:.1%} less than the "
+        f"{before:,} of the dense model."
     )

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from transformers import (
     AutoTokenizer,
     LlamaConfig,
@@ -289,9 +290,11 @@ def test_manifest_hashes_every_file_and_the_card_has_the_numbers(tmp_path: Path)
         tmp_path / "export",
         tokenizer=tmp_path / "tokenizer",
         recipe={"name": "demo", "seed": 7},
-        notes={"base_model": "a/base"},
+        written="name: demo # as it was typed\n",
+        notes={"base_model": "a/base", "figures": {"weight bytes": "900, 10.0% less than stock"}},
     )
-    update_notes(result.paths["compact"], {"numbers": {"perplexity": {"post": 12.345678}}})
+    measured = {"base": 11.0, "continued": None, "post": 12.345678}
+    update_notes(result.paths["compact"], {"numbers": {"perplexity": measured}})
     for kind, path in result.paths.items():
         manifest = json.loads((path / "manifest.json").read_text())
         present = {file.name for file in path.iterdir()} - {"manifest.json"}
@@ -301,10 +304,22 @@ def test_manifest_hashes_every_file_and_the_card_has_the_numbers(tmp_path: Path)
             assert facts == {"bytes": (path / name).stat().st_size, "sha256": sha256(path / name)}
         assert manifest["plan"] == plan.to_dict()
         assert manifest["notes"]["recipe"] == {"name": "demo", "seed": 7}
+        assert (path / "recipe-as-written.yaml").read_text() == "name: demo # as it was typed\n"
         card = (path / "README.md").read_text()
         assert f"{manifest['tensors']['parameters']:,}" in card
-        assert "a/base" in card
-        assert ("| `perplexity.post` | 12.3457 |" in card) == (kind == "compact")
+        assert "| weight bytes | 900, 10.0% less than stock |" in card
+        assert ("| perplexity of this model | 12.35 |" in card) == (kind == "compact")
+        assert "perplexity of *continued*" not in card, "it was not trained"
+        assert len(card.splitlines()) <= 60
+        assert ModelCard(card).data.to_dict() == {
+            "library_name": "transformers",
+            "pipeline_tag": "text-generation",
+            "base_model": "a/base",
+            "license": "other",
+            "license_name": "of-the-base",
+            "license_link": "LICENSE.txt",
+            "tags": ["llama", "postshare", "attention-sharing"],
+        }
 
 
 def test_compact_config_and_carried_code(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ def test_file_and_workspace_have_the_same_panels(tmp_path: Path) -> None:
     sent = json.loads(
         dashboard.workspace("me", "p")._to_model().spec.model_dump_json(by_alias=True)
     )
-    assert sent["section"]["settings"]["xAxis"] == "tokens"
+    assert sent["section"]["settings"]["xAxis"] == "train/num_tokens"
     sections = sent["section"]["panelBankConfig"]["sections"]
     assert [s["name"] for s in sections] == [s["name"] for s in written["sections"]]
     names = ["loss", "penalty", "pairs", "systems", "evaluation"]

@@ -18,7 +18,7 @@ from sa_models.savings import llama_parameters
 from sa_models.search.budget import units_of_ratio
 from sa_models.spans import AttentionSpan
 from sa_models.weights.structure import convert
-from train.common.sizes import count, size
+from train.common.sizes import count
 from train.estimate import llama_shapes
 from train.estimate import parameters as estimate
 from train.estimate.dry_run import print_dry_run
@@ -241,28 +241,25 @@ def test_a_dry_run_prints_spans_and_kv_heads(tmp_path: Path) -> None:
     assert "span        22 -> 23-26: attention weights" in lines
     assert "span        28 -> 30: keys and values" in lines
     removed = 4 * 2 * 4096**2 + 2 * 4096**2
-    saved = f"{count(removed)} parameters, {removed / (32 * 4 * 4096**2):.1%} of attention, 2.5%"
+    saved = f"{removed:,} parameters: {removed / (32 * 4 * 4096**2):.1%} of attention, 2.5%"
     assert f"saved       {saved} of the model" in lines
     (export,) = (line for line in lines if line.startswith("export"))
     assert "no dense form" in export
-    (cache,) = (line for line in lines if line.startswith("KV cache"))
+    (cache,) = (line for line in lines if line.startswith("cache bytes per token"))
     # 4 layers of keys and 1 of both, of 64; 4 bytes an element, as the config says.
     kept = 4096 * 4 * (64 - 4 - 2)
-    assert f"{size(kept)} for a token instead of {size(4096 * 4 * 64)} (-9.4%)" in cache
+    assert cache.split(maxsplit=4)[4] == f"{kept:,}, 9.4% less than stock"
     lines = facts(heads={"kv_heads": 8})
     assert "KV heads    8 of 32 in a layer, mean-pooled" in lines
     assert any(line.startswith("export      dense ") for line in lines)
-    assert any("(-75.0%)" in line for line in lines if line.startswith("KV cache"))
+    assert any("75.0% less" in line for line in lines if line.startswith("cache bytes"))
     lines = facts(spans={"strategy": "isotropy", "layers": 8, "share": "attention"})
-    assert (
-        "spans       8 layers will reuse the attention weights of a layer below; which ones, "
-        "strategy isotropy decides" in lines
-    )
-    assert any("(-12.5%)" in line for line in lines if line.startswith("KV cache"))
+    assert "spans       8 layers reuse the attention weights of a layer below, by isotropy" in lines
+    assert any("12.5% less" in line for line in lines if line.startswith("cache bytes"))
     # Ties besides: followers are no targets, and the count is of the pooled model's units.
     lines = facts(spans=spans, heads={"kv_heads": 8}, plan={"budget": {"ratio": 0.3}})
-    (line,) = (line for line in lines if line.startswith("plan"))
-    assert line == "plan        76 of 256 units (KV groups) tied, 29.7%; projections: q, k, v"
+    assert "plan        76 of 256 units (KV groups) tied, 29.7%" in lines
+    assert "projections q, k, v" in lines
     # A plan file.
     plan = SharingPlan(spans=(AttentionSpan(1, (2,)),), kv_heads=16)
     plan.save(tmp_path / "plan.json")
@@ -304,8 +301,8 @@ def test_whole_models_are_two_where_one_is_reconstructed(tmp_path: Path) -> None
     out = Console(file=io.StringIO(), width=160)
     print_dry_run(validate(value), console=out)
     assert (
-        "held whole  53.9 GB: 2 fp32 models on the main process's device to materialize, however "
-        "training is spread" in out.file.getvalue()  # type: ignore[attr-defined]
+        "held whole  53.9 GB: 2 fp32 models on the main process's device to materialize\n"
+        in out.file.getvalue()  # type: ignore[attr-defined]
     )
 
 
@@ -472,10 +469,12 @@ def test_a_dry_run_prints_it_all(path: str, tied: str, monkeypatch: pytest.Monke
     out = Console(file=io.StringIO(), width=160)
     print_dry_run(recipe_for(path, train={"steps": 100}), gpus=4, console=out)
     text = out.file.getvalue()  # type: ignore[attr-defined]
-    assert f"path: {path}" in text  # the resolved recipe
+    assert f"model       {path}\n" in text
+    assert "output_dir:" not in text  # the resolved recipe
     assert count(PUBLISHED[path]) in text
     assert tied in text
-    assert "100 steps, 524,288 tokens per step, 52,428,800 (52.4 M) tokens" in text
+    assert "training    100 steps\n" in text
+    assert "tokens      524,288 per step, 52,428,800 (52.4 M) in all\n" in text
     assert "4 GPU(s) x 8 x accumulation 4" in text
     assert [
         line.split()[0] for line in text.splitlines() if line[:3] in {f" {i} " for i in range(4)}
@@ -499,6 +498,7 @@ def test_a_dry_run_counts_healing() -> None:
     out = Console(file=io.StringIO(), width=160)
     print_dry_run(load_recipe("demo_auto"), console=out)
     text = out.file.getvalue()  # type: ignore[attr-defined]
-    assert "200 steps (200 of healing), 2,048 tokens per step, 409,600 (410 K) tokens" in text
+    assert "training    200 steps (200 of healing)\n" in text
+    assert "tokens      2,048 per step, 409,600 (410 K) in all\n" in text
     assert "1,869,952 (1.87 M)" in text.split("trained", 1)[1].splitlines()[0]
     assert "ZeRO" in text

@@ -8,7 +8,7 @@ from transformers import LlamaConfig
 
 from sa_models.plan import HeadTie, SharingPlan
 from train.common.console import plain_console
-from train.evaluation.figures import DecodeRatio, Figures
+from train.evaluation.figures import DecodeRatio, Figures, rows_table
 
 LLAMA_2_7B = LlamaConfig(
     vocab_size=32000,
@@ -67,7 +67,7 @@ def test_no_row_is_wrapped_at_80_columns() -> None:
     long = DecodeRatio(0.947, "float32, batch 1, untrained", (0.9, 1.0))
     found = replace(figures(REMOVED), decode=long, perplexity=1.0)
     text = io.StringIO()
-    plain_console(file=text, width=80).print(found.table())
+    plain_console(file=text, width=80).print(rows_table(found.rows()))
     lines = text.getvalue().splitlines()
     assert len(lines) == len(found.rows()) == 5
     assert max(map(len, lines)) <= 80

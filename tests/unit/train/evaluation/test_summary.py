@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gc
+import io
 import json
 import weakref
 from pathlib import Path
@@ -8,15 +9,25 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from sa_models.errors import PostshareError
 from sa_models.modeling import SharedLlamaForCausalLM
+from sa_models.plan import AttentionSpan, HeadTie, SharingPlan
 from tests.support import tiny
+from train.common.console import plain_console
 from train.data.blocks import Blocks
 from train.evaluation import summary
-from train.evaluation.perplexity import perplexity
-from train.evaluation.summary import EvaluatedModel, evaluate_models, read_block_losses
+from train.evaluation.perplexity import Perplexity, perplexity
+from train.evaluation.summary import (
+    EvaluatedModel,
+    TrainingCost,
+    evaluate_models,
+    read_block_losses,
+    saved_sentence,
+    summary_table,
+)
+from train.stages.run import print_whole
 
 CPU = torch.device("cpu")
 
@@ -148,3 +159,75 @@ def test_a_loss_that_is_not_finite_names_its_model(tmp_path: Path) -> None:
     with pytest.raises(PostshareError, match=r"^base: the evaluation loss is nan; .* of another"):
         evaluate(tmp_path, models, tiny.blocks(2))
     assert list(read_block_losses(tmp_path)) == ["good"]
+
+
+# --- the table ------------------------------------------------------------------------------------
+
+LLAMA_2_70B = LlamaConfig(
+    vocab_size=32000,
+    hidden_size=8192,
+    intermediate_size=28672,
+    num_hidden_layers=80,
+    num_attention_heads=64,
+    num_key_value_heads=8,
+)
+
+
+def summary_of(plan: SharingPlan, continued: float | None = 3.2) -> dict[str, Any]:
+    values = {"base": 3.32, "continued": continued, "direct": 4.41, "post": 3.24}
+    measured = {n: Perplexity(1.0, v, 100) for n, v in values.items() if v is not None}
+    return summary.summarize(
+        measured,
+        plan,
+        plan.savings(LLAMA_2_70B),
+        0.01,
+        {"base": 137_953_296_384, "compact": 137_000_000_000},
+        TrainingCost(tokens=600, seconds=1.0),
+        element_bytes=2,
+        positions=4096,
+    )
+
+
+def printed(value: dict[str, Any]) -> list[str]:
+    out = io.StringIO()
+    print_whole(plain_console(file=out, width=80), summary_table(value))
+    return out.getvalue().splitlines()
+
+
+MIXED = SharingPlan(
+    ties=(HeadTie((5, 0), (1, 3), ("q", "k", "v", "o")),), removed=((6, 0), (6, 1), (7, 2))
+)
+
+
+def test_what_changes_is_counted_in_units_by_their_name() -> None:
+    value = summary_of(MIXED)
+    lines = printed(value)
+    assert "KV groups" in lines[0]
+    assert "tied +" in lines[1]
+    assert "removed" in lines[2]
+    assert [line.split()[-5:-2] for line in lines if "3.24" in line] == [["1", "+", "3/640"]]
+    assert saved_sentence(value).startswith(
+        "saved     0.2% of the KV groups tied, 0.5% of the KV groups removed: "
+    )
+    assert summary.units_of({"heads": value["heads"]})["total"] == 64 * 80  # of an earlier version
+
+
+def test_the_table_of_a_70b_fits_80_columns() -> None:
+    lines = printed(summary_of(MIXED))
+    assert max(map(len, lines)) <= 80
+    assert not any("…" in line for line in lines)
+    assert len(lines) == 3 + 1 + 4  # a heading in three lines, a rule, one line a model
+
+
+def test_without_the_control_there_is_no_column_for_it() -> None:
+    head = " ".join(printed(summary_of(MIXED, continued=None))[:3])
+    assert "vs" not in head
+    assert "continued" not in head
+    assert "continued" in " ".join(printed(summary_of(MIXED))[:3])
+
+
+def test_shares_of_the_cache_have_one_form() -> None:
+    lines = printed(summary_of(SharingPlan(spans=(AttentionSpan(1, (2, 3)),))))
+    assert [line.split()[-3] for line in lines if "137," in line] == [
+        "100.0%", "100.0%", "98.8%", "98.8%",
+    ]  # fmt: skip

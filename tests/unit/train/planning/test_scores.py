@@ -60,7 +60,7 @@ def test_aligned_weights_with_the_norm_folded(home: Path, tmp_path: Path, capsys
     assert not pairs
     count = sum(pair["corrected"] <= 0.05 for pair in said["pairs"])
     assert said["significant"] == count <= 2  # the base's weights are random
-    line = f"chance: {count} of 7 pairs beat the best of as many scrambled sources (qk_aligned, 5%)"
+    line = f"chance: {count} of 7 pairs beat the best of as many scrambled sources (5%)"
     assert line in capsys.readouterr().out
 
 

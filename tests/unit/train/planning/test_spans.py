@@ -223,7 +223,7 @@ def test_the_measurements_are_kept_and_not_made_again(
     assert starts.is_file()
     before = {f: f.read_bytes() for f in made.folder.iterdir() if f != starts}
     names = {"recipe.yaml", "plan.json", "spans.json", "plan-isotropy.png", "plan-isotropy.svg"}
-    assert {f.name for f in before} == {*names, ".lock", "inputs.json"}
+    assert {f.name for f in before} == {*names, ".lock", "inputs.json", "plan-search.md"}
     assert (made.folder / "plan-isotropy.png").read_bytes().startswith(b"\x89PNG")
     assert read(made.folder, "spans.json")["calibration_blocks"] == 1
     monkeypatch.setattr(SpanFinder, "find", lambda *_: pytest.fail("measured again"))

@@ -124,11 +124,13 @@ def test_what_wandb_is_told(tmp_path: Path, fake: FakeRun, monkeypatch: pytest.M
     )
     assert (options["group"], options["tags"]) == ("tiny", ("a", "b"))
     assert options["config"]["train"]["batch_size"] == 8
-    assert fake.metrics == [("tokens", None), ("*", "tokens")]
-    assert fake.logged[0]["lm_loss"] == 2.0
+    assert fake.metrics == [("train/num_tokens", None), ("*", "train/num_tokens")]
+    assert fake.logged[0]["train/loss"] == 2.0
+    assert fake.logged[0]["train/num_tokens"] == row(1)["tokens"]
+    assert not {key for key in fake.logged[0] if "/" not in key}
     assert fake.steps == [1]
     assert (options["job_type"], options["resume"]) == ("post-train", "allow")
-    assert sum(fake.logged[0]["pair_distances"].histogram) == 2
+    assert sum(fake.logged[0]["postshare/pair_distances"].histogram) == 2
     assert fake.exit_code == 0
 
 
@@ -274,7 +276,7 @@ def test_a_writer_on_each_node(
     quiet = {"x_update_finish_state": False, "console": "off"}
     assert options["settings"] == (label if main else label | quiet)
     wandb.Settings(**options["settings"])  # wandb knows them
-    assert [r["step"] for r in fake.logged] == ([1] if main else [])
+    assert [r["train/global_step"] for r in fake.logged] == ([1] if main else [])
     assert fake.steps == ([None] if main else [])  # shared mode takes none
     assert (tmp_path / "metrics.jsonl").exists() == main
     assert fake.exit_code == 0
@@ -322,7 +324,7 @@ def test_nothing_is_uploaded_unless_asked(
         log_outcome(
             asked, "tiny/g", tiny.PLAN, summary, {"compact": export, "dense": tmp_path / "no"}
         )
-        assert fake.summary == {"perplexity/post": 2.5}
+        assert fake.summary == {"postshare/perplexity/post": 2.5}
         assert (len(fake.used), len(fake.uploaded)) == (used, logged)
     base, text, plan = fake.used
     assert [a.type for a in fake.used] == ["model", "dataset", "plan"]
@@ -334,7 +336,7 @@ def test_nothing_is_uploaded_unless_asked(
     assert fake.summary == {}  # it has been told
     first = fake.options["id"]  # type: ignore[attr-defined]
     log_outcome(asked, "tiny/g", tiny.PLAN, {"perplexity": {"post": 2.0}}, {"compact": export})
-    assert (fake.summary, fake.options["id"]) == ({"perplexity/post": 2.0}, first)  # type: ignore[attr-defined]
+    assert (fake.summary, fake.options["id"]) == ({"postshare/perplexity/post": 2.0}, first)  # type: ignore[attr-defined]
     (tmp_path / "wandb.json").write_text("{")
     log_outcome(asked, "tiny/g", tiny.PLAN, summary, {"compact": export})
     assert fake.options["id"] != first  # type: ignore[attr-defined]

@@ -170,9 +170,15 @@ def test_what_is_chosen_costs_no_more_than_any_control(
         assert expected[name] == pytest.approx(without, abs=3e-5)
     check_structures(search, base, tokens)
     check_front(search, of)
-    shown = capsys.readouterr().out
-    assert shown.count("(chosen)") == 1  # in a cell, which may be wrapped
-    assert "fp32" in shown
+    page = (of.folder / "plan-search.md").read_text()
+    assert page.count("(chosen)") == 1
+    assert "fp32" in page
+    lines = capsys.readouterr().out.splitlines()
+    planned = lines[: next(n for n, line in enumerate(lines) if line.startswith("tables ")) + 1]
+    assert planned[0].startswith("search    ")
+    assert planned[-1] == f"tables    {of.folder / 'plan-search.md'}"
+    assert len(planned) <= 10
+    assert max(map(len, planned[:-1])) <= 80
     assert search["forward_passes"] <= search["forward_passes_at_most"]
     assert search["estimates"] <= search["estimates_at_most"]
 
@@ -227,7 +233,7 @@ def test_plans_are_compared_after_reconstruction(
     of = made(home, tmp_path / "auto", 5 * UNIT, **more)
     plan(of)
     search = read(of.folder, "plan-search.json")
-    assert "3 plans compared after reconstruction" in " ".join(capsys.readouterr().out.split())
+    assert "; 3 reconstructed" in capsys.readouterr().out
     candidates = search["candidates"]
     assert search["chosen"] == candidates[0]["name"]
     assert candidates[0]["plan"] == SharingPlan.load(of.folder / "plan.json").to_dict()
@@ -272,7 +278,7 @@ def test_the_recipe_s_own_structure_is_reconstructed_as_the_plans_are(
     spans = [{"leader": 2, "followers": [3]}]
     of = made(home, tmp_path / "auto", 2 * 8 * 32 * 4 + 2 * UNIT, spans=spans, **REBUILT_ON)
     plan(of)
-    said, search = " ".join(capsys.readouterr().out.split()), read(of.folder, "plan-search.json")
+    said, search = (of.folder / "plan-search.md").read_text(), read(of.folder, "plan-search.json")
     assert "none (dense)" not in said.partition("vs dense")[0]
     structure = SharingPlan(spans=SharingPlan.load(of.folder / "plan.json").spans)
     blocks = Run(of, start(of)).blocks[0]
@@ -307,7 +313,7 @@ def test_basis_sharing_at_as_many_bytes_is_measured_beside_them(
     """Its loss is that of the control's own run, on the text of the reconstruction."""
     of = made(home, tmp_path / "auto", 5 * UNIT, **REBUILT_ON)
     plan(of)
-    said, search = " ".join(capsys.readouterr().out.split()), read(of.folder, "plan-search.json")
+    said, search = (of.folder / "plan-search.md").read_text(), read(of.folder, "plan-search.json")
     factored = search["factored"]
     other = SharingPlan.from_dict(search["candidates"][0]["plan"])
     saved = other.savings(base_model(home).config).removed_parameters
@@ -362,7 +368,7 @@ def test_basis_sharing_is_taken_where_it_is_better_and_bytes_are_asked_for(
         more |= {"plan": {"budget": {"heads": 5}}}
     of = made(home, tmp_path / "auto", 5 * UNIT, **more)
     run(of)
-    said, search = " ".join(capsys.readouterr().out.split()), read(of.folder, "plan-search.json")
+    said, search = (of.folder / "plan-search.md").read_text(), read(of.folder, "plan-search.json")
     found = SharingPlan.load(of.folder / "plan.json")
     other = SharingPlan.from_dict(search["candidates"][0]["plan"])
     exported = CompactFolder(of.folder / "export" / "compact")
@@ -371,13 +377,13 @@ def test_basis_sharing_is_taken_where_it_is_better_and_bytes_are_asked_for(
     if budget != "bytes":
         assert found == other
         assert search["chosen"] == search["candidates"][0]["name"]
-        assert "note: Basis Sharing" in said
+        assert "Note: Basis Sharing" in said
         assert "is chosen where the budget is one of bytes" in said
         assert summary["structure"]["basis"] is None
         return
     assert found == SharingPlan.from_dict(search["factored"]["plan"])
     assert search["chosen"] == "Basis Sharing"
-    assert said.count("(chosen)") == 1  # in the table, of a cell that may be folded
+    assert said.count("(chosen)") == 1
     assert "Basis Sharing is chosen: it is better than" in said
     asked = found.savings(base_model(home).config).removed_parameters
     assert asked >= other.savings(base_model(home).config).removed_parameters >= 5 * UNIT
@@ -394,7 +400,7 @@ def test_basis_sharing_is_named_only_where_it_is_better_and_a_rival(home: Path) 
     better = Factored(basis, UNIT, 3.0, (0.01, 0.02), taken=False)
     assert better.is_better
     assert "by 1.0% to 2.0% of perplexity" in factored_note(better, removed)
-    assert "better than 1 removed" in factored_note(replace(better, taken=True), removed)
+    assert "better than 1 unit removed" in factored_note(replace(better, taken=True), removed)
     assert not replace(better, above=(-0.001, 0.02)).is_better
 
     def asked(**sections: Any) -> SharingPlan | None:
@@ -620,11 +626,12 @@ def test_the_dry_run_states_the_passes(
     of = made(home, tmp_path / "run", 2 * UNIT, model={"tokenizer": "demo-base"})
     print_dry_run(of)
     said = " ".join(capsys.readouterr().out.split())
-    assert "strategy auto decides, in at most" in said
+    assert "strategy auto: removals, spans" in said or "strategy auto: ties" in said
     assert "forward passes over 3 blocks" in said
+    assert "cache bytes per token as the search decides" in said
     assert "reconstructions" not in said
     more = {"reconstruct": True, "calibration_blocks": 4}
     print_dry_run(of.model_copy(update={"materialize": of.materialize.model_copy(update=more)}))
     said = " ".join(capsys.readouterr().out.split())
-    assert "over 3 blocks, and 3 reconstructions" in said
+    assert "over 3 blocks then 3 reconstructions" in said
     assert "3 reconstructions and one factorization" in said

@@ -94,4 +94,4 @@ def test_the_sentence_counts() -> None:
     before, after = (Payment.of(p, CONFIG, 4).cache for p in (SharingPlan(), REMOVED))
     said = objective_sentence("cache", REMOVED, CONFIG, 4)
     assert f"{after:,} bytes, {1 - after / before:.1%} less than the {before:,}" in said
-    assert said.startswith("objective cache: the KV cache of 8 requests of ")
+    assert said.startswith("Objective cache: the KV cache of 8 requests of ")
