@@ -100,7 +100,7 @@ class SharedLinear(SourceLinear):
 
     def __getstate__(self) -> dict[str, Any]:
         self._packed.drop()  # copies and pickles make their own
-        return super().__getstate__()  # type: ignore[misc]
+        return super().__getstate__()
 
     def part(self, first: int, width: int, device: torch.device) -> torch.Tensor:
         """So many rows (o: columns) of the weight from ``first`` on, for a reader on a device.
@@ -242,7 +242,7 @@ class SharedBasisLinear(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         self._packed.drop()  # copies and pickles make their own
-        return super().__getstate__()  # type: ignore[misc]
+        return super().__getstate__()
 
     def connect(self, owner: SharedBasisLinear) -> None:
         """Say which projection has the basis."""
