@@ -9,7 +9,7 @@ dict, and is made again when anything that it was made of has changed.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -37,6 +37,26 @@ class SourceLinear(nn.Linear):
         return self.weight if weight is None else weight
 
 
+class _Source(NamedTuple):
+    """A weight as it was when it was copied.
+
+    Attributes:
+        held: an alias of the weight, so that its memory is not given to another one.
+    """
+
+    module: SourceLinear
+    weight: torch.Tensor
+    held: torch.Tensor
+    version: int
+    address: int
+    taken: int
+
+    @classmethod
+    def of(cls, module: SourceLinear, weight: torch.Tensor) -> _Source:
+        version, address = weight._version, weight.data_ptr()
+        return cls(module, weight, weight.detach(), version, address, module.taken)
+
+
 class PackedWeight:
     """The dense weight of one projection, and what it was made of.
 
@@ -48,8 +68,8 @@ class PackedWeight:
     def __init__(self, sources: Sequence[SourceLinear], make: Callable[[], torch.Tensor]) -> None:
         self._sources = tuple(sources)
         self._make = make
-        self._weight: torch.Tensor | None = None
-        self._made_of: list[tuple[Any, ...]] = []
+        self.weight: torch.Tensor | None = None
+        self._made_of: list[_Source] = []
 
     def on(self, device: torch.device) -> torch.Tensor | None:
         """The weight, as its sources are now; None where they are not plain tensors there.
@@ -57,28 +77,36 @@ class PackedWeight:
         A write through ``parameter.data`` is seen where the parameter was taken from its module
         for it; of one that was held since before, :meth:`drop` has to be told.
         """
+        # Decoding comes here for every projection of every token.
+        for module, weight, _, version, address, taken in self._made_of:
+            if (
+                module._parameters.get("weight") is not weight
+                or weight._version != version
+                or weight.data_ptr() != address
+                or module.taken != taken
+            ):
+                self.drop()
+                break
+        if self.weight is None or self.weight.device != device:
+            self._pack(device)
+        return self.weight
+
+    def _pack(self, device: torch.device) -> None:
+        self.drop()
         made_of = []
         for source in self._sources:
             weight = source._parameters.get("weight")
-            if type(weight) is not nn.Parameter or weight.device != device:
-                return None
-            version = 0 if weight.is_inference() else weight._version
-            made_of.append((weight, version, weight.data_ptr(), weight.dtype, source.taken))
-        if self._weight is None or not _same(made_of, self._made_of):
-            with torch.inference_mode(False), torch.no_grad():
-                self._weight = self._make()
-            self._made_of = made_of
-        return self._weight
+            # Those of torchao, FSDP2 and offloading are other types, or elsewhere.
+            if type(weight) is not nn.Parameter or weight.device != device or weight.is_inference():
+                return
+            made_of.append(_Source.of(source, weight))
+        self._made_of = made_of
+        with torch.inference_mode(False), torch.no_grad():
+            self.weight = self._make()
 
     def drop(self) -> None:
         """Forget it: the next call makes it again."""
-        self._weight, self._made_of = None, []
-
-
-def _same(one: list[tuple[Any, ...]], other: list[tuple[Any, ...]]) -> bool:
-    return len(one) == len(other) and all(
-        a[0] is b[0] and a[1:] == b[1:] for a, b in zip(one, other, strict=True)
-    )
+        self.weight, self._made_of = None, []
 
 
 def may_pack(module: nn.Module) -> bool:

@@ -85,9 +85,7 @@ class SharedLinear(SourceLinear):
         """
         if self.owns_all:
             return self.stored
-        if not (self.packs and may_pack(self)) or self.is_quantized:
-            return None
-        return self._packed.on(x.device)
+        return self._packed.on(x.device) if self.packs and may_pack(self) else None
 
     def _pack(self) -> torch.Tensor:
         parts = [p.owner.stored.narrow(self.axis, p.first, p.stop - p.start) for p in self.pieces]
@@ -221,13 +219,9 @@ class SharedBasisLinear(nn.Module):
         return self.coefficients(self.owner.basis(x))
 
     def _packed_on(self, device: torch.device) -> torch.Tensor | None:
-        # Adapters and quantized weights are no plain factors.
-        factors = self.coefficients, self.owner.basis
-        if not all(type(factor) is SourceLinear for factor in factors):
-            return None
-        if any(hasattr(factor.stored, "qdata") for factor in factors):
-            return None
-        return self._packed.on(device)
+        # Adapters are no plain factors.
+        plain = type(self.coefficients) is type(self.owner.basis) is SourceLinear
+        return self._packed.on(device) if plain else None
 
     def _pack(self) -> torch.Tensor:
         """C B, of weights in 16 bits rounded once, as the dense export has it."""

@@ -94,7 +94,7 @@ def test_it_computes_what_the_dense_model_does(
     torch.testing.assert_close(inferred(compact, ids), inferred(model, ids), rtol=0, atol=1e-5)
     for module in stored_in_parts(compact):
         name = next(n for n, m in compact.named_modules() if m is module)
-        assert torch.equal(module._packed._weight, model.get_submodule(name).weight)
+        assert torch.equal(module._packed.weight, model.get_submodule(name).weight)
     difference = (compact(ids).logits - model(ids).logits).abs().max()  # with gradients: in parts
     assert float(difference.detach()) <= 1e-5
 
@@ -117,7 +117,7 @@ def test_factors_are_multiplied_once(dtype: torch.dtype) -> None:
     inferred(model)
     assert len(stored_in_parts(model)) == 3 * LAYERS
     for module in stored_in_parts(model):
-        weight = module._packed._weight
+        weight = module._packed.weight
         assert weight is not None
         exact = module.coefficients.weight.double() @ module.owner.basis.weight.double()
         error = (weight.double() - exact).abs().max() / exact.abs().max()
@@ -129,7 +129,7 @@ def test_nothing_of_it_is_stored_or_counted(tmp_path: Path) -> None:
     before = {name: value.clone() for name, value in compact.state_dict().items()}
     parameters = sum(p.numel() for p in compact.parameters())
     inferred(compact)
-    held = [m._packed._weight for m in stored_in_parts(compact)]
+    held = [m._packed.weight for m in stored_in_parts(compact)]
     # Two layers read another's unit in all four projections; the owner reads its own.
     assert [None if w is None else w.numel() for w in held] == 2 * [48 * 48, 24 * 48, 24 * 48, 2304]
     assert sum(p.numel() for p in compact.parameters()) == parameters
@@ -145,13 +145,13 @@ def test_training_drops_it_and_gradients_do_not_use_it() -> None:
     _, compact = pair(2, "qkvo")
     inferred(compact)
     compact.train()
-    assert all(m._packed._weight is None for m in stored_in_parts(compact))
+    assert all(m._packed.weight is None for m in stored_in_parts(compact))
     with torch.no_grad():
         compact(tokens())
-    assert all(m._packed._weight is None for m in stored_in_parts(compact))
+    assert all(m._packed.weight is None for m in stored_in_parts(compact))
     compact.eval()
     compact(tokens()).logits.sum().backward()
-    assert all(m._packed._weight is None for m in stored_in_parts(compact))
+    assert all(m._packed.weight is None for m in stored_in_parts(compact))
 
 
 def test_a_config_can_do_without(tmp_path: Path) -> None:
@@ -160,7 +160,7 @@ def test_a_config_can_do_without(tmp_path: Path) -> None:
     compact.save_pretrained(tmp_path)
     spare = SharedLlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     logits = inferred(spare)
-    assert all(m._packed._weight is None for m in stored_in_parts(spare))
+    assert all(m._packed.weight is None for m in stored_in_parts(spare))
     assert float((logits - inferred(compact)).abs().max()) <= 1e-5
 
 
@@ -233,7 +233,7 @@ def test_a_change_of_what_it_was_made_of_is_seen(
 ) -> None:
     model = pair(2, "qkvo")[1] if kind == "ties" else factors()
     before = inferred(model)
-    assert any(m._packed._weight is not None for m in stored_in_parts(model))
+    assert any(m._packed.weight is not None for m in stored_in_parts(model))
     change(model)
     after = inferred(model)
     assert float((after - before).abs().max()) > 0.01
