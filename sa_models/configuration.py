@@ -27,6 +27,11 @@ class SharedLlamaConfig(LlamaConfig):
     (reuse); above, they call the attention kernel with its queries and keys (replay). 0: always
     replay. Both compute the same."""
 
+    packed: bool = True
+    """Whether projections whose units are tied, or whose weight is a product of factors, compute
+    with one dense weight in evaluation mode without gradients. It is as fast as the dense model's,
+    and takes as much memory beside the stored one; false saves that memory."""
+
     @property
     def plan(self) -> SharingPlan:
         """The validated plan. Raises PostshareError when it does not fit this config."""

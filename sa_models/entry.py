@@ -33,6 +33,7 @@ from .configuration import SharedLlamaConfig
 from .errors import PostshareError
 from .heads import HeadLayout
 from .modeling import SharedLlamaForCausalLM, SharedLlamaModel
+from .packing import PackedWeight
 from .plan import SharingPlan
 from .projections import SharedLinear
 from .removal import check_removed

@@ -26,7 +26,13 @@ from .configuration import SharedLlamaConfig
 from .errors import PostshareError
 from .heads import HeadLayout
 from .plan import SharingPlan
-from .projections import Piece, SharedBasisLinear, SharedLinear, transpose_storage_
+from .projections import (
+    Piece,
+    SharedBasisLinear,
+    SharedLinear,
+    set_packed_,
+    transpose_storage_,
+)
 
 
 class SharedDecoderLayer(GradientCheckpointingLayer):
@@ -113,6 +119,7 @@ class SharedLlamaModel(TransposedOutputs, LlamaModel):
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
         connect_projections_(self, plan)
+        set_packed_(self, config.packed)
         self.post_init()
 
     @merge_with_config_defaults

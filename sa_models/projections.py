@@ -2,19 +2,21 @@
 
 A projection keeps only its *own* rows (for o: columns), in the order of its units. Tied units are
 read from the projection that owns them, as views: no weight is gathered or copied in a forward
-pass, and autograd adds the gradients of all readers into the one parameter.
+pass, and autograd adds the gradients of all readers into the one parameter. For inference weights
+are packed (:mod:`sa_models.packing`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional
 
 from .errors import PostshareError
+from .packing import PackedWeight, SourceLinear, may_pack
 
 Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -42,7 +44,7 @@ class Piece(NamedTuple):
         return (other.owner, other.first, other.tied) == (self.owner, self.last, self.tied)
 
 
-class SharedLinear(nn.Linear):
+class SharedLinear(SourceLinear):
     """A q, k or v projection: own rows in one GEMM, tied rows from views of their owners.
 
     ``weight`` has shape (own rows, in_features); ``out_features`` are those of all units of the
@@ -50,6 +52,8 @@ class SharedLinear(nn.Linear):
     """
 
     axis = 0
+    packs = True
+    """Whether weights are packed for inference: see :func:`set_packed_`."""
 
     def __init__(self, in_features: int, out_features: int, weight: torch.Tensor) -> None:
         nn.Module.__init__(self)
@@ -63,16 +67,38 @@ class SharedLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in_features) -> (..., out_features)."""
-        if self.owns_all:
-            return functional.linear(x, self.weight)
+        if (weight := self.whole(x)) is not None:
+            return functional.linear(x, weight)
         rows, product = _rows_and_product(x, self.is_quantized)
-        own = product(self.weight, rows)
+        own = product(self.stored, rows)
         parts = list(own.split_with_sizes(self.own_widths, -1)) if self.own_widths else []
         for at, owner, first, width in self.tied:
             parts.insert(at, product(owner.part(first, width, rows.device), rows))
         if not self.own_widths:
             parts.append(own)  # an empty weight too gets a gradient, which DDP waits for
         return torch.cat(parts, -1).view(*x.shape[:-1], self.out_features)
+
+    def whole(self, x: torch.Tensor) -> torch.Tensor | None:
+        """The weight of all features in one tensor, to multiply x with; None where there is none.
+
+        Of a projection that owns all its features it is the parameter, else the packed weight.
+        """
+        if self.owns_all:
+            return self.stored
+        return self._packed.on(x.device) if self.packs and may_pack(self) else None
+
+    def _pack(self) -> torch.Tensor:
+        parts = [p.owner.stored.narrow(self.axis, p.first, p.stop - p.start) for p in self.pieces]
+        return torch.cat(parts, self.axis)
+
+    def train(self, mode: bool = True) -> SharedLinear:
+        """As in torch. What was packed is dropped."""
+        self._packed.drop()
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._packed.drop()  # copies and pickles make their own
+        return super().__getstate__()
 
     def part(self, first: int, width: int, device: torch.device) -> torch.Tensor:
         """So many rows (o: columns) of the weight from ``first`` on, for a reader on a device.
@@ -83,7 +109,7 @@ class SharedLinear(nn.Linear):
         Raises:
             PostshareError: the weight is offloaded in a way that leaves it out here.
         """
-        weight = self.weight
+        weight = self.stored
         if weight.device == device:
             return weight.narrow(self.axis, first, width)
         hook = getattr(self, "_hf_hook", None) if weight.is_meta else None
@@ -96,12 +122,12 @@ class SharedLinear(nn.Linear):
             hook.post_forward(self, None)
 
     def _moved(self, first: int, width: int, device: torch.device) -> torch.Tensor:
-        if self.weight.is_meta:
+        if self.stored.is_meta:
             raise PostshareError(
                 "a weight that several units share is offloaded where they cannot read it; load "
                 "the model with device_map alone, or without offloading"
             )
-        return self.weight.narrow(self.axis, first, width).to(device)
+        return self.stored.narrow(self.axis, first, width).to(device)
 
     def connect(self, pieces: tuple[Piece, ...]) -> None:
         """Say where the features are stored, in their order.
@@ -123,12 +149,14 @@ class SharedLinear(nn.Linear):
         if firsts != [sum(self.own_widths[:i]) for i in range(len(firsts))]:
             raise ValueError(f"own features begin at {firsts}, which is not their order")
         self.owns_all = len(pieces) == 1 and not pieces[0].tied
+        owners = {id(piece.owner): piece.owner for piece in pieces}
+        self._packed = PackedWeight([*owners.values()], self._pack)
 
     @property
     def is_quantized(self) -> bool:
         """Whether the weights are torchao's: sliced like others, but known to ``linear`` alone."""
         read = self if self.own_widths or not self.tied else self.tied[0][1]
-        return hasattr(read.weight, "qdata")
+        return hasattr(read.stored, "qdata")
 
     def extra_repr(self) -> str:
         # Not from the weight, whose shape is gone where it is split over ranks.
@@ -147,15 +175,15 @@ class SharedOutputLinear(SharedLinear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in_features) -> (..., out_features)."""
-        if self.owns_all:
-            return functional.linear(x, self.weight)
+        if (weight := self.whole(x)) is not None:
+            return functional.linear(x, weight)
         quantized = self.is_quantized
         rows, product = _rows_and_product(x, quantized)
         parts = rows.split_with_sizes(self.widths, -1)
         own = [parts[at] for at in self.own_at]
-        y = product(self.weight, torch.cat(own, -1) if own else rows[..., :0])
+        y = product(self.stored, torch.cat(own, -1) if own else rows[..., :0])
         # Neither autocast nor quantized weights know in-place products.
-        adds = y.dtype == self.weight.dtype and not quantized
+        adds = y.dtype == self.stored.dtype and not quantized
         for at, owner, first, width in self.tied:
             columns = owner.part(first, width, rows.device)
             if not adds:
@@ -174,20 +202,46 @@ class SharedBasisLinear(nn.Module):
     projection alone has the module: the others look it up at every call.
     """
 
+    packs = True
+    """Whether the product is made once for inference: see :func:`set_packed_`."""
+
     def __init__(self, in_features: int, out_features: int, rank: int, owns_basis: bool) -> None:
         super().__init__()
+        self.coefficients = SourceLinear(rank, out_features, bias=False)
         if owns_basis:
-            self.basis = nn.Linear(in_features, rank, bias=False)
-        self.coefficients = nn.Linear(rank, out_features, bias=False)
-        self.connect(self)
+            self.basis = SourceLinear(in_features, rank, bias=False)
+            self.connect(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in_features) -> (..., out_features)."""
+        if self.packs and may_pack(self) and (weight := self._packed_on(x.device)) is not None:
+            return functional.linear(x, weight)
         return self.coefficients(self.owner.basis(x))
+
+    def _packed_on(self, device: torch.device) -> torch.Tensor | None:
+        # Adapters are no plain factors.
+        plain = type(self.coefficients) is type(self.owner.basis) is SourceLinear
+        return self._packed.on(device) if plain else None
+
+    def _pack(self) -> torch.Tensor:
+        """C B, of weights in 16 bits rounded once, as the dense export has it."""
+        basis, coefficients = self.owner.basis.stored, self.coefficients.stored
+        wide = torch.promote_types(basis.dtype, torch.float32)
+        return (coefficients.to(wide) @ basis.to(wide)).to(basis.dtype)
+
+    def train(self, mode: bool = True) -> SharedBasisLinear:
+        """As in torch. What was packed is dropped."""
+        self._packed.drop()
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._packed.drop()  # copies and pickles make their own
+        return super().__getstate__()
 
     def connect(self, owner: SharedBasisLinear) -> None:
         """Say which projection has the basis."""
         self._owner = (owner,)  # a tuple is not registered by nn.Module
+        self._packed = PackedWeight([owner.basis, self.coefficients], self._pack)
 
     @property
     def owner(self) -> SharedBasisLinear:
@@ -207,6 +261,13 @@ def _rows_and_product(x: torch.Tensor, quantized: bool) -> tuple[torch.Tensor, P
 
 def _linear(weight: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     return functional.linear(rows, weight)
+
+
+def set_packed_(model: nn.Module, packed: bool) -> None:
+    """Whether the projections of a compact model pack their weights for inference."""
+    for module in model.modules():
+        if isinstance(module, SharedLinear | SharedBasisLinear):
+            module.packs = packed
 
 
 def transpose_storage_(model: nn.Module) -> None:

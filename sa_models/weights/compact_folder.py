@@ -233,7 +233,7 @@ class _ExpandedSlice:
         return part.narrow(self._axis, start - first * self._width, stop - start)
 
 
-DROPPED = ("model_type", "auto_map", "sharing", "reuse_rows", "transformers_version")
+DROPPED = ("model_type", "auto_map", "sharing", "reuse_rows", "packed", "transformers_version")
 
 
 def dense_config(config: LlamaConfig) -> LlamaConfig:

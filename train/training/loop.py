@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader
 from sa_models.calibration.token_losses import IGNORED
 from sa_models.errors import PostshareError
 from sa_models.heads import HeadLayout
+from sa_models.projections import set_packed_
 from train.common.progress import note
 from train.common.signals import StopSignal, TrainingStopped
 from train.data.blocks import Blocks, PositionSampler
@@ -99,6 +100,7 @@ def prepare(engine: Engine, job: TrainJob, recipe: Recipe) -> None:
         job.model.activation_checkpointing_enable({"use_reentrant": False})
     plain = engine.backend == "plain"
     optimizer = build_optimizer(job.model, recipe.train, job.learning_rate, engine.device, plain)
+    set_packed_(job.model, False)  # validation would hold what the next step makes stale
     engine.prepare(job.model, optimizer)
     engine.model.train()
 

@@ -348,6 +348,7 @@ def test_compact_config_and_carried_code(tmp_path: Path) -> None:
             "errors",
             "heads",
             "modeling",
+            "packing",
             "plan",
             "projections",
             "removal",
