@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import sys
-from functools import partial
 from pathlib import Path
 
 from docutils import nodes
@@ -43,15 +42,17 @@ copybutton_prompt_text = r"\$ "
 copybutton_prompt_is_regexp = True
 
 
+# `<!-- search: words; other words -->` below a heading: words that people type into the search,
+# which then shows this place first. A comment, so that GitHub shows nothing.
+SEARCHED = re.compile(r"^<!-- search: (.+) -->$", re.MULTILINE)
+
+
+def _index(found: re.Match[str]) -> str:
+    return "\n".join(f"```{{index}} ! {words.strip()}\n```" for words in found[1].split(";"))
+
+
 def _generate(app: Sphinx, docname: str, source: list[str]) -> None:
-    source[0] = reference.fill(source[0])
-    if docname == "index":
-        # Sphinx warns of a pattern in the table of contents that no page has.
-        source[0] = re.sub(r"^[a-z-]+\*\n", partial(_kept, app.srcdir), source[0], flags=re.M)
-
-
-def _kept(folder: Path, pattern: re.Match[str]) -> str:
-    return pattern[0] if any(folder.glob(f"{pattern[0].strip()}.md")) else ""
+    source[0] = SEARCHED.sub(_index, reference.fill(source[0]))
 
 
 def _outdated(app: Sphinx, *_: object) -> list[str]:

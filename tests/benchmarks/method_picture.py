@@ -24,16 +24,17 @@ from train.common.figure_style import (
 )
 
 SHOWN = {
-    "basis": ("Basis Sharing, distilled: what auto takes (whole cache)", SKY, "P-"),
-    "ours": ("auto without bases, reconstructed, distilled", BLUE, "o-"),
-    "pruned-loss-distilled": ("removed by loss, distilled", ORANGE, "s-"),
-    "pruned-loss": ("removed by loss", ORANGE, "s--"),
-    "pruned-random": ("removed at random", MUTED, "v--"),
-    "random": ("tied at random", GREEN, "^--"),
-    "cosine": ("tied by cosine", PURPLE, "D--"),
-    "postshare": ("PostShare as published", VERMILLION, "X--"),
+    "basis": ("Basis Sharing: what auto takes (whole cache), with a teacher", SKY, "P-"),
+    "ours": ("auto without bases, reconstructed, with a teacher", BLUE, "o-"),
+    "pruned-loss-distilled": ("removed by loss, with a teacher", ORANGE, "s-"),
+    "pruned-loss": ("removed by loss, without a teacher", ORANGE, "D--"),
+    "pruned-random": ("removed at random, without a teacher", MUTED, "v--"),
+    "random": ("tied at random, without a teacher", GREEN, "^--"),
+    "cosine": ("tied by cosine, without a teacher", PURPLE, "<--"),
+    "postshare": ("PostShare as published, without a teacher", VERMILLION, "X--"),
 }
-"""Rows in the order of the legend: their label, colour and mark; dashes: without a teacher."""
+"""Rows in the order of the legend: their label, colour and mark. Without a teacher: dashes, and
+hollow marks."""
 
 
 def points(name: str, lines: list[Line], controls: dict[int, float]) -> list[tuple[float, float]]:
@@ -71,17 +72,25 @@ def described(base: Base) -> str:
 def draw(base: Base) -> None:
     """Write the picture."""
     of_rows = shown(base)
-    figure = Figure(figsize=(WIDTH, 4.8), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 6.0), layout="constrained")
     axes = figure.add_subplot()
     axes.axhline(0, color=MUTED, linewidth=0.8)
     for name, of_row in of_rows.items():
         label, color, style = SHOWN[name]
-        axes.plot(*zip(*of_row, strict=True), style, color=color, label=label, markersize=6)
+        taught = not style.endswith("--")
+        axes.plot(
+            *zip(*of_row, strict=True),
+            style,
+            color=color,
+            markerfacecolor=color if taught else "white",
+            label=label,
+            markersize=6,
+        )
     axes.set_xlabel("% of the bytes saved")
     axes.set_ylabel("% of perplexity above its $\\it{continued}$")
     axes.set_title(f"What sharing costs after 300 steps, {base.name}")
     if of_rows:
-        axes.legend(loc="upper left")
+        figure.legend(loc="outside lower center")
     figure.savefig(base.picture, metadata={"Date": None, "Description": described(base)})
 
 

@@ -82,7 +82,7 @@ def make_run(
     made.save(folder / "recipe.yaml")
     record_start(folder, config, 1, torch.device("cpu"))
     shared.save(folder / "plan.json")
-    (folder / "plan-similarity.png").write_bytes(similarity_picture())
+    (folder / "plan-similarity.svg").write_text(similarity_picture())
     for name, where in (("post", folder), ("continued", folder / "continued")):
         write_training(where, name, steps)
     pairs = [
@@ -107,12 +107,12 @@ def make_run(
 
 
 @functools.cache
-def similarity_picture() -> bytes:
+def similarity_picture() -> str:
     scores = torch.linspace(-1, 1, 36).view(6, 6)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "picture.png"
         save_similarity(scores, SharingPlan().layout(GQA), "qk", file)
-        return file.read_bytes()
+        return file.with_suffix(".svg").read_text()
 
 
 def write_training(folder: Path, name: str, steps: int) -> None:

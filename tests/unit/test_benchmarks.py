@@ -76,6 +76,10 @@ def test_the_picture_of_methods_is_of_their_lines(monkeypatch: pytest.MonkeyPatc
         trained = {line["row"] for line in base.read()}
         for name, (label, _, _) in made.SHOWN.items():
             assert (f">{label}<" in picture) == (name in trained), (base.name, label)
+        _, _, axes = picture.partition('<g id="axes_1">')
+        inside, _, outside = axes.partition("\n  </g>\n")
+        assert "legend" not in inside, f"{base.name}: a line may cross the legend"
+        assert ("legend" in outside) == bool(trained)
 
 
 # --- scores of an export --------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from transformers.utils import logging
 from sa_models.errors import PostshareError
 from train.common.console import plain_console
 from train.evaluation.models import find_models, open_folder, read_device
+from train.stages.samples import greedy
 
 PROMPTS = (
     "The capital of France is",
@@ -63,11 +64,9 @@ def continued(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, tokens: int
 ) -> str:
     """What follows a prompt, the likeliest token each time, up to the end of the text."""
-    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
-    made = model.generate(  # type: ignore[operator]  # of a mixin
-        **inputs, max_new_tokens=tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id or 0
-    )
-    return str(tokenizer.decode(made[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    made = greedy(model, ids, tokens, tokenizer.eos_token_id or 0)
+    return str(tokenizer.decode(made[0], skip_special_tokens=True))
 
 
 def _check(

@@ -30,10 +30,17 @@ class DecodeRatio:
 
     Attributes:
         how: what it was measured with, for the reader.
+        quartiles: of the ratio, over the rounds that were timed.
     """
 
     ratio: float
     how: str
+    quartiles: tuple[float, float]
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> DecodeRatio:
+        """The inverse of :func:`dataclasses.asdict`, through JSON."""
+        return cls(**{**value, "quartiles": tuple(value["quartiles"])})
 
 
 @dataclass(frozen=True)
@@ -81,7 +88,7 @@ class Figures:
     def from_dict(cls, value: Mapping[str, Any]) -> Figures:
         """The inverse of :func:`dataclasses.asdict`: of ``figures`` in ``summary.json``."""
         decode = value["decode"]
-        return cls(**{**value, "decode": None if decode is None else DecodeRatio(**decode)})
+        return cls(**{**value, "decode": None if decode is None else DecodeRatio.from_dict(decode)})
 
     def rows(self) -> dict[str, str]:
         """Each figure in words, by its name; the cache has a second row, of whole sequences."""

@@ -96,12 +96,14 @@ def decode_ratio(scores: Mapping[str, Any], search: Any) -> DecodeRatio | None:
     """
     if SPEED in scores:
         entry = scores[SPEED]
-        stock, shared = (
-            next(s for s in model["scores"] if s["metric"] == "decode tokens/s")
-            for model in (entry["models"][0], entry["models"][-1])
-        )
-        return DecodeRatio(stock["value"] / shared["value"], f"{entry['dtype']}, batch 1")
+        shipped = entry["models"][-1]["scores"]
+        faster = next(s["change"] for s in shipped if s["metric"] == "decode tokens/s")
+        low, high = (1 / (1 + change) for change in reversed(faster["interval"]))
+        return DecodeRatio(1 / (1 + faster["value"]), f"{entry['dtype']}, batch 1", (low, high))
     if not isinstance(search, dict) or search.get("decoding_noisy", True):
         return None
     chosen = [timed for timed in search.get("decoding", []) if timed.get("chosen")]
-    return DecodeRatio(chosen[0]["over_dense"], "float32, batch 1, untrained") if chosen else None
+    if not chosen:
+        return None
+    ratio, half = chosen[0]["over_dense"], chosen[0]["spread"]
+    return DecodeRatio(ratio, "float32, batch 1, untrained", (ratio - half, ratio + half))

@@ -62,6 +62,7 @@ def evaluate_models(
     device: torch.device,
     folder: Path,
     say: Callable[[str], None] = print,
+    also: Callable[[str, PreTrainedModel], None] = lambda name, model: None,
 ) -> dict[str, Perplexity]:
     """Perplexity of each model on the same blocks, one model in memory at a time.
 
@@ -71,6 +72,7 @@ def evaluate_models(
 
     Args:
         say: is told which models are measured again, and why.
+        also: called with the name and the model of each that is measured, while it is in memory.
 
     Raises:
         PostshareError: there is no token to predict, or a model's loss is not finite.
@@ -99,6 +101,7 @@ def evaluate_models(
         loaded = model.load()
         loaded.to(device)  # type: ignore[arg-type]  # transformers' decorator hides it
         measured[name] = block_losses(loaded, blocks, batch_size, limit=limit, name=name)
+        also(name, loaded)
         del loaded
         gc.collect()  # the projections of a compact model refer to each other
         try:
@@ -145,6 +148,7 @@ def summarize(
     positions: int,
     residual: int = 0,
     decode: DecodeRatio | None = None,
+    directshare: PlanSavings | None = None,
 ) -> dict[str, Any]:
     """The value of ``summary.json``; a model that the run does not have is null.
 
@@ -155,6 +159,7 @@ def summarize(
         element_bytes: of one exported parameter.
         positions: the most tokens that the model reads.
         decode: of the plan, where it was measured.
+        directshare: of DirectShare as published, where it was evaluated beside the plan.
     """
     stored_ratio = savings.stored_ratio - residual / savings.attention_parameters
     summary: dict[str, Any] = {
@@ -200,6 +205,13 @@ def summarize(
         decode=decode,
         perplexity=_against_continued(summary["perplexity"]),
     )
+    if directshare is not None:
+        summary["directshare"] = {
+            "perplexity": measured["directshare"].perplexity,
+            "heads": directshare.tied_heads,
+            "units": directshare.tied_units,
+            "parameters": directshare.stored_parameters,
+        }
     return {**summary, "figures": asdict(figures)}
 
 
@@ -239,12 +251,23 @@ def summary_table(summary: dict[str, Any]) -> Table:
 def summary_cells(summary: dict[str, Any]) -> tuple[list[str], dict[str, list[str]]]:
     """Headings, and the cells of each model that the run has, for the terminal and the report."""
     structured = is_structured(summary)
-    what, changed = ("cache", "") if structured else _changed_units(units_of(summary))
+    units = units_of(summary)
+    what, changed = ("cache", "") if structured else _changed_units(units)
     reference = summary["perplexity"]["continued"]
     cache = summary["cache"]
     rows = {}
+    published = summary.get("directshare")
     for name, label in model_names(summary).items():
         value = summary["perplexity"][name]
+        if name == "direct" and published is not None:
+            rows["directshare"] = [
+                MODELS["direct"],
+                f"{published['perplexity']:.2f}",
+                *([f"{published['perplexity'] / reference - 1:+.1%}"] if reference else []),
+                "100.0%" if structured else f"{published['units']}/{units['total']}",
+                f"{published['parameters']:,}",
+                "",  # it is not exported
+            ]
         if value is None:
             continue
         shared = name in ("direct", "post")
@@ -274,9 +297,9 @@ def is_structured(summary: dict[str, Any]) -> bool:
 
 
 def model_names(summary: dict[str, Any]) -> dict[str, str]:
-    """What each model of a run is called."""
-    papers = not (is_structured(summary) or summary["heads"]["removed"])
-    return MODELS if papers else STRUCTURED
+    """What each model of a run is called; "DirectShare" is the control, where there is one."""
+    others = is_structured(summary) or summary["heads"]["removed"] or "directshare" in summary
+    return STRUCTURED if others else MODELS
 
 
 def _changed_units(units: dict[str, Any]) -> tuple[str, str]:

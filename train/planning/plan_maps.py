@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.patches import FancyArrowPatch, Rectangle
 
+from sa_models.basis import FACTORED, SharedBasis, factor_sizes
 from sa_models.heads import HeadLayout
 from sa_models.plan import SharingPlan
 from sa_models.scores.attention_maps import Isotropy
@@ -142,6 +143,42 @@ def draw_plan_map(plan: SharingPlan, layout: HeadLayout, cell: float = 0.4) -> F
     legend = figure.legend(loc="outside lower center", ncols=4 if removed else 3, frameon=False)
     for handle in legend.legend_handles:
         handle.set_sizes([45.0])  # type: ignore[union-attr]  # in a large map units are dots
+    return figure
+
+
+def draw_basis_map(basis: SharedBasis, layout: HeadLayout, cell: float = 0.4) -> Figure:
+    """Map of a shared basis: layers upward, projections to the right, a block for each basis.
+
+    A block spans the layers that share it and is the darker the more of their numbers are stored.
+
+    Args:
+        cell: inches of a layer, where the map is not too high for it.
+    """
+    figure = Figure(figsize=(WIDTH, min(9.0, 1.6 + cell * layout.layers)), layout="constrained")
+    axes = figure.add_subplot()
+    axes.grid(visible=False)
+    sizes, columns = factor_sizes(layout, basis.layers), (*FACTORED, "o")
+    for at, group in enumerate(basis.groups(layout.layers)):
+        for column, projection in enumerate(FACTORED):
+            rank, (one, dense) = basis.ranks(projection)[at], sizes[projection, at]
+            corner, height = (column - 0.45, group[0] - 0.42), len(group) - 0.16
+            axes.add_patch(
+                Rectangle(corner, 0.9, height, color=SKY, alpha=rank * one / dense, linewidth=0)
+            )
+            axes.add_patch(Rectangle(corner, 0.9, height, fill=False, edgecolor=BLUE))
+            middle = (group[0] + group[-1]) / 2
+            words = f"rank {rank}: {rank * one / dense:.0%}"
+            axes.text(column, middle, words, ha="center", va="center", size=SMALL)
+    for layer in range(layout.layers):
+        axes.add_patch(Rectangle((len(FACTORED) - 0.45, layer - 0.42), 0.9, 0.84, color=PALE))
+    axes.set_xlim(-0.6, len(columns) - 0.4)
+    axes.set_ylim(-0.6, layout.layers - 0.4)
+    axes.set_xticks(range(len(columns)), columns)
+    axes.set_yticks(range(0, layout.layers, max(1, layout.layers // 16)))
+    axes.set_xlabel("projection (grey: own weights)")
+    axes.set_ylabel("layer")
+    shared = f"{basis.layers} adjacent layers share a basis" if basis.layers > 1 else "low rank"
+    axes.set_title(f"q, k and v: {shared},\n% of their numbers are stored")
     return figure
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,13 +26,15 @@ from train.common.run_files import (
     PLAN_FILE,
     PROVENANCE_FILE,
     RECIPE_FILE,
+    SAMPLES_FILE,
     SCORES_FILE,
     SEARCH_FILE,
     SPANS_FILE,
     SUMMARY_FILE,
 )
+from train.evaluation.figures import Figures
 from train.evaluation.perplexity import BlockLosses
-from train.evaluation.run_scores import VERSION, export_hash
+from train.evaluation.run_scores import VERSION, decode_ratio, export_hash
 from train.recipe.recipe import Recipe, load_recipe
 
 Json = dict[str, Any]
@@ -48,6 +50,7 @@ SUMMARY_KEYS = {
     "structure": {"kv_heads", "spans", "basis"},
     "cache": {"base_elements_per_token", "stored_elements_per_token"},
     "bytes": {"base", "compact", "adapter", "dense"},
+    "figures": {"weight_bytes", "stock_cache_bytes", "context", "decode", "perplexity"},
 }
 
 
@@ -91,6 +94,8 @@ class RunData:
         layout: of the model with the plan's KV heads.
         blocks: evaluation-blocks.json, by model.
         scores: task-scores.json, by task.
+        samples: samples.json.
+        figures: of the summary, with the time of decoding that is known now.
         notes: what is missing or damaged, one line each.
     """
 
@@ -108,6 +113,8 @@ class RunData:
     spans: Json | None
     search: Json | None
     scores: Json | None
+    samples: Json | None
+    figures: Figures | None
     provenance: Json | None
     notes: tuple[str, ...]
 
@@ -186,7 +193,7 @@ def read_run(folder: Path) -> RunData:
     recipe, plan = _recipe(reader), _plan(reader)
     provenance = reader.json(PROVENANCE_FILE, ("base", "starts"))
     trainings = {name: t for name in TRAININGS if (t := _training(reader, name)) is not None}
-    summary = _summary(reader)
+    summary, search, scores = _summary(reader), reader.json(SEARCH_FILE), _scores(reader)
     reader.notes[:0] = _unfinished(folder, recipe, trainings)
     return RunData(
         folder=folder,
@@ -201,8 +208,10 @@ def read_run(folder: Path) -> RunData:
         pairs=_pairs(reader),
         chance=reader.json(CHANCE_FILE, ("line", "pairs")),
         spans=reader.json(SPANS_FILE, ("candidates", "isotropy")),
-        search=_search(reader),
-        scores=_scores(reader),
+        search=_search(reader, search),
+        scores=scores,
+        samples=_samples(reader),
+        figures=_figures(summary, scores, search),
         provenance=provenance,
         notes=tuple(reader.notes),
     )
@@ -232,12 +241,12 @@ def _recipe(reader: FolderReader) -> Recipe | None:
         return None
 
 
-def _search(reader: FolderReader) -> Json | None:
+def _search(reader: FolderReader, value: Json | None) -> Json | None:
     """What the search found: of strategy auto, the candidate that was chosen."""
-    keys = ("loss_rises", "base_loss")
-    value = reader.json(SEARCH_FILE)
-    if not isinstance(value, dict) or value.get("search") != "auto":
-        return reader.json(SEARCH_FILE, keys)
+    if value is None:
+        return None
+    if value.get("search") != "auto":
+        return reader.json(SEARCH_FILE, ("loss_rises", "base_loss"))
     whole = reader.json(SEARCH_FILE, ("base_loss", "chosen", "candidates")) or {}
     chosen = [c for c in whole.get("candidates", []) if c.get("name") == whole["chosen"]]
     # A structure alone has no units whose change was measured.
@@ -257,6 +266,26 @@ def _scores(reader: FolderReader) -> Json | None:
         )
         return None
     return value["tasks"]
+
+
+def _figures(summary: Json | None, scores: Json | None, search: Json | None) -> Figures | None:
+    if summary is None:
+        return None
+    decode = None if summary["parameters"]["adapter"] else decode_ratio(scores or {}, search)
+    return replace(Figures.from_dict(summary["figures"]), decode=decode)
+
+
+def _samples(reader: FolderReader) -> Json | None:
+    """Of models that have continued every passage."""
+    value = reader.json(SAMPLES_FILE, ("passages", "models"))
+    try:
+        texts = [value["passages"], *value["models"].values()] if value else []
+        if all(len(of_one) == len(texts[0]) for of_one in texts):
+            return value
+    except (AttributeError, TypeError):
+        pass
+    reader.notes.append(f"{SAMPLES_FILE} is not what this version writes; it is left out")
+    return None
 
 
 def _summary(reader: FolderReader) -> Json | None:

@@ -24,6 +24,8 @@ from train.report.svg import Picture, render
 
 REPORT_FILE = "report.html"
 TEMPLATE = "page.html.jinja"
+Section = tuple[str, Iterable[Picture], Sequence[tables.Table | None]]
+"""Its title, and what it shows."""
 
 
 def write_report(folders: Sequence[Path], output: Path | None = None) -> Path:
@@ -61,15 +63,18 @@ def run_page(data: RunData) -> str:
     if data.summary is not None:
         names["post"] = model_names(data.summary)["post"]
     judged = verdict.judge(data, rivals)
-    sections: list[tuple[str, Iterable[Picture], Sequence[tables.Table | None]]] = [
+    sections: list[Section] = [
         (
             "Quality",
             _rival_picture(rivals),
             (tables.evaluation(data), tables.against_controls(rivals), tables.tasks(data)),
         ),
+        ("The same text, before and after", (), (*tables.samples(data),)),
         ("Plan", plots.plan_pictures(data), (tables.basis(data), tables.pairs(data))),
-        ("Training", plots.training_pictures(data, names), (tables.systems(data),)),
-        ("Provenance", (), (tables.starts(data), tables.versions(data))),
+        ("Training", plots.training_pictures(data, names), ()),
+    ]
+    engineering: list[Section] = [
+        ("Engineering", plots.system_pictures(data, names), tables.engineering(data))
     ]
     return _page(
         title=data.name,
@@ -77,6 +82,7 @@ def run_page(data: RunData) -> str:
         verdict=judged,
         notes=[*data.notes, *notes],
         sections=_laid_out(sections),
+        engineering=_laid_out(engineering),
         recipe=data.recipe_text,
     )
 
@@ -87,7 +93,7 @@ def runs_page(every: Sequence[RunData]) -> str:
     notes = [f"{run.label}: {note}" for run in named for note in run.data.notes]
     if (problem := runs.mismatch(named)) is not None:
         notes.insert(0, problem)
-    sections: list[tuple[str, Iterable[Picture], Sequence[tables.Table | None]]] = [
+    sections: list[Section] = [
         ("Quality and size", (), (runs.side_by_side(named),)),
         ("Curves", runs.pictures(named), ()),
         ("Recipes", (), (runs.recipe_differences(named),)),
@@ -98,6 +104,7 @@ def runs_page(every: Sequence[RunData]) -> str:
         verdict=None,
         notes=notes,
         sections=_laid_out(sections),
+        engineering=[],
         recipe=None,
     )
 
@@ -131,9 +138,7 @@ def _subtitle(data: RunData) -> str:
     return ", ".join(what)
 
 
-def _laid_out(
-    sections: Iterable[tuple[str, Iterable[Picture], Sequence[tables.Table | None]]],
-) -> list[dict[str, Any]]:
+def _laid_out(sections: Iterable[Section]) -> list[dict[str, Any]]:
     """What is there; a section without anything is left out."""
     laid = []
     for title, pictures, shown in sections:

@@ -26,10 +26,10 @@ from train.common.figure_style import (
     VERMILLION,
 )
 from train.common.run_files import PARETO_PICTURE, SIMILARITY_PICTURE
-from train.planning.plan_maps import draw_isotropy, draw_plan_map
+from train.planning.plan_maps import draw_basis_map, draw_isotropy, draw_plan_map
 from train.report.curves import shorten, trend
 from train.report.data import Pairs, RunData, Training
-from train.report.svg import Picture, data_uri, render
+from train.report.svg import Picture, data_uri, render, themed_file
 
 COLORS = {"continued": MUTED, "post": BLUE, "heal": ORANGE}
 SIZE = (5.4, 3.3)
@@ -37,7 +37,7 @@ SIZE = (5.4, 3.3)
 
 
 def training_pictures(data: RunData, names: Mapping[str, str]) -> Iterator[Picture]:
-    """Losses, penalty, distances, throughput.
+    """Losses, penalty, distances.
 
     Args:
         names: of the trainings, for legends.
@@ -49,16 +49,18 @@ def training_pictures(data: RunData, names: Mapping[str, str]) -> Iterator[Pictu
         "Language-model loss",
         render(_losses, data.trainings, names),
         f"Loss in nats per token of {', '.join(names[t] for t in data.trainings)} against steps",
-        "Thick: running means over a twelfth of the training."
+        "Running means over a twelfth of the training"
+        + (", the control as a broad band." if "continued" in data.trainings else ".")
         + (" Points: validation." if validated else ""),
     )
     post = data.trainings.get("post")
-    control = data.trainings.get("continued")
-    if post is not None and control is not None:
+    # Healing reads the batches from the first on: beside a post-training, others than the control.
+    own, control = post or data.trainings.get("heal"), data.trainings.get("continued")
+    if own is not None and control is not None:
         yield Picture(
             "Loss above continued",
-            render(_above, post, control),
-            "Difference of the losses of post-training and continued, step by step",
+            render(_above, own, control),
+            f"Difference of the losses of {names[own.name]} and continued, step by step",
             "Step by step on the same batch. Thick: the running mean.",
         )
     if post is not None and post.has("penalty"):
@@ -75,11 +77,16 @@ def training_pictures(data: RunData, names: Mapping[str, str]) -> Iterator[Pictu
             "Distance between the two units of each pair against steps",
             f"{_pulled(data.pairs)} trajectories: each pair and projection that is pulled.",
         )
-    yield Picture(
-        "Throughput and memory",
-        render(_systems, data.trainings, names),
-        "Tokens per second and peak memory against steps",
-    )
+
+
+def system_pictures(data: RunData, names: Mapping[str, str]) -> Iterator[Picture]:
+    """Throughput and memory of the trainings."""
+    if data.trainings:
+        yield Picture(
+            "Throughput and memory",
+            render(_systems, data.trainings, names),
+            "Tokens per second and peak memory against steps",
+        )
 
 
 def plan_pictures(data: RunData) -> Iterator[Picture]:
@@ -94,13 +101,19 @@ def plan_pictures(data: RunData) -> Iterator[Picture]:
             if plan.ties
             else "",
         )
-    if (content := _bytes(data.folder / SIMILARITY_PICTURE)) is not None:
+    elif plan is not None and layout is not None and plan.basis is not None:
+        yield Picture(
+            "The plan",
+            render(draw_basis_map, plan.basis, layout),
+            f"Map of {layout.layers} layers and their projections: which share a basis, its rank",
+            "A block is one basis and the coefficients of its layers.",
+        )
+    if (uri := drawn(data.folder / SIMILARITY_PICTURE)) is not None:
         yield Picture(
             "Similarity of heads",
-            data_uri(content, "image/png"),
+            uri,
             "Heat map of the scores between all units, by which pairs were chosen",
             data.chance["line"] if data.chance else "",
-            own_background=True,
         )
     if data.spans is not None:
         yield from _span_pictures(data, data.spans)
@@ -112,12 +125,11 @@ def plan_pictures(data: RunData) -> Iterator[Picture]:
             "Rise of the loss on calibration text (nats per token) when only this unit is changed, "
             "untrained; of the units that the plan changes.",
         )
-    if (content := _bytes(data.folder / PARETO_PICTURE)) is not None:
+    if (uri := drawn(data.folder / PARETO_PICTURE)) is not None:
         yield Picture(
             "Along the search",
-            data_uri(content, "image/png"),
-            "Perplexity on calibration text against parameters no longer stored",
-            own_background=True,
+            uri,
+            "Perplexity on calibration text against what is stored",
         )
 
 
@@ -148,11 +160,18 @@ def _span_pictures(data: RunData, spans: dict[str, Any]) -> Iterator[Picture]:
 
 
 def _losses(trainings: Mapping[str, Training], names: Mapping[str, str]) -> Figure:
+    """Trends alone, the control broad and below: batch by batch the curves jump together."""
     figure, axes = _axes("step", "nats per token")
     for name, training in trainings.items():
-        offset = _offset(trainings, name)
-        draw_trend(
-            axes, training.steps + offset, training.columns["lm_loss"], COLORS[name], names[name]
+        offset, broad = _offset(trainings, name), name == "continued"
+        curve = shorten(training.steps + offset, training.columns["lm_loss"])
+        axes.plot(
+            curve.x,
+            trend(curve.mean),
+            color=COLORS[name],
+            label=names[name],
+            linewidth=6 if broad else 1.8,
+            alpha=0.45 if broad else 1,
         )
         if training.has("validation_loss"):
             seen = np.isfinite(training.columns["validation_loss"])
@@ -169,10 +188,10 @@ def _losses(trainings: Mapping[str, Training], names: Mapping[str, str]) -> Figu
     return figure
 
 
-def _above(post: Training, control: Training) -> Figure:
+def _above(own: Training, control: Training) -> Figure:
     figure, axes = _axes("step", "nats per token")
-    steps, ours, theirs = np.intersect1d(post.steps, control.steps, return_indices=True)
-    difference = post.columns["lm_loss"][ours] - control.columns["lm_loss"][theirs]
+    steps, ours, theirs = np.intersect1d(own.steps, control.steps, return_indices=True)
+    difference = own.columns["lm_loss"][ours] - control.columns["lm_loss"][theirs]
     draw_trend(axes, steps, difference, BLUE, None)
     axes.axhline(0, color=MUTED, linewidth=1)
     return figure
@@ -337,5 +356,9 @@ def _matrix(rows: Any) -> NDArray[np.float64]:
     return np.array(rows or [], dtype=np.float64)
 
 
-def _bytes(file: Path) -> bytes | None:
-    return file.read_bytes() if file.is_file() else None
+def drawn(file: Path) -> str | None:
+    """The data URI of a picture that a stage has drawn, from the SVG beside its PNG."""
+    vector = file.with_suffix(".svg")
+    if not vector.is_file():
+        return None
+    return data_uri(themed_file(vector.read_text(encoding="utf-8")).encode(), "image/svg+xml")

@@ -76,7 +76,6 @@ class Picture:
         uri: data URI.
         alt: what it shows, for those who do not see it.
         note: a sentence below it.
-        own_background: it keeps its white background on a dark page.
         wide: it takes the whole width.
     """
 
@@ -84,7 +83,6 @@ class Picture:
     uri: str
     alt: str
     note: str = ""
-    own_background: bool = False
     wide: bool = False
 
 
@@ -108,6 +106,13 @@ def themed(svg: str) -> str:
         f":root{{{';'.join(light)}}}@media (prefers-color-scheme:dark){{:root{{{';'.join(dark)}}}}}"
     )
     return svg.replace("<defs>", f"<style>{rules}</style><defs>", 1)
+
+
+def themed_file(svg: str) -> str:
+    """As :func:`themed`, of a picture drawn on white paper with black text and axes."""
+    svg = svg.replace('style="fill: #ffffff"', 'style="fill: none"').replace("#000000", INK)
+    # Black text has no colour of its own in the file.
+    return themed(svg).replace("<style>", f"<style>text{{fill:var(--c{INK[1:]})}}", 1)
 
 
 def data_uri(content: bytes, kind: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from train.common.progress import clock
 from train.common.sizes import size
 from train.evaluation.score import PERPLEXITY
 from train.evaluation.speed import TASK as SPEED
-from train.evaluation.summary import summary_cells
+from train.evaluation.summary import STRUCTURED, model_names, summary_cells
 from train.report.data import RunData, Training
 from train.report.rivals import Rivals
 from train.report.verdict import difference, spread
@@ -31,6 +32,7 @@ class Table:
         plain: the cells are words, aligned left; otherwise all but the first column are numbers.
         folded: it is shown when it is asked for.
         described: the second column is words, which may take several lines.
+        quoted: the cells are text of models.
     """
 
     title: str
@@ -40,6 +42,12 @@ class Table:
     plain: bool = False
     folded: bool = False
     described: bool = False
+    quoted: bool = False
+
+    @property
+    def broad(self) -> bool:
+        """Whether a phone shows a part of it at a time."""
+        return len(self.columns) > (2 if self.plain else 3)
 
 
 def evaluation(data: RunData) -> Table | None:
@@ -122,6 +130,24 @@ def _change(score: dict[str, Any], relative: bool) -> tuple[str, str]:
     bounds = change["interval"]
     spread = "" if bounds is None else f"{text(bounds[0])} to {text(bounds[1])}"
     return text(change["value"]), spread
+
+
+def samples(data: RunData) -> Iterator[Table]:
+    """How the models go on with each passage, below what its author wrote."""
+    if data.samples is None:
+        return
+    names = STRUCTURED if data.summary is None else model_names(data.summary)
+    shown = {name: texts for name, texts in data.samples["models"].items() if name in names}
+    for at, passage in enumerate(data.samples["passages"]):
+        rows = [("the text itself", _line(passage["text"]))]
+        rows += [(names[name], _line(texts[at])) for name, texts in shown.items()]
+        head = ("given", _line(passage["prompt"]))
+        yield Table(f"Sample {at + 1}", head, tuple(rows), plain=True, quoted=True)
+
+
+def _line(text: str) -> str:
+    """Text with its line breaks as marks: a model that only breaks lines would fill the page."""
+    return " ".join(text.replace("\n", " \u21b5 ").split())
 
 
 def systems(data: RunData) -> Table | None:
@@ -229,6 +255,11 @@ def _way(data: RunData, tie: int) -> tuple[str, str]:
     return f"{first:.3g}", f"{last:.3g}"
 
 
+def engineering(data: RunData) -> list[Table | None]:
+    """How the run was made: time and memory, commands, versions."""
+    return [systems(data), starts(data), versions(data)]
+
+
 def starts(data: RunData) -> Table | None:
     """The commands that made the run, the latest last."""
     if data.provenance is None:
@@ -258,7 +289,7 @@ def versions(data: RunData) -> Table | None:
         return None
     last = data.provenance["starts"][-1]
     found = {**last["versions"], "platform": last["platform"]}
-    return Table("Versions", ("package", "version"), tuple(found.items()), plain=True, folded=True)
+    return Table("Versions", ("package", "version"), tuple(found.items()), plain=True)
 
 
 def _unit(unit: tuple[int, int]) -> str:

@@ -1,4 +1,4 @@
-"""The verdict of a run: what it saved, and what that cost, against each of its rivals."""
+"""The verdict of a run: whether it is worth it, what it saved, and what that cost."""
 
 from __future__ import annotations
 
@@ -6,17 +6,13 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from train.common.progress import clock
 from train.common.sizes import size
 from train.evaluation.bootstrap import Interval, interval
-from train.evaluation.speed import TASK as SPEED
-from train.evaluation.summary import bytes_of, model_names
+from train.evaluation.figures import BATCH, NOT_MEASURED, Figures
+from train.evaluation.summary import model_names
 from train.report.data import RunData
+from train.report.decision import RULE, Cost, Decision, decide
 from train.report.rivals import Rivals
-
-RESIDENT = "resident bytes"
-LARGE = 10**8
-"""Resident bytes below which a model drowns in what libraries load; the table has them anyway."""
 
 
 @dataclass(frozen=True)
@@ -35,36 +31,33 @@ class Tile:
 
 @dataclass(frozen=True)
 class Verdict:
+    decision: Decision
     headline: str
-    explanation: str
     tiles: tuple[Tile, ...]
+    explanation: str
+    rule: str = RULE
 
 
 def judge(data: RunData, rivals: Rivals | None) -> Verdict | None:
     """None where nothing has been evaluated."""
-    summary = data.summary
-    if summary is None:
+    summary, figures = data.summary, data.figures
+    if summary is None or figures is None:
         return None
-    shipped = "post" if summary["perplexity"]["post"] is not None else "direct"
-    reference = "base" if summary["perplexity"]["continued"] is None else "continued"
+    values = summary["perplexity"]
+    shipped = "direct" if values["post"] is None else "post"
+    reference = "base" if values["continued"] is None else "continued"
+    tiles = (
+        _weights(summary, figures),
+        _cache(figures),
+        _decode(data, figures),
+        _against(data, summary, shipped, reference),
+        _against_chance(summary, rivals),
+    )
     return Verdict(
-        headline=_headline(data, summary, shipped, reference),
+        decision=_decision(data, summary, figures, rivals),
+        headline=_headline(data, summary, figures, shipped, reference),
+        tiles=tuple(tile for tile in tiles if tile is not None),
         explanation=_explanation(data, summary, shipped),
-        tiles=tuple(
-            tile
-            for tile in (
-                _perplexity(summary, shipped),
-                _against(data, summary, shipped, reference),
-                _against(data, summary, shipped, "direct"),
-                _against_chance(summary, rivals),
-                _weights(summary),
-                _heads(summary),
-                _cache(summary),
-                _speed(data),
-                _time(data, summary),
-            )
-            if tile is not None
-        ),
     )
 
 
@@ -81,35 +74,69 @@ def spread(bounds: Interval) -> str:
     return f"{math.expm1(bounds[0]):+.1%} to {math.expm1(bounds[1]):+.1%}"
 
 
-def percent(ratio: float) -> str:
-    return f"{ratio:.1%}"
+# --- the decision ---------------------------------------------------------------------------------
+
+
+def _decision(
+    data: RunData, summary: dict[str, Any], figures: Figures, rivals: Rivals | None
+) -> Decision:
+    decode = figures.decode
+    return decide(
+        {
+            "weights": 1 - figures.weight_ratio,
+            "KV cache": 1 - figures.cache_bytes / figures.stock_cache_bytes,
+        },
+        None if decode is None else decode.quartiles,
+        _cost(data, summary, rivals),
+        None if rivals is None else rivals.better(),
+    )
+
+
+def _cost(data: RunData, summary: dict[str, Any], rivals: Rivals | None) -> Cost | None:
+    """Over *continued*, of as many seeds as there are; over the base where nothing was trained."""
+    values = summary["perplexity"]
+    if values["post"] is None:
+        change = values["direct"] / values["base"] - 1
+        return Cost.measured(change, difference(data, "direct", "base"), 1, trained=False)
+    if values["continued"] is None:
+        return None
+    if rivals is not None and (found := rivals.above("continued")) is not None:
+        change, bounds, seeds = found
+        return Cost.measured(math.expm1(change), bounds, seeds, trained=True)
+    change = values["post"] / values["continued"] - 1
+    return Cost.measured(change, difference(data, "post", "continued"), 1, trained=True)
 
 
 # --- words ----------------------------------------------------------------------------------------
 
 
-def _headline(data: RunData, summary: dict[str, Any], shipped: str, reference: str) -> str:
+def _headline(
+    data: RunData, summary: dict[str, Any], figures: Figures, shipped: str, reference: str
+) -> str:
+    cache = figures.cache_bytes / figures.stock_cache_bytes
+    parts = [
+        _less(figures.weight_ratio, "bytes of weights"),
+        _less(cache, "KV cache") if cache != 1 else "no KV cache saved",
+    ]
+    if figures.decode is None:
+        parts.append(f"decode time {NOT_MEASURED}")
+    else:
+        ratio = figures.decode.ratio
+        parts.append(f"{abs(ratio - 1):.1%} {'less' if ratio < 1 else 'more'} time to decode")
+    other = {"continued": "the same training without sharing", "base": "the base model"}[reference]
     change = summary["perplexity"][shipped] / summary["perplexity"][reference] - 1
     bounds = difference(data, shipped, reference)
-    other = {
-        "continued": "the same training without sharing",
-        "base": "the base model",
-    }[reference]
-    saved = _saved(summary)
     if bounds is not None and bounds[0] <= 0 <= bounds[1]:
-        return f"{saved}, at a perplexity that cannot be told apart from that of {other}"
-    how = "higher" if change > 0 else "lower"
-    return f"{saved}, at {abs(change):.1%} {how} perplexity than {other}"
+        quality = f"a perplexity that cannot be told apart from that of {other}"
+    else:
+        how = "higher" if change > 0 else "lower"
+        quality = f"{abs(change):.1%} {how} perplexity than {other}"
+    said = f"{', '.join(parts)}; {quality}"
+    return said[0].upper() + said[1:]
 
 
-def _saved(summary: dict[str, Any]) -> str:
-    """Parameters and cache: bytes also change with the data type, which is no merit of sharing."""
-    parameters, cache = summary["parameters"], summary["cache"]
-    parts = [f"{1 - parameters['stored'] / parameters['base']:.1%} fewer parameters"]
-    kept = cache["stored_elements_per_token"] / cache["base_elements_per_token"]
-    if kept != 1:
-        parts.append(f"{1 - kept:.1%} less KV cache")
-    return " and ".join(parts)
+def _less(ratio: float, what: str) -> str:
+    return f"{abs(1 - ratio):.1%} {'fewer' if what[:5] == 'bytes' else 'less'} {what}"
 
 
 def _explanation(data: RunData, summary: dict[str, Any], shipped: str) -> str:
@@ -123,140 +150,72 @@ def _explanation(data: RunData, summary: dict[str, Any], shipped: str) -> str:
         return f"{text} There is no control: it was not trained (evaluate.continued)."
     return (
         f"{text} The control, continued, is the same training without penalty and sharing. "
-        "Intervals are 95\u00a0% over the held-out text; another seed may differ by more."
+        "Stock is the base in the dtype of the export."
     )
 
 
 # --- numbers --------------------------------------------------------------------------------------
 
 
-def _perplexity(summary: dict[str, Any], shipped: str) -> Tile:
-    values, names = summary["perplexity"], model_names(summary)
-    others = [
-        f"{names[name]} {values[name]:.2f}"
-        for name in ("base", "continued", "direct")
-        if name != shipped and values[name] is not None
+def _weights(summary: dict[str, Any], figures: Figures) -> Tile:
+    stock = round(figures.weight_bytes / figures.weight_ratio)
+    changed = [
+        f"{summary['heads'][what]} of {summary['heads']['total']} heads {what}"
+        for what in ("tied", "removed")
+        if summary["heads"][what]
     ]
-    return Tile(f"perplexity of {names[shipped]}", f"{values[shipped]:.2f}", ", ".join(others))
+    detail = f"{size(figures.weight_bytes, '.3g')}, stock {size(stock, '.3g')}"
+    return Tile("weight bytes", f"{figures.weight_ratio - 1:+.1%}", "; ".join([detail, *changed]))
 
 
-def _against(data: RunData, summary: dict[str, Any], shipped: str, other: str) -> Tile | None:
-    values = summary["perplexity"]
-    if other == shipped or values[other] is None:
-        return None
+def _cache(figures: Figures) -> Tile:
+    held, stock = (
+        size(BATCH * figures.context * each, ".3g")
+        for each in (figures.cache_bytes, figures.stock_cache_bytes)
+    )
+    label, ratio = "cache bytes per token", figures.cache_bytes / figures.stock_cache_bytes
+    detail = f"{figures.cache_bytes:,}; {BATCH} x {figures.context:,} tokens: {held}"
+    if ratio == 1:
+        return Tile(label, "as stock", detail)
+    return Tile(label, f"{ratio - 1:+.1%}", f"{detail}, stock {stock}")
+
+
+def _decode(data: RunData, figures: Figures) -> Tile:
+    label, found = "decode time against stock", figures.decode
+    if found is None:
+        cure = f"postshare evaluate {data.folder} --tasks speed"
+        return Tile(label, NOT_MEASURED, cure)
+    low, high = found.quartiles
+    tone = "good" if high < 1 else "bad" if low > 1 else ""
+    quartiles = f"quartiles {low - 1:+.1%} to {high - 1:+.1%}"
+    return Tile(label, f"{found.ratio - 1:+.1%}", f"{quartiles}; {found.how}", tone)
+
+
+def _against(data: RunData, summary: dict[str, Any], shipped: str, other: str) -> Tile:
+    values, names = summary["perplexity"], model_names(summary)
     bounds = difference(data, shipped, other)
     details = [] if bounds is None else [f"95 %: {spread(bounds)}"]
-    if other == "direct" and (won := _won_back(values)) is not None:
-        details.append(f"{won:.0%} of what it loses is won back")
-    label = f"perplexity against {model_names(summary)[other]}"
+    shown = [name for name in ("continued", "base") if values[name] is not None]
+    others = ", ".join(f"{names[name]} {values[name]:.2f}" for name in shown)
+    details.append(f"{values[shipped]:.2f}, {others}")
     change = values[shipped] / values[other] - 1
+    label = f"perplexity against {names[other]}"
     return Tile(label, f"{change:+.1%}", "; ".join(details), _tone(bounds))
-
-
-def _won_back(values: dict[str, float | None]) -> float | None:
-    """Of the loss (nats per token) that sharing adds untrained to *continued*."""
-    direct, post, continued = (values[name] for name in ("direct", "post", "continued"))
-    if direct is None or post is None or continued is None or direct <= continued:
-        return None
-    return math.log(direct / post) / math.log(direct / continued)
 
 
 def _against_chance(summary: dict[str, Any], rivals: Rivals | None) -> Tile | None:
     """Against random pairs, or where nothing is tied against random removals."""
-    heads = summary["heads"]
-    if not (heads["tied"] or heads["removed"]):
-        return None
     what, control = (
-        ("random pairs", "random-pairs") if heads["tied"] else ("random removals", "pruned-random")
+        ("random pairs", "random-pairs")
+        if summary["heads"]["tied"]
+        else ("random removals", "pruned-random")
     )
+    if rivals is None or (found := rivals.above(control)) is None:
+        return None
+    change, bounds, seeds = found
     label = f"perplexity against {what}"
-    if rivals is None:
-        return Tile(label, "not measured", f"postshare compare RECIPE --controls {control}")
-    if (found := rivals.above(control)) is None:
-        return Tile(label, "not measured", f"the comparison has no {control}")
-    change, bounds = found
-    return Tile(label, f"{math.expm1(change):+.1%}", f"95 %: {spread(bounds)}", _tone(bounds))
-
-
-def _weights(summary: dict[str, Any]) -> Tile:
-    sizes, parameters = summary["bytes"], summary["parameters"]
-    saved = f"{1 - parameters['stored'] / parameters['base']:.1%} of the parameters saved"
-    exported = bytes_of(summary, "post")
-    if exported is None or sizes["base"] is None:
-        return Tile("parameters", f"{parameters['stored']:,}", saved)
-    change = f"{exported / sizes['base'] - 1:+.1%}"
-    return Tile(
-        "weights", size(exported, ".3g"), f"{change} of {size(sizes['base'], '.3g')}; {saved}"
-    )
-
-
-def _heads(summary: dict[str, Any]) -> Tile | None:
-    heads = summary["heads"]
-    changed = [f"{heads[what]} {what}" for what in ("tied", "removed") if heads[what]]
-    if not changed:
-        return None
-    return Tile(
-        "heads",
-        f"{' and '.join(changed)} of {heads['total']}",
-        f"{heads['effective_ratio']:.1%} change, {heads['requested_ratio']:.1%} asked for",
-    )
-
-
-def _cache(summary: dict[str, Any]) -> Tile:
-    cache = summary["cache"]
-    base, stored = cache["base_elements_per_token"], cache["stored_elements_per_token"]
-    detail = f"{stored:,} numbers a token, {'as' if stored == base else f'of {base:,}'} in the base"
-    return Tile("KV cache", f"{stored / base:.1%}", detail)
-
-
-def _speed(data: RunData) -> Tile:
-    """Answering, base against export, where `postshare evaluate RUN --tasks speed` was called."""
-    entry = (data.scores or {}).get(SPEED)
-    if entry is None:
-        cure = f"postshare evaluate {data.folder} --tasks speed"
-        return Tile("speed of answers", "not measured", cure)
-    shipped = {score["metric"]: score for score in entry["models"][-1]["scores"]}
-    parts = [
-        ("prefill", "prefill tokens/s", "/s"),
-        ("first token", "first token, ms", " ms"),
-        ("cache", "cache bytes/token", " bytes a token"),
-    ]
-    if shipped[RESIDENT]["value"] >= LARGE:
-        parts.append(("resident", RESIDENT, ""))
-    said = [
-        f"{name} {_of_speed(metric, shipped[metric]['value'])}{unit}{_compared(shipped[metric])}"
-        for name, metric, unit in parts
-    ]
-    decode = "decode tokens/s"
-    return Tile(
-        f"{decode} (against {entry['models'][0]['name']})",
-        f"{_of_speed(decode, shipped[decode]['value'])}{_compared(shipped[decode])}",
-        ", ".join(said),
-    )
-
-
-def _of_speed(metric: str, value: float) -> str:
-    if metric == RESIDENT:
-        return size(int(value), ".3g")
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
-
-
-def _compared(score: dict[str, Any]) -> str:
-    change = score.get("change")
-    return "" if change is None else f" ({change['value']:+.1%})"
-
-
-def _time(data: RunData, summary: dict[str, Any]) -> Tile | None:
-    """What the penalty and the sharing cost, or save, while training."""
-    if not summary["seconds"]:
-        return None
-    detail = f"{summary['tokens']:,} tokens"
-    control = data.trainings.get("continued")
-    if control is not None and control.result is not None and control.result["seconds"]:
-        seconds = control.result["seconds"]
-        change = summary["seconds"] / seconds - 1
-        detail += f"; {change:+.1%} against continued ({clock(seconds)})"
-    return Tile("time of post-training", clock(summary["seconds"]), detail)
+    detail = f"95 %: {spread(bounds)}; {seeds} seed{'s' if seeds > 1 else ''}"
+    return Tile(label, f"{math.expm1(change):+.1%}", detail, _tone(bounds))
 
 
 def _tone(bounds: Interval | None) -> str:

@@ -10,12 +10,16 @@ from transformers import LlamaForCausalLM
 from sa_models.errors import PostshareError
 from sa_models.export.manifest import read_manifest
 from sa_models.export.peft_adapter import insert_, load_adapter
+from sa_models.plan import SharingPlan
+from sa_models.weights.safetensors_folder import WeightsFolder
+from train.common.run_files import DIRECTSHARE_FILE
 from train.data.blocks import blocks_hash
 from train.data.calibration import spread_indices
 from train.evaluation.figures import Figures
 from train.evaluation.models import weight_hashes
 from train.evaluation.summary import EvaluatedModel
-from train.models.base_model import load_dense, load_model
+from train.models.base_model import load_dense, load_model, tie_model
+from train.planning.directshare import directshare_plan
 from train.stages.materialize import reads_text, tied_base, untrained_folder
 from train.stages.run import Run, base_of
 
@@ -36,12 +40,37 @@ def evaluated_models(current: Run) -> dict[str, EvaluatedModel]:
             partial(load_dense, weights, attention, through=dtype),
             {**common, "weights": weight_hashes(weights), "through": str(dtype)},
         )
+    if recipe.evaluate.directshare:
+        plan = directshare_of(current)
+        models["directshare"] = EvaluatedModel(
+            partial(load_directshare, current, plan), {**of_base, "plan": plan.hash()}
+        )
     models["direct"] = EvaluatedModel(partial(tied_base, current), {**of_base, **_tied(current)})
     if recipe.steps != 0 or recipe.residual is not None:
         models["post"] = EvaluatedModel(
             partial(load_export, current), {**common, "export": _export_hashes(current)}
         )
     return models
+
+
+def directshare_of(current: Run) -> SharingPlan:
+    """The control of `evaluate.directshare`, found once.
+
+    Raises:
+        PostshareError: see :func:`~train.planning.directshare.directshare_plan`.
+    """
+    file = current.folder / DIRECTSHARE_FILE
+    if not file.is_file():
+        saved = current.plan.savings(current.config).removed_parameters
+        base = WeightsFolder(base_of(current))
+        directshare_plan(current.config, base, saved - residual_parameters(current)).save(file)
+    return SharingPlan.load(file)
+
+
+def load_directshare(current: Run, plan: SharingPlan) -> LlamaForCausalLM:
+    """The base with the plan of DirectShare as published, untrained."""
+    model = load_dense(base_of(current), current.recipe.model.attention)
+    return tie_model(model, plan, current.recipe, "copy")
 
 
 def _tied(current: Run) -> dict[str, Any]:

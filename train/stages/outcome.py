@@ -20,13 +20,16 @@ from train.evaluation.summary import (
     weight_bytes,
 )
 from train.planning.find import requested_ratio
+from train.planning.search.alternatives import alternatives_lines
 from train.stages.evaluation import (
+    directshare_of,
     evaluated_models,
     export_formats,
     exported,
     residual_parameters,
 )
 from train.stages.run import Run, base_of
+from train.stages.samples import Samples
 from train.tracking.wandb_evaluation import log_outcome
 from train.training.training_folder import read_result
 
@@ -50,6 +53,7 @@ def measure(current: Run, blocks: Blocks) -> None:
         current.ranks.device,
         current.folder,
         current.say,
+        Samples(current.folder, current.tokenizer, blocks, section.blocks).add,
     )
     summary = summarize(
         measured,
@@ -63,6 +67,9 @@ def measure(current: Run, blocks: Blocks) -> None:
         positions=current.config.max_position_embeddings,
         residual=residual_parameters(current),
         decode=measured_decode(current.folder) if recipe.residual is None else None,
+        directshare=directshare_of(current).savings(current.config)
+        if section.directshare
+        else None,
     )
     write_json(current.folder / SUMMARY_FILE, summary)
     figures = Figures.from_dict(summary["figures"])
@@ -70,8 +77,9 @@ def measure(current: Run, blocks: Blocks) -> None:
         notes = {"numbers": summary, "figures": figures.rows()}
         update_notes(current.folder / "export" / kind, notes)
     current.say(
-        "", summary_table(summary), rows_table(figures.rows()), "", saved_sentence(summary), ""
+        "", summary_table(summary), "", rows_table(figures.rows()), "", saved_sentence(summary)
     )
+    current.say(*alternatives_lines(current.folder), "")
 
 
 def tell_wandb(current: Run) -> None:

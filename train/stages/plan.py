@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,11 +15,12 @@ from sa_models.errors import PostshareError
 from sa_models.materialize.merge import check_merge
 from sa_models.plan import SharingPlan
 from sa_models.scores.registry import IMPORTANCES_OF_TEXT
+from sa_models.search.measured_loss import MeasuredLoss
 from sa_models.search.ranking import Agreement
 from sa_models.weights.safetensors_folder import WeightsFolder
 from sa_models.weights.structure import convert
 from train.common.progress import note
-from train.common.run_files import PLAN_FILE, SEARCH_PAGE
+from train.common.run_files import ALTERNATIVES_FILE, PLAN_FILE, SEARCH_PAGE
 from train.data.blocks import Blocks
 from train.data.calibration import calibration_batches
 from train.evaluation.perplexity import perplexity
@@ -26,6 +28,12 @@ from train.models.base_model import load_dense
 from train.planning.find import draw_plan, find_ties, plan_lines, requested_ratio
 from train.planning.problem import PlanProblem
 from train.planning.scores import calibration_text, chance_line, save_chances
+from train.planning.search.alternatives import (
+    alternatives_lines,
+    budgets,
+    save_alternatives,
+    search_alternative,
+)
 from train.planning.search.auto_rebuild import compare_rebuilt
 from train.planning.search.auto_report import (
     chosen_lines,
@@ -55,6 +63,8 @@ from train.planning.search_page import add_to_page, cost_line
 from train.planning.spans import SpanFinder, save_spans, spans_table
 from train.recipe.sections.structure import listed_structure
 from train.recipe.warnings import recipe_warnings
+from train.stages.evaluation import directshare_of, residual_parameters
+from train.stages.materialize import tied
 from train.stages.run import Run, base_of
 
 DEARER = f"note      some tied units would cost less if they were removed: {SEARCH_PAGE}"
@@ -89,6 +99,11 @@ def make_plan(current: Run) -> None:
             draw_plan(found, scores, found.layout(current.config), section, current.folder)
             save_chances(section, base, found, text, current.folder)
             found.save(file)
+        if current.recipe.evaluate.directshare:
+            directshare_of(current)  # what cannot be met is said before the training
+        if section.alternatives:
+            assert blocks is not None
+            find_alternatives(current, base, blocks)
         if current.recipe.residual is not None and not current.plan.ties:
             raise PostshareError("residual: the plan ties nothing; remove residual")
         show_plan(current)
@@ -230,6 +245,24 @@ def tell_auto(current: Run, searched: AutoResult, front: list[Timed], problem: P
         current.say(f"note      Basis Sharing at as many bytes is better untrained: {SEARCH_PAGE}")
     if dearer is not None:
         current.say(DEARER)
+
+
+def find_alternatives(current: Run, base: Path, blocks: Blocks) -> None:
+    """What strategy auto would do for as many bytes, and as much cache, unless it was asked."""
+    if (current.folder / ALTERNATIVES_FILE).is_file():
+        return
+    section, plan, batches = current.recipe.plan, current.plan, measured_text(current, blocks)
+    alternatives = []
+    for counted, share in budgets(plan, current.config, residual_parameters(current)).items():
+        dense = measured_model(current, base, SharingPlan())
+        alternatives.append(
+            search_alternative(counted, share, section, dense, batches, current.folder)
+        )
+    dense = measured_model(current, base, SharingPlan())
+    before = MeasuredLoss(dense, batches)(frozenset())
+    after = MeasuredLoss(tied(current, dense, "copy"), batches)(frozenset())
+    save_alternatives(alternatives, math.expm1(after - before), current.folder)
+    add_to_page(current.folder, "\n".join(alternatives_lines(current.folder)))
 
 
 def show_plan(current: Run) -> None:

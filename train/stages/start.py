@@ -15,8 +15,10 @@ from sa_models.weights.safetensors_folder import WeightsFolder
 from train.common.identity import refuse_other_run
 from train.common.progress import note
 from train.common.run_files import (
+    ALTERNATIVES_FILE,
     BLOCKS_FILE,
     CHANCE_FILE,
+    DIRECTSHARE_FILE,
     ISOTROPY_PICTURE,
     MERGED,
     PARETO_PICTURE,
@@ -48,7 +50,16 @@ from train.tracking.wandb_run import check_wandb
 
 _PNG = (SIMILARITY_PICTURE, TIES_PICTURE, ISOTROPY_PICTURE, PARETO_PICTURE)
 _PICTURES = (*_PNG, *(name.replace(".png", ".svg") for name in _PNG))
-PLAN_OUTPUTS = (PLAN_FILE, SPANS_FILE, CHANCE_FILE, SEARCH_FILE, SEARCH_PAGE, *_PICTURES)
+PLAN_OUTPUTS = (
+    PLAN_FILE,
+    SPANS_FILE,
+    CHANCE_FILE,
+    SEARCH_FILE,
+    SEARCH_PAGE,
+    DIRECTSHARE_FILE,
+    ALTERNATIVES_FILE,
+    *_PICTURES,
+)
 """What the plan stage may leave in a run folder, but for what a search has measured."""
 
 

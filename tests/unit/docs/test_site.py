@@ -103,17 +103,23 @@ def test_the_tutorial_shows_the_table_of_the_readme() -> None:
     assert tables[1][0].strip() in tables[0][0]
 
 
-@pytest.mark.slow
-def test_it_builds_without_a_warning(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The site, built as `make docs` builds it: a warning is an error."""
     pytest.importorskip("furo", reason="the extra docs is not installed; make docs")
+    folder = tmp_path_factory.mktemp("site")
     built = subprocess.run(
-        [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", DOCS, tmp_path / "site"],
+        [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", DOCS, folder],
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
     )
     assert (built.returncode, built.stderr) == (0, "")
-    site = tmp_path / "site"
+    return folder
+
+
+@pytest.mark.more
+def test_it_builds_without_a_warning(site: Path) -> None:
     keys = (site / "recipe.html").read_text()
     assert 'id="confval-plan.budget.ratio"' in keys
     assert "floor(ratio * units) units are tied" in re.sub("<[^>]+>", "", keys)
@@ -123,3 +129,45 @@ def test_it_builds_without_a_warning(tmp_path: Path) -> None:
     # Read at a desk without a network: nothing is loaded from elsewhere.
     loaded = re.compile(r'<(?:script|img|link)[^>]+(?:src|href)="(?:https?:)?//')
     assert [page.name for page in site.glob("*.html") if loaded.search(page.read_text())] == []
+
+
+@pytest.mark.more
+@pytest.mark.parametrize(
+    ("typed", "page"),
+    [
+        ("multi-node Slurm", "clusters"),
+        ("8 GPUs", "your-data"),
+        ("custom dataset", "your-data"),
+        ("vLLM", "serving"),
+        ("GGUF", "serving"),
+        ("quantization int8", "serving"),
+        ("out of memory", "troubleshooting"),
+        ("resume", "running"),
+        ("wandb", "tracking"),
+        ("wandb dashboard", "tracking"),
+        ("KV cache", "which-method"),
+        ("LoRA", "lora"),
+    ],
+)
+def test_what_people_type_is_found_first_and_stands_in_a_heading(
+    site: Path, typed: str, page: str
+) -> None:
+    from tests.support.site_search import Site
+
+    asked = Site(site)
+    results = asked.search(typed)
+    assert results[0].page == page, results[:5]
+    words, headings = typed.lower().split(), asked.headings(page)
+    assert any(all(word in title.lower() for word in words) for title in headings), headings
+
+
+@pytest.mark.more
+def test_the_search_ranks_titles_before_text_and_finds_nothing_for_nothing(site: Path) -> None:
+    from tests.support.site_search import Site
+
+    asked = Site(site)
+    found = {result.page: result.score for result in asked.search("isotropy")}
+    assert found["spans"] == 5  # it is in the text
+    assert asked.search("distillation")[0] == ("distillation", "Distillation", 16)
+    assert asked.search("micro_batch_size")[0] == ("recipe", "train.micro_batch_size", 16)
+    assert asked.search("zebra") == []

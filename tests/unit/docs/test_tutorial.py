@@ -21,7 +21,7 @@ PAGE = DOCS / "tutorial.md"
 
 
 def hurried() -> str:
-    """The overrides that the tutorial itself gives to whom is in a hurry."""
+    """The override that the tutorial itself gives to whoever is in a hurry."""
     found = re.search(r"\*\*In a hurry\?\*\* Add `([^`]+)`", PAGE.read_text(encoding="utf-8"))
     assert found is not None
     return found[1]
@@ -61,8 +61,8 @@ def shortened(line: str) -> str:
     if line == "make demo":  # what it types, after it has installed everything
         line = "postshare run demo output_dir=runs/demo"
     line = line.partition("#")[0].strip()
-    training = re.match(r"postshare run (recipes/)?demo(\.yaml)?( |$)", line)
-    return f"{line} {hurried()}" if training else line
+    training = line.startswith("postshare run ") and "--dry-run" not in line
+    return f"{line} {hurried()}" if training and "train.steps=" not in line else line
 
 
 @pytest.mark.parametrize("name", [name for name in shipped_recipes() if name.startswith("demo")])
@@ -85,19 +85,17 @@ def test_the_tutorial(typed: Typed, tmp_path: Path) -> None:
             assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
             printed.append(done.stdout)
     runs = tmp_path / "runs"
-    demo, four = (json.loads((runs / n / "summary.json").read_text()) for n in ("demo", "four"))
-    saved = [1 - one["bytes"]["compact"] / one["bytes"]["base"] for one in (demo, four)]
-    assert 0.08 < saved[0] < 0.09
-    assert 0.04 <= saved[1] < 0.05
+    demo, short = (json.loads((runs / n / "summary.json").read_text()) for n in ("demo", "short"))
+    assert demo["bytes"] == short["bytes"]  # one plan
+    assert 0.08 < 1 - demo["bytes"]["compact"] / demo["bytes"]["base"] < 0.09
     assert "</html>" in (tmp_path / "both.html").read_text()
     ties = json.loads((runs / "pairs" / "plan.json").read_text())["ties"]
     assert len(ties) == 12  # floor(0.2 x 64)
     assert sorted(path.suffix for path in (runs / "pairs").glob("plan-*.png")) == [".png", ".png"]
     assert "Llama-3.2-1B" in " ".join(printed)
-    words, parameters, apart = printed[-1].splitlines()
+    words, parameters = printed[-1].splitlines()
     assert "def __init__(self" in words
     assert int(parameters.split()[0]) == demo["parameters"]["stored"]
-    assert float(apart.split()[0]) < 1e-4
 
 
 @pytest.mark.slow

@@ -58,3 +58,6 @@ class EvaluateSection(Section):
     """Blocks per forward."""
     continued: bool = True
     """Also train the control: the same training without penalty and sharing."""
+    directshare: bool = False
+    """Also measure DirectShare as published: q, k and v of the pairs whose q and k are most alike
+    tied, as many as save what the plan saves, untrained."""

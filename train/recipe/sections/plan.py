@@ -118,6 +118,9 @@ class PlanSection(Section):
     server pays it. Ties and shared bases, which save weights alone, take part in bytes only."""
     basis_layers: Positive = 2
     """Adjacent layers on one basis, for strategy basis; 1: each layer has its own, of low rank."""
+    alternatives: bool = False
+    """Also search with strategy auto for as many bytes, and as much cache, as the plan saves, and
+    say what it would choose and what that costs untrained; nothing else is made of it."""
     path: PathName | None = None
     """Plan JSON, for strategy file."""
     seed: Count = 0
@@ -176,6 +179,11 @@ class PlanSection(Section):
         for name in ignored:
             if self.is_set(name):
                 yield f"strategy {strategy} ignores {name}; remove plan.{name}"
+        if self.alternatives and strategy in ("none", "auto", "basis"):
+            yield (
+                "alternatives are to plans of units, which strategy "
+                f"{strategy} does not choose; remove plan.alternatives"
+            )
 
     def _removal_shares_nothing(self) -> Iterator[str]:
         ignored = self.strategy in ("auto", "basis")  # as it is
@@ -244,5 +252,5 @@ class PlanSection(Section):
 
     @property
     def measures(self) -> bool:
-        """Whether calibration text is needed to choose units."""
-        return self.searches or self.scores_text
+        """Whether calibration text is needed to choose units, or to name alternatives."""
+        return self.searches or self.scores_text or self.alternatives

@@ -496,7 +496,7 @@ def test_a_dry_run_without_training_estimates_no_memory() -> None:
 
 def test_a_dry_run_counts_healing() -> None:
     out = Console(file=io.StringIO(), width=160)
-    print_dry_run(load_recipe("demo"), console=out)
+    print_dry_run(load_recipe("demo_auto"), console=out)
     text = out.file.getvalue()  # type: ignore[attr-defined]
     assert "training    200 steps (200 of healing)\n" in text
     assert "tokens      2,048 per step, 409,600 (410 K) in all\n" in text

@@ -53,7 +53,9 @@ def test_residuals_are_stored() -> None:
 @pytest.mark.parametrize(("ratio", "words"), [(0.947, "5.3% less"), (1.032, "3.2% more")])
 def test_what_was_measured(ratio: float, words: str) -> None:
     found = replace(
-        figures(REMOVED), decode=DecodeRatio(ratio, "float32, batch 1"), perplexity=1.0115
+        figures(REMOVED),
+        decode=DecodeRatio(ratio, "float32, batch 1", (0.9, 1.1)),
+        perplexity=1.0115,
     )
     assert Figures.from_dict(asdict(found)) == found
     rows = found.rows()
@@ -62,7 +64,7 @@ def test_what_was_measured(ratio: float, words: str) -> None:
 
 
 def test_no_row_is_wrapped_at_80_columns() -> None:
-    long = DecodeRatio(0.947, "float32, batch 1, untrained")
+    long = DecodeRatio(0.947, "float32, batch 1, untrained", (0.9, 1.0))
     found = replace(figures(REMOVED), decode=long, perplexity=1.0)
     text = io.StringIO()
     plain_console(file=text, width=80).print(rows_table(found.rows()))

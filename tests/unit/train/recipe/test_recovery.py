@@ -108,7 +108,11 @@ def test_what_it_cannot_stand_for_is_said_in_one_line(name: str) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_fewer_steps_of_the_demo_are_fewer_steps_of_healing() -> None:
-    assert "recovery" in read("demo")
-    recipe = load_recipe("demo", ["train.steps=50"])
-    assert (recipe.train.steps, recipe.materialize.heal_steps, recipe.steps) == (0, 50, 50)
+@pytest.mark.parametrize(("name", "before", "after"), [("demo", 25, 25), ("demo_auto", 0, 50)])
+def test_fewer_steps_of_a_demo_are_fewer_before_and_after_sharing(
+    name: str, before: int, after: int
+) -> None:
+    assert "recovery" in read(name)
+    recipe = load_recipe(name, ["train.steps=50"])
+    steps = recipe.train.steps, recipe.materialize.heal_steps, recipe.steps
+    assert steps == (before, after, 50)
