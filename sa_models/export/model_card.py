@@ -23,7 +23,8 @@ model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
 
 Without it, the modeling files in this folder do the same: read them, then pass
 `trust_remote_code=True`. Both need transformers {NEEDED} or newer. `AutoModel` gives the hidden
-states.
+states. The tokenizer needs no code; so that nobody is asked whether to run any, load it with
+`AutoTokenizer.from_pretrained("path/to/this/folder", trust_remote_code=False)`.
 """,
     "dense": """\
 A stock `LlamaForCausalLM` with full-size tensors: it loads in every tool that loads a Llama, also
