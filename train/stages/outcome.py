@@ -1,4 +1,4 @@
-"""What came of a run: its models evaluated, one table, wandb, the report, what to do next."""
+"""The outcome of a run: its models evaluated, one table, wandb, the report, what to do next."""
 
 from __future__ import annotations
 
