@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
-from train.commands.completion import complete_override, complete_recipe
+from train.commands import options
+from train.commands.completion import complete_recipe
+from train.commands.options import OverridesArgument, RecipeArgument
 from train.common.exit_codes import ExitCode
 from train.common.imports import large_imports
 from train.common.signals import Interrupted, TrainingStopped, exit_code, watching
@@ -25,23 +27,6 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-RecipeArgument = Annotated[
-    str,
-    typer.Argument(
-        metavar="RECIPE",
-        help="A .yaml file, or a shipped recipe's name.",
-        autocompletion=complete_recipe,
-    ),
-]
-OverridesArgument = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="KEY=VALUE",
-        help="Overrides, such as train.steps=100.",
-        autocompletion=complete_override,
-    ),
-]
-
 
 def _print_version(wanted: bool) -> None:
     if wanted:
@@ -55,7 +40,10 @@ def _print_version(wanted: bool) -> None:
 def _welcome(
     context: typer.Context,
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it.")
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
     ] = False,
 ) -> None:
     if context.invoked_subcommand is None:
@@ -91,7 +79,7 @@ def run(
         bool, typer.Option("--full", help="With --dry-run: also the whole resolved recipe.")
     ] = False,
 ) -> None:
-    """Plan, post-train, materialize, export, evaluate, report; finished stages are skipped."""
+    """Run all stages: plan, train, export, evaluate, report. Finished stages are skipped."""
     if gpus is not None and not dry_run:
         raise typer.BadParameter("--gpus goes with --dry-run; accelerate launch sets the processes")
     if not dry_run and (full or speed is not None):
@@ -109,14 +97,14 @@ def run(
 
 @app.command(epilog="Example: postshare plan demo plan.budget.ratio=0.2")
 def plan(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
-    """Find the sharing plan, print it, and draw the similarity of heads and the ties."""
+    """Find the sharing plan, print it and draw it. Nothing is trained."""
     loaded = _load(recipe, overrides)
     _stage("plan", loaded)
 
 
 @app.command(epilog="Example: postshare export demo export.dtype=bfloat16")
 def export(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
-    """Write the compact and dense folders of a finished training, verified."""
+    """Export a finished training: compact and dense, verified."""
     loaded = _load(recipe, overrides)
     _stage("export", loaded)
 
@@ -126,55 +114,21 @@ def export(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
     "evaluate demo evaluate.blocks=64)"
 )
 def evaluate(
-    arguments: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="MODEL...",
-            help="Run folders, model folders or hub names; or a RECIPE and KEY=VALUE overrides.",
-        ),
-    ],
-    tasks: Annotated[
-        str | None,
-        typer.Option(
-            help="perplexity (default), speed, and lm-eval's, separated by commas: "
-            "perplexity,mmlu,rte,sst2,hellaswag,gsm8k."
-        ),
-    ] = None,
-    text: Annotated[
-        Path | None,
-        typer.Option(help="Text of perplexity: .txt, .jsonl (default: what the run held out)."),
-    ] = None,
-    context: Annotated[
-        int | None, typer.Option(min=64, help="Tokens of a window (default: 2048, if it fits).")
-    ] = None,
-    stride: Annotated[
-        int | None, typer.Option(min=1, help="Tokens a window moves (default: the context).")
-    ] = None,
-    data: Annotated[
-        Path | None, typer.Option(help="Folder of local task data, FOLDER/TASK/SPLIT.jsonl.")
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="Only the first questions of each lm-eval task.")
-    ] = None,
-    fewshot: Annotated[
-        int | None, typer.Option(min=0, help="Examples before a question (default: the task's).")
-    ] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Windows or requests in a forward (default: 8).")
-    ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(help="float32 (default on the CPU), bfloat16 (default elsewhere), float16."),
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="Such as cpu or cuda:1 (default: a GPU if there is one).")
-    ] = None,
-    output: Annotated[Path | None, typer.Option(help="Also write the results, as JSON.")] = None,
-    cache: Annotated[
-        Path | None, typer.Option(help="Results by content (default: ~/.cache/postshare).")
-    ] = None,
+    arguments: options.ModelsOrRecipe,
+    tasks: options.Tasks = None,
+    text: options.PerplexityText = None,
+    context: options.Window = None,
+    stride: options.Stride = None,
+    data: options.TaskData = None,
+    limit: options.Limit = None,
+    fewshot: options.FewShot = None,
+    batch_size: options.BatchSize = None,
+    dtype: options.DType = None,
+    device: options.Device = None,
+    output: options.Results = None,
+    cache: options.Cache = None,
 ) -> None:
-    """Compare models side by side; with a RECIPE: evaluate the models of its own run."""
+    """Compare models side by side. With a RECIPE: evaluate the models of its own run."""
     given = {
         "--tasks": tasks, "--text": text, "--context": context, "--stride": stride, "--data": data,
         "--limit": limit, "--fewshot": fewshot, "--batch-size": batch_size, "--dtype": dtype,
@@ -198,14 +152,12 @@ def generate(
     ],
     prompt: Annotated[
         list[str] | None,
-        typer.Option(help="A text to go on with; may be given often (default: three)."),
+        typer.Option(help="A text to go on with; may be repeated (default: three)."),
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="The most to add to a prompt.")] = 32,
-    device: Annotated[
-        str | None, typer.Option(help="Such as cpu or cuda:1 (default: a GPU if there is one).")
-    ] = None,
+    device: options.Device = None,
 ) -> None:
-    """Print how models continue the same prompts, before and after sharing; greedily."""
+    """Let models continue prompts, before and after sharing. Each takes the likeliest token."""
     from train.commands.generate import generate
 
     generate(models, prompt, tokens, device)
@@ -225,7 +177,7 @@ def quantize(
         typer.Option(min=2, help="Of int4: inputs of a row that share a scale (default: 32)."),
     ] = None,
 ) -> None:
-    """Round the projections of an export to int8 or int4; `evaluate` compares the result."""
+    """Round the weights of a model to int8 or int4. `evaluate` compares the result."""
     from train.commands.quantize import quantize_model
 
     quantize_model(model, output, to, group_size)
@@ -241,7 +193,7 @@ def report(
         typer.Option(help="File to write (default: RUN/report.html; of several, report.html)."),
     ] = None,
 ) -> None:
-    """Write report.html of a run, finished or not; of several, one that compares them."""
+    """Write report.html of a run, or one that compares several. They need not be finished."""
     from train.report.page import write_report
 
     typer.echo(f"report    {write_report(runs, output)}")
@@ -249,51 +201,26 @@ def report(
 
 @app.command(epilog="Example: postshare analyze demo-base --text stdlib --sensitivity")
 def analyze(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL", help="A hub name, a dense or compact model folder, or a run folder."
-        ),
-    ],
-    text: Annotated[
-        Path | None,
-        typer.Option(
-            help="Text to measure on: .txt, .jsonl; stdlib: the demo's "
-            "(default: what a run held out)."
-        ),
-    ] = None,
-    output: Annotated[
-        Path | None, typer.Option(help="Folder to write (default: analysis/MODEL).")
-    ] = None,
-    blocks: Annotated[
-        int | None,
-        typer.Option(min=1, help="Blocks of text, the first ones (default: 16, or what there is)."),
-    ] = None,
-    context: Annotated[
-        int | None, typer.Option(min=3, help="Tokens of a block (default: 512, if they fit).")
-    ] = None,
-    score: Annotated[
-        str, typer.Option(help="Similarity of two heads, as plan.score (docs/scores.md).")
-    ] = "qk",
-    sensitivity: Annotated[
-        bool, typer.Option("--sensitivity", help="Also the loss without each head and layer.")
-    ] = False,
-    device: Annotated[
-        str | None, typer.Option(help="Such as cpu or cuda:1 (default: a GPU if there is one).")
-    ] = None,
+    model: options.AnalyzedModel,
+    text: options.AnalyzedText = None,
+    output: options.AnalysisFolder = None,
+    blocks: options.Blocks = None,
+    context: options.BlockTokens = None,
+    score: options.Score = "qk",
+    sensitivity: options.Sensitivity = False,
+    device: options.Device = None,
 ) -> None:
-    """Isotropy and similarity of any Llama, without training: a table, JSON, pictures."""
+    """Measure how alike heads and layers of a Llama are. No training: a table and pictures."""
     from train.commands.analyze.command import AnalyzeOptions
     from train.commands.analyze.command import analyze as run_analysis
 
-    options = AnalyzeOptions(text, output, blocks, context, score, sensitivity, device)
-    run_analysis(model, options)
+    run_analysis(model, AnalyzeOptions(text, output, blocks, context, score, sensitivity, device))
 
 
 @app.command(epilog="Example: postshare push runs/demo/export/compact me/small-llama --dry-run")
 def push(
     folder: Annotated[
-        Path, typer.Argument(metavar="FOLDER", help="An export (or a run: its compact export).")
+        Path, typer.Argument(metavar="FOLDER", help="An export; of a run, its compact export.")
     ],
     repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="Such as me/small-llama.")],
     private: Annotated[bool, typer.Option("--private", help="Make a private repository.")] = False,
@@ -302,7 +229,7 @@ def push(
         typer.Option("--dry-run", help="Verify and list what would be uploaded; needs no network."),
     ] = False,
 ) -> None:
-    """Upload an export and its model card to the hub, once every hash is that of its manifest."""
+    """Upload an export and its model card to the hub. Every hash is compared first."""
     from train.commands.push import push as upload
 
     upload(folder, repo_id, private, dry_run)
@@ -312,13 +239,15 @@ def push(
 def compare(
     recipe: RecipeArgument,
     overrides: OverridesArgument = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Runs of each, with other seeds.")] = 1,
+    seeds: Annotated[
+        int, typer.Option(min=1, help="Trainings of each model, each with another seed.")
+    ] = 1,
     controls: Annotated[
         str | None,
         typer.Option(help="Only these, separated by commas (default: all that exist)."),
     ] = None,
 ) -> None:
-    """Train the recipe and its controls on the same tokens: one table, one Pareto plot."""
+    """Train a recipe and its controls on the same tokens. One table, one Pareto plot."""
     loaded = _load(recipe, overrides)
     from train.commands.compare.command import compare
 
@@ -327,13 +256,17 @@ def compare(
 
 @app.command(epilog="Example: postshare pack runs/mine/export/adapter small --bytes 25%")
 def pack(
-    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="Of an export.")],
-    output: Annotated[Path, typer.Argument(metavar="FOLDER", help="Not there yet.")],
+    adapter: Annotated[
+        Path,
+        typer.Argument(metavar="ADAPTER", help="Folder of an adapter, such as RUN/export/adapter."),
+    ],
+    output: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder to make.")],
     size: Annotated[
-        str, typer.Option("--bytes", help="Most bytes of the file, or 25% of the adapter's.")
+        str,
+        typer.Option("--bytes", help="Most bytes of the file: a number, or a share such as 25%."),
     ],
 ) -> None:
-    """Store a residual's adapter in mixed precision, bits by singular value."""
+    """Store a residual's adapter in mixed precision. Larger singular values get more bits."""
     from train.commands.pack import pack_folder
 
     typer.echo(pack_folder(adapter, output, size))
@@ -342,7 +275,7 @@ def pack(
 @app.command(epilog="Example: postshare unpack small adapter")
 def unpack(
     packed: Annotated[Path, typer.Argument(metavar="PACKED", help="What pack has written.")],
-    output: Annotated[Path, typer.Argument(metavar="FOLDER", help="Not there yet.")],
+    output: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder to make.")],
 ) -> None:
     """Write a packed adapter as PEFT reads it."""
     from train.commands.pack import unpack_folder
@@ -352,7 +285,7 @@ def unpack(
 
 @app.command(epilog="Example: postshare prepare llama3.2-1b-postshare-30")
 def prepare(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
-    """Download and cache model and data, once per node; then HF_HUB_OFFLINE=1 works."""
+    """Download and cache model and data, once per node. Then HF_HUB_OFFLINE=1 works."""
     loaded = _load(recipe, overrides)
     _warn_of_hiding()
     _stage("prepare", loaded)
@@ -372,7 +305,7 @@ def doctor(
         float, typer.Option(min=1, help="Seconds that a process may be late.")
     ] = 60.0,
 ) -> None:
-    """Before a big job: would it start, run and save here? Exit code 0: go, 2: no-go."""
+    """Say whether a job would start, fit and save here. Exit code 0: go, 2: no-go."""
     with large_imports():
         from train.doctor.diagnosis import diagnose
 
@@ -395,7 +328,7 @@ def dashboard(
         typer.Option("--json", metavar="FILE", help="Write the panels as JSON; no network."),
     ] = None,
 ) -> None:
-    """Make the wandb workspace of a project: loss, penalty, pairs, systems, evaluation."""
+    """Make a wandb dashboard of a project. Loss, penalty, pairs, systems, evaluation."""
     from train.commands.dashboard import dashboard
 
     typer.echo(dashboard(entity, project, json))
@@ -409,30 +342,18 @@ def recipes(
     ] = None,
     copy: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Write it there, to make it your own."),
+        typer.Option(metavar="FILE", help="Write the recipe to FILE, to make it your own."),
     ] = None,
 ) -> None:
     """List the shipped recipes, or print or copy one."""
-    from rich.table import Table
+    from train.commands.recipes import copy_one, list_all, print_one
 
-    from train.common.console import plain_console
-    from train.recipe.load import copy_recipe, description, text_of
-    from train.recipe.shipped import shipped_recipes
-
-    if name is not None and copy is not None:
-        copy_recipe(name, copy)
-        typer.echo(f"{copy} is a copy of {name}: postshare run {copy}")
-        return
-    if copy is not None:
+    if copy is None:
+        print_one(name) if name is not None else list_all()
+    elif name is None:
         raise typer.BadParameter("name the recipe that is to be copied", param_hint="--copy")
-    if name is not None:
-        typer.echo(text_of(name), nl=False)
-        return
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(no_wrap=True)
-    for name, file in shipped_recipes().items():
-        table.add_row(name, description(file))
-    plain_console().print(table)
+    else:
+        copy_one(name, copy)
 
 
 def _load(recipe: str, overrides: list[str] | None) -> Recipe:

@@ -22,9 +22,10 @@ import torch
 from safetensors import SafetensorError
 from transformers import LlamaConfig, PreTrainedTokenizerBase
 
-from sa_models.atomic_files import beside, new_folder
+from sa_models.atomic_files import beside, new_folder, write_text
 from sa_models.errors import PostshareError
 from sa_models.export.manifest import (
+    WRITTEN_RECIPE,
     Identity,
     describe,
     read_manifest,
@@ -45,6 +46,7 @@ from sa_models.weights.compact_folder import DenseReader, ExpandedFolder, dense_
 from sa_models.weights.companion_files import (
     copy_code,
     copy_terms,
+    licence_of,
     tokenizer_folder,
     write_configs,
     write_tokenizer,
@@ -83,6 +85,7 @@ def export_model(
     base: Path | None = None,
     tokenizer: Path | PreTrainedTokenizerBase | None = None,
     recipe: Mapping[str, Any] | None = None,
+    written: str | None = None,
     notes: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> ExportResult:
@@ -114,9 +117,11 @@ def export_model(
             None: the source's.
         tokenizer: a tokenizer, or the folder of one, whose licence files are copied as well; None
             exports a model without a tokenizer.
-        recipe: the resolved recipe, for the model card and the manifest (JSON values).
-        notes: likewise: "name" (str), "base_model" (str), "numbers" ({what: value}). Numbers that
-            are measured later are added with :func:`~sa_models.export.manifest.update_notes`.
+        recipe: the resolved recipe, for the manifest (JSON values).
+        written: the recipe as it was written, a file of the folder.
+        notes: of the model card and the manifest: "name" (str), "base_model" (str), "figures"
+            ({what: words}), "numbers" ({"perplexity": {model: value}, ...}). What is measured
+            later is added with :func:`~sa_models.export.manifest.update_notes`.
         progress: see :data:`Progress`.
 
     Raises:
@@ -155,6 +160,7 @@ def export_model(
         shard_bytes=shard_bytes,
         base=base,
         tokenizer=tokenizer,
+        written=written,
         notes={**(notes or {}), "recipe": recipe},
         progress=progress or (lambda stage, done, total: None),
     )
@@ -212,6 +218,7 @@ class _Job:
     shard_bytes: int
     base: Path | None
     tokenizer: Path | PreTrainedTokenizerBase | None
+    written: str | None
     notes: dict[str, Any]
     progress: Progress
 
@@ -289,13 +296,20 @@ class _Job:
                     task.result()
                 for kind, path in folders.items():
                     self._write_companions(kind, path)
+                    if self.written is not None:
+                        write_text(path / WRITTEN_RECIPE, self.written)
                 sums = {kind: pool.submit(seal, path) for kind, path in folders.items()}
                 self._verify(folders)
                 for kind, path in folders.items():
                     parameters = self.sizes[kind] // self.dtype.itemsize
                     facts = describe(kind, self.plan, self.savings, self.identity, parameters)
                     files = sums[kind].result()
-                    write_manifest(path, facts, files, self.weights.shards(), self.notes)
+                    notes = {
+                        **self.notes,
+                        "recipe_file": None if self.written is None else WRITTEN_RECIPE,
+                        "licence": licence_of(self.base or self.weights.path, path),
+                    }
+                    write_manifest(path, facts, files, self.weights.shards(), notes)
             finally:
                 stop.set()
 

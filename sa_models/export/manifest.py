@@ -25,6 +25,8 @@ from sa_models.savings import PlanSavings
 
 MANIFEST = "manifest.json"
 CARD = "README.md"
+WRITTEN_RECIPE = "recipe-as-written.yaml"
+"""Not recipe.yaml, by which a run folder is known."""
 VERSION = 1
 
 

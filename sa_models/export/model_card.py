@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from typing import Any
+
+import yaml
 
 from sa_models.entry import NEEDED
 from sa_models.spans import ranges
 
 USAGE = {
     "compact": f"""\
-What is shared is stored, and held in memory, once; a removed unit not at all. With `postshare`
-installed:
+With `postshare` installed, which holds what is shared in memory once:
 
 ```python
 import sa_models
@@ -21,10 +21,9 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
 ```
 
-Without it, the modeling files in this folder do the same: read them, then pass
-`trust_remote_code=True`. Both need transformers {NEEDED} or newer. `AutoModel` gives the hidden
-states. The tokenizer needs no code; so that nobody is asked whether to run any, load it with
-`AutoTokenizer.from_pretrained("path/to/this/folder", trust_remote_code=False)`.
+Without it, read the modeling files in this folder, then pass `trust_remote_code=True`. Pass
+`AutoTokenizer` `trust_remote_code=False`: it needs no code, and would ask. Both need transformers
+{NEEDED} or newer.
 """,
     "dense": """\
 A stock `LlamaForCausalLM` with full-size tensors: it loads in every tool that loads a Llama, also
@@ -65,6 +64,14 @@ model = load_dequantized("path/to/this/folder")
 ```
 """,
 }
+MOST_SPANS = 3
+"""That have a row each; a card has at most 60 lines."""
+PERPLEXITY_OF = {
+    "base": "the base",
+    "continued": "*continued*: the same training, nothing shared",
+    "direct": "this plan, not trained",
+    "post": "this model",
+}
 
 
 def model_card(manifest: Mapping[str, Any]) -> str:
@@ -76,7 +83,7 @@ def model_card(manifest: Mapping[str, Any]) -> str:
     notes, kind = manifest["notes"], manifest["format"]
     base = notes.get("base_model")
     parts = [
-        _front_matter(base, "peft" if kind == "adapter" else "transformers"),
+        _front_matter(base, "peft" if kind == "adapter" else "transformers", notes.get("licence")),
         f"# {notes.get('name', 'Shared Llama')}, {kind} export\n",
         f"{f'`{base}`' if base else 'A Llama'} with shared attention, made by `postshare`.\n",
         "## Use\n",
@@ -85,27 +92,33 @@ def model_card(manifest: Mapping[str, Any]) -> str:
         "## What is shared\n",
         _table(("", "value"), _shared_rows(manifest)),
     ]
-    if notes.get("numbers"):
-        rows = [(f"`{name}`", _text(value)) for name, value in _flatten(notes["numbers"])]
-        parts += ["## Numbers\n", _table(("measured", "value"), rows)]
-    if notes.get("recipe"):
-        recipe = json.dumps(notes["recipe"], indent=2)
-        parts += ["## Recipe\n", f"```json\n{recipe}\n```\n"]
+    if notes.get("figures") or notes.get("numbers"):
+        head = ("the compact export; stock is the base as a dense Llama", "value")
+        rows = [*(notes.get("figures") or {}).items(), *_perplexities(notes.get("numbers") or {})]
+        parts += ["## Figures\n", _table(head, rows)]
+    file = notes.get("recipe_file")
+    recipe = f"`{file}` is what it was made by; " if file else ""
     parts += [
-        "## Files\n",
-        "`manifest.json` has the SHA-256 of every file, the sharing plan and the versions that "
-        "made them.\n",
+        f"{recipe}`manifest.json` has the SHA-256 of every file, the resolved recipe, the sharing "
+        "plan and the versions that made them.\n",
     ]
     return "\n".join(parts)
 
 
-def _front_matter(base: str | None, library: str) -> str:
-    lines = ["---", f"library_name: {library}", "pipeline_tag: text-generation"]
-    lines += ["tags:", "- llama", "- postshare"]
+def _front_matter(base: str | None, library: str, licence: Mapping[str, str] | None) -> str:
+    values: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation"}
     # The hub refuses a card whose base_model is no name of its own.
     if base and base.count("/") == 1 and not base.startswith(("/", ".", "~")):
-        lines.append(f"base_model: {json.dumps(base)}")
-    return "\n".join([*lines, "---\n"])
+        values["base_model"] = base
+    values |= licence or {}
+    lines = f"{yaml.safe_dump(values, sort_keys=False)}tags: [llama, postshare, attention-sharing]"
+    return f"---\n{lines}\n---\n"
+
+
+def _perplexities(numbers: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for name, value in (numbers.get("perplexity") or {}).items():
+        if value is not None:
+            yield f"perplexity of {PERPLEXITY_OF.get(name, name)}", f"{value:.2f}"
 
 
 def _shared_rows(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -133,7 +146,13 @@ def _shared_rows(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
         rows.append(("attention heads removed", f"{heads['removed']} of {heads['total']}"))
     if heads.get("dropped_layers"):
         rows.append(("layers without attention", f"{heads['dropped_layers']}"))
-    for span in plan["spans"]:
+    spans = plan["spans"]
+    if len(spans) > MOST_SPANS:
+        pairs = (f"{ranges(tuple(s['followers']))} of {s['leader']}" for s in spans)
+        shared = sorted({s["share"] for s in spans})
+        rows.append((f"layers that reuse another's {' or '.join(shared)}", "; ".join(pairs)))
+        spans = []
+    for span in spans:
         what = "attention weights" if span["share"] == "attention" else "keys and values"
         matched = ", heads matched" if span["head_map"] else ""
         layers = ranges(tuple(span["followers"]))
@@ -151,7 +170,8 @@ def _shared_rows(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
         rows.append(("keys and values of leaders", "began as the mean over the layers they serve"))
     if plan["kv_heads"] is not None:
         rows.append(("KV heads of a layer", f"{plan['kv_heads']}, mean-pooled from the base's"))
-    if cache["bytes_per_token"] != cache["base_bytes_per_token"]:
+    figures = manifest["notes"].get("figures")  # have this as well
+    if cache["bytes_per_token"] != cache["base_bytes_per_token"] and not figures:
         kept = cache["bytes_per_token"] / cache["base_bytes_per_token"]
         rows.append(
             ("bytes of KV cache for a token", f"{cache['bytes_per_token']:,} ({kept:.1%} of base)")
@@ -167,24 +187,9 @@ def _shared_rows(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("parameters of the base", f"{tensors['base_parameters']:,}"),
         ("parameters in this folder", f"{tensors['parameters']:,}"),
         ("bytes of weights in this folder", f"{tensors['bytes']:,} ({stored})"),
-        ("plan (SHA-256)", f"`{manifest['plan_sha256']}`"),
     ]
 
 
 def _table(head: tuple[str, str], rows: list[tuple[str, str]]) -> str:
     lines = [f"| {head[0]} | {head[1]} |", "| --- | --- |"]
     return "\n".join([*lines, *(f"| {left} | {right} |" for left, right in rows)]) + "\n"
-
-
-def _flatten(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, inner in value.items():
-        if isinstance(inner, Mapping):
-            yield from _flatten(inner, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", inner
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

@@ -13,6 +13,7 @@ int4    one scale and zero for ``group_size`` inputs of a row, two weights in a 
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,13 @@ from safetensors import SafetensorError
 from sa_models.atomic_files import new_folder
 from sa_models.configuration import SharedLlamaConfig
 from sa_models.errors import PostshareError
-from sa_models.export.manifest import MANIFEST, read_manifest, seal, write_manifest
+from sa_models.export.manifest import (
+    MANIFEST,
+    WRITTEN_RECIPE,
+    read_manifest,
+    seal,
+    write_manifest,
+)
 from sa_models.export.quantized_folder import is_projection, is_quantized, quantized_bytes
 from sa_models.weights.compact_folder import CompactFolder
 from sa_models.weights.companion_files import (
@@ -186,12 +193,18 @@ def _config(group_size: int | None) -> dict[str, Any]:
     return TorchAoConfig(kind).to_dict()
 
 
+MEASURED = ("figures", "numbers")
+"""Notes of a manifest that are of the weights as they were."""
+
+
 def _describe(source: Path, folder: Path, group_size: int | None) -> None:
     """Write manifest and model card of a quantized export; another model has none."""
     if not (source / MANIFEST).is_file():
         return
     manifest = read_manifest(source)
-    notes = {name: value for name, value in manifest["notes"].items() if name != "numbers"}
+    if (source / WRITTEN_RECIPE).is_file():
+        shutil.copyfile(source / WRITTEN_RECIPE, folder / WRITTEN_RECIPE)
+    notes = {name: value for name, value in manifest["notes"].items() if name not in MEASURED}
     facts = {
         name: value for name, value in manifest.items() if name not in ("source", "notes", "files")
     }

@@ -7,8 +7,10 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from huggingface_hub import metadata_load
 from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import get_relative_import_files
+from yaml import YAMLError
 
 from sa_models.errors import PostshareError
 from sa_models.weights.config_file import GENERATION_CONFIG, read_json
@@ -39,7 +41,8 @@ TERMS = (
     "*[Uu][Ss][Ee][-_][Pp][Oo][Ll][Ii][Cc][Yy]*",
 )
 """Under which conditions a model may be used and passed on: files, or folders of them."""
-FETCHED = ("*.safetensors", "*.json", "*.model", "tokenizer*", *TOKENIZER_FILES, *TERMS)
+MODEL_CARD = "README.md"
+FETCHED = ("*.safetensors", "*.json", "*.model", "tokenizer*", MODEL_CARD, *TOKENIZER_FILES, *TERMS)
 """What is taken of a model on the hub: weights, configs, and all that an export passes on."""
 
 
@@ -116,6 +119,26 @@ def copy_terms(model: Path, tokenizer: Path | None, folder: Path) -> None:
         if target.is_file() and target.read_bytes() != path.read_bytes():
             target = target.with_name(f"tokenizer-{target.name}")
         _copy(path, target)
+
+
+def licence_of(model: Path, folder: Path) -> dict[str, str]:
+    """The licence of a model, as the front matter of a card has it on the hub.
+
+    What the model's own card says; else ``other``, with a licence file of the folder; nothing where
+    neither is there.
+    """
+    card = model / MODEL_CARD
+    try:
+        said = (metadata_load(card) or {}) if card.is_file() else {}
+    except (OSError, ValueError, YAMLError):  # a foreign file that is no card
+        said = {}
+    if isinstance(said.get("license"), str):
+        keys = ("license", "license_name", "license_link")
+        return {key: str(said[key]) for key in keys if said.get(key)}
+    files = sorted(path.relative_to(folder).as_posix() for path in companions(folder, TERMS[:1]))
+    if not files:
+        return {}
+    return {"license": "other", "license_name": "of-the-base", "license_link": files[0]}
 
 
 def _copy(path: Path, target: Path) -> None:

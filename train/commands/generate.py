@@ -13,7 +13,7 @@ from transformers.utils import logging
 from sa_models.errors import PostshareError
 from train.common.console import plain_console
 from train.evaluation.models import find_models, open_folder, read_device
-from train.stages.samples import greedy
+from train.models.samples import greedy
 
 PROMPTS = (
     "The capital of France is",

@@ -208,7 +208,6 @@ def summarize(
     if directshare is not None:
         summary["directshare"] = {
             "perplexity": measured["directshare"].perplexity,
-            "heads": directshare.tied_heads,
             "units": directshare.tied_units,
             "parameters": directshare.stored_parameters,
         }
@@ -255,32 +254,30 @@ def summary_cells(summary: dict[str, Any]) -> tuple[list[str], dict[str, list[st
     what, changed = ("cache", "") if structured else _changed_units(units)
     reference = summary["perplexity"]["continued"]
     cache = summary["cache"]
-    rows = {}
+
+    def row(name: str, value: float, held: str, parameters: int, size: int | None) -> list[str]:
+        against = f"{value / reference - 1:+.1%}" if reference and name != "continued" else ""
+        return [
+            *(names[name], f"{value:.2f}"),
+            *([against] if reference else []),
+            *(held, f"{parameters:,}", "" if size is None else f"{size:,}"),
+        ]
+
+    names = {**model_names(summary), "directshare": MODELS["direct"]}
     published = summary.get("directshare")
-    for name, label in model_names(summary).items():
-        value = summary["perplexity"][name]
+    rows = {}
+    for name in MODELS:
         if name == "direct" and published is not None:
-            rows["directshare"] = [
-                MODELS["direct"],
-                f"{published['perplexity']:.2f}",
-                *([f"{published['perplexity'] / reference - 1:+.1%}"] if reference else []),
-                "100.0%" if structured else f"{published['units']}/{units['total']}",
-                f"{published['parameters']:,}",
-                "",  # it is not exported
-            ]
-        if value is None:
+            held = "100.0%" if structured else f"{published['units']}/{units['total']}"
+            # It is not exported, and has no size on disk.
+            found = published["perplexity"], held, published["parameters"], None
+            rows["directshare"] = row("directshare", *found)
+        if (value := summary["perplexity"][name]) is None:
             continue
         shared = name in ("direct", "post")
         kept = cache["stored_elements_per_token"] / cache["base_elements_per_token"]
-        against = f"{value / reference - 1:+.1%}" if reference and name != "continued" else ""
-        rows[name] = [
-            label,
-            f"{value:.2f}",
-            *([against] if reference else []),
-            f"{kept if shared else 1:.1%}" if structured else (changed if shared else "0"),
-            f"{parameters_of(summary, name):,}",
-            "" if (held := bytes_of(summary, name)) is None else f"{held:,}",
-        ]
+        held = f"{kept if shared else 1:.1%}" if structured else (changed if shared else "0")
+        rows[name] = row(name, value, held, parameters_of(summary, name), bytes_of(summary, name))
     control = ["vs continued"] if reference else []
     return ["model", "perplexity", *control, what, "parameters", "bytes"], rows
 

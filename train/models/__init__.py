@@ -1,4 +1,4 @@
-"""Base models and adapters, loaded whole or tensor by tensor, and materialized on text.
+"""Base models and adapters, loaded whole or tensor by tensor, materialized on text; their samples.
 
 Imports `data` and what is below it.
 """

@@ -8,6 +8,7 @@ A recipe is resolved as defaults <- YAML <- `a.b=c` from the command line. Unkno
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from sa_models.errors import PostshareError
 from train.recipe import yaml12
 from train.recipe.faults import FaultyRecipeError, faults
 from train.recipe.fields import RecipeFields
-from train.recipe.load import override, read
+from train.recipe.load import override, read, text_of
 from train.recipe.recovery import resolved
 from train.recipe.rules import RULES
 from train.recipe.sections.distill import DistillSection
@@ -73,6 +74,11 @@ class Recipe(RecipeFields):
     def _resolved(cls, data: Any) -> Any:
         return resolved(data) if isinstance(data, dict) else data
 
+    @cached_property
+    def written(self) -> str:
+        """The recipe as it was written: its file with what was typed beside it, or what was set."""
+        return yaml12.dump(self.model_dump(mode="json", exclude_unset=True))
+
     def to_yaml(self) -> str:
         """The resolved recipe: every field, defaults included."""
         return yaml12.dump(self.model_dump(mode="json"))
@@ -97,7 +103,10 @@ def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Reci
         except PostshareError as error:
             refused[text] = str(error)
     if not refused:
-        return validate(data, origin=str(path_or_name))
+        recipe = validate(data, origin=str(path_or_name))
+        typed = ["# Typed with it:\n", *(f"#   {text}\n" for text in overrides)]
+        recipe.__dict__["written"] = text_of(path_or_name) + "".join(typed if overrides else ())
+        return recipe
     paths = [tuple(text.partition("=")[0].strip().split(".")) for text in refused]
     lines = [*refused.values(), *faults(data, unknown=paths)]
     if len(lines) == 1:  # it is on the command line, not in the recipe

@@ -12,14 +12,15 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from train.common.figure_style import GRID, MUTED, SERIES, color_and_mark
-from train.common.progress import clock
-from train.evaluation.pareto import pareto
+from train.common.pareto import pareto
+from train.evaluation.figures import NOT_MEASURED
 from train.evaluation.summary import bytes_of
-from train.report.data import RunData
+from train.report.data import RunData, Training
 from train.report.plots import SIZE, draw_curve, draw_trend
+from train.report.rivals import find_rivals
 from train.report.svg import Picture, render
 from train.report.tables import Table
-from train.report.verdict import difference, spread
+from train.report.verdict import difference, judge, spread
 
 LINES = ("-", "--", ":", "-.")
 CURVES = (
@@ -30,6 +31,7 @@ CURVES = (
     ("tokens_per_second", "Throughput", "tokens/s"),
 )
 JUMPING = ("lm_loss", "tokens_per_second")
+FIGURES = ("weight bytes", "cache bytes per token", "decode time")
 IGNORED = ("name", "output_dir", "resume", "wandb")
 """Sections of a recipe that change no number."""
 
@@ -52,6 +54,11 @@ class Named:
             return None
         values = self.summary["perplexity"]
         return values["direct"] if values["post"] is None else values["post"]
+
+    @property
+    def training(self) -> Training | None:
+        """Post-training, or of a run that only heals its healing."""
+        return self.data.trainings.get("post") or self.data.trainings.get("heal")
 
     @property
     def bytes(self) -> int | None:
@@ -103,8 +110,7 @@ def pictures(runs: Sequence[Named]) -> Iterator[Picture]:
             wide=True,
         )
     for key, title, unit in CURVES:
-        drawn = [run for run in runs if "post" in run.data.trainings]
-        drawn = [run for run in drawn if run.data.trainings["post"].has(key)]
+        drawn = [run for run in runs if run.training is not None and run.training.has(key)]
         if drawn:
             yield Picture(
                 title,
@@ -117,7 +123,7 @@ def _overlay(runs: Sequence[Named], key: str, unit: str) -> Figure:
     figure = Figure(figsize=(SIZE[0], SIZE[1] + 0.2 * len(runs)), layout="constrained")
     axes = figure.add_subplot()
     for index, run in enumerate(runs):  # a run keeps its colour where another one is missing
-        post = run.data.trainings.get("post")
+        post = run.training
         if post is not None and post.has(key):
             color, line = SERIES[index % len(SERIES)], LINES[index // len(SERIES) % len(LINES)]
             if key in JUMPING:
@@ -164,28 +170,31 @@ def draw_marks(marks: Sequence[tuple[float, float, str]]) -> Figure:
 
 def side_by_side(runs: Sequence[Named]) -> Table:
     """One row for each run."""
-    columns = ("run", "perplexity", "vs its continued", "95 %", "heads", "parameters", "bytes")
+    columns = ("run", "perplexity", "vs its continued", "95 %", *FIGURES, "verdict")
     rows = tuple((run.label, *_cells(run)) for run in runs)
-    return Table("Side by side", (*columns, "time", "tokens/s"), rows)
+    note = "Figures are against stock; each run's own report has the rule of the verdict."
+    return Table("Side by side", columns, rows, note)
 
 
 def _cells(run: Named) -> tuple[str, ...]:
     summary = run.summary
-    if summary is None or run.quality is None:
-        return ("not evaluated", *[""] * 7)
+    figures = run.data.figures
+    if summary is None or run.quality is None or figures is None:
+        return ("not evaluated", *[""] * 6)
     shipped = "direct" if summary["perplexity"]["post"] is None else "post"
     control = summary["perplexity"]["continued"]
     bounds = difference(run.data, shipped, "continued")
-    seconds, tokens = summary["seconds"], summary["tokens"]
+    judged = judge(run.data, find_rivals(run.data.folder, run.data.recipe)[0])
+    decode = figures.decode
+    cache = figures.cache_bytes / figures.stock_cache_bytes
     return (
         f"{run.quality:.2f}",
         f"{run.quality / control - 1:+.1%}" if control else "",
         spread(bounds) if bounds else "",
-        f"{summary['heads']['effective_ratio']:.1%}",
-        f"{summary['parameters']['stored']:,}",
-        "" if run.bytes is None else f"{run.bytes:,}",
-        clock(seconds) if seconds else "",
-        f"{tokens / seconds:,.0f}" if seconds else "",
+        f"{figures.weight_bytes:,} ({figures.weight_ratio - 1:+.1%})",
+        "as stock" if cache == 1 else f"{figures.cache_bytes:,} ({cache - 1:+.1%})",
+        NOT_MEASURED if decode is None else f"{decode.ratio - 1:+.1%}",
+        "" if judged is None else judged.decision.chip,
     )
 
 

@@ -19,6 +19,7 @@ from train.evaluation.summary import (
     summary_table,
     weight_bytes,
 )
+from train.models.samples import Samples
 from train.planning.find import requested_ratio
 from train.planning.search.alternatives import alternatives_lines
 from train.stages.evaluation import (
@@ -29,7 +30,6 @@ from train.stages.evaluation import (
     residual_parameters,
 )
 from train.stages.run import Run, base_of
-from train.stages.samples import Samples
 from train.tracking.wandb_evaluation import log_outcome
 from train.training.training_folder import read_result
 
@@ -55,6 +55,7 @@ def measure(current: Run, blocks: Blocks) -> None:
         current.say,
         Samples(current.folder, current.tokenizer, blocks, section.blocks).add,
     )
+    published = directshare_of(current) if section.directshare else None
     summary = summarize(
         measured,
         current.plan,
@@ -67,19 +68,15 @@ def measure(current: Run, blocks: Blocks) -> None:
         positions=current.config.max_position_embeddings,
         residual=residual_parameters(current),
         decode=measured_decode(current.folder) if recipe.residual is None else None,
-        directshare=directshare_of(current).savings(current.config)
-        if section.directshare
-        else None,
+        directshare=None if published is None else published.savings(current.config),
     )
     write_json(current.folder / SUMMARY_FILE, summary)
     figures = Figures.from_dict(summary["figures"])
     for kind in exported(current):
         notes = {"numbers": summary, "figures": figures.rows()}
         update_notes(current.folder / "export" / kind, notes)
-    current.say(
-        "", summary_table(summary), "", rows_table(figures.rows()), "", saved_sentence(summary)
-    )
-    current.say(*alternatives_lines(current.folder), "")
+    current.say("", summary_table(summary), "", rows_table(figures.rows()), "")
+    current.say(saved_sentence(summary), *alternatives_lines(current.folder), "")
 
 
 def tell_wandb(current: Run) -> None:

@@ -40,10 +40,10 @@ from train.stages.evaluation import (
     require_exports,
     shipped,
 )
-from train.stages.lora import report_merged
 from train.stages.materialize import (
     materialize_on_text,
     merged_folder,
+    report_merged,
     tied,
     trained_folder,
 )
@@ -282,6 +282,7 @@ def write_exports(current: Run) -> None:
                 base=current.base,
                 tokenizer=tokenizer,
                 recipe=recipe.model_dump(mode="json"),
+                written=recipe.written,
                 notes={
                     "name": recipe.name,
                     "base_model": recipe.model.path,

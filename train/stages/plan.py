@@ -217,6 +217,24 @@ def find_by_auto(current: Run, base: Path, problem: PlanProblem, blocks: Blocks)
     return searched.plan
 
 
+def find_alternatives(current: Run, base: Path, blocks: Blocks) -> None:
+    """What strategy auto would do for as many bytes, and as much cache, unless it was asked."""
+    if (current.folder / ALTERNATIVES_FILE).is_file():
+        return
+    section, plan, batches = current.recipe.plan, current.plan, measured_text(current, blocks)
+    alternatives = []
+    for counted, share in budgets(plan, current.config, residual_parameters(current)).items():
+        dense = measured_model(current, base, SharingPlan())
+        alternatives.append(
+            search_alternative(counted, share, section, dense, batches, current.folder)
+        )
+    dense = measured_model(current, base, SharingPlan())
+    before = MeasuredLoss(dense, batches)(frozenset())
+    after = MeasuredLoss(tied(current, dense, "copy"), batches)(frozenset())
+    save_alternatives(alternatives, math.expm1(after - before), current.folder)
+    add_to_page(current.folder, "\n".join(alternatives_lines(current.folder)))
+
+
 def tell_auto(current: Run, searched: AutoResult, front: list[Timed], problem: PlanProblem) -> None:
     """The search of strategy auto: its tables on the page, what was chosen on the terminal.
 
@@ -245,24 +263,6 @@ def tell_auto(current: Run, searched: AutoResult, front: list[Timed], problem: P
         current.say(f"note      Basis Sharing at as many bytes is better untrained: {SEARCH_PAGE}")
     if dearer is not None:
         current.say(DEARER)
-
-
-def find_alternatives(current: Run, base: Path, blocks: Blocks) -> None:
-    """What strategy auto would do for as many bytes, and as much cache, unless it was asked."""
-    if (current.folder / ALTERNATIVES_FILE).is_file():
-        return
-    section, plan, batches = current.recipe.plan, current.plan, measured_text(current, blocks)
-    alternatives = []
-    for counted, share in budgets(plan, current.config, residual_parameters(current)).items():
-        dense = measured_model(current, base, SharingPlan())
-        alternatives.append(
-            search_alternative(counted, share, section, dense, batches, current.folder)
-        )
-    dense = measured_model(current, base, SharingPlan())
-    before = MeasuredLoss(dense, batches)(frozenset())
-    after = MeasuredLoss(tied(current, dense, "copy"), batches)(frozenset())
-    save_alternatives(alternatives, math.expm1(after - before), current.folder)
-    add_to_page(current.folder, "\n".join(alternatives_lines(current.folder)))
 
 
 def show_plan(current: Run) -> None:

@@ -73,7 +73,7 @@ def test_every_command_is_there_with_its_options(reference: ModuleType) -> None:
     text = reference.commands()
     names = [command.callback.__name__ for command in app.registered_commands if command.callback]
     assert re.findall(r"^## `postshare ([\w-]+)`$", text, re.MULTILINE) == names
-    assert "* `--seeds <int range>`: Runs of each, with other seeds." in text
+    assert "* `--seeds <int range>`: Trainings of each model, each with another seed." in text
     assert "```bash\npostshare compare demo --seeds 3\n```" in text
 
 

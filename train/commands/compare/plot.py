@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 
 from train.commands.compare.results import Entry
 from train.common.figure_style import DARK_GREY, FILE_STYLE, MUTED, WIDTH, color_and_mark, save
+from train.common.pareto import pareto
 from train.evaluation.bootstrap import interval
-from train.evaluation.pareto import pareto
 
 
 @rc_context(FILE_STYLE)

@@ -24,10 +24,10 @@ from sa_models.atomic_files import write_json
 from sa_models.heads import HeadLayout
 from sa_models.plan import SharingPlan
 from sa_models.weights.structure import Leaders
+from train.common.pareto import pareto
 from train.common.progress import bar
 from train.common.run_files import PARETO_PICTURE, SEARCH_FILE
 from train.evaluation.decode_time import bytes_read, decode_time
-from train.evaluation.pareto import pareto
 from train.planning.problem import PlanProblem
 from train.planning.search.auto_result import (
     BASIS,

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from transformers import (
     AutoTokenizer,
     LlamaConfig,
@@ -22,6 +23,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 import sa_models.export.export as export_module
 from sa_models.errors import PostshareError
 from sa_models.export.manifest import update_notes
+from sa_models.export.model_card import model_card
 from sa_models.export.verify import verify_equal
 from sa_models.heads import HeadLayout
 from sa_models.materialize.reader import MaterializedReader
@@ -290,9 +292,11 @@ def test_manifest_hashes_every_file_and_the_card_has_the_numbers(tmp_path: Path)
         tmp_path / "export",
         tokenizer=tmp_path / "tokenizer",
         recipe={"name": "demo", "seed": 7},
-        notes={"base_model": "a/base"},
+        written="name: demo # as it was typed\n",
+        notes={"base_model": "a/base", "figures": {"weight bytes": "900, 10.0% less than stock"}},
     )
-    update_notes(result.paths["compact"], {"numbers": {"perplexity": {"post": 12.345678}}})
+    measured = {"base": 11.0, "continued": None, "post": 12.345678}
+    update_notes(result.paths["compact"], {"numbers": {"perplexity": measured}})
     for kind, path in result.paths.items():
         manifest = json.loads((path / "manifest.json").read_text())
         present = {file.name for file in path.iterdir()} - {"manifest.json"}
@@ -302,10 +306,22 @@ def test_manifest_hashes_every_file_and_the_card_has_the_numbers(tmp_path: Path)
             assert facts == {"bytes": (path / name).stat().st_size, "sha256": sha256(path / name)}
         assert manifest["plan"] == plan.to_dict()
         assert manifest["notes"]["recipe"] == {"name": "demo", "seed": 7}
+        assert (path / "recipe-as-written.yaml").read_text() == "name: demo # as it was typed\n"
         card = (path / "README.md").read_text()
         assert f"{manifest['tensors']['parameters']:,}" in card
-        assert "a/base" in card
-        assert ("| `perplexity.post` | 12.3457 |" in card) == (kind == "compact")
+        assert "| weight bytes | 900, 10.0% less than stock |" in card
+        assert ("| perplexity of this model | 12.35 |" in card) == (kind == "compact")
+        assert "perplexity of *continued*" not in card, "it was not trained"
+        assert len(card.splitlines()) <= 60
+        assert ModelCard(card).data.to_dict() == {
+            "library_name": "transformers",
+            "pipeline_tag": "text-generation",
+            "base_model": "a/base",
+            "license": "other",
+            "license_name": "of-the-base",
+            "license_link": "LICENSE.txt",
+            "tags": ["llama", "postshare", "attention-sharing"],
+        }
 
 
 def test_compact_config_and_carried_code(tmp_path: Path) -> None:
@@ -570,3 +586,33 @@ def test_the_tokenizer_of_a_compact_folder_asks_nobody_to_run_code(tmp_path: Pat
     said = printed(TOKENIZER, tmp_path, folder)
     assert "[y/N]" not in said
     assert said.split("\n")[-2] == str(AutoTokenizer.from_pretrained(base)("def main")["input_ids"])
+
+
+def test_the_longest_card_has_60_lines() -> None:
+    """Every kind of row at once, which no plan has, and 20 spans."""
+    spans = [
+        {"leader": layer, "followers": [layer + 1], "share": "kv", "head_map": None}
+        for layer in range(0, 40, 2)
+    ]
+    tie = {"projections": ["q", "k"]}
+    plan = {"ties": [tie], "removed": [[0, 0]], "spans": spans, "kv_heads": 2, "basis": None}
+    figures = dict.fromkeys(("weights", "cache", "caches", "decode", "perplexity"), "words")
+    licence = {"license": "other", "license_name": "llama2", "license_link": "LICENSE.txt"}
+    measured = {"perplexity": dict.fromkeys(("base", "continued", "direct", "post"), 10.0)}
+    notes = {"name": "a", "base_model": "a/base", "licence": licence, "recipe_file": "recipe.yaml"}
+    card = model_card(
+        {
+            "format": "compact",
+            "notes": {**notes, "figures": figures, "numbers": measured},
+            "plan": plan,
+            "merge": "copy",
+            "leaders": "mean",
+            "dtype": "bfloat16",
+            "cache": {"bytes_per_token": 1, "base_bytes_per_token": 2},
+            "heads": {"tied": 1, "removed": 1, "total": 9, "dropped_layers": 1, "stored_ratio": 0},
+            "tensors": {"base_parameters": 9, "parameters": 8, "bytes": 16},
+        }
+    )
+    assert len(card.splitlines()) <= 60
+    assert "| layers that reuse another's kv | 1 of 0; 3 of 2; " in card
+    assert card.count("license") == 3

@@ -20,6 +20,7 @@ from sa_models.weights.companion_files import (
     companions,
     copy_terms,
     copy_tokenizer,
+    licence_of,
     write_tokenizer,
 )
 from sa_models.weights.safetensors_folder import WeightsFolder
@@ -72,10 +73,43 @@ def test_what_is_passed_on_is_fetched_and_nothing_else(tmp_path: Path) -> None:
     assert sorted(found) == sorted(PASSED_ON)
     # As huggingface_hub chooses: a pattern is compared with the whole name.
     weights = ("model.safetensors", "model.safetensors.index.json", "config.json")
-    for name in (*PASSED_ON, *weights, "generation_config.json"):
+    for name in (*PASSED_ON, *weights, "generation_config.json", "README.md"):
         assert any(fnmatch(name, pattern) for pattern in FETCHED), name
-    for name in ("README.md", "optimizer.pt", "modeling_llama.py", "pytorch_model.bin"):
+    for name in ("optimizer.pt", "modeling_llama.py", "pytorch_model.bin"):
         assert not any(fnmatch(name, pattern) for pattern in FETCHED), name
+
+
+@pytest.mark.parametrize(
+    ("card", "terms", "said"),
+    [
+        ("---\nlicense: apache-2.0\ntags: [a]\n---\n# A", "LICENSE", {"license": "apache-2.0"}),
+        (
+            "---\nlicense: other\nlicense_name: llama2\nlicense_link: LICENSE.txt\n---\n",
+            "LICENSE.txt",
+            {"license": "other", "license_name": "llama2", "license_link": "LICENSE.txt"},
+        ),
+        (
+            "# no front matter",
+            "LICENSE.md",
+            {"license": "other", "license_name": "of-the-base", "license_link": "LICENSE.md"},
+        ),
+        ("---\nlicense: [\n---\n", None, {}),
+        (None, None, {}),
+    ],
+)
+def test_the_licence_is_the_bases(
+    card: str | None, terms: str | None, said: dict[str, str], tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    if card is not None:
+        (model / "README.md").write_text(card)
+    if terms is not None:
+        (model / terms).write_text("terms")
+    made = tmp_path / "made"
+    made.mkdir()
+    copy_terms(model, None, made)
+    assert licence_of(model, made) == said
 
 
 def test_links_of_a_snapshot_become_files(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ from train.models.lora import TRAINABLE, adapt, merged
 from train.penalty.distances import distance
 from train.penalty.lora import LoraPenalty
 from train.recipe.recipe import Recipe, validate
-from train.stages.lora import distances
+from train.stages.materialize import distances
 from train.stages.pipeline import run
 from train.stages.run import Run
 from train.training.job import TrainJob

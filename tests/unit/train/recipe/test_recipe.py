@@ -16,6 +16,7 @@ from train.estimate.parameters import length
 from train.recipe import yaml12
 from train.recipe.faults import faults
 from train.recipe.identity import run_identity
+from train.recipe.load import text_of
 from train.recipe.recipe import Recipe, load_recipe, validate
 from train.recipe.schema import schema_text
 from train.recipe.warnings import recipe_warnings
@@ -748,3 +749,17 @@ def test_a_run_of_an_earlier_version_can_be_read(
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml12.dump(MINIMAL | {"plan": MINIMAL["plan"] | plan}))
     assert load_recipe(file).plan.objective == objective
+
+
+def test_a_recipe_keeps_what_was_written(tmp_path: Path) -> None:
+    """Comments and what was typed beside the file; and it is no part of what recipes are."""
+    file = tmp_path / "mine.yaml"
+    text = "# Mine.\n" + text_of("demo_sa").replace("name: demo_sa", "name: mine # short")
+    file.write_text(text)
+    found = load_recipe(file, ["train.steps=7", "seed=3"])
+    assert found.written == f"{text}# Typed with it:\n#   train.steps=7\n#   seed=3\n"
+    assert load_recipe(file).written == text
+    same = validate(found.model_dump(mode="json", exclude_unset=True))
+    assert same == found
+    assert yaml12.parse(same.written, "written")["train"]["steps"] == 7
+    assert "written" not in found.model_dump()

@@ -77,15 +77,8 @@ def shape_of(name: str) -> LlamaShape:
 def test_all_recipes_are_found_and_all_that_were_promised_are_there() -> None:
     found = {f.relative_to(REPOSITORY / "recipes").with_suffix("").as_posix() for f in FILES}
     assert found == set(shipped_recipes())
-    assert found >= {
-        *EXPECTED,
-        *STRUCTURED,
-        "demo",
-        "demo_auto",
-        "demo_postshare",
-        "demo_base",
-        *REAL,
-    }
+    demos = {"demo", "demo_auto", "demo_postshare", "demo_base"}
+    assert found >= {*EXPECTED, *STRUCTURED, *REAL, *demos}
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)

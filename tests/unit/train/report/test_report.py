@@ -17,6 +17,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
+from sa_models.basis import FACTORED, SharedBasis
 from sa_models.errors import PostshareError
 from sa_models.plan import SharingPlan
 from tests.support.report_run import (
@@ -223,6 +224,40 @@ def test_spans_isotropy_and_search_are_drawn(tmp_path: Path) -> None:
         assert "plan-search.json" not in text
 
 
+def test_samples_are_shown_below_what_was_given(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    passages = [{"prompt": "def main", "text": "():\n    <b>pass</b>"}]
+    models = {"base": ["\n#\n#"], "post": [" (x)"], "unknown": ["y"]}
+    write(folder / "samples.json", {"passages": passages, "models": models})
+    page, text = page_of(folder)
+    assert page.tables["Sample 1"] == [
+        ["given", "def main"],
+        ["the text itself", "(): \u21b5 <b>pass</b>"],
+        ["base", "\u21b5 # \u21b5 #"],
+        ["PostShare", "(x)"],
+    ]
+    assert "<b>" not in text
+    write(folder / "samples.json", {"passages": passages, "models": {"base": []}})
+    page, _ = page_of(folder)
+    assert page.notes == ["samples.json is not what this version writes; it is left out"]
+    assert "Sample 1" not in page.tables
+
+
+@pytest.mark.usefixtures("rendered")
+def test_a_shared_basis_is_drawn(tmp_path: Path) -> None:
+    ranks = dict.fromkeys(FACTORED, (6, 5))
+    folder = make_run(tmp_path / "run", SharingPlan(basis=SharedBasis(2, **ranks)))
+    page, text = page_of(folder)
+    assert page.figures[0] == "The plan"
+    drawing = base64.b64decode(
+        next(uri for uri in page.references if "svg" in uri).split(",")[1]
+    ).decode()
+    # q of layers 0 and 1: 2 x 32 rows of 32; 6 ranks of 32 + 64 numbers.
+    assert f"rank 6: {6 * (32 + 64) / (2 * 32 * 32):.0%}" in drawing
+    assert "Similarity of heads" in page.figures, "from the SVG of the plan stage"
+    assert "image/png" not in text
+
+
 # --- damage ---------------------------------------------------------------------------------------
 
 
@@ -346,6 +381,11 @@ def test_runs_side_by_side(tmp_path: Path) -> None:
     loss = sum(n * t for n, t in zip((3.0, 3.2, 3.1, 2.9), TOKENS, strict=True)) / sum(TOKENS)
     assert rows["a/run"][:3] == [f"{math.exp(loss - 0.04):.2f}", "+6.2%", "+6.2% to +6.2%"]
     assert rows["b/run"][:3] == [f"{math.exp(loss - 0.02):.2f}", "+8.3%", "+8.3% to +8.3%"]
+    summary = json.loads((one / "summary.json").read_text())
+    ratio = summary["parameters"]["stored"] / summary["parameters"]["base"]
+    assert rows["a/run"][3:] == [
+        f"3,700,000 ({ratio - 1:+.1%})", "as stock", "not measured", "not worth it",
+    ]  # fmt: skip
     assert page.tables["What differs in the recipes"] == [
         ["key", "a/run", "b/run"],
         ["train.batch_size", "4", "8"],

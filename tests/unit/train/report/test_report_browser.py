@@ -37,6 +37,16 @@ return Promise.all([...document.images].map(i => i.decode())).then(
     () => [...document.images].map(i => [i.alt, i.naturalWidth, i.clientWidth, i.clientHeight]))
 """
 WIDTHS = "return [document.documentElement.scrollWidth, window.innerWidth]"
+TABLES = """
+return [...document.querySelectorAll('.table')].map(table => {
+    const hint = table.previousElementSibling;
+    return [
+        table.innerText.slice(0, 40),
+        table.scrollWidth > table.clientWidth,
+        hint !== null && hint.matches('.scrolls') && hint.offsetHeight > 0,
+    ];
+})
+"""
 BACKGROUND = "return getComputedStyle(document.body).backgroundColor"
 
 
@@ -49,6 +59,11 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     candidates = [{"leader": 0, "followers": [1], "loss_rise": 0.1}]
     isotropy = {"maps": maps, "without_sink": maps}
     write(one / "spans.json", {"candidates": candidates, "isotropy": isotropy})
+    passages = [{"prompt": "def main", "text": "():\n    pass"}]
+    write(
+        one / "samples.json",
+        {"passages": passages, "models": {"base": ["(x) " * 20], "post": ["\n#" * 30]}},
+    )
     return {
         "run": write_report([one]),
         "runs": write_report([one, two], folder / "report.html"),
@@ -78,6 +93,10 @@ def show(browser: Any, page: Path, width: int, scheme: str = "light") -> None:
     browser.get(page.as_uri())
 
 
+def open_folds(browser: Any) -> None:
+    browser.execute_script("document.querySelectorAll('details').forEach(d => d.open = true)")
+
+
 def requests(browser: Any) -> list[str]:
     """What the page asked for since the last call, but for what it carries itself."""
     messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
@@ -95,7 +114,8 @@ def test_it_opens_offline_without_an_error_and_with_all_pictures(
 ) -> None:
     requests(browser)
     browser.get_log("browser")
-    show(browser, pages[name], 1200)
+    show(browser, pages[name], 1280)
+    open_folds(browser)
     shown = browser.execute_script(PICTURES)
     assert len(shown) == pictures
     for alt, natural, width, height in shown:
@@ -110,12 +130,37 @@ def test_it_opens_offline_without_an_error_and_with_all_pictures(
 @pytest.mark.parametrize("name", ["run", "runs"])
 def test_a_phone_scrolls_in_one_direction(browser: Any, pages: dict[str, Path], name: str) -> None:
     show(browser, pages[name], 390)
-    browser.execute_script("document.querySelectorAll('details').forEach(d => d.open = true)")
+    open_folds(browser)
     content, window = browser.execute_script(WIDTHS)
     assert window == 390
     assert content <= window
     for _, _, width, _ in browser.execute_script(PICTURES):
         assert 280 < width <= 390, "a picture takes the width of the phone"
+
+
+@pytest.mark.parametrize("name", ["run", "runs"])
+def test_a_table_that_is_cut_says_so(browser: Any, pages: dict[str, Path], name: str) -> None:
+    show(browser, pages[name], 390)
+    open_folds(browser)
+    found = browser.execute_script(TABLES)
+    assert any(cut for _, cut, _ in found)
+    for title, cut, hint in found:
+        assert hint or not cut, title
+    show(browser, pages[name], 1280)
+    open_folds(browser)
+    for title, _, hint in browser.execute_script(TABLES):
+        assert not hint, f"{title}: a desk shows all columns"
+
+
+def test_the_verdict_comes_first_and_engineering_last(browser: Any, pages: dict[str, Path]) -> None:
+    show(browser, pages["run"], 390)
+    place = "return document.querySelector('%s').getBoundingClientRect().top"
+    assert browser.execute_script(place % ".chip") < 250
+    assert browser.find_element("css selector", ".chip").text == "not worth it"
+    fold = browser.find_element("css selector", ".engineering")
+    assert "Versions" not in fold.text, "it is closed"
+    for heading in browser.find_elements("css selector", "h2"):
+        assert heading.rect["y"] < fold.rect["y"]
 
 
 def test_dark_and_light(browser: Any, pages: dict[str, Path]) -> None:

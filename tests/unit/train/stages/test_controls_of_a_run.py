@@ -73,7 +73,6 @@ def test_directshare_saves_as_much_and_is_measured(finished: Recipe, home: Path)
     wanted = math.exp(reference_loss(base, published, tokens))
     assert summary["directshare"] == {
         "perplexity": pytest.approx(wanted, rel=1e-5),
-        "heads": len(published.ties),
         "units": len(published.ties),
         "parameters": base.num_parameters() - UNIT * len(published.ties),
     }

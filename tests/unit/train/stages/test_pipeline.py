@@ -188,7 +188,7 @@ def test_another_export_is_measured_again(
         assert after[name] != before[name]
         assert summary["perplexity"][name] == pytest.approx(expected.perplexity, rel=1e-6)
     card = (made.folder / "export/compact/README.md").read_text()
-    assert f"| `perplexity.post` | {summary['perplexity']['post']:.6g} |" in card
+    assert f"| perplexity of this model | {summary['perplexity']['post']:.2f} |" in card
     # The compact folder of another dtype, which the recipe no longer asks for, is not judged.
     only = validate(made.model_dump(mode="json") | {"export": {"formats": ["dense"]}})
     shutil.rmtree(made.folder / "export" / "dense")

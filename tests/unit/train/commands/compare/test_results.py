@@ -8,7 +8,7 @@ import pytest
 
 from train.commands.compare.plot import save_picture
 from train.commands.compare.results import Entry, as_json, table, verdict
-from train.evaluation.pareto import pareto
+from train.common.pareto import pareto
 from train.evaluation.perplexity import BlockLosses
 
 

@@ -11,7 +11,7 @@ import torch
 from tests.support import tiny
 from tests.support.words import tiny_tokenizer
 from train.evaluation.summary import EvaluatedModel, evaluate_models
-from train.stages.samples import ADDED, PROMPT, Samples, passage
+from train.models.samples import ADDED, PROMPT, Samples, passage
 
 END = 99
 
