@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
 ```
 
-Without it, read the modeling files in this folder, then pass `trust_remote_code=True`, to
-`AutoTokenizer` as well, which would ask. Both need transformers {NEEDED} or newer.
+Without it, read the modeling files here, then pass `trust_remote_code=True`; to `AutoTokenizer`
+`trust_remote_code=False`: it needs no code, and would ask. Needs transformers {NEEDED} or newer.
 """,
     "dense": """\
 A stock `LlamaForCausalLM` with full-size tensors: it loads in every tool that loads a Llama, also

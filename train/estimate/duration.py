@@ -1,4 +1,4 @@
-"""How long a run will take: its steps, of epochs too where the text is local, and its hours."""
+"""The duration of a run: its steps, of epochs too where the text is local, and its hours."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What came of a run: its models evaluated, one table, wandb, the report, what to do next."""
+"""The outcome of a run: its models evaluated, one table, wandb, the report, what to do next."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def measure(current: Run, blocks: Blocks) -> None:
     for kind in exported(current):
         notes = {"numbers": summary, "figures": figures.rows()}
         update_notes(current.folder / "export" / kind, notes)
-    current.say("", summary_table(summary), rows_table(figures.rows()), "")
+    current.say("", summary_table(summary), "", rows_table(figures.rows()), "")
     current.say(saved_sentence(summary), *alternatives_lines(current.folder), "")
 
 

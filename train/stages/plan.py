@@ -232,6 +232,7 @@ def find_alternatives(current: Run, base: Path, blocks: Blocks) -> None:
     before = MeasuredLoss(dense, batches)(frozenset())
     after = MeasuredLoss(tied(current, dense, "copy"), batches)(frozenset())
     save_alternatives(alternatives, math.expm1(after - before), current.folder)
+    add_to_page(current.folder, "\n".join(alternatives_lines(current.folder)))
 
 
 def tell_auto(current: Run, searched: AutoResult, front: list[Timed], problem: PlanProblem) -> None:
@@ -272,7 +273,6 @@ def show_plan(current: Run) -> None:
         current.say(f"tables    {current.folder / SEARCH_PAGE}")
     if section.scores:
         current.say(chance_line(section, current.folder))
-    current.say(*alternatives_lines(current.folder))
     if found.released:
         current.say(
             "note: strategy released keeps the published chains, in which ties undo each\n"

@@ -1,4 +1,4 @@
-"""What wandb calls the columns of metrics.jsonl: the names that other trainers' runs have too.
+"""The names in wandb of the columns of metrics.jsonl: those of other trainers, where they exist.
 
 transformers and TRL log `train/loss`, `train/grad_norm` and so on: curves of theirs and ours then
 lie in one chart. What only this project measures is `postshare/*`, what a step costs `perf/*`.

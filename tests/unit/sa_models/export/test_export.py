@@ -33,8 +33,9 @@ from sa_models.plan import HeadTie, SharingPlan
 from sa_models.projections import Piece, SharedLinear
 from sa_models.weights.compact_folder import ExpandedFolder, open_weights
 from sa_models.weights.safetensors_folder import ShardWriter, WeightsFolder
-from tests.support.exports import check_without_package, export, load, sha256
+from tests.support.exports import check_without_package, export, load, printed, sha256
 from tests.support.reference import exact_norm
+from train.demo import demo_base_path
 
 LAYERS, HIDDEN, HEADS = 3, 32, 4
 
@@ -566,6 +567,26 @@ def test_values_beyond_float16_are_refused(tmp_path: Path) -> None:
             tmp_path / "export",
             dtype=torch.float16,
         )
+
+
+TOKENIZER = """
+import sys
+sys.modules["sa_models"] = None
+from transformers import AutoTokenizer
+loaded = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=False)
+print(loaded("def main")["input_ids"])
+"""
+
+
+def test_the_tokenizer_of_a_compact_folder_asks_nobody_to_run_code(tmp_path: Path) -> None:
+    """As the card says it is loaded, where postshare is not installed."""
+    base = demo_base_path()
+    export(open_weights(base), SharingPlan(removed=((1, 0),)), tmp_path / "export", tokenizer=base)
+    folder = tmp_path / "export" / "compact"
+    assert "trust_remote_code=False" in (folder / "README.md").read_text()
+    said = printed(TOKENIZER, tmp_path, folder)
+    assert "[y/N]" not in said
+    assert said.split("\n")[-2] == str(AutoTokenizer.from_pretrained(base)("def main")["input_ids"])
 
 
 def test_the_longest_card_has_60_lines() -> None:
