@@ -95,6 +95,15 @@ def _jobs_of(name: str, row: dict[str, Any], config: dict[str, Any]) -> Iterator
             yield Job(name, size, seed, recipe, (*overrides, *more), hellaswag=hellaswag)
 
 
+def to_do(every: list[Job], begun: set[str], busy: set[str]) -> list[Job]:
+    """Those that have not begun; an export is rounded when the training that makes it has ended."""
+    return [
+        job
+        for job in every
+        if job.name not in begun and (job.rounds is None or job.rounds.name not in busy)
+    ]
+
+
 def finished(base: Base) -> set[str]:
     """Names of the trainings that have a line."""
     return {f"{line['row']}-{line['size']}-{line['seed']}" for line in base.read()}
@@ -202,11 +211,7 @@ def main() -> None:
     with ThreadPoolExecutor(arguments.workers) as pool:
         while True:
             busy = {job.name for job in running.values()}
-            left = [
-                job
-                for job in jobs(base, arguments.only)
-                if job.name not in finished(base) | failed | busy
-            ]
+            left = to_do(jobs(base, arguments.only), finished(base) | failed | busy, busy)
             while left and len(running) < arguments.workers:
                 job = left.pop(0)
                 began[job.name] = time.monotonic()

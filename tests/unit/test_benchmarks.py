@@ -153,3 +153,15 @@ def test_a_rounded_cache_changes_attention_alone(scores: Any, tmp_path: Path) ->
     changes = {to: abs(value / exact["perplexity"] - 1) for to, value in by_eight.items()}
     assert 0 < changes["cache-int8"] < 0.01
     assert 0 < changes["int8"] < 0.02
+
+
+def test_an_export_is_rounded_when_its_training_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    table = importlib.import_module("method_table")
+    every = table.jobs(table.BASES["smollm2"], ["continued", "continued-int8"])
+    names = [job.name for job in every]
+    assert names[:2] == ["continued-0-0", "continued-int8-0-0"]
+    running = {"continued-0-0"}
+    assert [job.name for job in table.to_do(every, running, running)] == names[2:]
+    left = table.to_do(every, running, set())
+    assert [job.name for job in left] == names[1:]
