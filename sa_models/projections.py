@@ -87,6 +87,12 @@ class SharedLinear(SourceLinear):
             return self.stored
         return self._packed.on(x.device) if self.packs and may_pack(self) else None
 
+    @property
+    def packed_bytes(self) -> int:
+        """Held beside the stored weights at the moment."""
+        weight = self._packed.weight
+        return 0 if weight is None else weight.nbytes
+
     def _pack(self) -> torch.Tensor:
         parts = [p.owner.stored.narrow(self.axis, p.first, p.stop - p.start) for p in self.pieces]
         return torch.cat(parts, self.axis)
