@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import math
 from dataclasses import replace
 from functools import partial
@@ -20,7 +21,7 @@ from sa_models.search.ranking import Agreement
 from sa_models.weights.safetensors_folder import WeightsFolder
 from sa_models.weights.structure import convert
 from train.common.progress import note
-from train.common.run_files import ALTERNATIVES_FILE, PLAN_FILE, SEARCH_PAGE
+from train.common.run_files import ALTERNATIVES_FILE, PLAN_FILE, SEARCH_FILE, SEARCH_PAGE
 from train.data.blocks import Blocks
 from train.data.calibration import calibration_batches
 from train.evaluation.perplexity import perplexity
@@ -67,7 +68,9 @@ from train.stages.evaluation import directshare_of, residual_parameters
 from train.stages.materialize import tied
 from train.stages.run import Run, base_of
 
-DEARER = f"note      some tied units would cost less if they were removed: {SEARCH_PAGE}"
+TIES = "ties      save no cache and no time"
+DEARER = f"{TIES}; some cost more than removal: {SEARCH_PAGE}"
+"""Where the search measured what removing the tied units would cost."""
 
 
 def make_plan(current: Run) -> None:
@@ -168,8 +171,6 @@ def tell_search(current: Run, searched: LossSearch, problem: PlanProblem) -> Non
         took_line(searched.seconds, searched.passes, searched.blocks, searched.estimates),
         cost_line(found.path[-1].loss if found.path else found.base_loss, found.base_loss),
     )
-    if dearer is not None:
-        current.say(DEARER)
 
 
 def warn_of_text(
@@ -261,14 +262,23 @@ def tell_auto(current: Run, searched: AutoResult, front: list[Timed], problem: P
     )
     if better and searched.plan.basis is None:
         current.say(f"note      Basis Sharing at as many bytes is better untrained: {SEARCH_PAGE}")
-    if dearer is not None:
-        current.say(DEARER)
+
+
+def has_dearer_ties(folder: Path) -> bool:
+    """Whether a search has found ties that are estimated to cost more than removals."""
+    file = folder / SEARCH_FILE
+    if not file.is_file():
+        return False
+    # An earlier version wrote no such list.
+    return bool(json.loads(file.read_text(encoding="utf-8")).get("dearer_than_removal"))
 
 
 def show_plan(current: Run) -> None:
     found, section = current.plan, current.recipe.plan
     requested = requested_ratio(section, found, found.layout(current.config))
     current.say(*plan_lines(found, current.config, requested, current.export_dtype.itemsize))
+    if found.ties:
+        current.say(DEARER if has_dearer_ties(current.folder) else TIES)
     if (current.folder / SEARCH_PAGE).is_file():
         current.say(f"tables    {current.folder / SEARCH_PAGE}")
     if section.scores:

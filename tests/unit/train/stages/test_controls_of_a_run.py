@@ -88,6 +88,20 @@ def test_the_table_has_it_between_continued_and_direct(
     assert names[:4] == ["base", "DirectShare", "direct", "post-trained"]
 
 
+def test_what_ties_save_is_said_where_they_are_chosen(
+    finished: Recipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = finished.folder / "plan-search.json"
+    text = file.read_text()
+    for dearer, end in (([], ""), ([[4, 0]], "; some cost more than removal: plan-search.md")):
+        file.write_text(json.dumps(json.loads(text) | {"dearer_than_removal": dearer}))
+        plan(finished)
+        said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("ties")]
+        assert said == [f"ties      save no cache and no time{end}"]
+        assert len(said[0]) <= 80
+    file.write_text(text)
+
+
 def test_alternatives_are_what_auto_chooses(finished: Recipe, home: Path) -> None:
     folder, base = finished.folder, base_model(home)
     savings = SharingPlan.load(folder / "plan.json").savings(base.config)
