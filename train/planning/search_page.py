@@ -43,7 +43,7 @@ def cost_line(loss: float, base: float) -> str:
     """
     before, after = math.exp(base), math.exp(loss)
     return (
-        f"cost      perplexity {before:.2f} becomes {after:.2f} on calibration text, untrained: "
+        f"cost      perplexity {before:.2f} to {after:.2f} on calibration text, untrained: "
         f"{after / before - 1:+.1%}"
     )
 

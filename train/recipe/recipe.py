@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pydantic import PrivateAttr, ValidationError, model_validator
+from pydantic import ValidationError, model_validator
 
 from sa_models.atomic_files import write_text
 from sa_models.errors import PostshareError
@@ -61,13 +61,12 @@ class Recipe(RecipeFields):
     """One run of postshare, from a base model to its exports."""
 
     rules = RULES
-    _written: Any = PrivateAttr(default=None)
 
-    @property
+    @cached_property
     def recovers(self) -> bool:
         """Whether it was written with `recovery`, of which train.steps is the number of all steps;
         a resolved recipe, as a run folder holds it, was not."""
-        return self._written is not None
+        return False
 
     @model_validator(mode="before")
     @classmethod
@@ -122,7 +121,7 @@ def validate(data: dict[str, Any], origin: str = "recipe") -> Recipe:
     """
     try:
         recipe = Recipe.model_validate(data)
-        recipe._written = data.get("recovery")
+        recipe.__dict__["recovers"] = data.get("recovery") is not None
         return recipe
     except ValidationError:
         raise FaultyRecipeError(origin, faults(data)) from None

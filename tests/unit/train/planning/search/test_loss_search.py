@@ -114,7 +114,7 @@ def test_the_plan_is_the_best_of_what_was_measured(
     )
     assert (note in page) == ("would cost less if they were removed" in shown) == dearer
     assert f"| tie [{tie.target[0]}, {tie.target[1]}] <- " in page
-    assert f"cost      perplexity {math.exp(dense):.2f} becomes " in shown
+    assert f"cost      perplexity {math.exp(dense):.2f} to " in shown
 
 
 @pytest.mark.parametrize("search", ["greedy", "evolutionary"])
