@@ -35,9 +35,7 @@ def test_a_table_becomes_markdown(tmp_path: Path) -> None:
 
 def test_the_cost_of_a_plan() -> None:
     line = cost_line(math.log(38.41), math.log(37.46))
-    assert line == (
-        "cost      perplexity 37.46 to 38.41 on calibration text, untrained: +2.5%"
-    )
+    assert line == ("cost      perplexity 37.46 to 38.41 on calibration text, untrained: +2.5%")
     assert len(line) <= 80
 
 
