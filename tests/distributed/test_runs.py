@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1200)]
 def test_the_demo_itself_on_two_processes(alone: Alone, together: Together) -> None:
     """Searched, pulled together with a span in place, healed and distilled: as on one process."""
     folder, printed = together("zero3", "demo")
-    assert printed.count("what auto would do") == 2, "once by the plan, once below the table"
+    assert printed.count("what auto would do") == 1, "below the table"
     for training, steps in (("", 1), ("continued", 3), ("heal", 2)):
         assert_same_curve(folder / training, alone("demo") / training, not training, steps)
     one, two = (json.loads((f / "summary.json").read_text()) for f in (alone("demo"), folder))
@@ -58,6 +58,9 @@ def assert_same_curve(folder: Path, single: Path, penalized: bool, steps: int = 
         for key in keys:
             assert row[key] == pytest.approx(wanted[key], rel=1e-4), (row["step"], key)
         assert row["tokens"] == wanted["tokens"]
+    if steps < 3:  # train.evaluate_every
+        assert "validation_loss" not in rows[-1] | expected[-1]
+        return
     last, wanted = rows[-1]["validation_loss"], expected[-1]["validation_loss"]
     assert last == pytest.approx(wanted, rel=1e-4)
 
