@@ -25,12 +25,12 @@ from .cache import fit_cache_
 from .configuration import SharedLlamaConfig
 from .errors import PostshareError
 from .heads import HeadLayout
+from .packing import set_packed_
 from .plan import SharingPlan
 from .projections import (
     Piece,
     SharedBasisLinear,
     SharedLinear,
-    set_packed_,
     transpose_storage_,
 )
 

@@ -9,7 +9,7 @@ dict, and is made again when anything that it was made of has changed.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import nn
@@ -109,6 +109,43 @@ class PackedWeight:
         self.weight, self._made_of = None, []
 
 
-def may_pack(module: nn.Module) -> bool:
-    """Whether this call is one for inference. A compiled one cannot see what has changed."""
-    return not (module.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
+class Packing(nn.Module):
+    """A projection that computes with a :class:`PackedWeight` in inference.
+
+    Attributes:
+        packs: whether it does: see :func:`set_packed_`.
+    """
+
+    packs = True
+    _packed: PackedWeight
+
+    def packed_on(self, device: torch.device) -> torch.Tensor | None:
+        """The packed weight, where this call is one for inference and its sources are there.
+
+        A compiled call cannot see what has changed.
+        """
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        return self._packed.on(device) if self.packs else None
+
+    @property
+    def packed_bytes(self) -> int:
+        """Held beside the stored weights at the moment."""
+        weight = self._packed.weight
+        return 0 if weight is None else weight.nbytes
+
+    def train(self, mode: bool = True) -> Self:
+        """As in torch. What was packed is dropped."""
+        self._packed.drop()
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._packed.drop()  # copies and pickles make their own
+        return super().__getstate__()
+
+
+def set_packed_(model: nn.Module, packed: bool) -> None:
+    """Whether the projections of a compact model pack their weights for inference."""
+    for module in model.modules():
+        if isinstance(module, Packing):
+            module.packs = packed

@@ -9,14 +9,14 @@ are packed (:mod:`sa_models.packing`).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional
 
 from .errors import PostshareError
-from .packing import PackedWeight, SourceLinear, may_pack
+from .packing import PackedWeight, Packing, SourceLinear
 
 Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -44,7 +44,7 @@ class Piece(NamedTuple):
         return (other.owner, other.first, other.tied) == (self.owner, self.last, self.tied)
 
 
-class SharedLinear(SourceLinear):
+class SharedLinear(Packing, SourceLinear):
     """A q, k or v projection: own rows in one GEMM, tied rows from views of their owners.
 
     ``weight`` has shape (own rows, in_features); ``out_features`` are those of all units of the
@@ -52,8 +52,6 @@ class SharedLinear(SourceLinear):
     """
 
     axis = 0
-    packs = True
-    """Whether weights are packed for inference: see :func:`set_packed_`."""
 
     def __init__(self, in_features: int, out_features: int, weight: torch.Tensor) -> None:
         nn.Module.__init__(self)
@@ -83,28 +81,11 @@ class SharedLinear(SourceLinear):
 
         Of a projection that owns all its features it is the parameter, else the packed weight.
         """
-        if self.owns_all:
-            return self.stored
-        return self._packed.on(x.device) if self.packs and may_pack(self) else None
-
-    @property
-    def packed_bytes(self) -> int:
-        """Held beside the stored weights at the moment."""
-        weight = self._packed.weight
-        return 0 if weight is None else weight.nbytes
+        return self.stored if self.owns_all else self.packed_on(x.device)
 
     def _pack(self) -> torch.Tensor:
         parts = [p.owner.stored.narrow(self.axis, p.first, p.stop - p.start) for p in self.pieces]
         return torch.cat(parts, self.axis)
-
-    def train(self, mode: bool = True) -> SharedLinear:
-        """As in torch. What was packed is dropped."""
-        self._packed.drop()
-        return super().train(mode)
-
-    def __getstate__(self) -> dict[str, Any]:
-        self._packed.drop()  # copies and pickles make their own
-        return super().__getstate__()
 
     def part(self, first: int, width: int, device: torch.device) -> torch.Tensor:
         """So many rows (o: columns) of the weight from ``first`` on, for a reader on a device.
@@ -201,48 +182,34 @@ class SharedOutputLinear(SharedLinear):
         return y.view(*x.shape[:-1], self.out_features)
 
 
-class SharedBasisLinear(nn.Module):
+class SharedBasisLinear(Packing):
     """A q, k or v projection of a plan with a basis (Basis Sharing): x -> C (B x).
 
     ``coefficients`` (C) are its own. ``basis`` (B) is that of the first layer of its group, whose
     projection alone has the module: the others look it up at every call.
     """
 
-    packs = True
-    """Whether the product is made once for inference: see :func:`set_packed_`."""
-
     def __init__(self, in_features: int, out_features: int, rank: int, owns_basis: bool) -> None:
         super().__init__()
+        if owns_basis:  # first, as ever: parameters have an order
+            self.basis = SourceLinear(in_features, rank, bias=False)
         self.coefficients = SourceLinear(rank, out_features, bias=False)
         if owns_basis:
-            self.basis = SourceLinear(in_features, rank, bias=False)
             self.connect(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in_features) -> (..., out_features)."""
-        if self.packs and may_pack(self) and (weight := self._packed_on(x.device)) is not None:
-            return functional.linear(x, weight)
-        return self.coefficients(self.owner.basis(x))
-
-    def _packed_on(self, device: torch.device) -> torch.Tensor | None:
         # Adapters are no plain factors.
         plain = type(self.coefficients) is type(self.owner.basis) is SourceLinear
-        return self._packed.on(device) if plain else None
+        if plain and (weight := self.packed_on(x.device)) is not None:
+            return functional.linear(x, weight)
+        return self.coefficients(self.owner.basis(x))
 
     def _pack(self) -> torch.Tensor:
         """C B, of weights in 16 bits rounded once, as the dense export has it."""
         basis, coefficients = self.owner.basis.stored, self.coefficients.stored
         wide = torch.promote_types(basis.dtype, torch.float32)
         return (coefficients.to(wide) @ basis.to(wide)).to(basis.dtype)
-
-    def train(self, mode: bool = True) -> SharedBasisLinear:
-        """As in torch. What was packed is dropped."""
-        self._packed.drop()
-        return super().train(mode)
-
-    def __getstate__(self) -> dict[str, Any]:
-        self._packed.drop()  # copies and pickles make their own
-        return super().__getstate__()
 
     def connect(self, owner: SharedBasisLinear) -> None:
         """Say which projection has the basis."""
@@ -267,13 +234,6 @@ def _rows_and_product(x: torch.Tensor, quantized: bool) -> tuple[torch.Tensor, P
 
 def _linear(weight: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     return functional.linear(rows, weight)
-
-
-def set_packed_(model: nn.Module, packed: bool) -> None:
-    """Whether the projections of a compact model pack their weights for inference."""
-    for module in model.modules():
-        if isinstance(module, SharedLinear | SharedBasisLinear):
-            module.packs = packed
 
 
 def transpose_storage_(model: nn.Module) -> None:

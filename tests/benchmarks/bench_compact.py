@@ -15,7 +15,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrained
 from sa_models.heads import HeadLayout
 from sa_models.materialize.ties import materialize_
 from sa_models.modeling import SharedLlamaForCausalLM
-from sa_models.projections import SharedLinear, set_packed_
+from sa_models.packing import Packing, set_packed_
 from sa_models.scores.weight_cosine import random_matches
 from sa_models.search.budget import units_of_ratio
 from sa_models.search.pairs import make_plan
@@ -81,7 +81,7 @@ def measure_shape(shape: dict[str, int], share: str, rounds: tuple[int, int]) ->
     decoding = interleaved(
         rounds[1], **{name: decode(model, ids[:1]) for name, model in models.items()}
     )
-    packed = sum(m.packed_bytes for m in compact.modules() if isinstance(m, SharedLinear))
+    packed = sum(m.packed_bytes for m in compact.modules() if isinstance(m, Packing))
     held = sum(p.untyped_storage().nbytes() for p in compact.parameters())
     return {
         "resident_parameter_bytes": held,

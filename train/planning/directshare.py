@@ -25,8 +25,12 @@ def directshare_plan(config: Any, weights: WeightsFolder, saved: int) -> Sharing
         saved: parameters that it saves at least; the last tie may save more.
 
     Raises:
-        PostshareError: ties of q, k and v cannot save as much.
+        PostshareError: ties of q, k and v cannot save as much, or there is nothing to be saved.
     """
+    if saved <= 0:
+        raise PostshareError(
+            "evaluate.directshare: the plan saves no bytes; set evaluate.directshare=false"
+        )
     share = share_of(saved, llama_parameters(config))
     section = PlanSection(strategy="cosine", budget=Budget(parameters=share))
     try:

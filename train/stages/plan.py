@@ -21,7 +21,13 @@ from sa_models.search.ranking import Agreement
 from sa_models.weights.safetensors_folder import WeightsFolder
 from sa_models.weights.structure import convert
 from train.common.progress import note
-from train.common.run_files import ALTERNATIVES_FILE, PLAN_FILE, SEARCH_FILE, SEARCH_PAGE
+from train.common.run_files import (
+    ALTERNATIVES_FILE,
+    PLAN_FILE,
+    SEARCH_CACHE,
+    SEARCH_FILE,
+    SEARCH_PAGE,
+)
 from train.data.blocks import Blocks
 from train.data.calibration import calibration_batches
 from train.evaluation.perplexity import perplexity
@@ -223,14 +229,12 @@ def find_alternatives(current: Run, base: Path, blocks: Blocks) -> None:
     if (current.folder / ALTERNATIVES_FILE).is_file():
         return
     section, plan, batches = current.recipe.plan, current.plan, measured_text(current, blocks)
-    alternatives = []
-    for counted, share in budgets(plan, current.config, residual_parameters(current)).items():
-        dense = measured_model(current, base, SharingPlan())
-        alternatives.append(
-            search_alternative(counted, share, section, dense, batches, current.folder)
-        )
     dense = measured_model(current, base, SharingPlan())
-    before = MeasuredLoss(dense, batches)(frozenset())
+    alternatives = [
+        search_alternative(counted, share, section, dense, batches, current.folder)
+        for counted, share in budgets(plan, current.config, residual_parameters(current)).items()
+    ]
+    before = MeasuredLoss(dense, batches, current.folder / SEARCH_CACHE)(frozenset())
     after = MeasuredLoss(tied(current, dense, "copy"), batches)(frozenset())
     save_alternatives(alternatives, math.expm1(after - before), current.folder)
     add_to_page(current.folder, "\n".join(alternatives_lines(current.folder)))

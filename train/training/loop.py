@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader
 from sa_models.calibration.token_losses import IGNORED
 from sa_models.errors import PostshareError
 from sa_models.heads import HeadLayout
-from sa_models.projections import set_packed_
+from sa_models.packing import set_packed_
 from train.common.progress import note
 from train.common.signals import StopSignal, TrainingStopped
 from train.data.blocks import Blocks, PositionSampler

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from sa_models.heads import HeadLayout, unit_view
 from sa_models.materialize.ties import materialize_
 from sa_models.modeling import SharedLlamaForCausalLM
+from sa_models.packing import set_packed_
 from sa_models.plan import HeadTie, SharingPlan, resolve_roots
-from sa_models.projections import set_packed_
 
 SUBSETS = ["q", "v", "o", "qk", "qkv", "vo", "qkvo"]
 

@@ -17,8 +17,9 @@ from sa_models.heads import HeadLayout
 from sa_models.materialize.shared_basis import factorized
 from sa_models.materialize.ties import materialize_
 from sa_models.modeling import SharedLlamaForCausalLM
+from sa_models.packing import set_packed_
 from sa_models.plan import HeadTie, SharingPlan
-from sa_models.projections import SharedBasisLinear, SharedLinear, set_packed_
+from sa_models.projections import SharedBasisLinear, SharedLinear
 from tests.unit.sa_models.test_basis import some, text
 
 HIDDEN, LAYERS, HEADS = 48, 4, 4
@@ -285,3 +286,9 @@ def test_a_compiled_model_sees_changes() -> None:
     torch.testing.assert_close(inferred(compiled), unpacked(compact), rtol=1e-4, atol=1e-4)
     in_place(compact)
     torch.testing.assert_close(inferred(compiled), unpacked(compact), rtol=1e-4, atol=1e-4)
+
+
+def test_factors_keep_their_order() -> None:
+    """Moments of an optimizer and shards of a file follow the parameters."""
+    names = [name for name, _ in factors().model.layers[0].self_attn.q_proj.named_parameters()]
+    assert names == ["basis.weight", "coefficients.weight"]

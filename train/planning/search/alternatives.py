@@ -21,6 +21,7 @@ from train.common.run_files import ALTERNATIVES_FILE
 from train.planning.problem import PlanProblem
 from train.planning.search.auto_result import in_words
 from train.planning.search.auto_search import search_auto
+from train.planning.search.auto_space import check_auto
 from train.recipe.sections.plan import Budget, PlanSection
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def search_alternative(
     """
     Args:
         section: of the plan that this is the alternative to; its `skip_layers` are kept.
-        model: dense, fp32, in evaluation mode, on the device that measures.
+        model: dense, fp32, in evaluation mode, on the device that measures; it is left unchanged.
         batches: calibration text, on that device.
         folder: of the run, whose measurements are used and added to.
     """
@@ -89,10 +90,12 @@ def search_alternative(
         budget=Budget.model_validate({counted: share}),
         skip_layers=section.skip_layers,
     )
+    problem = PlanProblem(auto, model.config)
     try:
-        found = search_auto(PlanProblem(auto, model.config), model, batches, folder)
-    except PostshareError:  # of a budget that cannot be met: nothing else is refused there
+        check_auto(problem)
+    except PostshareError:
         return Alternative(counted, share, None, None)
+    found = search_auto(problem, model, batches, folder)
     rise = math.expm1(found.chosen.points[-1].loss - found.base.loss)
     return Alternative(counted, share, in_words(found.plan), rise)
 

@@ -63,3 +63,10 @@ def test_more_than_ties_can_save_is_refused() -> None:
     layout = HeadLayout.from_config(weights.config)
     with pytest.raises(PostshareError, match=r"evaluate\.directshare: .* set evaluate\.direct"):
         directshare_plan(weights.config, weights, layout.layers * layout.units * UNIT)
+
+
+@pytest.mark.parametrize("saved", [0, -5])
+def test_a_plan_that_saves_nothing_has_none(saved: int) -> None:
+    weights = WeightsFolder(Path(demo_base_path()))
+    with pytest.raises(PostshareError, match=r"the plan saves no bytes; set evaluate\.direct"):
+        directshare_plan(weights.config, weights, saved)

@@ -171,3 +171,15 @@ def test_alternatives_to_what_chooses_no_units_are_refused(
         section["budget"] = {"parameters": "-2%"}
     with pytest.raises(PostshareError, match=r"plan\.alternatives"):
         recipe(home, tmp_path / "run", plan=section)
+
+
+def test_a_cache_that_cannot_be_read_is_no_budget_that_cannot_be_met(
+    home: Path, tmp_path: Path
+) -> None:
+    section = {"strategy": "cosine", "budget": {"ratio": 0.2}, "alternatives": True}
+    made = recipe(home, tmp_path / "run", plan=section | {"calibration_blocks": 2})
+    made.folder.mkdir()
+    (made.folder / "plan-search-cache.jsonl").write_text("no measurement\n")
+    with pytest.raises(PostshareError, match="line 1 is no measurement"):
+        plan(made)
+    assert not (made.folder / ALTERNATIVES_FILE).exists()
