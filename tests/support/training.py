@@ -26,6 +26,7 @@ from sa_models.plan import HeadTie, SharingPlan
 from sa_models.spans import AttentionSpan
 from sa_models.weights.parameter_shapes import llama_shapes
 from sa_models.weights.structure import convert
+from tests.support.transformers_versions import checkpoint_layers
 from train.distributed.engines.base import Engine
 from train.models.lora import adapt
 from train.penalty.coupled import Penalty
@@ -237,7 +238,7 @@ def build(setting: Setting) -> tuple[LlamaForCausalLM, torch.optim.Optimizer]:
         trained = ".lora_" in name or (setting.residual != "alone" and not setting.lora)
         parameter.requires_grad_(trained and name.startswith((setting.trainable, "lm_head")))
     if setting.checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        checkpoint_layers(model)
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad],
         lr=setting.learning_rate,
