@@ -141,6 +141,8 @@ class Setting:
         lora: ranks of adapters that train alone; 0: none.
         distill: the recipe's section, with :func:`teacher_folder` as the teacher.
         pull: the penalty's section, where it moves the weights after the step.
+        chunk: rows of logits at a time, but where one process without an engine of a library sees
+            whole ones; 0: as by default.
     """
 
     model: str = "ties"
@@ -159,6 +161,7 @@ class Setting:
     batch: int = 48
     distill: tuple[tuple[str, Any], ...] = ()
     pull: PenaltySection | None = None
+    chunk: int = 0
 
     @cached_property
     def plan(self) -> SharingPlan:
@@ -278,10 +281,10 @@ def train(engine: Engine, setting: Setting, first: int = 0, last: int | None = N
             at = slice(begin, begin + micro)
             with engine.micro_step(boundary=m == setting.accumulation - 1):
                 batch = {"input_ids": ids[at], "labels": labels[at]}
-                losses = {name: x / tokens for name, x in objective(batch).items()}
-                engine.backward(objective.total(losses))
+                minimised, losses = objective(batch)
+                engine.backward(minimised / tokens)
             # With a teacher what is minimised, else the language-model loss, whatever its weight.
-            total += (objective.total(losses) if lessons else losses["lm_loss"]).item()
+            total += (minimised if lessons else losses["lm_loss"]).item() / tokens
         pulled = None if penalty is None else penalty.apply(engine, 0.5)
         norm = engine.step()
         if pull is not None:

@@ -179,9 +179,9 @@ def _train(
             for micro, batch in enumerate(window):
                 watch.note("forward and backward")
                 with engine.micro_step(boundary=micro == len(window) - 1):
-                    losses = {name: x / predicted for name, x in objective(batch).items()}
-                    engine.backward(objective.total(losses))
-                sums += torch.stack([loss.detach() for loss in losses.values()])
+                    total, losses = objective(batch)
+                    engine.backward(total / predicted)
+                sums += torch.stack(list(losses.values())) / predicted
             stop_here = sums.new_tensor([float(stop.received)])
             *means, stopping = engine.reduce_sum(torch.cat([sums, stop_here])).tolist()
             means = dict(zip(losses, means, strict=True))
