@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING
 from sa_models.heads import HeadLayout
 from sa_models.plan import SharingPlan
 from sa_models.savings import llama_parameters
-from train.estimate.parameters import has_basis, parameter_shapes, trainable_parameters
+from train.estimate.parameters import (
+    has_basis,
+    parameter_shapes,
+    trainable_parameters,
+    trains_lm_head,
+)
+from train.training.chunks import chunk_elements
 
 if TYPE_CHECKING:
     from train.estimate.llama_shapes import LlamaShape
@@ -71,6 +77,27 @@ def layer_activations(
     return tokens * (norms + attention + 4 * size * middle)
 
 
+def logits_memory(shape: LlamaShape, tokens: int, size: int, *, trained: bool, taught: bool) -> int:
+    """Bytes that the losses take on a GPU: of whole logits, or of a chunk of their rows.
+
+    In fp32, of whole ones the log-probabilities, the gradient of what is picked from them, and
+    theirs. Of a chunk the logits and the log-probabilities, with a teacher three more; and the
+    gradient of lm_head, whole and in fp32 until the backward, with what a chunk in bf16 adds to it.
+
+    Args:
+        tokens: of a micro-batch.
+        size: bytes of an activation, 4 or 2.
+        trained: whether lm_head, or the embeddings it is tied to, trains.
+        taught: whether there is a teacher: it is always asked by chunks.
+    """
+    vocabulary, most = shape.vocab_size, chunk_elements("cuda")
+    if not taught and tokens * vocabulary <= most:
+        return 12 * tokens * vocabulary
+    rows = min(tokens, max(1, most // vocabulary))
+    added = (4 if size == 4 else 4 + size) * vocabulary * shape.hidden_size
+    return (20 if taught else 8) * rows * vocabulary + (added if trained else 0)
+
+
 def memory_per_gpu(
     shape: LlamaShape,
     train: TrainSection,
@@ -124,8 +151,13 @@ def memory_per_gpu(
         gradients=share(4 * trained, 2),
         optimizer=share((moments + (4 if stage else 0)) * trained, 1),
         activations=activations,
-        # In fp32 the log-probabilities, the gradient of what is picked from them, and theirs.
-        logits=tokens * shape.vocab_size * 12,
+        logits=logits_memory(
+            shape,
+            tokens,
+            size,
+            trained=lora is None and trains_lm_head(shape, train.trainable),
+            taught=distill is not None,
+        ),
         teacher=teacher_memory(shape, distill, tokens, stage=stage, gpus=gpus),
     )
 
@@ -135,8 +167,8 @@ def teacher_memory(
 ) -> int:
     """Bytes that the teacher takes on one GPU beside the student; another one counts as the base.
 
-    Whole, or under ZeRO-3 its share and what a forward gathers; with its logits, and the outputs
-    that are compared. A cached teacher is gone before the student comes.
+    Whole, or under ZeRO-3 its share and what a forward gathers; with its last hidden states, and
+    the outputs that are compared. A cached teacher is gone before the student comes.
     """
     if section is None or section.cache:
         return 0
@@ -150,8 +182,8 @@ def teacher_memory(
         # The embeddings throughout, and a layer while the next one is fetched.
         held = math.ceil(held / gpus) + size * (matrices * embeddings + 2 * layer)
     compared = (section.hidden_weight > 0) + (section.attention_weight > 0)
-    features = compared * shape.num_hidden_layers * shape.hidden_size
-    return held + tokens * max(2, size) * (shape.vocab_size + features)
+    states = 1 + compared * shape.num_hidden_layers
+    return held + tokens * max(2, size) * states * shape.hidden_size
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,8 @@ def token_sums(
         return torch.stack([entropy, entropy.detach(), entropy.new_zeros(())])
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
+    if not torch.is_grad_enabled():
+        hidden, weight = hidden.detach(), weight.detach()
     labels = labels.flatten()
     rows = (labels != IGNORED).nonzero().squeeze(-1)
     targets = labels[rows].to(hidden.device, non_blocking=True)

@@ -142,6 +142,10 @@ def test_what_is_frozen_costs_no_product(monkeypatch: pytest.MonkeyPatch) -> Non
         assert torch.equal(both[trained].grad, other[trained].grad)
         assert both[1 - trained].grad is None
         assert sizes.products == 2 * 4  # of 12 predicted rows, by 3
+    with Sizes() as sizes, torch.no_grad():
+        sums = token_sums(hidden.requires_grad_(), weight.requires_grad_(), labels)
+    assert sizes.products == 4
+    assert torch.equal(sums, token_sums(hidden, weight, labels).detach())
 
 
 def test_gradients_are_scaled_once(monkeypatch: pytest.MonkeyPatch) -> None:

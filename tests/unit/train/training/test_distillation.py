@@ -426,17 +426,20 @@ def test_the_estimate_counts_the_teacher() -> None:
         without = memory_per_gpu(
             shape, made, stage=stage, gpus=8, sequence_length=1024, checkpointing=True
         )
-        assert memory.total == without.total + memory.teacher
+        assert memory.total - memory.logits == without.total - without.logits + memory.teacher
+        # By chunks, though all of them fit: with the teacher's beside them.
+        chunk, weight = 1024 * 32000, 4 * 32000 * 4096
+        assert memory.logits == (12 * chunk if distill is None else 20 * chunk + weight)
         return memory.teacher
 
-    logits = 1024 * 32000
+    states = 1024 * 4096
     half = DistillSection(precision="bf16")
-    assert teacher(2, DistillSection()) == 4 * (parameters + logits)
-    assert teacher(0, half) == 2 * (parameters + logits)
+    assert teacher(2, DistillSection()) == 4 * (parameters + states)
+    assert teacher(0, half) == 2 * (parameters + states)
     gathered = 2 * embeddings + 2 * layer
-    assert teacher(3, half) == 2 * (parameters // 8 + gathered + logits)
+    assert teacher(3, half) == 2 * (parameters // 8 + gathered + states)
     features = half.model_copy(update={"hidden_weight": 1.0})
-    assert teacher(2, features) == 2 * (parameters + logits + 1024 * 32 * 4096)
+    assert teacher(2, features) == 2 * (parameters + 33 * states)
     assert teacher(2, None) == teacher(2, DistillSection(top_k=8, cache=True)) == 0
     # 2 steps of 2 sequences of 16 tokens, 8 x 8 + 4 bytes each.
     assert cached_bytes(section({"top_k": 8, "cache": True})) == 64 * 68
