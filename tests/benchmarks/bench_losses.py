@@ -48,7 +48,7 @@ def llama(name: str) -> tuple[LlamaForCausalLM, torch.Tensor]:
     )
     model = LlamaForCausalLM(config).train()
     if layers == 4:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     return model, torch.randint(vocabulary, (rows, length))
 
 

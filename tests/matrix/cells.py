@@ -34,6 +34,8 @@ CELLS |= {
         kind="js", clip_norm=None, trainable="model.layers", learning_rate=1e-3, accumulation=4
     ),
     "recomputed": Setting(model="both", checkpointing=True, accumulation=4),
+    "recomputed in part": Setting(model="both", checkpointing="selective", clip_norm=0.2),
+    "every second recomputed": Setting(model="spans", checkpointing=2, accumulation=4),
 }
 # The compact model, in which several layers read one parameter.
 CELLS |= {
@@ -131,6 +133,7 @@ SUBSET: dict[tuple[str, int], tuple[str, ...]] = {
         "residual",
         "distill x4 free",
         "chunked",
+        "recomputed in part",
         _MOVED[0],
     ),
     ("zero3", 2): (
@@ -153,6 +156,7 @@ SUBSET: dict[tuple[str, int], tuple[str, ...]] = {
         "distill x1 clipped",
         "distill heal",
         "chunked untied",
+        "recomputed in part",
         "progressive x1 free",
     ),
 }

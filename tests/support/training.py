@@ -27,11 +27,13 @@ from sa_models.spans import AttentionSpan
 from sa_models.weights.parameter_shapes import llama_shapes
 from sa_models.weights.structure import convert
 from train.distributed.engines.base import Engine
+from train.models.checkpointing import enable_checkpointing
 from train.models.lora import adapt
 from train.penalty.coupled import Penalty
 from train.penalty.decoupled import Pull
 from train.penalty.lora import LoraPenalty
 from train.recipe.recipe import PenaltySection, Recipe, validate
+from train.recipe.sections.training import Checkpointing
 from train.training.objective import Lessons, Objective
 
 LENGTH = 16
@@ -155,7 +157,7 @@ class Setting:
     precision: str = "fp32"
     lm_weight: float = 0.5
     trainable: str = "model"
-    checkpointing: bool = False
+    checkpointing: Checkpointing = False
     steps: int = 3
     learning_rate: float = 1e-2
     batch: int = 48
@@ -239,8 +241,7 @@ def build(setting: Setting) -> tuple[LlamaForCausalLM, torch.optim.Optimizer]:
             parameter.data.uniform_(-0.1, 0.1)
         trained = ".lora_" in name or (setting.residual != "alone" and not setting.lora)
         parameter.requires_grad_(trained and name.startswith((setting.trainable, "lm_head")))
-    if setting.checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+    enable_checkpointing(model, setting.checkpointing)
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad],
         lr=setting.learning_rate,

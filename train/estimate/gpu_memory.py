@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from train.recipe.recipe import Recipe, TrainSection
     from train.recipe.sections.distill import DistillSection
     from train.recipe.sections.lora import LoraSection
+    from train.recipe.sections.training import Checkpointing
 
 ZERO_STAGES = (0, 1, 2, 3)
 
@@ -77,6 +78,19 @@ def layer_activations(
     return tokens * (norms + attention + 4 * size * middle)
 
 
+def kept_products(shape: LlamaShape, tokens: int, size: int, eager: bool) -> int:
+    """Bytes that one layer keeps of its own under selective checkpointing.
+
+    The products q, k, v, o, gate, up and down, and of a fused attention its output and one fp32
+    number per query.
+    """
+    layout = HeadLayout.from_config(shape)
+    query, key = layout.heads * layout.head_dim, layout.kv_heads * layout.head_dim
+    products = query + 2 * key + 2 * shape.hidden_size + 2 * shape.intermediate_size
+    attention = 0 if eager else size * query + 4 * layout.heads
+    return tokens * (size * products + attention)
+
+
 def logits_memory(shape: LlamaShape, tokens: int, size: int, *, trained: bool, taught: bool) -> int:
     """Bytes that the losses take on a GPU: of whole logits, or of a chunk of their rows.
 
@@ -105,7 +119,7 @@ def memory_per_gpu(
     stage: int,
     gpus: int,
     sequence_length: int,
-    checkpointing: bool,
+    checkpointing: Checkpointing,
     eager: bool = False,
     distill: DistillSection | None = None,
     lora: LoraSection | None = None,
@@ -113,7 +127,8 @@ def memory_per_gpu(
     """Memory of one GPU of `gpus` under a ZeRO stage (0: plain data parallel).
 
     Without ZeRO, weights, gradients and two moments are fp32, and bf16 autocast adds a bf16 copy
-    of the weights (with checkpointing: of one layer's and the embeddings). DeepSpeed keeps weights
+    of the weights (with checkpointing: of one layer's, of those that are not checkpointed and of
+    the embeddings). DeepSpeed keeps weights
     in the training precision, sums gradients in fp32, and updates an fp32 master copy (in fp32
     training too): ZeRO-1 divides master copy and moments by the number of GPUs, ZeRO-2 the
     gradients too, ZeRO-3 the weights too. What ZeRO-3 gathers at a time is counted as the larger of
@@ -133,19 +148,26 @@ def memory_per_gpu(
     matrices = 1 if shape.tie_word_embeddings else 2
     layer = (total - matrices * embeddings) // shape.num_hidden_layers
     autocast = stage == 0 and size == 2
+    layers = shape.num_hidden_layers
+    every = 1 if isinstance(checkpointing, bool | str) else checkpointing
+    whole_layers = layers - (math.ceil(layers / every) if checkpointing else 0)
     weights = share(size * total, 3)
     if lora is not None:
         plain = 6 if size == 2 else 4
         weights = lora.model_bytes(parameter_shapes(shape, SharingPlan()), size) + plain * trained
     elif autocast:
-        weights = 4 * total + 2 * (embeddings + layer if checkpointing else total)
+        copied = embeddings + (1 + whole_layers) * layer
+        weights = 4 * total + 2 * (total if checkpointing is False else copied)
     if stage == 3 and gpus > 1:
         weights += size * max(layer, embeddings)
     tokens = train.micro_batch_size * sequence_length
     one_layer = layer_activations(shape, tokens, sequence_length, size, eager, autocast)
     entering = (4 if autocast else size) * tokens * shape.hidden_size
-    kept = entering if checkpointing else one_layer
-    activations = shape.num_hidden_layers * kept + (one_layer if checkpointing else 0)
+    kept = entering
+    if checkpointing == "selective":
+        kept += kept_products(shape, tokens, size, eager)
+    activations = whole_layers * one_layer + (layers - whole_layers) * kept
+    activations += one_layer if whole_layers < layers else 0
     return Memory(
         weights=weights,
         gradients=share(4 * trained, 2),

@@ -32,6 +32,7 @@ from train.estimate.gpu_memory import (
 from train.estimate.llama_shapes import KNOWN, LlamaShape, find_shape
 from train.planning.problem import PlanProblem
 from train.recipe.recipe import PlanSection, Recipe, TrainSection, load_recipe, validate
+from train.recipe.sections.training import Checkpointing
 
 PUBLISHED = {
     "meta-llama/Llama-2-7b-hf": 6_738_415_616,
@@ -460,6 +461,26 @@ def test_memory_is_divided_as_zero_divides_it() -> None:
     # With checkpointing 32 layers keep their input only, and one is recomputed in full.
     everything = memory(2, 8, checkpointing=False).activations
     assert two.activations == 32 * 4096 * 4096 * 2 + everything // 32
+
+
+def test_memory_of_each_way_of_checkpointing() -> None:
+    shape = KNOWN["meta-llama/Llama-2-7b-hf"]
+    section = train_section(precision="bf16", batch_size=64, micro_batch_size=1)
+
+    def memory(mode: Checkpointing, stage: int = 2) -> Memory:
+        options = {"stage": stage, "gpus": 8, "sequence_length": 4096}
+        return memory_per_gpu(shape, section, checkpointing=mode, **options)
+
+    layer = memory(False).activations // 32
+    entering = 2 * 4096 * 4096
+    # q, k, v, o, down and attention's output, gate and up; a number per query.
+    products = 4096 * (2 * (6 * 4096 + 2 * 11008) + 4 * 32)
+    assert memory(True).activations == 32 * entering + layer
+    assert memory(3).activations == 11 * entering + 21 * layer + layer
+    assert memory("selective").activations == 32 * (entering + products) + layer
+    assert entering + products < 0.65 * layer
+    one = (llama_parameters(shape) - 2 * 32000 * 4096) // 32
+    assert memory(3, stage=0).weights - memory(True, stage=0).weights == 2 * 21 * one
 
 
 def test_frozen_parameters_need_no_gradients() -> None:
