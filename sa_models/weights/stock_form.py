@@ -1,4 +1,4 @@
-"""The stock form of a plan that removes as many units from every layer: a Llama with fewer heads."""
+"""The stock form of a plan that takes as many units from every layer: a Llama with fewer heads."""
 
 from __future__ import annotations
 

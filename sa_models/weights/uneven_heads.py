@@ -28,7 +28,9 @@ class UnevenLlamaConfig(LlamaConfig):
 def config_class(values: Mapping[str, Any]) -> type[LlamaConfig]:
     """The class that takes the fields of a Llama's config: ``LlamaConfig``, unless its heads are
     uneven and their size is stated."""
-    hidden, heads, size = (values.get(k) for k in ("hidden_size", "num_attention_heads", "head_dim"))
+    hidden, heads, size = (
+        values.get(k) for k in ("hidden_size", "num_attention_heads", "head_dim")
+    )
     whole = all(type(value) is int and value > 0 for value in (hidden, heads, size))
     return UnevenLlamaConfig if whole and hidden % heads else LlamaConfig  # type: ignore[operator]
 

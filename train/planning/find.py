@@ -58,7 +58,7 @@ def find_ties(
         plan = replace(structure, removed=least_important_of(problem, importance))
         plan.validate(weights.config)
         return plan, None
-    if section.action == "drop":  # strategy random
+    if section.action == "drop" or section.uniform:  # strategy random
         draw = torch.Generator().manual_seed(section.seed)
         chance = torch.rand(layout.layers, layout.units, generator=draw)
         plan = replace(structure, removed=least_important_of(problem, chance))
