@@ -26,8 +26,8 @@ class PlanSavings:
         pooled_parameters: of the KV heads that were pooled into others (GQA).
         basis_parameters: no longer stored because layers share a basis (Basis Sharing).
         base_cache, stored_cache: elements of the KV cache for one token.
-        uniform_units: that every layer keeps, where each has lost as many, see
-            :meth:`SharingPlan.uniform_units`.
+        stock_units: that every layer of the dense form has, where each has lost as many, see
+            :meth:`SharingPlan.stock_units`.
     """
 
     units: int
@@ -47,7 +47,7 @@ class PlanSavings:
     basis_parameters: int = 0
     dropped_layers: int = 0
     dropped_norm_parameters: int = 0
-    uniform_units: int | None = None
+    stock_units: int | None = None
 
     @property
     def effective_ratio(self) -> float:
@@ -86,7 +86,7 @@ class PlanSavings:
     def dense_parameters(self) -> int:
         """Stored in the dense form: as :attr:`expanded_parameters`, without what every layer has
         lost as much of."""
-        uniform = self.uniform_units is not None
+        uniform = self.stock_units is not None
         return self.expanded_parameters - self.removed_unit_parameters * uniform
 
     @property

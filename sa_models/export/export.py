@@ -241,6 +241,12 @@ class _Job:
         """The tensors of the dense form."""
         return stock_form(self._adapted(self.weights, self.residual), self.plan)
 
+    @property
+    def fewer_heads(self) -> HeadLayout | None:
+        """The shape of the dense form, where it has fewer heads than the source."""
+        of_source, of_dense = map(HeadLayout.from_config, (self.weights.config, self.dense.config))
+        return None if of_dense == of_source else of_dense
+
     def _adapted(self, source: DenseReader, residual: Pairs | None) -> DenseReader:
         return source if residual is None else AdaptedReader(source, residual, self.plan)
 
@@ -306,7 +312,9 @@ class _Job:
                 self._verify(folders)
                 for kind, path in folders.items():
                     parameters = self.sizes[kind] // self.dtype.itemsize
-                    facts = describe(kind, self.plan, self.savings, self.identity, parameters)
+                    facts = describe(
+                        kind, self.plan, self.savings, self.identity, parameters, self.fewer_heads
+                    )
                     files = sums[kind].result()
                     notes = {
                         **self.notes,

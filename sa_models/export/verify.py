@@ -136,6 +136,7 @@ class LayerCheck:
         )
         positions = torch.arange(TOKENS)[None]
         self._rotary = LlamaRotaryEmbedding(compact.config)(self._input, positions)
+        self._stock_rotary = LlamaRotaryEmbedding(dense)(self._input, positions)
         self._mask = torch.full((TOKENS, TOKENS), float("-inf")).triu(1)[None, None]
 
     def in_fp32(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -200,7 +201,9 @@ class LayerCheck:
         stock = self._stock[layer]
         if layer not in self._in_spans:
             _load(stock, tensors)
-            output = stock(self._input, attention_mask=self._mask, position_embeddings=self._rotary)
+            output = stock(
+                self._input, attention_mask=self._mask, position_embeddings=self._stock_rotary
+            )
             stock.to("meta")
             return output
         for name in ("input_layernorm", "post_attention_layernorm", "mlp"):

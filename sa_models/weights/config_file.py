@@ -21,7 +21,7 @@ from transformers import GenerationConfig, LlamaConfig
 from sa_models.configuration import SharedLlamaConfig
 from sa_models.errors import PostshareError
 from sa_models.heads import HeadLayout
-from sa_models.weights.uneven_heads import as_llama, config_class
+from sa_models.weights.uneven_heads import UnevenLlamaConfig, as_llama
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
@@ -102,7 +102,8 @@ def read_config(folder: str | os.PathLike[str], model_type: str = "llama") -> Ll
         PostshareError: there is no readable ``config.json``; it is not that of a Llama; or it, or
             ``generation_config.json``, has a value that transformers' Llama cannot take.
     """
-    values = as_llama(read_values(folder))
+    written = read_values(folder)
+    values = as_llama(written)
     found = values.get("model_type")
     if found != model_type or found not in KINDS:
         raise PostshareError(
@@ -116,7 +117,7 @@ def read_config(folder: str | os.PathLike[str], model_type: str = "llama") -> Ll
     try:
         kind = KINDS[found]
         _check_values(values, kind)
-        kind = config_class(values) if kind is LlamaConfig else kind
+        kind = kind if values is written else UnevenLlamaConfig
         config = kind.from_dict(values, name_or_path=str(folder))
         _check_buildable(config)
     except REFUSALS as error:

@@ -20,7 +20,7 @@ class FewerHeadsReader:
 
     Args:
         source: dense weights with all units of a layer, materialized.
-        plan: uniform, see :meth:`SharingPlan.uniform_units`.
+        plan: uniform, see :meth:`SharingPlan.stock_units`.
 
     Attributes:
         config: the stock ``LlamaConfig`` with fewer heads and an explicit ``head_dim``.
@@ -28,7 +28,7 @@ class FewerHeadsReader:
 
     def __init__(self, source: DenseReader, plan: SharingPlan) -> None:
         self.path, self._source = source.path, source
-        units = plan.uniform_units(source.config)
+        units = plan.stock_units(source.config)
         assert units is not None
         layout = plan.layout(source.config)
         self._kept = plan.kept_units(layout)
@@ -62,7 +62,7 @@ class FewerHeadsReader:
 
 def stock_form(source: DenseReader, plan: SharingPlan) -> DenseReader:
     """What a stock Llama stores of materialized dense weights: all, unless the plan is uniform."""
-    uniform = plan.uniform_units(source.config) is not None
+    uniform = plan.stock_units(source.config) is not None
     return FewerHeadsReader(source, plan) if uniform else source
 
 

@@ -97,7 +97,7 @@ def plan_savings(problem: PlanProblem) -> PlanSavings:
             _with_removed(savings, count, heads, layout),
             dropped_layers=dropped,
             dropped_norm_parameters=dropped * layout.hidden_size,
-            uniform_units=layout.units - problem.in_each_layer if section.uniform else None,
+            stock_units=layout.units - problem.in_each_layer if section.uniform else None,
         )
     return replace(
         savings,
@@ -132,7 +132,7 @@ def _auto_savings(problem: PlanProblem) -> PlanSavings:
     if problem.section.uniform:
         units = problem.in_each_layer * layout.layers
         removed = _with_removed(savings, units, units * layout.heads_per_unit, layout)
-        return replace(removed, uniform_units=layout.units - problem.in_each_layer)
+        return replace(removed, stock_units=layout.units - problem.in_each_layer)
     if asked.counted == "cache":
         return replace(savings, stored_cache=savings.stored_cache - asked.needed)
     if asked.counted != "units":

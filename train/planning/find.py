@@ -136,6 +136,11 @@ def plan_lines(plan: SharingPlan, config: LlamaConfig, requested: float, size: i
         rows.append(
             ("layers", f"{len(dropped)} of {config.num_hidden_layers} without attention: {named}")
         )
+    if (units := plan.stock_units(config)) is not None:
+        left = layout.with_units(units)
+        sizes = ", ".join(map(str, left.tensor_parallel))
+        text = f"{left.stock_class} of {left.heads} heads a layer (tensor parallel {sizes})"
+        rows.append(("stock", text))
     if plan.kv_heads is not None:
         before = HeadLayout.from_config(config).kv_heads
         rows.append(("KV heads", f"{plan.kv_heads} of {before} in a layer, mean-pooled"))
