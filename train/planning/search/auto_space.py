@@ -146,7 +146,7 @@ def check_auto(problem: PlanProblem) -> None:
     what = "ties, removals" if problem.section.may_tie else "removals (ties: plan.objective=bytes)"
     what = "as many removals in every layer" if problem.section.uniform else what
     if has_structures(problem):
-        what = f"{what}, {'' if problem.section.uniform else 'spans '}and KV groups"
+        what += " and KV groups" if problem.section.uniform else ", spans and KV groups"
         for inside in possible_structures(problem):
             most = max(most, inside.remaining.given + full_space(inside).most())
     else:
