@@ -39,13 +39,17 @@ def export_hash(run: Path) -> str | None:
 
 
 def add_scores(
-    run: Path, scores: Mapping[str, Sequence[Score]], facts: Mapping[str, Any]
+    run: Path,
+    scores: Mapping[str, Sequence[Score]],
+    facts: Mapping[str, Any],
+    formats: Sequence[Mapping[str, Any]] = (),
 ) -> Path | None:
     """Write the scores of a run's models into its folder; None where its export has no manifest.
 
     Args:
         scores: of each model; the first is the reference.
         facts: of the call, kept with each task.
+        formats: see :func:`~train.evaluation.formats.format_rows`; kept with the speed.
     """
     weights = export_hash(run)
     if weights is None:
@@ -55,6 +59,8 @@ def add_scores(
     for task in dict.fromkeys(score.task for score in next(iter(scores.values()))):
         own = {name: [s for s in every if s.task == task] for name, every in scores.items()}
         tasks[task] = {**facts, "models": as_models(own)}
+    if formats:
+        tasks[SPEED]["formats"] = [*formats]
     write_json(file, {"version": VERSION, "export": weights, "tasks": tasks})
     return file
 
