@@ -63,11 +63,22 @@ class HeadLayout:
     @property
     def unit_name(self) -> str:
         """What a unit is called, in the plural."""
-        return "heads" if self.heads_per_unit == 1 else "KV groups"
+        return unit_name(self.heads, self.units)
 
     def with_units(self, units: int) -> HeadLayout:
         """The shape with so many units in a layer, each as large as now."""
         return replace(self, heads=units * self.heads_per_unit, kv_heads=units)
+
+    @property
+    def stock_class(self) -> str:
+        """The class that a stock ``config.json`` names for these heads: see
+        :mod:`sa_models.weights.uneven_heads`."""
+        return "MistralForCausalLM" if self.hidden_size % self.heads else "LlamaForCausalLM"
+
+    @property
+    def tensor_parallel(self) -> list[int]:
+        """The numbers of devices among which attention heads and KV heads divide evenly."""
+        return [n for n in range(1, self.kv_heads + 1) if self.kv_heads % n == 0]
 
     def width(self, projection: str) -> int:
         """Rows of q, k, v (columns of o) that belong to one unit."""
@@ -106,6 +117,11 @@ class HeadLayout:
         if len(parts) == 6 and parts[3] == "self_attn" and parts[4] in ATTENTION_MODULES:
             return int(parts[2]), parts[4][0]
         return None
+
+
+def unit_name(heads: int, units: int) -> str:
+    """What the units of so many heads are called, in the plural."""
+    return "heads" if heads == units else "KV groups"
 
 
 def unit_view(weight: torch.Tensor, layout: HeadLayout, projection: str) -> torch.Tensor:

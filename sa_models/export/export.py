@@ -52,6 +52,7 @@ from sa_models.weights.companion_files import (
     write_tokenizer,
 )
 from sa_models.weights.safetensors_folder import ShardWriter, WeightsFolder
+from sa_models.weights.stock_form import stock_form
 from sa_models.weights.structure import Leaders, converted
 
 Format = Literal["compact", "dense"]
@@ -90,6 +91,9 @@ def export_model(
     progress: Progress | None = None,
 ) -> ExportResult:
     """Write ``folder/compact`` and ``folder/dense`` (a plan with spans has no dense form).
+
+    Of a plan that removes as many units from every layer the dense folder has what is left, as the
+    compact one has: a stock Llama with fewer heads.
 
     Of a plan with a basis the compact folder has the factors, the dense one their products, rounded
     once: they compute the same to rounding.
@@ -235,7 +239,13 @@ class _Job:
     @cached_property
     def dense(self) -> DenseReader:
         """The tensors of the dense form."""
-        return self._adapted(self.weights, self.residual)
+        return stock_form(self._adapted(self.weights, self.residual), self.plan)
+
+    @property
+    def fewer_heads(self) -> HeadLayout | None:
+        """The shape of the dense form, where it has fewer heads than the source."""
+        of_source, of_dense = map(HeadLayout.from_config, (self.weights.config, self.dense.config))
+        return None if of_dense == of_source else of_dense
 
     def _adapted(self, source: DenseReader, residual: Pairs | None) -> DenseReader:
         return source if residual is None else AdaptedReader(source, residual, self.plan)
@@ -302,7 +312,9 @@ class _Job:
                 self._verify(folders)
                 for kind, path in folders.items():
                     parameters = self.sizes[kind] // self.dtype.itemsize
-                    facts = describe(kind, self.plan, self.savings, self.identity, parameters)
+                    facts = describe(
+                        kind, self.plan, self.savings, self.identity, parameters, self.fewer_heads
+                    )
                     files = sums[kind].result()
                     notes = {
                         **self.notes,
@@ -352,7 +364,7 @@ class _Job:
         copy_terms(self.base or self.weights.path, origin, path)
         if kind == "adapter":
             return
-        config = dense_config(self.weights.config)
+        config = dense_config(self.weights.config if kind == "compact" else self.dense.config)
         config.dtype = self.dtype
         if kind == "compact":
             config = compact_config(config, self.plan)
@@ -379,19 +391,21 @@ class _Job:
             verify_stored(ExpandedFolder(folders["compact"]), self.weights)
         if residual is None:
             exported = readers.pop("compact", None) or readers.pop("dense")
-            verify_equal(exported, readers.get("dense", self.weights), advance)
+            verify_equal(exported, readers.get("dense", self.dense), advance)
             return
         # Ties hold in the compact folder alone; what is added to it, in the dense one.
         compact, dense = readers.get("compact"), readers.get("dense")
         if compact is not None:
-            verify_equal(compact, self.weights, advance)
+            verify_equal(compact, stock_form(self.weights, self.plan), advance)
         if dense is not None:
-            verify_equal(dense, self._adapted(compact or self.weights, residual), advance)
+            adapted = self._adapted(compact or self.weights, residual)
+            verify_equal(dense, stock_form(adapted, self.plan), advance)
 
     def _read_for(self, kind: str) -> int:
         """Bytes that are read to write a format."""
-        factors = kind == "compact" and self.plan.basis is not None
-        return self.sizes["compact" if factors else "dense"]
+        if kind == "compact" and self.plan.basis is None:
+            return self.savings.expanded_parameters * self.dtype.itemsize
+        return self.sizes[kind]
 
     def _advance(self, stage: str, total: int) -> Callable[[int], None]:
         """A counter of bytes, for any thread."""

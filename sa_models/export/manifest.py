@@ -45,12 +45,18 @@ class Identity:
 
 
 def describe(
-    kind: str, plan: SharingPlan, savings: PlanSavings, identity: Identity, parameters: int
+    kind: str,
+    plan: SharingPlan,
+    savings: PlanSavings,
+    identity: Identity,
+    parameters: int,
+    stock: HeadLayout | None = None,
 ) -> dict[str, Any]:
     """The part of the manifest that the plan and the base's config decide.
 
     Args:
         parameters: stored in the folder.
+        stock: of the dense form, where it has fewer heads.
     """
     size = {"float32": 4}.get(identity.dtype, 2)
     return {
@@ -70,6 +76,14 @@ def describe(
             "dropped_layers": savings.dropped_layers,
             "effective_ratio": savings.effective_ratio,
             "stored_ratio": savings.stored_ratio,
+        },
+        "stock": None
+        if stock is None
+        else {
+            "architecture": stock.stock_class,
+            "heads": stock.heads,
+            "kv_heads": stock.kv_heads,
+            "tensor_parallel": stock.tensor_parallel,
         },
         "cache": {
             "bytes_per_token": savings.stored_cache * size,

@@ -219,6 +219,8 @@ def _auto_rows(recipe: Recipe, problem: PlanProblem) -> Rows:
     what = "removals, spans and KV groups"
     if plan.may_tie:
         what = "ties, removals, spans, KV groups and shared bases"
+    elif plan.uniform:
+        what = "as many removals in every layer, and KV groups"
     yield "plan", f"strategy auto: {what}"
     blocks = plan.calibration_blocks
     yield "search", f"at most {passes.forward:,} forward passes over {blocks} blocks"
@@ -240,7 +242,8 @@ def _units(recipe: Recipe, problem: PlanProblem, savings: PlanSavings) -> str:
         layers = f"the attention of {savings.dropped_layers} of {problem.layout.layers} layers"
         return f"{layers} dropped, {savings.effective_ratio:.1%} of the units"
     if plan.action == "remove":
-        return f"{removed}, {savings.effective_ratio:.1%}"
+        each = f", {problem.in_each_layer} in every layer" if plan.uniform else ""
+        return f"{removed}, {savings.effective_ratio:.1%}{each}"
     bound = "at most " if plan.strategy == "released" else ""
     tied = f"{bound}{savings.tied_units:,} {of} tied"
     both = f"{tied}, {removed}" if savings.removed_units else tied

@@ -60,6 +60,8 @@ def requested_units(problem: PlanProblem) -> int:
     section, asked = problem.section, problem.required
     if section.action == "drop":
         return asked.actions("drop") * problem.layout.units
+    if section.uniform:
+        return problem.in_each_layer * problem.layout.layers
     tied = section.action != "remove" and asked.tie_saves
     return asked.actions("tie" if tied else "remove")
 
@@ -95,6 +97,7 @@ def plan_savings(problem: PlanProblem) -> PlanSavings:
             _with_removed(savings, count, heads, layout),
             dropped_layers=dropped,
             dropped_norm_parameters=dropped * layout.hidden_size,
+            stock_units=layout.units - problem.in_each_layer if section.uniform else None,
         )
     return replace(
         savings,
@@ -126,6 +129,10 @@ def _auto_savings(problem: PlanProblem) -> PlanSavings:
     and v, or removals where nothing is tied."""
     check_budget(problem)
     asked, savings, layout = problem.remaining, problem.savings, problem.layout
+    if problem.section.uniform:
+        units = problem.in_each_layer * layout.layers
+        removed = _with_removed(savings, units, units * layout.heads_per_unit, layout)
+        return replace(removed, stock_units=layout.units - problem.in_each_layer)
     if asked.counted == "cache":
         return replace(savings, stored_cache=savings.stored_cache - asked.needed)
     if asked.counted != "units":
