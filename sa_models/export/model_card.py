@@ -35,6 +35,16 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
 ```
 """,
+    "gguf": """\
+One file, which llama.cpp and what is built on it load as they are:
+
+```bash
+llama-server -m {file}
+```
+
+GGUF knows no sharing: shared units are stored where each is used, factors as their products. Of
+removed units nothing is stored.
+""",
     "adapter": """\
 A PEFT adapter (LoRA) that gives tied units of the compact model back a part of what they lost:
 
@@ -63,6 +73,8 @@ model = load_dequantized("path/to/this/folder")
 ```
 """,
 }
+LIBRARIES = {"adapter": "peft", "gguf": "gguf"}
+"""By which the hub says how a folder is used."""
 MOST_SPANS = 3
 """That have a row each; a card has at most 60 lines."""
 PERPLEXITY_OF = {
@@ -82,11 +94,11 @@ def model_card(manifest: Mapping[str, Any]) -> str:
     notes, kind = manifest["notes"], manifest["format"]
     base = notes.get("base_model")
     parts = [
-        _front_matter(base, "peft" if kind == "adapter" else "transformers", notes.get("licence")),
+        _front_matter(base, LIBRARIES.get(kind, "transformers"), notes.get("licence")),
         f"# {notes.get('name', 'Shared Llama')}, {kind} export\n",
         f"{f'`{base}`' if base else 'A Llama'} with shared attention, made by `postshare`.\n",
         "## Use\n",
-        USAGE[kind],
+        USAGE[kind].replace("{file}", f"{notes.get('name', 'model')}-{manifest.get('gguf')}.gguf"),
         *([QUANTIZED[manifest["quantization"]["to"]]] if "quantization" in manifest else []),
         "## What is shared\n",
         _table(("", "value"), _shared_rows(manifest)),
@@ -176,6 +188,8 @@ def _shared_rows(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
             ("bytes of KV cache for a token", f"{cache['bytes_per_token']:,} ({kept:.1%} of base)")
         )
     stored = manifest["dtype"]
+    if kind := manifest.get("gguf"):
+        stored = f"matrices {kind}, norms f32"
     if "quantization" in manifest:
         to, group = manifest["quantization"]["to"], manifest["quantization"]["group"]
         stored = f"{to}, one scale for {f'{group} inputs of a row' if group else 'a row'}"
