@@ -1,7 +1,4 @@
-"""A stock llama.cpp (the wheel xllamacpp) that answers for a GGUF file, in a process of its own.
-
-python tests/support/llama_cpp.py FILE    # prints its address, then serves until stdin ends
-"""
+"""A stock llama.cpp (the wheel xllamacpp) that answers for a GGUF file, in a process of its own."""
 
 from __future__ import annotations
 
@@ -12,6 +9,7 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, NamedTuple
 
 CONTEXT = 512
@@ -78,30 +76,39 @@ class LlamaCpp:
 
 
 @contextmanager
-def llama_cpp(file: Path, threads: int = 1) -> Iterator[LlamaCpp]:
-    """Serve a file. Raises RuntimeError, with the end of what it said, where it does not load."""
-    process = subprocess.Popen(
-        [sys.executable, __file__, str(file), str(threads)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdin is not None
-    assert process.stdout is not None
-    try:
-        lines = (line for line in process.stdout if line.startswith("address "))
-        address = next(lines, "").removeprefix("address ").strip()
-        if not address:
-            _, said = process.communicate(timeout=60)
-            raise RuntimeError(said[-2000:])
-        yield LlamaCpp(address)
-    finally:
-        process.kill()
-        process.communicate()
+def llama_cpp(file: Path, exact: bool = True, threads: int = 1) -> Iterator[LlamaCpp]:
+    """Serve a file.
+
+    Args:
+        exact: a cache in fp32, and attention that adds up in fp32; else llama.cpp's defaults.
+
+    Raises:
+        RuntimeError: it does not load; with the end of what was said.
+    """
+    mode = "exact" if exact else "default"
+    with TemporaryFile("w+") as said:  # a pipe that nobody reads would fill up
+        process = subprocess.Popen(
+            [sys.executable, __file__, str(file), str(threads), mode],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=said,
+            text=True,
+        )
+        assert process.stdout is not None
+        try:
+            lines = (line for line in process.stdout if line.startswith("address "))
+            address = next(lines, "").removeprefix("address ").strip()
+            if not address:
+                said.seek(0)
+                raise RuntimeError(said.read()[-2000:])
+            yield LlamaCpp(address)
+        finally:
+            process.kill()
+            process.communicate()
 
 
-def serve(file: str, threads: int) -> None:
+def serve(file: str, threads: int, exact: bool) -> None:
+    """Print the address, then serve until stdin ends."""
     import xllamacpp
 
     params = xllamacpp.CommonParams()
@@ -111,9 +118,9 @@ def serve(file: str, threads: int) -> None:
     params.cpuparams.n_threads = threads
     params.cpuparams_batch.n_threads = threads
     params.n_gpu_layers = 0
-    # What is compared is the file: its cache, and what attention adds up, in fp32.
-    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    if exact:
+        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     params.warmup = False
     params.hostnames = ["127.0.0.1"]
     params.port = 0
@@ -124,4 +131,4 @@ def serve(file: str, threads: int) -> None:
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 1)
+    serve(sys.argv[1], int(sys.argv[2]), sys.argv[3] == "exact")
