@@ -32,6 +32,10 @@ class SharedLlamaConfig(LlamaConfig):
     with one dense weight in evaluation mode without gradients. It is as fast as the dense model's,
     and takes as much memory beside the stored one; false saves that memory."""
 
+    def validate_architecture(self) -> None:
+        """Any number of heads: LlamaConfig refuses those that do not divide the hidden size, even
+        where ``head_dim`` is stated. What does not fit the weights is found with them."""
+
     @property
     def plan(self) -> SharingPlan:
         """The validated plan. Raises PostshareError when it does not fit this config."""

@@ -69,6 +69,17 @@ class HeadLayout:
         """The shape with so many units in a layer, each as large as now."""
         return replace(self, heads=units * self.heads_per_unit, kv_heads=units)
 
+    @property
+    def stock_class(self) -> str:
+        """The class that a stock ``config.json`` names for these heads: see
+        :mod:`sa_models.weights.uneven_heads`."""
+        return "MistralForCausalLM" if self.hidden_size % self.heads else "LlamaForCausalLM"
+
+    @property
+    def tensor_parallel(self) -> list[int]:
+        """The numbers of devices among which attention heads and KV heads divide evenly."""
+        return [n for n in range(1, self.kv_heads + 1) if self.kv_heads % n == 0]
+
     def width(self, projection: str) -> int:
         """Rows of q, k, v (columns of o) that belong to one unit."""
         return self.head_dim * (self.heads_per_unit if projection in "qo" else 1)

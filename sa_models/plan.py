@@ -237,6 +237,24 @@ class SharingPlan:
             for layer in range(layout.layers)
         ]
 
+    def uniform_units(self, layout: HeadLayout) -> int | None:
+        """Units that every layer keeps, where each has lost as many. None: layers differ, nothing
+        is removed, or there are spans.
+
+        Args:
+            layout: with the plan's KV heads, see :meth:`layout`.
+        """
+        kept = {len(units) for units in self.kept_units(layout)}
+        return kept.pop() if self.removed and not self.spans and len(kept) == 1 else None
+
+    def stock_units(self, config: Any) -> int | None:
+        """As :meth:`uniform_units`, where what is left is a stock Llama with fewer heads. None too
+        where no stock config takes so many heads (see :mod:`sa_models.weights.uneven_heads`)."""
+        layout = self.layout(config)
+        units = self.uniform_units(layout)
+        uneven = units and layout.hidden_size % layout.with_units(units).heads
+        return None if uneven and getattr(config, "mlp_bias", False) else units
+
     def own_units(self, layout: HeadLayout) -> list[dict[str, list[int]]]:
         """For every layer, {projection that it has: the units that it stores itself, ascending};
         nothing for a dropped layer.
@@ -330,6 +348,7 @@ class SharingPlan:
             basis_parameters=0 if self.basis is None else self._saved_by_basis(layout),
             dropped_layers=dropped,
             dropped_norm_parameters=dropped * layout.hidden_size,
+            stock_units=self.stock_units(config),
         )
 
     def _saved_by_basis(self, layout: HeadLayout) -> int:

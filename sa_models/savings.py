@@ -26,6 +26,8 @@ class PlanSavings:
         pooled_parameters: of the KV heads that were pooled into others (GQA).
         basis_parameters: no longer stored because layers share a basis (Basis Sharing).
         base_cache, stored_cache: elements of the KV cache for one token.
+        stock_units: that every layer of the dense form has, where each has lost as many, see
+            :meth:`SharingPlan.stock_units`.
     """
 
     units: int
@@ -45,6 +47,7 @@ class PlanSavings:
     basis_parameters: int = 0
     dropped_layers: int = 0
     dropped_norm_parameters: int = 0
+    stock_units: int | None = None
 
     @property
     def effective_ratio(self) -> float:
@@ -74,10 +77,17 @@ class PlanSavings:
         return self.base_parameters - self.removed_parameters
 
     @property
-    def dense_parameters(self) -> int:
-        """Stored in the dense form: tied units are written out, removed ones are zeros, and
-        dropped layers keep their norm."""
+    def expanded_parameters(self) -> int:
+        """Of the Llama with all units of a layer: tied units are written out, removed ones are
+        zeros, and dropped layers keep their norm."""
         return self.base_parameters - self.absent_parameters
+
+    @property
+    def dense_parameters(self) -> int:
+        """Stored in the dense form: as :attr:`expanded_parameters`, without what every layer has
+        lost as much of."""
+        uniform = self.stock_units is not None
+        return self.expanded_parameters - self.removed_unit_parameters * uniform
 
     @property
     def cache_ratio(self) -> float:

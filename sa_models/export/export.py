@@ -36,6 +36,7 @@ from sa_models.export.manifest import (
     seal,
     write_manifest,
 )
+from sa_models.export.model_card import gguf_name
 from sa_models.export.peft_adapter import AdaptedReader, Pairs, load_adapter, rounded, save_adapter
 from sa_models.export.verify import verify_bytes, verify_equal, verify_stored
 from sa_models.heads import HeadLayout
@@ -55,6 +56,7 @@ from sa_models.weights.companion_files import (
     write_tokenizer,
 )
 from sa_models.weights.safetensors_folder import ShardWriter, WeightsFolder
+from sa_models.weights.stock_form import stock_form
 from sa_models.weights.structure import Leaders, converted
 
 Format = Literal["compact", "dense", "gguf"]
@@ -96,6 +98,9 @@ def export_model(
 ) -> ExportResult:
     """Write ``folder/compact``, ``folder/dense`` and ``folder/gguf`` (a plan with spans has the
     compact form alone).
+
+    Of a plan that removes as many units from every layer the dense folder has what is left, as the
+    compact one has: a stock Llama with fewer heads.
 
     Of a plan with a basis the compact folder has the factors, the dense one their products, rounded
     once: they compute the same to rounding.
@@ -253,7 +258,7 @@ class _Job:
     def gguf_file(self, folder: Path) -> Path:
         """The file in the folder of the GGUF export."""
         assert self.gguf is not None
-        return folder / f"{self.notes.get('name', 'model')}-{self.gguf.layout.to}.gguf"
+        return folder / gguf_name(self.notes.get("name"), self.gguf.layout.to)
 
     def identity_of(self, name: str) -> Identity:
         kind = self.gguf.layout.to if self.gguf is not None and name == "gguf" else None
@@ -271,9 +276,20 @@ class _Job:
         }
 
     @cached_property
+    def expanded(self) -> DenseReader:
+        """The dense tensors with all units of a layer."""
+        return self._adapted(self.weights, self.residual)
+
+    @cached_property
     def dense(self) -> DenseReader:
         """The tensors of the dense form."""
-        return self._adapted(self.weights, self.residual)
+        return stock_form(self.expanded, self.plan)
+
+    @property
+    def fewer_heads(self) -> HeadLayout | None:
+        """The shape of the dense form, where it has fewer heads than the source."""
+        of_source, of_dense = map(HeadLayout.from_config, (self.weights.config, self.dense.config))
+        return None if of_dense == of_source else of_dense
 
     def _adapted(self, source: DenseReader, residual: Pairs | None) -> DenseReader:
         return source if residual is None else AdaptedReader(source, residual, self.plan)
@@ -288,7 +304,7 @@ class _Job:
         # The source files are others, or were touched since: only the weights can tell.
         try:
             if self.gguf is not None and name == "gguf":
-                self.gguf.verify(self.gguf_file(path), self.dense)
+                self.gguf.verify(self.gguf_file(path), self.expanded)
                 return True
             exported = ExpandedFolder(path) if name == "compact" else WeightsFolder(path)
             verify_equal(exported, self.dense if name == "dense" else self.weights)
@@ -349,6 +365,7 @@ class _Job:
                         self.identity_of(kind),
                         self._parameters(kind),
                         self.sizes[kind],
+                        self.fewer_heads,
                     )
                     files = sums[kind].result()
                     notes = {
@@ -369,7 +386,7 @@ class _Job:
             return
         if kind == "gguf":
             assert self.gguf is not None
-            self.gguf.write(self.gguf_file(path), self.dense, advance)
+            self.gguf.write(self.gguf_file(path), self.expanded, advance)
             return
         writer = ShardWriter(path, self.shard_bytes)
         for name, tensor, read in self._compact() if kind == "compact" else _whole(self.dense):
@@ -409,7 +426,7 @@ class _Job:
         copy_terms(self.base or self.weights.path, origin, path)
         if kind in ("adapter", "gguf"):
             return
-        config = dense_config(self.weights.config)
+        config = dense_config(self.weights.config if kind == "compact" else self.dense.config)
         config.dtype = self.dtype
         if kind == "compact":
             config = compact_config(config, self.plan)
@@ -429,7 +446,7 @@ class _Job:
         total = passes * self.sizes["dense"] + ("gguf" in folders) * self.sizes["gguf"]
         advance = self._advance("verify", total)
         if self.gguf is not None and "gguf" in folders:
-            self.gguf.verify(self.gguf_file(folders["gguf"]), self.dense, advance)
+            self.gguf.verify(self.gguf_file(folders["gguf"]), self.expanded, advance)
         residual = self.residual
         if "adapter" in folders:
             files = sorted(folders["adapter"].glob("*.safetensors"))
@@ -439,23 +456,23 @@ class _Job:
             verify_stored(ExpandedFolder(folders["compact"]), self.weights)
         if residual is None and readers:
             exported = readers.pop("compact", None) or readers.pop("dense")
-            verify_equal(exported, readers.get("dense", self.weights), advance)
+            verify_equal(exported, readers.get("dense", self.dense), advance)
         if residual is None:
             return
         # Ties hold in the compact folder alone; what is added to it, in the dense one.
         compact, dense = readers.get("compact"), readers.get("dense")
         if compact is not None:
-            verify_equal(compact, self.weights, advance)
+            verify_equal(compact, stock_form(self.weights, self.plan), advance)
         if dense is not None:
-            verify_equal(dense, self._adapted(compact or self.weights, residual), advance)
+            adapted = self._adapted(compact or self.weights, residual)
+            verify_equal(dense, stock_form(adapted, self.plan), advance)
 
     def _read_for(self, kind: str) -> int:
         """Bytes by which the writing of a format is counted: what is read, of GGUF what is
         written."""
-        if kind == "gguf":
-            return self.sizes["gguf"]
-        factors = kind == "compact" and self.plan.basis is not None
-        return self.sizes["compact" if factors else "dense"]
+        if kind == "compact" and self.plan.basis is None:
+            return self.savings.expanded_parameters * self.dtype.itemsize
+        return self.sizes[kind]
 
     def _advance(self, stage: str, total: int) -> Callable[[int], None]:
         """A counter of bytes, for any thread."""

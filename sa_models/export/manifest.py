@@ -53,11 +53,13 @@ def describe(
     identity: Identity,
     parameters: int,
     nbytes: int,
+    stock: HeadLayout | None = None,
 ) -> dict[str, Any]:
     """The part of the manifest that the plan and the base's config decide.
 
     Args:
         parameters, nbytes: stored in the folder.
+        stock: of the dense form, where it has fewer heads.
     """
     size = {"float32": 4}.get(identity.dtype, 2)
     return {
@@ -77,6 +79,14 @@ def describe(
             "dropped_layers": savings.dropped_layers,
             "effective_ratio": savings.effective_ratio,
             "stored_ratio": savings.stored_ratio,
+        },
+        "stock": None
+        if stock is None
+        else {
+            "architecture": stock.stock_class,
+            "heads": stock.heads,
+            "kv_heads": stock.kv_heads,
+            "tensor_parallel": stock.tensor_parallel,
         },
         "cache": {
             "bytes_per_token": savings.stored_cache * size,

@@ -61,6 +61,23 @@ Several adapters may be loaded on one compact model. None can be merged into it:
 weights of its own there. The dense export has this one merged.
 """,
 }
+FEWER_HEADS = {
+    "compact": "The dense export holds the same tensors, and needs nothing of ours.\n",
+    "dense": """\
+A stock `{architecture}` with {heads} attention heads and {kv_heads} KV heads in every layer, and no
+zeros: it loads in every tool that loads a Llama. Tensor parallel sizes that divide its heads:
+{tensor_parallel}.{why}
+
+```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+```
+""",
+}
+WHY_MISTRAL = """
+transformers 5 refuses a Llama whose number of heads does not divide the hidden size; Mistral's
+class, without a sliding window, computes the same."""
 QUANTIZED = {
     "int8": "Install torchao as well: it holds and computes the int8 weights.\n",
     "int4": """\
@@ -98,7 +115,7 @@ def model_card(manifest: Mapping[str, Any]) -> str:
         f"# {notes.get('name', 'Shared Llama')}, {kind} export\n",
         f"{f'`{base}`' if base else 'A Llama'} with shared attention, made by `postshare`.\n",
         "## Use\n",
-        USAGE[kind].replace("{file}", f"{notes.get('name', 'model')}-{manifest.get('gguf')}.gguf"),
+        *_usage(manifest),
         *([QUANTIZED[manifest["quantization"]["to"]]] if "quantization" in manifest else []),
         "## What is shared\n",
         _table(("", "value"), _shared_rows(manifest)),
@@ -114,6 +131,21 @@ def model_card(manifest: Mapping[str, Any]) -> str:
         "plan and the versions that made them.\n",
     ]
     return "\n".join(parts)
+
+
+def gguf_name(name: str | None, kind: str | None) -> str:
+    """The file in the folder of a GGUF export."""
+    return f"{name or 'model'}-{kind}.gguf"
+
+
+def _usage(manifest: Mapping[str, Any]) -> Iterator[str]:
+    kind, stock, notes = manifest["format"], manifest.get("stock"), manifest["notes"]
+    if kind != "dense" or stock is None:
+        yield USAGE[kind].replace("{file}", gguf_name(notes.get("name"), manifest.get("gguf")))
+    if stock is not None and kind in FEWER_HEADS:
+        sizes = ", ".join(map(str, stock["tensor_parallel"]))
+        why = WHY_MISTRAL if stock["architecture"] == "MistralForCausalLM" else ""
+        yield FEWER_HEADS[kind].format(**stock | {"tensor_parallel": sizes}, why=why)
 
 
 def _front_matter(base: str | None, library: str, licence: Mapping[str, str] | None) -> str:

@@ -14,12 +14,15 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, rotate_half
 
 from sa_models.errors import PostshareError
+from sa_models.heads import HeadLayout
 from sa_models.projections import Piece, SharedBasisLinear, SharedLinear, transpose_storage_
 from sa_models.weights.compact_folder import DenseReader, ExpandedFolder
+from sa_models.weights.stock_form import stock_form
+from sa_models.weights.uneven_heads import written_config
 
 TOLERANCE = 1e-5
 TOKENS = 8
@@ -35,7 +38,8 @@ def verify_equal(
     """Compare two dense readers tensor by tensor, bit for bit.
 
     Where ``exported`` is an :class:`~sa_models.weights.compact_folder.ExpandedFolder`, the outputs
-    of its decoder layers are compared as well (:class:`LayerCheck`).
+    of its decoder layers are compared as well (:class:`LayerCheck`). It may have units that its
+    plan removes and ``expected`` does not store, see :mod:`sa_models.weights.stock_form`.
 
     Args:
         progress: called with the bytes of every tensor that was compared.
@@ -45,7 +49,11 @@ def verify_equal(
     """
     if exported.names() != expected.names():
         raise PostshareError(f"{exported.path} lacks weights of the source; {CURE}")
-    check = LayerCheck(exported) if isinstance(exported, ExpandedFolder) else None
+    check = None
+    if isinstance(exported, ExpandedFolder):
+        check = LayerCheck(exported, expected.config)
+        if HeadLayout.from_config(expected.config) != HeadLayout.from_config(exported.config):
+            exported = stock_form(exported, exported.plan)
     # The layers last: the memory of their check is not held beside the large embeddings.
     names = sorted(exported.names(), key=lambda name: _layer_of(name) is not None)
     for layer, inside_layer in groupby(names, key=_layer_of):
@@ -101,11 +109,12 @@ class LayerCheck:
     Args:
         compact: the compact folder; its tensors have been compared already, so that weights
             outside q, k, v and o are taken from the dense side.
+        dense: the config of the dense side.
     """
 
-    def __init__(self, compact: ExpandedFolder) -> None:
+    def __init__(self, compact: ExpandedFolder, dense: LlamaConfig) -> None:
         self._compact = compact
-        self._stock = _without_weights(compact.config).model.layers
+        self._stock = _without_weights(written_config(dense)).model.layers
         shared = _without_weights(compact.files.config)
         self._shared = shared.model.layers
         self._names = {
@@ -127,6 +136,7 @@ class LayerCheck:
         )
         positions = torch.arange(TOKENS)[None]
         self._rotary = LlamaRotaryEmbedding(compact.config)(self._input, positions)
+        self._stock_rotary = LlamaRotaryEmbedding(dense)(self._input, positions)
         self._mask = torch.full((TOKENS, TOKENS), float("-inf")).triu(1)[None, None]
 
     def in_fp32(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -191,7 +201,9 @@ class LayerCheck:
         stock = self._stock[layer]
         if layer not in self._in_spans:
             _load(stock, tensors)
-            output = stock(self._input, attention_mask=self._mask, position_embeddings=self._rotary)
+            output = stock(
+                self._input, attention_mask=self._mask, position_embeddings=self._stock_rotary
+            )
             stock.to("meta")
             return output
         for name in ("input_layernorm", "post_attention_layernorm", "mlp"):
@@ -286,7 +298,7 @@ def _load(module: nn.Module, weights: dict[str, torch.Tensor]) -> None:
     transpose_storage_(module)
 
 
-def _without_weights(config: LlamaConfig) -> LlamaForCausalLM:
+def _without_weights(config: LlamaConfig | MistralConfig) -> LlamaForCausalLM:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             config, attn_implementation="eager", dtype=torch.float32

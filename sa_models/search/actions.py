@@ -112,6 +112,8 @@ class Space:
         twice: whether a tied unit may be tied again, for projections that it still has.
         droppable: layers that may be dropped, from which nothing else is taken.
         drop_saves: what that saves, no less than anything else that is done to the layer's units.
+        uniform: units that every layer loses in a state that meets the budget, one after the other
+            (:meth:`in_turn`), where all lose as many; 0: layers may differ.
     """
 
     layout: HeadLayout
@@ -124,6 +126,7 @@ class Space:
     twice: bool = False
     droppable: tuple[int, ...] = ()
     drop_saves: int = 0
+    uniform: int = 0
     _most: dict[State, int] = field(default_factory=dict, compare=False, repr=False)
     _left: dict[Projections, int] = field(default_factory=dict, compare=False, repr=False)
 
@@ -153,6 +156,11 @@ class Space:
     def largest(self) -> int:
         """Actions of a state that meets the budget, at most."""
         return math.ceil(self.needed / self.least)
+
+    @property
+    def room(self) -> int:
+        """Units that a layer loses at most, unless it is dropped."""
+        return min(self.uniform or self.layout.units, self.layout.units - 1)
 
     def most(self, state: State = frozenset()) -> int:
         """The most that can be saved, going on from a state."""
@@ -186,7 +194,7 @@ class Space:
         total += len(whole) * self.drop_saves
         for layer in {unit[0] for unit in tied | gone} - whole:
             here = [unit for unit in tied | gone if unit[0] == layer and unit not in fixed]
-            room = self.layout.units - 1 - removed[layer]
+            room = self.room - removed[layer]
             removals = min(room, sum(unit in gone for unit in here))
             ties = sum(unit in tied for unit in here)
             # No removal saves less than a tie: as many removals as there may be, ties otherwise.
@@ -211,7 +219,7 @@ class Space:
             return False
         if action.source is None:
             gone = sum(a.source is None and a.target[0] == action.target[0] for a in state)
-            if action.target not in self.removable or gone + 1 >= self.layout.units:
+            if action.target not in self.removable or gone >= self.room:
                 return False
         elif (
             action.source in changed
@@ -226,6 +234,14 @@ class Space:
         if self.most(state) - 2 * largest >= self.needed:
             return True
         return self.most(state | {action}) >= self.needed
+
+    def in_turn(self, state: State, action: Action) -> bool:
+        """Whether the action's layer is one of those that have lost fewest units so far: where all
+        lose as many, the next unit of a layer waits for all others."""
+        if not self.uniform:
+            return True
+        gone = Counter(a.target[0] for a in state)
+        return gone[action.target[0]] == min(gone[layer] for layer in range(self.layout.layers))
 
     def may_tie_again(self, state: State, unit: Unit, share: Projections) -> bool:
         """Whether the unit is tied, and has all projections of ``share`` still."""
@@ -262,6 +278,7 @@ def make_space(
     needed: int,
     droppable: Iterable[int] = (),
     drop_saves: int = 0,
+    uniform: int = 0,
 ) -> Space:
     """A space with ties of one set of projections, removals, drops of layers, or some of them.
 
@@ -272,6 +289,7 @@ def make_space(
         unit_saves: what a tie and a removal save.
         needed: more than :meth:`Space.most` can never be met.
         droppable, drop_saves: layers, and what a drop saves.
+        uniform: see :class:`Space`.
     """
     kinds, saved = {*kinds}, unit_saves[0]
     shared = tuple(p for p in PROJECTIONS if p in set(share))
@@ -286,6 +304,7 @@ def make_space(
         needed=needed,
         droppable=tuple(sorted(droppable)) if "drop" in kinds else (),
         drop_saves=drop_saves if "drop" in kinds else 0,
+        uniform=uniform,
     )
 
 
@@ -298,6 +317,7 @@ def make_full_space(
     removal_saves: int,
     needed: int,
     twice: bool,
+    uniform: int = 0,
 ) -> Space:
     """A space with ties of several sets of projections, and removals.
 
@@ -316,6 +336,7 @@ def make_full_space(
         removal_saves=removal_saves,
         needed=needed,
         twice=twice,
+        uniform=uniform,
     )
 
 

@@ -9,8 +9,9 @@ none over all text: it is what these few tokens happen to say. A search that fol
 fits them. So the slope of every action, known from the estimate, is taken off what is measured;
 what is left is the curvature, which lasts (docs/planning.md has the numbers).
 
-*Greedy.* In every round the cheapest-looking actions are measured, and the best of them are taken.
-What has been measured in an earlier round replaces the estimate; estimates are made anew every few
+*Greedy.* In every round the cheapest-looking actions are measured, and the best of them are taken;
+where all layers are to lose as many units, of the layers whose turn it is. What has been measured
+in an earlier round replaces the estimate; estimates are made anew every few
 rounds. *Evolutionary* (as in 2409.17372): states that meet the budget, of which the better halves
 are crossed and mutated for some generations.
 """
@@ -186,9 +187,10 @@ def greedy(
         left = math.ceil((space.needed - space.saved(state)) / space.least / per_round)
         old = len(path) >= last_rank + options.estimate_every
         if (old and left > options.estimate_every / 2) or not path or short:
-            wanted = count * (1 + options.estimate_every)
+            # Where layers take turns, all are ranked: each has to have its next unit.
+            wanted = len(space.removable) if space.uniform else count * (1 + options.estimate_every)
             ranked = ranking(state, wanted)
-            complete = len(ranked) < wanted
+            complete = len(ranked) < wanted or bool(space.uniform)
             known = {r.action: r.rise for r in ranked} | {a: known[a] for a in rises}
             slopes = {r.action: r.slope for r in ranked} | slopes
             removals |= _removals(state, ranked)
@@ -220,7 +222,7 @@ def greedy(
             so_far = state | set(taken)
             if len(taken) == per_round or space.is_met(so_far):
                 break
-            if space.allows(so_far, action):
+            if space.in_turn(so_far, action) and space.allows(so_far, action):
                 taken.append(action)
         state = state | set(taken)
         current = loss(state)
@@ -251,7 +253,7 @@ def _cheapest(space: Space, state: State, known: dict[Action, float], count: int
             break
         if action.kind == "tie" and ties.get(action.target, 0) == SOURCES_PER_TARGET:
             continue
-        if space.allows(state, action):
+        if space.in_turn(state, action) and space.allows(state, action):
             found.append(action)
             if action.kind == "tie":
                 ties[action.target] = ties.get(action.target, 0) + 1

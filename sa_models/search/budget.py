@@ -88,6 +88,40 @@ class Amount:
             )
         return ceil(Fraction(self.needed, self.saves(kind)))
 
+    def in_each_layer(self, layers: int) -> int:
+        """Units that every layer loses, where all lose as many: the fewest that save enough."""
+        return ceil(Fraction(self.needed, layers * self.removal_saves))
+
+    def check_each_layer(self, layout: HeadLayout) -> None:
+        """Refuse what no whole number of units of every layer comes to.
+
+        Raises:
+            PostshareError: with the nearest that one does: a number of units is met exactly, a
+                share by the fewest units that reach it, and every layer keeps one.
+        """
+        count, most = self.in_each_layer(layout.layers), layout.units - 1
+        one = layout.layers * self.removal_saves
+        if not most:
+            raise PostshareError(
+                f"plan.uniform: a layer has one of the {layout.unit_name}, and keeps it; set "
+                "plan.uniform=false and plan.action=drop, or heads.kv_heads"
+            )
+        if self.counted != "units":
+            self.check(
+                most * one, f"{most} of the {layout.units} {layout.unit_name} of every layer"
+            )
+        elif self.needed != count * one or not 1 <= count <= most:
+            near = sorted(
+                {min(max(n, 1), most) for n in (self.needed // one, self.needed // one + 1)}
+            )
+            ratios = (f"{ceil(10_000 * Fraction(n, layout.units)) / 10_000:g}" for n in near)
+            raise PostshareError(
+                f"plan.budget asks for {self.needed} of {self.total} units, and plan.uniform "
+                f"removes as many from each of {layout.layers} layers; the nearest is "
+                f"plan.budget.ratio={' or '.join(ratios)} "
+                f"({' or '.join(map(str, near))} of {layout.units} {layout.unit_name} a layer)"
+            )
+
     def share(self, saved: int) -> str:
         """A saving by the units as a budget would state it, with what is given."""
         return f"-{100 * (saved + self.given) / self.total:.2f}%"

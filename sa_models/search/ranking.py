@@ -14,6 +14,7 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -158,6 +159,8 @@ class EstimatedRanking:
         ]
         if space.droppable:
             about.append([space.droppable, space.drop_saves])
+        if space.uniform:
+            about.append(space.uniform)
         text = json.dumps(about, separators=(",", ":"))
         key = f"rank {hashlib.sha256(text.encode()).hexdigest()}"
         value = self.measured.cache.get(key, lambda: self._estimate(state, count))
@@ -250,9 +253,16 @@ def agreement(space: Space, first: list[Ranked], second: list[Ranked]) -> tuple[
     singles = (space.tie_saves, space.removal_saves) if singly else (space.drop_saves,)
     saves = min(s for s in singles if s > 0)
     count = min(len(units), math.ceil(space.needed / saves))
-    chosen = [set(sorted(units, key=lambda u: (cost[u], u))[:count]) for cost in costs]
+    alike = [units]
+    if space.uniform:  # each layer chooses for itself
+        count //= space.layout.layers
+        alike = [list(here) for _, here in groupby(units, key=lambda unit: unit[0])]
+    chosen = [
+        {u for here in alike for u in sorted(here, key=lambda u: (cost[u], u))[:count]}
+        for cost in costs
+    ]
     a, b = (torch.tensor([cost[u] for u in units], dtype=torch.float64) for cost in costs)
-    return count, len(chosen[0] & chosen[1]), spearman(a, b)
+    return len(chosen[0]), len(chosen[0] & chosen[1]), spearman(a, b)
 
 
 def spearman(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -24,6 +24,7 @@ from sa_models.heads import HeadLayout
 from sa_models.weights.config_file import read_config, read_model_type
 from sa_models.weights.parameter_shapes import compact_shapes, expanded_shapes
 from sa_models.weights.safetensors_folder import WeightsFolder
+from sa_models.weights.uneven_heads import config_class
 
 LAST_NORM = "model.norm.weight"
 """A tensor that every folder stores."""
@@ -241,4 +242,5 @@ def dense_config(config: LlamaConfig) -> LlamaConfig:
     values = config.to_dict()
     for key in DROPPED:
         values.pop(key, None)
-    return LlamaConfig(**{**values, "architectures": ["LlamaForCausalLM"]})
+    values["architectures"] = ["LlamaForCausalLM"]
+    return config_class(values)(**values)

@@ -21,6 +21,7 @@ from transformers import GenerationConfig, LlamaConfig
 from sa_models.configuration import SharedLlamaConfig
 from sa_models.errors import PostshareError
 from sa_models.heads import HeadLayout
+from sa_models.weights.uneven_heads import UnevenLlamaConfig, as_llama
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
@@ -57,8 +58,9 @@ REFUSALS = (
 
 
 def read_model_type(folder: str | os.PathLike[str]) -> str | None:
-    """The ``model_type`` in the folder's config.json. Raises PostshareError when there is none."""
-    return read_values(folder).get("model_type")
+    """The ``model_type`` of the folder's config.json, that of a Llama with uneven heads
+    (:mod:`~sa_models.weights.uneven_heads`) included. Raises PostshareError when there is none."""
+    return as_llama(read_values(folder)).get("model_type")
 
 
 def read_values(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -100,7 +102,8 @@ def read_config(folder: str | os.PathLike[str], model_type: str = "llama") -> Ll
         PostshareError: there is no readable ``config.json``; it is not that of a Llama; or it, or
             ``generation_config.json``, has a value that transformers' Llama cannot take.
     """
-    values = read_values(folder)
+    written = read_values(folder)
+    values = as_llama(written)
     found = values.get("model_type")
     if found != model_type or found not in KINDS:
         raise PostshareError(
@@ -112,8 +115,10 @@ def read_config(folder: str | os.PathLike[str], model_type: str = "llama") -> Ll
     # How its model is asked is not the file's to say.
     values |= {"return_dict": True, "output_hidden_states": False, "output_attentions": False}
     try:
-        _check_values(values, KINDS[found])
-        config = KINDS[found].from_dict(values, name_or_path=str(folder))
+        kind = KINDS[found]
+        _check_values(values, kind)
+        kind = kind if values is written else UnevenLlamaConfig
+        config = kind.from_dict(values, name_or_path=str(folder))
         _check_buildable(config)
     except REFUSALS as error:
         raise PostshareError(

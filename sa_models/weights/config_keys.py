@@ -16,11 +16,12 @@ from typing import Any
 from transformers import LlamaConfig
 
 from sa_models.weights.config_file import CONFIG
+from sa_models.weights.uneven_heads import written_config
 
 
 def write_config(config: LlamaConfig, folder: Path) -> None:
-    """Write config.json into an existing folder."""
-    config.save_pretrained(folder)
+    """Write config.json into an existing folder; see :func:`written_config` for its class."""
+    written_config(config).save_pretrained(folder)
     write_values(json.loads((folder / CONFIG).read_text(encoding="utf-8")), config, folder)
 
 

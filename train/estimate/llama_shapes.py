@@ -53,6 +53,11 @@ class LlamaShape:
             PostshareError: not a Llama, or a size that is no positive integer.
         """
         kind = config.get("model_type", "llama")
+        if kind == "mistral":  # an export with fewer heads, perhaps
+            from sa_models.weights.uneven_heads import as_llama
+
+            config = as_llama(config)
+            kind = config["model_type"]
         if kind != "llama":
             raise PostshareError(
                 f"{origin} is a {kind!r} model; only the Llama architecture "

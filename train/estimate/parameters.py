@@ -60,6 +60,8 @@ def requested_units(problem: PlanProblem) -> int:
     section, asked = problem.section, problem.required
     if section.action == "drop":
         return asked.actions("drop") * problem.layout.units
+    if section.uniform:
+        return problem.in_each_layer * problem.layout.layers
     tied = section.action != "remove" and asked.tie_saves
     return asked.actions("tie" if tied else "remove")
 
@@ -95,6 +97,7 @@ def plan_savings(problem: PlanProblem) -> PlanSavings:
             _with_removed(savings, count, heads, layout),
             dropped_layers=dropped,
             dropped_norm_parameters=dropped * layout.hidden_size,
+            stock_units=layout.units - problem.in_each_layer if section.uniform else None,
         )
     return replace(
         savings,
@@ -126,6 +129,10 @@ def _auto_savings(problem: PlanProblem) -> PlanSavings:
     and v, or removals where nothing is tied."""
     check_budget(problem)
     asked, savings, layout = problem.remaining, problem.savings, problem.layout
+    if problem.section.uniform:
+        units = problem.in_each_layer * layout.layers
+        removed = _with_removed(savings, units, units * layout.heads_per_unit, layout)
+        return replace(removed, stock_units=layout.units - problem.in_each_layer)
     if asked.counted == "cache":
         return replace(savings, stored_cache=savings.stored_cache - asked.needed)
     if asked.counted != "units":
@@ -172,6 +179,12 @@ def trainable_parameters(
         for name, size in parameter_shapes(shape, structure).items()
         if any(fnmatchcase(name, pattern) for pattern in patterns)
     )
+
+
+def trains_lm_head(shape: LlamaShape, patterns: tuple[str, ...]) -> bool:
+    """Whether it, or the embeddings that it is tied to, matches one of the fnmatch `patterns`."""
+    name = "model.embed_tokens.weight" if shape.tie_word_embeddings else "lm_head.weight"
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def parameter_shapes(shape: LlamaShape, structure: SharingPlan) -> dict[str, tuple[int, ...]]:
@@ -225,7 +238,7 @@ def disk_space(recipe: Recipe, shape: LlamaShape) -> Disk:
     if "dense" in recipe.export.formats and structure.has_stock_form:
         exports += savings.dense_parameters * element
     if "gguf" in recipe.export.formats:
-        exports += savings.dense_parameters * element  # at most: none of its types is wider
+        exports += savings.dense_parameters * (4 if recipe.export.gguf == "f32" else element)
     own = (train.steps != 0) + (recipe.materialize.heal_steps > 0)
     trainings = own + (own > 0 and recipe.evaluate.continued and recipe.plans)
     checkpoint = checkpoint_bytes(shape, train, recipe.lora) if trainings else 0

@@ -15,13 +15,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import DynamicCache, LlamaConfig
+from transformers import DynamicCache
 
 from sa_models.basis import FACTORED, SharedBasis
 from sa_models.heads import HeadLayout
 from sa_models.materialize.shared_basis import with_factors
 from sa_models.modeling import SharedLlamaForCausalLM
 from sa_models.plan import SharingPlan
+from sa_models.weights.compact_folder import dense_config
 from sa_models.weights.parameter_shapes import compact_shapes
 from sa_models.weights.structure import Leaders, convert
 
@@ -108,7 +109,7 @@ def own_attention(model: LlamaForCausalLM) -> LlamaForCausalLM:
 
 def _decoder(model: LlamaForCausalLM, prompt: torch.Tensor) -> Callable[[], Any]:
     """Decodes one token after the prompt; the cache is cut back each time."""
-    cache = DynamicCache(config=LlamaConfig(**model.config.to_dict()))
+    cache = DynamicCache(config=dense_config(model.config))
     token = prompt[:, -1:]
     with torch.inference_mode():
         model(prompt, past_key_values=cache, use_cache=True)
@@ -136,7 +137,7 @@ def bytes_read(plan: SharingPlan, config: Any, context: int, size: int) -> int:
         size: bytes of one element.
     """
     savings = plan.savings(config)
-    weights = savings.dense_parameters - savings.removed_unit_parameters
+    weights = savings.expanded_parameters - savings.removed_unit_parameters
     weights -= savings.dropped_norm_parameters
     if plan.basis is not None:
         weights += _read_of_basis(plan.basis, HeadLayout.from_config(config))

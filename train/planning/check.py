@@ -62,8 +62,8 @@ def expected_spans(section: SpansSection, layers: int) -> list[SpanChoice]:
 
 def check_budget(problem: PlanProblem) -> None:
     """Raises PostshareError when the budget cannot be met; see :mod:`train.planning.problem`."""
-    strategy = problem.section.strategy
-    if strategy in MATCHED and problem.section.action != "drop":
+    strategy, section = problem.section.strategy, problem.section
+    if strategy in MATCHED and section.action != "drop" and not section.uniform:
         check_count(problem.units, problem.layout, problem.skipped_layers(problem.kind))
     elif strategy == "basis":
         basis_plan(problem)

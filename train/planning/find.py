@@ -58,7 +58,7 @@ def find_ties(
         plan = replace(structure, removed=least_important_of(problem, importance))
         plan.validate(weights.config)
         return plan, None
-    if section.action == "drop":  # strategy random
+    if section.action == "drop" or section.uniform:  # strategy random
         draw = torch.Generator().manual_seed(section.seed)
         chance = torch.rand(layout.layers, layout.units, generator=draw)
         plan = replace(structure, removed=least_important_of(problem, chance))
@@ -136,6 +136,11 @@ def plan_lines(plan: SharingPlan, config: LlamaConfig, requested: float, size: i
         rows.append(
             ("layers", f"{len(dropped)} of {config.num_hidden_layers} without attention: {named}")
         )
+    if (units := plan.stock_units(config)) is not None:
+        left = layout.with_units(units)
+        sizes = ", ".join(map(str, left.tensor_parallel))
+        text = f"{left.stock_class} of {left.heads} heads a layer (tensor parallel {sizes})"
+        rows.append(("stock", text))
     if plan.kv_heads is not None:
         before = HeadLayout.from_config(config).kv_heads
         rows.append(("KV heads", f"{plan.kv_heads} of {before} in a layer, mean-pooled"))

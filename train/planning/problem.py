@@ -9,6 +9,7 @@ import math
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from sa_models.errors import PostshareError
@@ -119,15 +120,47 @@ class PlanProblem:
         """
         spans = self.structure.spans
         kept = (layer for s in spans for layer in (s.followers if kind == "tie" else s.layers))
-        return tuple(sorted({*self.section.skip_layers, *kept}))
+        return tuple(sorted({*self.section.skipped, *kept}))
 
     @cached_property
     def allowed(self) -> AllowedUnits:
+        removable = pairs.eligible_units(self.layout, self.skipped_layers("remove"))
+        if self.section.uniform:  # of layer 0 too
+            removable = [
+                (layer, unit)
+                for layer in range(self.layout.layers)
+                for unit in range(self.layout.units)
+            ]
         return AllowedUnits(
             pairs.eligible_units(self.layout, self.skipped_layers("tie")),
-            pairs.eligible_units(self.layout, self.skipped_layers("remove")),
+            removable,
             frozenset(self.structure.leader_of()),
         )
+
+    def needed_of(self, asked: Amount) -> int:
+        """What the units save at least; with `plan.uniform` no less than whole numbers of every
+        layer do."""
+        each = self.in_each_layer * self.layout.layers * asked.removal_saves
+        return max(asked.needed, each)
+
+    @cached_property
+    def in_each_layer(self) -> int:
+        """Units that every layer loses, with `plan.uniform`; else 0."""
+        return self.remaining.in_each_layer(self.layout.layers) if self.section.uniform else 0
+
+    def check_uniform(self) -> None:
+        """Raises PostshareError, with `plan.uniform`: see :meth:`Amount.check_each_layer`; or no
+        stock config takes as many heads as are left."""
+        if not self.section.uniform:
+            return
+        self.required.check_each_layer(self.layout)
+        left = self.layout.with_units(self.layout.units - self.in_each_layer)
+        if left.hidden_size % left.heads and getattr(self.config, "mlp_bias", False):
+            raise PostshareError(
+                f"plan.uniform: {left.heads} heads do not divide hidden_size {left.hidden_size}, "
+                "which no stock config takes of a Llama with mlp_bias; choose a budget that leaves "
+                "a number of heads that does"
+            )
 
     @cached_property
     def droppable(self) -> list[int]:
@@ -157,6 +190,7 @@ class PlanProblem:
         Raises:
             PostshareError: a budget that cannot be met, with the nearest that can.
         """
+        self.check_uniform()
         asked, allowed = self.required, self.allowed
         space = make_space(
             self.layout,
@@ -166,9 +200,10 @@ class PlanProblem:
             allowed.removable,
             allowed.followers,
             (asked.tie_saves, asked.removal_saves),
-            asked.needed,
+            self.needed_of(asked),
             self.droppable,
             asked.drop_saves,
+            self.in_each_layer,
         )
         if self.section.action == "drop":
             asked.actions("drop")
@@ -194,5 +229,11 @@ def least_important_of(problem: PlanProblem, importance: torch.Tensor) -> tuple[
         layers = [(layer, 0) for layer in space.droppable]
         chosen = least_important(importance.sum(1, keepdim=True), layers, count, keep=0)
         return tuple((layer, unit) for layer, _ in chosen for unit in units)
+    if space.uniform:
+        return tuple(
+            unit
+            for _, here in groupby(space.removable, key=lambda unit: unit[0])
+            for unit in least_important(importance, list(here), space.uniform)
+        )
     count = math.ceil(space.needed / space.removal_saves)
     return least_important(importance, space.removable, count)

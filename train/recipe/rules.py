@@ -102,6 +102,14 @@ def _only_factors(recipe: RecipeFields) -> Iterator[str]:
         )
 
 
+def _same_layers(recipe: RecipeFields) -> Iterator[str]:
+    if recipe.plan.uniform and recipe.spans is not None:
+        yield (
+            "plan.uniform makes a stock Llama, and no stock Llama computes spans; remove spans, or "
+            "set plan.uniform=false"
+        )
+
+
 def _text_is_read(recipe: RecipeFields) -> Iterator[str]:
     section = recipe.materialize
     if section.is_set("calibration_blocks") and not recipe.may_read_text:
@@ -248,6 +256,7 @@ RULES = (
     _nothing_to_materialize,
     _nothing_is_tied,
     _only_factors,
+    _same_layers,
     _text_is_read,
     _penalty_mode,
     _stream_length,

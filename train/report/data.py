@@ -317,6 +317,8 @@ def _layout(
     """From what the run's first start wrote down, else from a model that the run has written."""
     shapes = [provenance["base"]] if provenance else []
     for name in CONFIGS:
+        if name == "export/dense" and plan is not None and plan.removed:
+            continue  # it may have fewer heads
         shapes.append(reader.json(f"{name}/config.json", ("num_hidden_layers", "hidden_size")))
     for shape in filter(None, shapes):
         try:

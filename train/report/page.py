@@ -70,7 +70,11 @@ def run_page(data: RunData) -> str:
             (tables.evaluation(data), tables.against_controls(rivals), tables.tasks(data)),
         ),
         ("The same text, before and after", (), (*tables.samples(data),)),
-        ("Plan", plots.plan_pictures(data), (tables.basis(data), tables.pairs(data))),
+        (
+            "Plan",
+            plots.plan_pictures(data),
+            (tables.stock(data), tables.basis(data), tables.pairs(data)),
+        ),
         ("Training", plots.training_pictures(data, names), ()),
     ]
     engineering: list[Section] = [

@@ -244,6 +244,23 @@ def basis(data: RunData) -> Table | None:
     )
 
 
+def stock(data: RunData) -> Table | None:
+    """The heads of the dense export, where every layer has lost as many units."""
+    plan, layout = data.plan, data.layout
+    units = None if plan is None or layout is None else plan.uniform_units(layout)
+    if units is None or layout is None:
+        return None
+    left = layout.with_units(units)
+    rows = (
+        ("attention heads of a layer", f"{left.heads} of {layout.heads}"),
+        ("KV heads of a layer", f"{left.kv_heads} of {layout.kv_heads}"),
+        ("class", left.stock_class),
+        ("tensor parallel sizes that divide them", ", ".join(map(str, left.tensor_parallel))),
+    )
+    note = "The dense export has the small tensors, no zeros, and needs nothing of ours."
+    return Table("A stock model with fewer heads", ("", ""), rows, note, plain=True)
+
+
 def _way(data: RunData, tie: int) -> tuple[str, str]:
     """Mean distance over the projections, in the first and the last row of pairs.jsonl."""
     if data.pairs is None or tie >= data.pairs.distance.shape[1]:

@@ -26,6 +26,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from sa_models.errors import PostshareError
 from sa_models.heads import PROJECTIONS, HeadLayout
 from sa_models.plan import SharingPlan
+from sa_models.weights.compact_folder import dense_config
 from sa_models.weights.parameter_shapes import llama_shapes
 
 Kind = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1"]
@@ -241,7 +242,7 @@ def gguf_name(source: str) -> str:
 
 
 def _pooled(config: LlamaConfig, heads: HeadLayout) -> LlamaConfig:
-    pooled = LlamaConfig(**config.to_dict())
+    pooled = dense_config(config)
     pooled.num_key_value_heads = heads.kv_heads
     return pooled
 

@@ -79,7 +79,7 @@ def search_alternative(
 ) -> Alternative:
     """
     Args:
-        section: of the plan that this is the alternative to; its `skip_layers` are kept.
+        section: of the plan that this is the alternative to; the layers that it skips are kept.
         model: dense, fp32, in evaluation mode, on the device that measures; it is left unchanged.
         batches: calibration text, on that device.
         folder: of the run, whose measurements are used and added to.
@@ -88,7 +88,7 @@ def search_alternative(
         strategy="auto",
         objective="bytes" if counted == "parameters" else "cache",
         budget=Budget.model_validate({counted: share}),
-        skip_layers=section.skip_layers,
+        skip_layers=section.skipped,
     )
     problem = PlanProblem(auto, model.config)
     try:

@@ -175,7 +175,7 @@ class _Search:
 
     def structures(self) -> list[Point]:
         """Every structure that is tried, measured alone."""
-        spans = self.spans and auto_space.may_have_spans(self.problem.config)
+        spans = self.spans and auto_space.may_have_spans(self.problem)
         within = auto_space.tried_structures(self.problem, self._best_spans if spans else None)
         found = [inside.structure for inside in within]
         losses: list[float] = []
@@ -200,7 +200,7 @@ class _Search:
                 self.measured(frozenset()),
                 self.problem.config.num_hidden_layers,
                 plan_structures.MAX_FOLLOWERS,
-                self.problem.section.skip_layers,
+                self.problem.section.skipped,
                 advance,
             )
             return spans.best(followers)

@@ -5,8 +5,6 @@ The budget is one for all: what a structure saves is not asked of the units.
 
 from __future__ import annotations
 
-from typing import Any
-
 from sa_models.plan import SharingPlan
 from sa_models.search import structures
 from sa_models.search.actions import KINDS, Space, make_full_space, make_space
@@ -43,8 +41,9 @@ def full_space(problem: PlanProblem) -> Space:
         allowed.removable,
         allowed.followers,
         asked.removal_saves,
-        asked.needed,
+        problem.needed_of(asked),
         twice=asked.counted != "units",
+        uniform=problem.in_each_layer,
     )
 
 
@@ -68,7 +67,8 @@ def unit_spaces(problem: PlanProblem) -> dict[str, Space]:
             allowed.removable,
             allowed.followers,
             saved,
-            asked.needed,
+            problem.needed_of(asked),
+            uniform=problem.in_each_layer,
         )
     if not spaces[FULL].targets:
         del spaces[FULL]
@@ -80,8 +80,10 @@ def layer_spaces(problem: PlanProblem) -> dict[str, Space]:
     """Whole layers alone, and beside removals of single units.
 
     Counted in units only the first, where they come to whole layers: no more may change than the
-    budget asks for.
+    budget asks for. None where all layers lose as many.
     """
+    if problem.section.uniform:
+        return {}
     asked, allowed = problem.remaining, problem.allowed
     counts_units = asked.counted == "units"
     if counts_units and asked.needed % asked.drop_saves:
@@ -112,8 +114,8 @@ def has_structures(problem: PlanProblem) -> bool:
 def possible_structures(problem: PlanProblem) -> list[PlanProblem]:
     """The problem within structures of the numbers of followers and KV heads that are tried; any
     spans."""
-    layers, skipped = problem.config.num_hidden_layers, problem.section.skip_layers
-    spans = may_have_spans(problem.config)
+    layers, skipped = problem.config.num_hidden_layers, problem.section.skipped
+    spans = may_have_spans(problem)
     return tried_structures(problem, structures.any_spans(layers, skipped) if spans else None)
 
 
@@ -122,7 +124,7 @@ def tried_structures(problem: PlanProblem, spans: structures.Spans | None) -> li
     those that save nothing."""
     found = structures.structures(
         problem.config,
-        problem.section.skip_layers,
+        problem.section.skipped,
         spans,
         lambda plan: problem.within(plan).remaining.needed <= 0,
     )
@@ -130,9 +132,10 @@ def tried_structures(problem: PlanProblem, spans: structures.Spans | None) -> li
     return [inside for inside in within if inside.remaining.given > 0]
 
 
-def may_have_spans(config: Any) -> bool:
-    """Spans do not work with attention dropout (:meth:`SharingPlan.validate`)."""
-    return not getattr(config, "attention_dropout", 0.0)
+def may_have_spans(problem: PlanProblem) -> bool:
+    """Spans do not work with attention dropout (:meth:`SharingPlan.validate`), and are in some
+    layers only."""
+    return not getattr(problem.config, "attention_dropout", 0.0) and not problem.section.uniform
 
 
 def check_auto(problem: PlanProblem) -> None:
@@ -141,11 +144,13 @@ def check_auto(problem: PlanProblem) -> None:
     spaces = [full_space(problem), *layer_spaces(problem).values()]
     most = max(space.most() for space in spaces)
     what = "ties, removals" if problem.section.may_tie else "removals (ties: plan.objective=bytes)"
+    what = "as many removals in every layer" if problem.section.uniform else what
     if has_structures(problem):
-        what = f"{what}, spans and KV groups"
+        what += " and KV groups" if problem.section.uniform else ", spans and KV groups"
         for inside in possible_structures(problem):
             most = max(most, inside.remaining.given + full_space(inside).most())
     else:
+        problem.check_uniform()
         asked = problem.required
     asked.check(most, what)
 
@@ -160,8 +165,8 @@ def auto_passes(problem: PlanProblem, options: GreedyOptions | None = None) -> P
     passes = [greedy_passes(space.largest, options) for space in unit_spaces(problem).values()]
     forward, backward = 0, 1
     if has_structures(problem):
-        spans = structures.candidates(config.num_hidden_layers, section.skip_layers)
-        forward = 2 * len(spans) if may_have_spans(config) else 0
+        spans = structures.candidates(config.num_hidden_layers, section.skipped)
+        forward = 2 * len(spans) if may_have_spans(problem) else 0
         tried = possible_structures(problem)
         forward += len(tried) + 1
         left = [full_space(inside) for inside in tried]

@@ -112,6 +112,10 @@ class PlanSection(Section):
         AfterValidator(lambda v: tuple(sorted(distinct(v)))),
     ] = (0,)
     """Layers whose units are never targets."""
+    uniform: bool = False
+    """Remove as many units from every layer, so that what is left is a stock Llama with fewer
+    heads (strategies loss, auto, random, magnitude, gradient; with action remove): the dense export
+    has small tensors, and every runtime loads it. No layer is skipped."""
     objective: Literal["bytes", "cache", "speed", "all"] = "all"
     """What strategy auto saves under its budget. bytes: stored weights, by whatever costs least;
     cache: of keys and values; speed: what a step of decoding reads; all: the sum of them, as a
@@ -185,6 +189,22 @@ class PlanSection(Section):
                 f"{strategy} does not choose; remove plan.alternatives"
             )
 
+    def _uniform(self) -> Iterator[str]:
+        if not self.uniform:
+            return
+        if self.strategy not in (*MEASURED, *REMOVING, "random"):
+            yield (
+                f"uniform removes as many units from every layer, which strategy {self.strategy} "
+                "does not; set plan.strategy=loss, or plan.uniform=false"
+            )
+        elif self.strategy != "auto" and self.action != "remove":
+            yield (
+                f"uniform: action {self.action} leaves layers that differ from a stock Llama's; "
+                "set plan.action=remove, or plan.uniform=false"
+            )
+        if self.is_set("skip_layers") and self.skip_layers:
+            yield "uniform takes as many units from every layer; remove plan.skip_layers"
+
     def _removal_shares_nothing(self) -> Iterator[str]:
         ignored = self.strategy in ("auto", "basis")  # as it is
         if self.removes and self.is_set("share") and not ignored:
@@ -219,6 +239,7 @@ class PlanSection(Section):
         _path,
         _action,
         _idle_options,
+        _uniform,
         _removal_shares_nothing,
         _fold_norm,
         _basis_budget,
@@ -232,8 +253,14 @@ class PlanSection(Section):
 
     @property
     def may_tie(self) -> bool:
-        """Whether strategy auto may tie units, and share bases, which saves bytes alone."""
-        return self.objective == "bytes"
+        """Whether strategy auto may tie units, and share bases, which saves bytes alone, and has
+        no stock form that is as small."""
+        return self.objective == "bytes" and not self.uniform
+
+    @property
+    def skipped(self) -> tuple[int, ...]:
+        """The layers that are skipped: with `uniform` none."""
+        return () if self.uniform else self.skip_layers
 
     @property
     def searches(self) -> bool:

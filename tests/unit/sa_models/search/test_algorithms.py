@@ -25,7 +25,7 @@ from sa_models.search.algorithms import (
     greedy_passes,
 )
 from sa_models.search.measured_loss import MeasuredLoss, state_key
-from sa_models.search.ranking import Agreement, EstimatedRanking, spearman
+from sa_models.search.ranking import Agreement, EstimatedRanking, agreement, spearman
 from tests.support.reference import VOCABULARY, dense
 
 LAYOUT = HeadLayout(layers=4, hidden_size=8, heads=2, kv_heads=2, head_dim=4)
@@ -265,6 +265,87 @@ def test_layers_and_single_units_compete(search: Callable[..., SearchResult], se
     every = [s for size in (2, 3) for s in valid_states(among, size) if among.saved(s) >= 5]
     best = min(map(table, every))
     assert found.loss == pytest.approx(best) if search is evolve else found.loss < best + 0.5
+
+
+# --- as many units of every layer -----------------------------------------------------------------
+
+WIDE = HeadLayout(layers=3, hidden_size=16, heads=8, kv_heads=4, head_dim=4)
+
+
+def uniform_space(each: int, saves: int = 1) -> Space:
+    """Of 3 layers of 4 units, layer 0 included."""
+    units = [(layer, unit) for layer in range(3) for unit in range(4)]
+    needed = 3 * each * saves
+    return make_space(WIDE, ["remove"], "qkv", (), units, (), (0, saves), needed, uniform=each)
+
+
+def uniform_states(each: int) -> list[State]:
+    """Every choice of so many units in each layer."""
+    of_units = list(itertools.combinations(range(4), each))
+    of_layer = [
+        [frozenset(Action((layer, u)) for u in units) for units in of_units] for layer in range(3)
+    ]
+    return [frozenset().union(*parts) for parts in itertools.product(*of_layer)]
+
+
+@pytest.mark.parametrize("each", [1, 2, 3])
+def test_what_is_allowed_of_every_layer_is_as_many_units(each: int) -> None:
+    among = uniform_space(each)
+    assert among.most() == among.needed == among.largest == 3 * each
+    reached: set[State] = {frozenset()}
+    for _ in range(3 * each):
+        reached = {s | {a} for s in reached for a in among.actions() if among.allows(s, a)}
+    assert reached == set(uniform_states(each))
+    in_turn: set[State] = {frozenset()}
+    for size in range(1, 3 * each + 1):
+        in_turn = {
+            s | {a}
+            for s in in_turn
+            for a in among.actions()
+            if among.in_turn(s, a) and among.allows(s, a)
+        }
+        for state in in_turn:
+            counts = [sum(a.target[0] == layer for a in state) for layer in range(3)]
+            assert sorted(counts) == sorted((size + n) // 3 for n in range(3))
+    assert in_turn == reached
+
+
+@pytest.mark.parametrize("each", [1, 2, 3])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_uniform_search_finds_what_brute_force_finds(seed: int, each: int) -> None:
+    """Without pairs the best of each layer are the best of all; with pairs only evolution looks
+    back. Three units a round, which cross the border of a turn, change nothing."""
+    among = uniform_space(each, saves=5)
+    alone, pairs = Table(among, seed, pairs=0.0), Table(among, seed)
+    best = min(uniform_states(each), key=alone)
+    for rounds in (32, 3 * each - 1):
+        options = GreedyOptions(shortlist=3, rounds=rounds)
+        found = greedy(among, alone, alone.ranking(among), options)
+        assert found.state == best
+        assert found.loss == pytest.approx(alone(best), abs=1e-12)
+        turns = [a.target[0] for step in found.path for a in step.actions]
+        if rounds == 32:
+            assert [sorted(turns[i : i + 3]) for i in range(0, 3 * each, 3)] == [[0, 1, 2]] * each
+    found = greedy(among, pairs, pairs.ranking(among), GreedyOptions(shortlist=100))
+    state: State = frozenset()
+    for step in found.path:  # the best of those whose turn it is
+        turn = [a for a in among.actions() if among.in_turn(state, a) and among.allows(state, a)]
+        state |= {min(turn, key=lambda a: pairs(state | {a}))}
+        assert state == state | set(step.actions)
+    options = EvolutionOptions(population=20, generations=20, seed=seed, pool=20)
+    evolved = evolve(among, pairs, pairs.ranking(among), options)
+    assert evolved.state in uniform_states(each)
+    assert evolved.loss == pytest.approx(min(map(pairs, uniform_states(each))), abs=1e-12)
+
+
+def test_halves_agree_layer_by_layer() -> None:
+    """Layer 0 is the cheapest by far: over all layers both halves would choose it alone."""
+    among = uniform_space(1)
+    rises = [{(layer, u): 10.0 * layer + u for layer in range(3) for u in range(4)} for _ in "ab"]
+    rises[1][(2, 3)] = 19.0  # the other half's choice in layer 2
+    halves = [[Ranked(Action(u), r, 0.0) for u, r in half.items()] for half in rises]
+    units, common, _ = agreement(among, *halves)
+    assert (units, common) == (3, 2)
 
 
 # --- with a model ---------------------------------------------------------------------------------
