@@ -1,4 +1,4 @@
-"""Export: a compact and a dense folder from dense weights and a plan.
+"""Export: compact, dense and GGUF folders from dense weights and a plan.
 
 Tensors are read, materialized, written and verified one at a time, so that the memory is that of
 about one shard. A folder is written beside, verified from its own files, then renamed into place:
@@ -12,18 +12,21 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from threading import Event, Lock
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from safetensors import SafetensorError
-from transformers import LlamaConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerBase
 
 from sa_models.atomic_files import beside, new_folder, write_text
 from sa_models.errors import PostshareError
+from sa_models.export.gguf.file import GgufForm
+from sa_models.export.gguf.form import gguf_form, kind_of
+from sa_models.export.gguf.layout import Kind
 from sa_models.export.manifest import (
     WRITTEN_RECIPE,
     Identity,
@@ -33,6 +36,7 @@ from sa_models.export.manifest import (
     seal,
     write_manifest,
 )
+from sa_models.export.model_card import gguf_name
 from sa_models.export.peft_adapter import AdaptedReader, Pairs, load_adapter, rounded, save_adapter
 from sa_models.export.verify import verify_bytes, verify_equal, verify_stored
 from sa_models.heads import HeadLayout
@@ -55,8 +59,9 @@ from sa_models.weights.safetensors_folder import ShardWriter, WeightsFolder
 from sa_models.weights.stock_form import stock_form
 from sa_models.weights.structure import Leaders, converted
 
-Format = Literal["compact", "dense"]
+Format = Literal["compact", "dense", "gguf"]
 FORMATS: tuple[Format, ...] = ("compact", "dense")
+"""What is exported where nothing else is asked for."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 Progress = Callable[[str, int, int], None]
@@ -79,6 +84,7 @@ def export_model(
     dtype: torch.dtype,
     shard_bytes: int,
     formats: Sequence[Format] = FORMATS,
+    gguf: Kind | None = None,
     merge: Merge = "copy",
     leaders: Leaders = "mean",
     residual: Pairs | None = None,
@@ -90,7 +96,8 @@ def export_model(
     notes: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> ExportResult:
-    """Write ``folder/compact`` and ``folder/dense`` (a plan with spans has no dense form).
+    """Write ``folder/compact``, ``folder/dense`` and ``folder/gguf`` (a plan with spans has the
+    compact form alone).
 
     Of a plan that removes as many units from every layer the dense folder has what is left, as the
     compact one has: a stock Llama with fewer heads.
@@ -99,7 +106,8 @@ def export_model(
     once: they compute the same to rounding.
 
     With residuals the compact folder goes with ``folder/adapter``, a PEFT adapter, and the dense
-    one is what the two compute: compact expanded + B A, of the values that are stored.
+    one is what the two compute: compact expanded + B A, of the values that are stored. The GGUF
+    file is made of the dense weights.
 
     A finished folder of the same export is left as it is; what an interrupted export left is
     removed and made again.
@@ -111,7 +119,8 @@ def export_model(
             with a basis: the ``ExpandedFolder`` of its factors.
         plan: what to share; of a ``released`` plan the effective ties.
         dtype: of all exported tensors.
-        shard_bytes: largest size of a weight file, in bytes.
+        shard_bytes: largest size of a weight file, in bytes; a GGUF file is always one.
+        gguf: type of its matrices; None: that of ``dtype``.
         merge: whether a shared unit is its source's, or the mean of all units that share it; see
             :mod:`sa_models.materialize.merge` for the others.
         leaders: see :mod:`~sa_models.weights.structure`; of a source that is converted.
@@ -130,7 +139,8 @@ def export_model(
 
     Raises:
         PostshareError: the plan does not fit; the folder holds something else; the disk is full;
-            fp16 cannot hold a weight; or the verification fails. Nothing half written stays.
+            fp16 cannot hold a weight; GGUF cannot express the model or the package gguf is missing;
+            or the verification fails. Nothing half written stays.
     """
     folder = Path(folder)
     _check_arguments(formats, dtype, plan)
@@ -168,6 +178,8 @@ def export_model(
         notes={**(notes or {}), "recipe": recipe},
         progress=progress or (lambda stage, done, total: None),
     )
+    if "gguf" in formats:
+        job.gguf = job.gguf_form(gguf or kind_of(dtype))
     kinds = [*formats, *(["adapter"] if residual and "compact" in formats else [])]
     todo = [name for name in kinds if not job.is_finished(name)]
     if todo:
@@ -196,9 +208,9 @@ def one_thread() -> Iterator[None]:
 
 
 def _check_arguments(formats: Sequence[str], dtype: torch.dtype, plan: SharingPlan) -> None:
-    unknown = [name for name in formats if name not in FORMATS]
-    if unknown or not formats:
-        raise PostshareError(f"unknown export formats {list(formats)}; use {list(FORMATS)}")
+    known = get_args(Format)
+    if not formats or not set(known).issuperset(formats):
+        raise PostshareError(f"unknown export formats {list(formats)}; use {list(known)}")
     if "dense" in formats and not plan.has_stock_form:
         raise PostshareError(
             "a plan with spans has no dense form: no stock Llama computes it; export with "
@@ -225,6 +237,32 @@ class _Job:
     written: str | None
     notes: dict[str, Any]
     progress: Progress
+    gguf: GgufForm | None = None
+
+    def gguf_form(self, to: Kind) -> GgufForm:
+        """Raises PostshareError where GGUF cannot express the model."""
+        tokenizer = self.tokenizer
+        if isinstance(tokenizer, Path):
+            tokenizer = AutoTokenizer.from_pretrained(str(tokenizer), trust_remote_code=False)
+        origin = self.base or self.weights.path
+        return gguf_form(
+            dense_config(self.weights.config),
+            self.plan,
+            to,
+            tokenizer,
+            origin=origin,
+            name=self.notes.get("name"),
+            licence=licence_of(origin, origin),
+        )
+
+    def gguf_file(self, folder: Path) -> Path:
+        """The file in the folder of the GGUF export."""
+        assert self.gguf is not None
+        return folder / gguf_name(self.notes.get("name"), self.gguf.layout.to)
+
+    def identity_of(self, name: str) -> Identity:
+        kind = self.gguf.layout.to if self.gguf is not None and name == "gguf" else None
+        return replace(self.identity, gguf=kind)
 
     @cached_property
     def sizes(self) -> dict[str, int]:
@@ -234,12 +272,18 @@ class _Job:
             "compact": self.savings.stored_parameters * size,
             "dense": self.savings.dense_parameters * size,
             "adapter": sum(pair.parameters for pair in (self.residual or {}).values()) * size,
+            "gguf": 0 if self.gguf is None else self.gguf.nbytes,
         }
+
+    @cached_property
+    def expanded(self) -> DenseReader:
+        """The dense tensors with all units of a layer."""
+        return self._adapted(self.weights, self.residual)
 
     @cached_property
     def dense(self) -> DenseReader:
         """The tensors of the dense form."""
-        return stock_form(self._adapted(self.weights, self.residual), self.plan)
+        return stock_form(self.expanded, self.plan)
 
     @property
     def fewer_heads(self) -> HeadLayout | None:
@@ -255,11 +299,14 @@ class _Job:
         path = self.folder / name
         if not path.exists():
             return False
-        if recognize(path, self.identity, self.weights.shards()) or name == "adapter":
+        if recognize(path, self.identity_of(name), self.weights.shards()) or name == "adapter":
             return True  # the identity has the hash of an adapter's values
         # The source files are others, or were touched since: only the weights can tell.
-        exported = ExpandedFolder(path) if name == "compact" else WeightsFolder(path)
         try:
+            if self.gguf is not None and name == "gguf":
+                self.gguf.verify(self.gguf_file(path), self.expanded)
+                return True
+            exported = ExpandedFolder(path) if name == "compact" else WeightsFolder(path)
             verify_equal(exported, self.dense if name == "dense" else self.weights)
         except PostshareError:
             raise PostshareError(
@@ -311,9 +358,14 @@ class _Job:
                 sums = {kind: pool.submit(seal, path) for kind, path in folders.items()}
                 self._verify(folders)
                 for kind, path in folders.items():
-                    parameters = self.sizes[kind] // self.dtype.itemsize
                     facts = describe(
-                        kind, self.plan, self.savings, self.identity, parameters, self.fewer_heads
+                        kind,
+                        self.plan,
+                        self.savings,
+                        self.identity_of(kind),
+                        self._parameters(kind),
+                        self.sizes[kind],
+                        self.fewer_heads,
                     )
                     files = sums[kind].result()
                     notes = {
@@ -332,6 +384,10 @@ class _Job:
             assert self.residual is not None
             save_adapter(path, self.residual)
             return
+        if kind == "gguf":
+            assert self.gguf is not None
+            self.gguf.write(self.gguf_file(path), self.expanded, advance)
+            return
         writer = ShardWriter(path, self.shard_bytes)
         for name, tensor, read in self._compact() if kind == "compact" else _whole(self.dense):
             if stop.is_set():
@@ -339,6 +395,12 @@ class _Job:
             writer.add(name, tensor)
             advance(read)
         writer.close()
+
+    def _parameters(self, kind: str) -> int:
+        """Stored in a folder."""
+        if self.gguf is not None and kind == "gguf":
+            return self.gguf.parameters
+        return self.sizes[kind] // self.dtype.itemsize
 
     def _compact(self) -> Iterator[tuple[str, torch.Tensor, int]]:
         """Name and value of every compact tensor, and the bytes that were read for it."""
@@ -362,7 +424,7 @@ class _Job:
     def _write_companions(self, kind: str, path: Path) -> None:
         origin = tokenizer_folder(self.tokenizer)
         copy_terms(self.base or self.weights.path, origin, path)
-        if kind == "adapter":
+        if kind in ("adapter", "gguf"):
             return
         config = dense_config(self.weights.config if kind == "compact" else self.dense.config)
         config.dtype = self.dtype
@@ -376,12 +438,15 @@ class _Job:
         readers: dict[str, DenseReader] = {
             kind: ExpandedFolder(path) if kind == "compact" else WeightsFolder(path)
             for kind, path in folders.items()
-            if kind != "adapter"
+            if kind not in ("adapter", "gguf")
         }
         for kind, reader in readers.items():
             verify_bytes(reader.path, reader.shards(), self.sizes[kind])
-        passes = 1 if self.residual is None else len(readers)
-        advance = self._advance("verify", passes * self.sizes["dense"])
+        passes = min(1, len(readers)) if self.residual is None else len(readers)
+        total = passes * self.sizes["dense"] + ("gguf" in folders) * self.sizes["gguf"]
+        advance = self._advance("verify", total)
+        if self.gguf is not None and "gguf" in folders:
+            self.gguf.verify(self.gguf_file(folders["gguf"]), self.expanded, advance)
         residual = self.residual
         if "adapter" in folders:
             files = sorted(folders["adapter"].glob("*.safetensors"))
@@ -389,9 +454,10 @@ class _Job:
             residual = load_adapter(folders["adapter"])
         if isinstance(self.weights, ExpandedFolder) and "compact" in folders:
             verify_stored(ExpandedFolder(folders["compact"]), self.weights)
-        if residual is None:
+        if residual is None and readers:
             exported = readers.pop("compact", None) or readers.pop("dense")
             verify_equal(exported, readers.get("dense", self.dense), advance)
+        if residual is None:
             return
         # Ties hold in the compact folder alone; what is added to it, in the dense one.
         compact, dense = readers.get("compact"), readers.get("dense")
@@ -402,7 +468,8 @@ class _Job:
             verify_equal(dense, stock_form(adapted, self.plan), advance)
 
     def _read_for(self, kind: str) -> int:
-        """Bytes that are read to write a format."""
+        """Bytes by which the writing of a format is counted: what is read, of GGUF what is
+        written."""
         if kind == "compact" and self.plan.basis is None:
             return self.savings.expanded_parameters * self.dtype.itemsize
         return self.sizes[kind]

@@ -544,7 +544,7 @@ def test_a_disk_that_fills_up_leaves_nothing(tmp_path: Path) -> None:
 def test_bad_arguments(tmp_path: Path) -> None:
     source, folder = make_source(tmp_path / "source"), tmp_path / "export"
     for options, message in (
-        ({"formats": ["gguf"]}, "unknown export formats"),
+        ({"formats": ["onnx"]}, "unknown export formats"),
         ({"formats": []}, "unknown export formats"),
         ({"dtype": torch.int8}, "cannot export as"),
         ({"tokenizer": tmp_path}, "has no tokenizer"),
