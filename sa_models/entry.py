@@ -11,7 +11,7 @@ import re
 
 from transformers import __version__
 
-NEEDED = "5.23"
+NEEDED = "5.16"
 """The first version of transformers that runs the compact model."""
 
 

@@ -63,7 +63,7 @@ class HeadLayout:
     @property
     def unit_name(self) -> str:
         """What a unit is called, in the plural."""
-        return "heads" if self.heads_per_unit == 1 else "KV groups"
+        return unit_name(self.heads, self.units)
 
     def with_units(self, units: int) -> HeadLayout:
         """The shape with so many units in a layer, each as large as now."""
@@ -117,6 +117,11 @@ class HeadLayout:
         if len(parts) == 6 and parts[3] == "self_attn" and parts[4] in ATTENTION_MODULES:
             return int(parts[2]), parts[4][0]
         return None
+
+
+def unit_name(heads: int, units: int) -> str:
+    """What the units of so many heads are called, in the plural."""
+    return "heads" if heads == units else "KV groups"
 
 
 def unit_view(weight: torch.Tensor, layout: HeadLayout, projection: str) -> torch.Tensor:

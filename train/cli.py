@@ -14,7 +14,7 @@ from train.commands.completion import complete_recipe
 from train.commands.options import OverridesArgument, RecipeArgument
 from train.common.exit_codes import ExitCode
 from train.common.imports import large_imports
-from train.common.signals import Interrupted, TrainingStopped, exit_code, watching
+from train.common.signals import Interrupted, TrainingStopped, exit_code, received, watching
 
 if TYPE_CHECKING:
     from train.recipe.recipe import Recipe
@@ -410,7 +410,7 @@ def _run(arguments: list[str] | None) -> ExitCode:
         app(arguments)
     except (TrainingStopped, Interrupted) as stop:
         _say(str(stop))
-        return exit_code() or ExitCode.INTERRUPTED
+        return exit_code(received())
     except Exception as error:
         # Imported late, so that --help stays fast: whatever raised it has imported it before.
         from sa_models.errors import PostshareError
@@ -420,9 +420,11 @@ def _run(arguments: list[str] | None) -> ExitCode:
             if error.speaks:
                 typer.echo(f"error: {error}", err=True)
             return ExitCode.RANK_LOST
-        if stopped := exit_code():  # another rank has heard the signal first, and is gone
-            _say(f"stopped by a signal ({type(error).__name__}: {error}); start again to go on")
-            return stopped
+        if number := received():
+            # Another rank has heard the signal first and is gone, or Interrupted went through a
+            # library's C++, which raises an error of its own instead.
+            _say(str(Interrupted(number, error)))
+            return exit_code(number)
         if lost := lost_connection(error):
             rank = os.environ.get("RANK", "0")
             typer.echo(

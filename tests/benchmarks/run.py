@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 HERE = Path(__file__).parent
-BENCHMARKS = ("match", "penalty", "compact", "export", "spans", "evaluate", "distributed")
+BENCHMARKS = ("match", "penalty", "compact", "export", "spans", "evaluate", "losses", "distributed")
 
 
 def main() -> None:

@@ -86,7 +86,8 @@ def loaded_and_trained(
     ids = torch.randint(48, (2, LENGTH), generator=generator)
     for micro in range(accumulation := made.train.accumulation(engine.world)):
         with engine.micro_step(boundary=micro == accumulation - 1):
-            engine.backward(token_losses(engine, {"input_ids": ids, "labels": ids}) / 100)
+            batch = {"input_ids": ids, "labels": ids}
+            engine.backward(token_losses(engine, here.model, batch) / 100)
     engine.step()
     after = weights(engine)
     engine.close()

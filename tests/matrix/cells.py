@@ -34,6 +34,8 @@ CELLS |= {
         kind="js", clip_norm=None, trainable="model.layers", learning_rate=1e-3, accumulation=4
     ),
     "recomputed": Setting(model="both", checkpointing=True, accumulation=4),
+    "recomputed in part": Setting(model="both", checkpointing="selective", clip_norm=0.2),
+    "every second recomputed": Setting(model="spans", checkpointing=2, accumulation=4),
 }
 # The compact model, in which several layers read one parameter.
 CELLS |= {
@@ -72,6 +74,15 @@ CELLS |= {
     ),
     "bf16 distill": Setting(precision="bf16", distill=(("precision", "bf16"), ("top_k", 7))),
 }
+# Losses by chunks of rows that divide no micro-batch, against whole logits: lm_head tied to the
+# embeddings and not, frozen, in bf16; those of distillation, by chunks always, in small ones.
+CELLS |= {
+    "chunked": Setting(model="both", chunk=7, accumulation=4, clip_norm=0.2, checkpointing=True),
+    "chunked untied": Setting(model="spans", chunk=50, clip_norm=None),
+    "chunked lora": Setting(lora=3, chunk=7, accumulation=4, clip_norm=0.2),
+    "chunked distill": Setting(model="spans", chunk=7, distill=(("temperature", 2.0),)),
+    "bf16 chunked": Setting(chunk=7, precision="bf16"),
+}
 # Units that are moved after the step: some of them equal after three, all of them after two.
 DECOUPLED = PenaltySection(mode="decoupled", coefficient=19.0)
 PROGRESSIVE = PenaltySection(mode="progressive", schedule="linear", ramp_steps=2)
@@ -108,6 +119,7 @@ SUBSET: dict[tuple[str, int], tuple[str, ...]] = {
         "bf16 lora",
         "distill x4 free",
         "decoupled x4 free",
+        "chunked",
     ),
     ("zero0", 2): (*_GRID[1], "bf16 ties x1"),
     ("zero1", 2): (*_GRID[0], "bf16 penalty", "heal x4 free", "residual alone", *_MOVED),
@@ -120,6 +132,8 @@ SUBSET: dict[tuple[str, int], tuple[str, ...]] = {
         "heal basis recomputed",
         "residual",
         "distill x4 free",
+        "chunked",
+        "recomputed in part",
         _MOVED[0],
     ),
     ("zero3", 2): (
@@ -141,6 +155,8 @@ SUBSET: dict[tuple[str, int], tuple[str, ...]] = {
         "residual alone",
         "distill x1 clipped",
         "distill heal",
+        "chunked untied",
+        "recomputed in part",
         "progressive x1 free",
     ),
 }

@@ -22,9 +22,10 @@ from sa_models.errors import PostshareError
 from sa_models.heads import PROJECTIONS
 from sa_models.materialize.ties import unit
 from tests.matrix.cells import CELLS, PROGRESSIVE, RESUMED
-from tests.support.training import MODELS, Setting, build, train
+from tests.support.training import MODELS, VOCABULARY, Setting, build, train
 from train.distributed.engines.base import Engine
 from train.distributed.engines.start import start
+from train.training import chunks
 
 State = dict[str, tuple[torch.Tensor, dict[str, torch.Tensor]]]
 
@@ -40,7 +41,8 @@ def run(name: str, folder: Path) -> list[dict]:
     setting = CELLS[name]
     engine = prepared(setting)
     check_shards(engine)
-    rows = train(engine, setting)
+    with chunked(engine, setting):
+        rows = train(engine, setting)
     engine.check_replicas()
     weights = {key: value.contiguous() for key, value in engine.full_weights()}
     if engine.is_main:
@@ -51,6 +53,16 @@ def run(name: str, folder: Path) -> list[dict]:
     if name in RESUMED:
         check_resume(setting, weights, engine.backend == "plain" and engine.world > 2)
     return rows
+
+
+@contextmanager
+def chunked(engine: Engine, setting: Setting) -> Iterator[None]:
+    """Losses by chunks as the setting asks; one plain process, the reference, has whole logits."""
+    if not setting.chunk or (engine.backend == "plain" and engine.world == 1):
+        yield
+        return
+    with patch.object(chunks, "CHUNK_ELEMENTS", setting.chunk * VOCABULARY):
+        yield
 
 
 def check_shards(engine: Engine) -> None:

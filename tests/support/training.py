@@ -27,11 +27,13 @@ from sa_models.spans import AttentionSpan
 from sa_models.weights.parameter_shapes import llama_shapes
 from sa_models.weights.structure import convert
 from train.distributed.engines.base import Engine
+from train.models.checkpointing import enable_checkpointing
 from train.models.lora import adapt
 from train.penalty.coupled import Penalty
 from train.penalty.decoupled import Pull
 from train.penalty.lora import LoraPenalty
 from train.recipe.recipe import PenaltySection, Recipe, validate
+from train.recipe.sections.training import Checkpointing
 from train.training.objective import Lessons, Objective
 
 LENGTH = 16
@@ -141,6 +143,8 @@ class Setting:
         lora: ranks of adapters that train alone; 0: none.
         distill: the recipe's section, with :func:`teacher_folder` as the teacher.
         pull: the penalty's section, where it moves the weights after the step.
+        chunk: rows of logits at a time, but where one process without an engine of a library sees
+            whole ones; 0: as by default.
     """
 
     model: str = "ties"
@@ -153,12 +157,13 @@ class Setting:
     precision: str = "fp32"
     lm_weight: float = 0.5
     trainable: str = "model"
-    checkpointing: bool = False
+    checkpointing: Checkpointing = False
     steps: int = 3
     learning_rate: float = 1e-2
     batch: int = 48
     distill: tuple[tuple[str, Any], ...] = ()
     pull: PenaltySection | None = None
+    chunk: int = 0
 
     @cached_property
     def plan(self) -> SharingPlan:
@@ -236,8 +241,7 @@ def build(setting: Setting) -> tuple[LlamaForCausalLM, torch.optim.Optimizer]:
             parameter.data.uniform_(-0.1, 0.1)
         trained = ".lora_" in name or (setting.residual != "alone" and not setting.lora)
         parameter.requires_grad_(trained and name.startswith((setting.trainable, "lm_head")))
-    if setting.checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+    enable_checkpointing(model, setting.checkpointing)
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad],
         lr=setting.learning_rate,
@@ -278,10 +282,10 @@ def train(engine: Engine, setting: Setting, first: int = 0, last: int | None = N
             at = slice(begin, begin + micro)
             with engine.micro_step(boundary=m == setting.accumulation - 1):
                 batch = {"input_ids": ids[at], "labels": labels[at]}
-                losses = {name: x / tokens for name, x in objective(batch).items()}
-                engine.backward(objective.total(losses))
+                minimised, losses = objective(batch)
+                engine.backward(minimised / tokens)
             # With a teacher what is minimised, else the language-model loss, whatever its weight.
-            total += (objective.total(losses) if lessons else losses["lm_loss"]).item()
+            total += (minimised if lessons else losses["lm_loss"]).item() / tokens
         pulled = None if penalty is None else penalty.apply(engine, 0.5)
         norm = engine.step()
         if pull is not None:

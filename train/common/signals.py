@@ -35,12 +35,16 @@ GRACE = 0.2
 
 
 class Interrupted(BaseException):
-    """A stop signal arrived outside a training. Like KeyboardInterrupt, no library swallows it."""
+    """A stop signal arrived outside a training. Like KeyboardInterrupt, no library swallows it.
 
-    def __init__(self, number: signal.Signals) -> None:
+    `error` is what a library has made of it all the same, or what came of a rank that is gone.
+    """
+
+    def __init__(self, number: signal.Signals, error: Exception | None = None) -> None:
         self.number = number
+        became = "" if error is None else f" ({type(error).__name__}: {error})"
         super().__init__(
-            f"stopped by {number.name}; what was finished is kept, go on with: "
+            f"stopped by {number.name}{became}; what was finished is kept, go on with: "
             f"{resume_command(int(os.environ.get('WORLD_SIZE', '1')))}"
         )
 
@@ -180,11 +184,14 @@ def watching() -> Iterator[None]:
         _watch.stop()
 
 
-def exit_code() -> ExitCode | None:
-    """The exit code of the stop signal that this process has received, if it has."""
-    if _watch.received is None:
-        return None
-    by_hand = _watch.received == signal.SIGINT
+def received() -> signal.Signals | None:
+    """The stop signal that this process has received, if it has."""
+    return _watch.received
+
+
+def exit_code(number: signal.Signals | None) -> ExitCode:
+    """What a command exits with that `number` has stopped; None: Ctrl-C came as an exception."""
+    by_hand = number is None or number == signal.SIGINT
     return ExitCode.INTERRUPTED if by_hand else ExitCode.STOPPED
 
 

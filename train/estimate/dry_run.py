@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import astuple, fields
 from typing import TYPE_CHECKING
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from sa_models.savings import PlanSavings
     from train.recipe.recipe import Recipe
     from train.recipe.sections.lora import LoraSection
+    from train.recipe.sections.training import Checkpointing
 
 
 def print_dry_run(
@@ -66,7 +67,6 @@ def print_dry_run(
     needed = [*_training_rows(recipe, shape, gpus, accumulation, tokens_per_second)]
     if auto:
         needed.append(("precision", "auto: bf16 where every process has it, as here, else fp32"))
-    memory = _memory(recipe, shape, gpus) if recipe.steps != 0 else None
     for name, value in rows:
         console.print(f"{name:<12}{value}", soft_wrap=True)
     if recipe.plans:
@@ -75,10 +75,10 @@ def print_dry_run(
         console.print()
     for name, value in needed:
         console.print(f"{name:<12}{value}", soft_wrap=True)
-    if memory is not None:
+    if recipe.steps != 0:
         console.print()
-        console.print(_memory_title(recipe, gpus))
-        console.print(memory)
+        for part in _memory(recipe, shape, gpus):
+            console.print(part)
     for line in recipe_warnings(recipe, _shared(recipe), shape.max_position_embeddings):
         console.print(Text.assemble(("warning:", "yellow"), f" {line}"))
     if full:
@@ -255,48 +255,64 @@ def _lora(section: LoraSection) -> str:
     return f"rank {section.rank} on {targets}, times {section.scaling:g}; base in {section.base}"
 
 
-def _memory(recipe: Recipe, shape: LlamaShape, gpus: int) -> Table:
+def _memory(recipe: Recipe, shape: LlamaShape, gpus: int) -> Iterator[str | Table]:
+    """The memory of a step as the recipe has it, and its total under every way of checkpointing."""
     now = recipe.train.gradient_checkpointing
-    words = {True: "on", False: "off"}
     names = [field.name for field in fields(gpu_memory.Memory)]
     if recipe.distill is None:
         names.remove("teacher")  # the last one
-    rows = []
+    modes: list[Checkpointing] = [False, "selective", True]
+    if now not in modes:
+        modes.insert(1, now)
     stages = gpu_memory.ZERO_STAGES if recipe.lora is None else (0,)
-    for stage in stages:
-        chosen, other = (
-            gpu_memory.memory_per_gpu(
-                shape,
-                recipe.train,
-                stage=stage,
-                gpus=gpus,
-                sequence_length=recipe.data.sequence_length,
-                checkpointing=checkpointing,
-                eager=recipe.model.attention == "eager",
-                distill=recipe.distill,
-                lora=recipe.lora,
-            )
-            for checkpointing in (now, not now)
+    needed = {
+        (stage, mode): gpu_memory.memory_per_gpu(
+            shape,
+            recipe.train,
+            stage=stage,
+            gpus=gpus,
+            sequence_length=recipe.data.sequence_length,
+            checkpointing=mode,
+            eager=recipe.model.attention == "eager",
+            distill=recipe.distill,
+            lora=recipe.lora,
         )
-        rows.append((*astuple(chosen)[: len(names)], chosen.total, other.total))
-    unit, factor = byte_unit(max(rows[-1][-1], 1e6))
+        for stage in stages
+        for mode in modes
+    }
+    rows = [
+        (*astuple(needed[stage, now])[: len(names)], needed[stage, now].total) for stage in stages
+    ]
+    totals = [[needed[stage, mode].total for mode in modes] for stage in stages]
+    largest = max(totals[-1])
+    yield (
+        f"memory per GPU at the peak of a step, {gpus} GPU(s), gradient checkpointing\n"
+        f"{_mode(now)}; allow 2 to 4 GB more for CUDA and communication"
+    )
+    yield _by_stage(stages, [*names, "total"], rows, largest)
+    yield "in all, with gradient checkpointing"
+    yield _by_stage(stages, [_mode(mode) for mode in modes], totals, largest)
+
+
+def _by_stage(
+    stages: Sequence[int], names: list[str], rows: Sequence[Sequence[int]], largest: int
+) -> Table:
+    """A row of bytes for each ZeRO stage, all in the unit of the largest."""
+    unit, factor = byte_unit(max(largest, 1e6))
     table = Table(box=box.SIMPLE_HEAD, padding=0)
     table.add_column(f"ZeRO\n{unit}", no_wrap=True)
-    for name in (*names, "total", f"total\n{words[not now]}"):
+    for name in names:
         table.add_column(name, justify="right", no_wrap=True)
     for stage, row in zip(stages, rows, strict=True):
         table.add_row(str(stage), *(f"{number / factor:,.1f}" for number in row))
     return table
 
 
-def _memory_title(recipe: Recipe, gpus: int) -> str:
-    words = ("off", "on")
-    now = recipe.train.gradient_checkpointing
-    return (
-        f"memory per GPU at the peak of a step, {gpus} GPU(s), gradient checkpointing "
-        f"{words[now]}\n(last column: {words[not now]}); allow 2 to 4 GB more for CUDA and "
-        "communication"
-    )
+def _mode(checkpointing: Checkpointing) -> str:
+    """A way of checkpointing as a person says it."""
+    if isinstance(checkpointing, bool):
+        return "on" if checkpointing else "off"
+    return checkpointing if isinstance(checkpointing, str) else f"every {checkpointing}"
 
 
 def _shared(recipe: Recipe) -> frozenset[str] | None:

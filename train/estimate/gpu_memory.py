@@ -13,13 +13,20 @@ from typing import TYPE_CHECKING
 from sa_models.heads import HeadLayout
 from sa_models.plan import SharingPlan
 from sa_models.savings import llama_parameters
-from train.estimate.parameters import has_basis, parameter_shapes, trainable_parameters
+from train.estimate.parameters import (
+    has_basis,
+    parameter_shapes,
+    trainable_parameters,
+    trains_lm_head,
+)
+from train.training.chunks import chunk_elements
 
 if TYPE_CHECKING:
     from train.estimate.llama_shapes import LlamaShape
     from train.recipe.recipe import Recipe, TrainSection
     from train.recipe.sections.distill import DistillSection
     from train.recipe.sections.lora import LoraSection
+    from train.recipe.sections.training import Checkpointing
 
 ZERO_STAGES = (0, 1, 2, 3)
 
@@ -71,6 +78,40 @@ def layer_activations(
     return tokens * (norms + attention + 4 * size * middle)
 
 
+def kept_products(shape: LlamaShape, tokens: int, size: int, eager: bool) -> int:
+    """Bytes that one layer keeps of its own under selective checkpointing.
+
+    The products q, k, v, o, gate, up and down, and of a fused attention its output and one fp32
+    number per query.
+    """
+    layout = HeadLayout.from_config(shape)
+    query, key = layout.heads * layout.head_dim, layout.kv_heads * layout.head_dim
+    products = query + 2 * key + 2 * shape.hidden_size + 2 * shape.intermediate_size
+    attention = 0 if eager else size * query + 4 * layout.heads
+    return tokens * (size * products + attention)
+
+
+def logits_memory(shape: LlamaShape, tokens: int, size: int, *, trained: bool, taught: bool) -> int:
+    """Bytes that the losses take on a GPU: of whole logits, or of a chunk of their rows.
+
+    In fp32, of whole ones the log-probabilities, the gradient of what is picked from them, and
+    theirs. Of a chunk the logits and the log-probabilities, with a teacher three more; and the
+    gradient of lm_head, whole and in fp32 until the backward, with what a chunk in bf16 adds to it.
+
+    Args:
+        tokens: of a micro-batch.
+        size: bytes of an activation, 4 or 2.
+        trained: whether lm_head, or the embeddings it is tied to, trains.
+        taught: whether there is a teacher: it is always asked by chunks.
+    """
+    vocabulary, most = shape.vocab_size, chunk_elements("cuda")
+    if not taught and tokens * vocabulary <= most:
+        return 12 * tokens * vocabulary
+    rows = min(tokens, max(1, most // vocabulary))
+    added = (4 if size == 4 else 4 + size) * vocabulary * shape.hidden_size
+    return (20 if taught else 8) * rows * vocabulary + (added if trained else 0)
+
+
 def memory_per_gpu(
     shape: LlamaShape,
     train: TrainSection,
@@ -78,7 +119,7 @@ def memory_per_gpu(
     stage: int,
     gpus: int,
     sequence_length: int,
-    checkpointing: bool,
+    checkpointing: Checkpointing,
     eager: bool = False,
     distill: DistillSection | None = None,
     lora: LoraSection | None = None,
@@ -86,7 +127,8 @@ def memory_per_gpu(
     """Memory of one GPU of `gpus` under a ZeRO stage (0: plain data parallel).
 
     Without ZeRO, weights, gradients and two moments are fp32, and bf16 autocast adds a bf16 copy
-    of the weights (with checkpointing: of one layer's and the embeddings). DeepSpeed keeps weights
+    of the weights (with checkpointing: of one layer's, of those that are not checkpointed and of
+    the embeddings). DeepSpeed keeps weights
     in the training precision, sums gradients in fp32, and updates an fp32 master copy (in fp32
     training too): ZeRO-1 divides master copy and moments by the number of GPUs, ZeRO-2 the
     gradients too, ZeRO-3 the weights too. What ZeRO-3 gathers at a time is counted as the larger of
@@ -106,26 +148,38 @@ def memory_per_gpu(
     matrices = 1 if shape.tie_word_embeddings else 2
     layer = (total - matrices * embeddings) // shape.num_hidden_layers
     autocast = stage == 0 and size == 2
+    layers = shape.num_hidden_layers
+    every = 1 if isinstance(checkpointing, bool | str) else checkpointing
+    whole_layers = layers - (math.ceil(layers / every) if checkpointing else 0)
     weights = share(size * total, 3)
     if lora is not None:
         plain = 6 if size == 2 else 4
         weights = lora.model_bytes(parameter_shapes(shape, SharingPlan()), size) + plain * trained
     elif autocast:
-        weights = 4 * total + 2 * (embeddings + layer if checkpointing else total)
+        copied = embeddings + (1 + whole_layers) * layer
+        weights = 4 * total + 2 * (total if checkpointing is False else copied)
     if stage == 3 and gpus > 1:
         weights += size * max(layer, embeddings)
     tokens = train.micro_batch_size * sequence_length
     one_layer = layer_activations(shape, tokens, sequence_length, size, eager, autocast)
     entering = (4 if autocast else size) * tokens * shape.hidden_size
-    kept = entering if checkpointing else one_layer
-    activations = shape.num_hidden_layers * kept + (one_layer if checkpointing else 0)
+    kept = entering
+    if checkpointing == "selective":
+        kept += kept_products(shape, tokens, size, eager)
+    activations = whole_layers * one_layer + (layers - whole_layers) * kept
+    activations += one_layer if whole_layers < layers else 0
     return Memory(
         weights=weights,
         gradients=share(4 * trained, 2),
         optimizer=share((moments + (4 if stage else 0)) * trained, 1),
         activations=activations,
-        # In fp32 the log-probabilities, the gradient of what is picked from them, and theirs.
-        logits=tokens * shape.vocab_size * 12,
+        logits=logits_memory(
+            shape,
+            tokens,
+            size,
+            trained=lora is None and trains_lm_head(shape, train.trainable),
+            taught=distill is not None,
+        ),
         teacher=teacher_memory(shape, distill, tokens, stage=stage, gpus=gpus),
     )
 
@@ -135,8 +189,8 @@ def teacher_memory(
 ) -> int:
     """Bytes that the teacher takes on one GPU beside the student; another one counts as the base.
 
-    Whole, or under ZeRO-3 its share and what a forward gathers; with its logits, and the outputs
-    that are compared. A cached teacher is gone before the student comes.
+    Whole, or under ZeRO-3 its share and what a forward gathers; with its last hidden states, and
+    the outputs that are compared. A cached teacher is gone before the student comes.
     """
     if section is None or section.cache:
         return 0
@@ -150,8 +204,8 @@ def teacher_memory(
         # The embeddings throughout, and a layer while the next one is fetched.
         held = math.ceil(held / gpus) + size * (matrices * embeddings + 2 * layer)
     compared = (section.hidden_weight > 0) + (section.attention_weight > 0)
-    features = compared * shape.num_hidden_layers * shape.hidden_size
-    return held + tokens * max(2, size) * (shape.vocab_size + features)
+    states = 1 + compared * shape.num_hidden_layers
+    return held + tokens * max(2, size) * states * shape.hidden_size
 
 
 @dataclass(frozen=True)

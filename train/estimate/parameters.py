@@ -181,6 +181,12 @@ def trainable_parameters(
     )
 
 
+def trains_lm_head(shape: LlamaShape, patterns: tuple[str, ...]) -> bool:
+    """Whether it, or the embeddings that it is tied to, matches one of the fnmatch `patterns`."""
+    name = "model.embed_tokens.weight" if shape.tie_word_embeddings else "lm_head.weight"
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
 def parameter_shapes(shape: LlamaShape, structure: SharingPlan) -> dict[str, tuple[int, ...]]:
     """Name and shape of every parameter of a model with this structure."""
     pooled = replace(shape, num_key_value_heads=structure.layout(shape).kv_heads)

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from sa_models.atomic_files import write_json
 from sa_models.errors import PostshareError
+from sa_models.heads import unit_name
 from sa_models.plan import SharingPlan
 from sa_models.savings import PlanSavings
 from sa_models.weights.whole_model import open_stored
@@ -174,7 +175,7 @@ def summarize(
             "removed": savings.removed_heads,
         },
         "units": {
-            "name": "heads" if savings.units == savings.heads else "KV groups",
+            "name": unit_name(savings.heads, savings.units),
             "total": savings.units,
             "tied": savings.tied_units,
             "removed": savings.removed_units,

@@ -35,15 +35,16 @@ def markdown(table: Table) -> str:
     return "\n".join(map(_row, (head, rule, *rows)))
 
 
-def cost_line(loss: float, base: float) -> str:
+def cost_line(loss: float, base: float, of: str = "") -> str:
     """What a plan costs untrained, in one line of the terminal.
 
     Args:
         loss, base: with the plan and before it, on calibration text, nats per token.
+        of: the part of the plan that it is the cost of, where there are several: `spans: `.
     """
     before, after = math.exp(base), math.exp(loss)
     return (
-        f"cost      perplexity {before:.2f} to {after:.2f} on calibration text, untrained: "
+        f"cost      {of}perplexity {before:.2f} to {after:.2f} on calibration text, untrained: "
         f"{after / before - 1:+.1%}"
     )
 

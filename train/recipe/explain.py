@@ -134,6 +134,8 @@ def allowed_values(schema: Schema, node: Schema | None) -> str:
 def _words(schema: Schema, node: Schema) -> str:
     if "enum" in node:
         return "one of " + ", ".join(map(str, node["enum"]))
+    if "const" in node:
+        return str(node["const"])
     if "pattern" in node:
         return f"text that matches {node['pattern']}"
     if "properties" in node:

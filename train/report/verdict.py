@@ -9,7 +9,7 @@ from typing import Any
 from train.common.sizes import size
 from train.evaluation.bootstrap import Interval, interval
 from train.evaluation.figures import BATCH, NOT_MEASURED, Figures
-from train.evaluation.summary import model_names
+from train.evaluation.summary import model_names, units_of
 from train.report.data import RunData
 from train.report.decision import RULE, Cost, Decision, decide
 from train.report.rivals import Rivals
@@ -159,10 +159,11 @@ def _explanation(data: RunData, summary: dict[str, Any], shipped: str) -> str:
 
 def _weights(summary: dict[str, Any], figures: Figures) -> Tile:
     stock = round(figures.weight_bytes / figures.weight_ratio)
+    units = units_of(summary)
     changed = [
-        f"{summary['heads'][what]} of {summary['heads']['total']} heads {what}"
+        f"{units[what]} of {units['total']} {units['name']} {what}"
         for what in ("tied", "removed")
-        if summary["heads"][what]
+        if units[what]
     ]
     detail = f"{size(figures.weight_bytes, '.3g')}, stock {size(stock, '.3g')}"
     return Tile("weight bytes", f"{figures.weight_ratio - 1:+.1%}", "; ".join([detail, *changed]))

@@ -88,10 +88,20 @@ def timetable(current: Run) -> list[Stage]:
         (made, Stage("materialize", materialize)),
         (healing > 0, Stage("heal", heal, healing, folder / "heal")),
         (True, Stage("export", write_exports)),
-        (recipe.plans, Stage("evaluate", judge)),
+        (recipe.plans, Stage("evaluate", judge, reads=evaluation_reads(current))),
         (True, Stage("report", conclude)),
     ]
     return [stage for wanted, stage in every if wanted]
+
+
+def evaluation_reads(current: Run) -> float:
+    """What the evaluation reads, in optimizer steps; it is done by one process alone."""
+    evaluate, trained = current.recipe.evaluate, current.recipe.steps != 0
+    models = [True, control_steps(current) > 0, evaluate.directshare, True, trained]
+    held_out = len(current.blocks[1])
+    blocks = held_out if evaluate.blocks is None else min(evaluate.blocks, held_out)
+    steps = sum(models) * blocks / current.recipe.train.batch_size
+    return steps * current.ranks.world
 
 
 def plan(recipe: Recipe) -> None:

@@ -61,7 +61,7 @@ from train.planning.search.loss_search import (
     save_search,
     search_plan,
     search_table,
-    took_line,
+    took_sentence,
     unlike,
     unstable,
 )
@@ -129,7 +129,7 @@ def find_structure(current: Run, base: Path, blocks: Blocks | None) -> SharingPl
     found = SpanFinder(current.recipe, model, blocks).find(structure.spans)
     save_spans(found, current.folder)
     add_to_page(current.folder, spans_table(found))
-    current.say(cost_line(found.choices[0].loss, found.base_loss))
+    current.say(cost_line(found.choices[0].loss, found.base_loss, "spans: "))
     return replace(structure, spans=found.spans)
 
 
@@ -171,12 +171,14 @@ def find_by_loss(current: Run, base: Path, structure: SharingPlan, blocks: Block
 def tell_search(current: Run, searched: LossSearch, problem: PlanProblem) -> None:
     """The search of strategy loss: every step on the page, what it comes to on the terminal."""
     found = searched.found
-    dearer, page = dearer_note(found, problem), [search_table(found, problem.layout)]
-    add_to_page(current.folder, *page, bound_sentence(searched.bound), *filter(None, [dearer]))
-    current.say(
-        took_line(searched.seconds, searched.passes, searched.blocks, searched.estimates),
-        cost_line(found.path[-1].loss if found.path else found.base_loss, found.base_loss),
+    took = took_sentence(searched.seconds, searched.passes, searched.blocks, searched.estimates)
+    add_to_page(
+        current.folder,
+        search_table(found, problem.layout),
+        f"{took} {bound_sentence(searched.bound)}",
+        *filter(None, [dearer_note(found, problem)]),
     )
+    current.say(cost_line(found.path[-1].loss if found.path else found.base_loss, found.base_loss))
 
 
 def warn_of_text(
@@ -250,20 +252,18 @@ def tell_auto(current: Run, searched: AutoResult, front: list[Timed], problem: P
     factored, found = searched.factored, searched.found
     better = factored is not None and factored.is_better
     dearer = None if found is None else dearer_note(found, problem)
+    took = took_sentence(searched.seconds, searched.passes, searched.blocks, searched.estimates)
     add_to_page(
         current.folder,
         compared_table(searched, config),
         cost_table(searched, config),
         front_table(front, config, size),
-        bound_sentence(searched.bound),
+        f"{took} {bound_sentence(searched.bound)}",
         objective_sentence(current.recipe.plan.objective, searched.plan, config, size),
-        *([factored_note(factored, searched.chosen.plan)] if better and factored else []),
+        *([factored_note(factored, searched.chosen.plan, config)] if better and factored else []),
         *filter(None, [dearer]),
     )
-    current.say(
-        took_line(searched.seconds, searched.passes, searched.blocks, searched.estimates),
-        *chosen_lines(searched),
-    )
+    current.say(*chosen_lines(searched))
     if better and searched.plan.basis is None:
         current.say(f"note      Basis Sharing at as many bytes is better untrained: {SEARCH_PAGE}")
 
@@ -293,7 +293,7 @@ def show_plan(current: Run) -> None:
             "other: fewer heads change than were asked for"
         )
     if not found.has_stock_form and "dense" in current.recipe.export.formats:
-        current.say("note: a plan with spans has no dense form; only compact will be exported")
+        current.say("note: spans have no dense form; only compact will be exported")
     positions = current.config.max_position_embeddings
     said = recipe_warnings(current.recipe, None, positions)  # before the plan was known
     for line in recipe_warnings(current.recipe, found.shared_projections(), positions):

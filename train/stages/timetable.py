@@ -1,7 +1,7 @@
-"""The timetable of a run: its stages by number, and how long the trainings to come will take.
+"""The timetable of a run: its stages by number, and how long those to come will take.
 
-Only trainings are foretold: the seconds of a step are measured once one of the run has begun. What
-is not known is not said.
+The seconds of a step are measured once a training of the run has begun, and an evaluation is
+foretold from them. What is not known is not said: exports and reports take what the disk takes.
 """
 
 from __future__ import annotations
@@ -23,12 +23,15 @@ class Stage:
     Attributes:
         steps: optimizer steps; 0 where it trains nothing.
         folder: of its training.
+        reads: the work of the forward passes of an evaluation, in optimizer steps: what one process
+            reads alone counts as often as there are processes.
     """
 
     name: str
     work: Callable[[Run], None]
     steps: int = 0
     folder: Path | None = None
+    reads: float = 0.0
 
     @property
     def is_trained(self) -> bool:
@@ -43,7 +46,7 @@ class Stage:
 
 
 def announce(current: Run, stages: Sequence[Stage], number: int) -> None:
-    """Say on stderr which stage begins, and how long all training still takes where it is known.
+    """Say on stderr which stage begins, and how long the run still takes where it is known.
 
     Args:
         number: of the stage, from 1.
@@ -56,21 +59,20 @@ def announce(current: Run, stages: Sequence[Stage], number: int) -> None:
         line += ", done before"
     elif stage.steps:
         line += f", {stage.steps:,} steps"
-    seconds = training_left(stages, number)
-    note(
-        line if seconds is None else f"{line}; about {clock(seconds)} of training left in this run"
-    )
+    seconds = time_left(stages, number)
+    note(line if seconds is None else f"{line}; about {clock(seconds)} left")
 
 
-def training_left(stages: Sequence[Stage], number: int) -> float | None:
-    """Seconds of training from a stage on, at the pace of the run's last training.
+def time_left(stages: Sequence[Stage], number: int) -> float | None:
+    """Seconds from a stage on, at the pace of the run's last training.
 
-    None where nothing has been trained yet, or nothing is left to train.
+    A forward pass is taken for a third of a step: a backward pass computes twice as much. None
+    where nothing has been trained yet, or nothing is left to train or to evaluate.
     """
     paces = [done[1] / done[0] for stage in stages if (done := stage.done) is not None]
     left = sum(
-        stage.steps - (stage.done or (0, 0.0))[0]
+        stage.reads / 3 + stage.steps - (stage.done or (0, 0.0))[0]
         for stage in stages[number - 1 :]
-        if stage.steps and not stage.is_trained
+        if not stage.is_trained
     )
     return left * paces[-1] if paces and left > 0 else None

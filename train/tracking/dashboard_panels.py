@@ -87,7 +87,7 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
             "bars",
         ),
         Panel(
-            "Heads that changed, attention parameters that are no longer stored",
+            "Units that changed (heads, KV groups), attention parameters that are no longer stored",
             (
                 "postshare/heads/requested_ratio",
                 "postshare/heads/effective_ratio",

@@ -11,24 +11,42 @@ together: the divergence of two distributions over k + 1 outcomes, so never nega
 where q agrees with p on each of them. T^2 keeps the size of the gradient (Hinton, Vinyals, Dean,
 arXiv 1503.02531, section 2).
 
-Everything is computed in fp32, some rows at a time: no copy of all logits in fp32 is ever made.
+Everything is computed in fp32, some rows at a time (:mod:`train.training.chunked_loss`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from sa_models.calibration.token_losses import IGNORED
+from train.training.chunks import chunks
 
-CHUNK_ELEMENTS = 2**24
-"""Logits that are in fp32 at a time: 64 MiB, and a few temporaries of that size."""
 EPSILON = 1e-6
 """Added to the teacher's mean square, so that a silent block is no division by zero."""
+
+
+@dataclass(frozen=True)
+class Projection:
+    """Logits that are computed when they are asked for.
+
+    Attributes:
+        hidden: [..., hidden size], what lm_head is given.
+        weight: [vocabulary, hidden size], its own, in the same dtype.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+
+    def rows(self, at: Tensor | slice) -> Projection:
+        """Some of all positions in a row: [rows, hidden size]."""
+        return Projection(self.hidden.flatten(0, -2)[at], self.weight)
+
+    def logits(self) -> Tensor:
+        """fp32 [..., vocabulary], rounded to the dtype of both on the way."""
+        return (self.hidden @ self.weight.T).float()
 
 
 @dataclass(frozen=True)
@@ -45,127 +63,59 @@ class TopK:
     log_probabilities: Tensor
     rest: Tensor
 
-    def flat(self) -> TopK:
-        """With all leading dimensions as one."""
-        k = self.ids.shape[-1]
-        return TopK(
-            self.ids.reshape(-1, k), self.log_probabilities.reshape(-1, k), self.rest.reshape(-1)
-        )
-
-
-def chunks(logits: Tensor) -> Iterator[slice]:
-    """Rows of [rows, vocabulary] logits that are worked on at a time."""
-    rows = max(1, CHUNK_ELEMENTS // logits.shape[1])
-    for start in range(0, len(logits), rows):
-        yield slice(start, start + rows)
+    def rows(self, at: Tensor | slice) -> TopK:
+        """Some of all positions in a row: [rows, k]."""
+        flat = self.ids.flatten(0, -2), self.log_probabilities.flatten(0, -2), self.rest.flatten()
+        return TopK(*(part[at] for part in flat))
 
 
 @torch.no_grad()
-def likeliest(logits: Tensor, k: int, temperature: float) -> TopK:
+def likeliest(teacher: Projection, k: int, temperature: float) -> TopK:
     """The teacher's side of the top-k divergence.
 
     Args:
-        logits: [..., vocabulary], in any float dtype; k is below the vocabulary's size.
+        k: below the vocabulary's size.
     """
-    flat, parts = logits.flatten(0, -2), []
-    for at in chunks(flat):
-        scaled = flat[at].float() / temperature
+    shape, parts = teacher.hidden.shape[:-1], []
+    for at in chunks(shape.numel(), len(teacher.weight), teacher.weight.device.type):
+        scaled = teacher.rows(at).logits() / temperature
         whole = scaled.logsumexp(-1)
         values, ids = scaled.topk(k, dim=-1)
         others = scaled.scatter_(-1, ids, -torch.inf).logsumexp(-1)
         parts.append((ids.int(), values - whole[:, None], others - whole))
     ids, values, rest = (torch.cat(column) for column in zip(*parts, strict=True))
-    shape = logits.shape[:-1]
     return TopK(ids.view(*shape, k), values.view(*shape, k), rest.view(shape))
 
 
-def token_sums(
-    logits: Tensor, labels: Tensor, teacher: Tensor | TopK, temperature: float
+def divergence(
+    student: Tensor, teacher: Projection | TopK, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropy with the labels and divergence from the teacher, in nats; differentiable.
+    """KL of each row and its gradient by the student's softened logits; neither has T^2 yet.
 
     Args:
-        logits: [..., vocabulary], the student's, in any float dtype.
-        labels: int64 [...]; IGNORED positions count in neither.
-        teacher: logits as the student's, or what :func:`likeliest` makes of them.
+        student: fp32 [rows, vocabulary], logits divided by the temperature.
+        teacher: of the same rows.
 
     Returns:
-        two fp32 scalars, sums over the predicted positions.
+        fp32 [rows] and [rows, vocabulary].
     """
-    flat = teacher.flat() if isinstance(teacher, TopK) else teacher.flatten(0, -2)
-    return TokenSums.apply(logits.flatten(0, -2), labels.flatten(), flat, temperature)
-
-
-class TokenSums(torch.autograd.Function):
-    """Both sums in closed form: their gradients are computed anew, and only when they are needed.
-
-    Kept for the backward are the logits as the model made them.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, labels: Tensor, teacher: Tensor | TopK, temperature: float
-    ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(logits, labels)
-        ctx.teacher, ctx.temperature = teacher, temperature
-        sums = torch.zeros(2, dtype=torch.float64, device=logits.device)
-        for at in chunks(logits):
-            student, target = logits[at].float(), labels[at]
-            predicted = target != IGNORED
-            index = target.clamp(min=0)[:, None]
-            entropy = student.logsumexp(-1) - student.gather(-1, index).squeeze(-1)
-            divergence = _divergence(student / temperature, _at(teacher, at), temperature)
-            both = torch.stack([entropy, divergence])
-            sums += torch.where(predicted, both, 0.0).sum(-1, dtype=torch.float64)
-        sums[1] *= temperature**2
-        entropy, divergence = sums.float()
-        return entropy.clone(), divergence.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *factors: Any) -> tuple[Tensor, None, None, None]:
-        logits, labels = ctx.saved_tensors
-        entropy, divergence = factors
-        temperature = ctx.temperature
-        gradient = torch.empty_like(logits)
-        for at in chunks(logits):
-            student, target = logits[at].float(), labels[at]
-            index = target.clamp(min=0)[:, None]
-            cross = student.softmax(-1)
-            cross.scatter_add_(-1, index, torch.full_like(index, -1, dtype=cross.dtype))
-            # d(T^2 KL)/d(logit) is T times what it is by the softened logit.
-            soft = _gradient(student.div_(temperature), _at(ctx.teacher, at), temperature)
-            both = cross.mul_(entropy).add_(soft.mul_(temperature * divergence))
-            gradient[at] = both.masked_fill_((target == IGNORED)[:, None], 0.0)
-        return gradient, None, None, None
-
-
-def _at(teacher: Tensor | TopK, rows: slice) -> Tensor | TopK:
     if isinstance(teacher, TopK):
-        return TopK(teacher.ids[rows].long(), teacher.log_probabilities[rows], teacher.rest[rows])
-    return teacher[rows].float()
-
-
-def _divergence(student: Tensor, teacher: Tensor | TopK, temperature: float) -> Tensor:
-    """KL of each row; `student` is divided by the temperature already."""
-    if isinstance(teacher, TopK):
-        whole = student.logsumexp(-1)
-        own = student.gather(-1, teacher.ids) - whole[:, None]
-        others = student.scatter(-1, teacher.ids, -torch.inf).logsumexp(-1) - whole
-        known = teacher.log_probabilities.exp() * (teacher.log_probabilities - own)
-        return known.sum(-1) + teacher.rest.exp() * (teacher.rest - others)
-    expected = (teacher / temperature).log_softmax(-1)
-    return (expected.exp() * (expected - student.log_softmax(-1))).sum(-1)
-
-
-def _gradient(student: Tensor, teacher: Tensor | TopK, temperature: float) -> Tensor:
-    """d(KL)/d(student) of each row."""
-    if isinstance(teacher, TopK):
-        others = student.scatter(-1, teacher.ids, -torch.inf)
-        found = (student - student.logsumexp(-1, keepdim=True)).exp()
+        ids = teacher.ids.long()
+        whole = student.logsumexp(-1, keepdim=True)
+        own = student.gather(-1, ids) - whole
+        gradient = (student - whole).exp_()
+        others = student.scatter(-1, ids, -torch.inf)
+        rest = others.logsumexp(-1) - whole.squeeze(-1)
+        known = teacher.log_probabilities.exp()
+        total = (known * (teacher.log_probabilities - own)).sum(-1)
+        total += teacher.rest.exp() * (teacher.rest - rest)
         # Among the others the teacher takes no side: its share is theirs as the student has it.
-        found -= others.softmax(-1).mul_(teacher.rest.exp()[:, None])
-        return found.scatter_add_(-1, teacher.ids, -teacher.log_probabilities.exp())
-    return student.softmax(-1) - (teacher / temperature).softmax(-1)
+        gradient -= others.softmax(-1).mul_(teacher.rest.exp()[:, None])
+        return total, gradient.scatter_add_(-1, ids, -known)
+    expected, own = (teacher.logits() / temperature).log_softmax(-1), student.log_softmax(-1)
+    likely = expected.exp()
+    total = expected.sub_(own).mul_(likely).sum(-1)
+    return total, own.exp_().sub_(likely)
 
 
 def feature_sum(ours: Sequence[Tensor], theirs: Sequence[Tensor], predicted: Tensor) -> Tensor:

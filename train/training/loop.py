@@ -37,6 +37,7 @@ from train.distributed.engines.base import Engine
 from train.distributed.engines.start import start
 from train.distributed.watchdog import Watchdog
 from train.evaluation.perplexity import perplexity
+from train.models.checkpointing import enable_checkpointing
 from train.penalty.coupled import PenaltyResult, penalty_coefficient
 from train.penalty.decoupled import Pull
 from train.penalty.lora import penalty_of
@@ -96,8 +97,7 @@ def prepare(engine: Engine, job: TrainJob, recipe: Recipe) -> None:
         # A compact model stores o transposed. Fused AdamW pairs weights and moments as they lie in
         # memory, and moments that come from a checkpoint lie as the file has them.
         parameter.data = parameter.data.contiguous()
-    if recipe.train.gradient_checkpointing:
-        job.model.activation_checkpointing_enable({"use_reentrant": False})
+    enable_checkpointing(job.model, recipe.train.gradient_checkpointing)
     plain = engine.backend == "plain"
     optimizer = build_optimizer(job.model, recipe.train, job.learning_rate, engine.device, plain)
     set_packed_(job.model, False)  # validation would hold what the next step makes stale
@@ -179,9 +179,9 @@ def _train(
             for micro, batch in enumerate(window):
                 watch.note("forward and backward")
                 with engine.micro_step(boundary=micro == len(window) - 1):
-                    losses = {name: x / predicted for name, x in objective(batch).items()}
-                    engine.backward(objective.total(losses))
-                sums += torch.stack([loss.detach() for loss in losses.values()])
+                    total, losses = objective(batch)
+                    engine.backward(total / predicted)
+                sums += torch.stack(list(losses.values())) / predicted
             stop_here = sums.new_tensor([float(stop.received)])
             *means, stopping = engine.reduce_sum(torch.cat([sums, stop_here])).tolist()
             means = dict(zip(losses, means, strict=True))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from sa_models.calibration.token_losses import IGNORED
-from train.training.distill_loss import feature_sum, token_sums
+from train.training.chunked_loss import in_place_of, token_sums
+from train.training.distill_loss import feature_sum
 from train.training.teacher import Lesson, Taps, Teacher
 from train.training.teacher_cache import TeacherCache, taught
 
@@ -20,20 +22,32 @@ if TYPE_CHECKING:
 Batch = dict[str, Tensor]
 
 
-def token_losses(engine: Engine, batch: Batch) -> Tensor:
-    """Sum of the micro-batch's token losses in nats, computed in fp32."""
+def token_losses(engine: Engine, model: Any, batch: Batch) -> Tensor:
+    """Sum of the micro-batch's token losses in nats, computed in fp32.
+
+    Args:
+        model: the Llama that the engine has prepared.
+    """
     batch, labels = _on_device(engine, batch)
-    logits = engine.model(**batch, use_cache=False).logits.float()
-    return F.cross_entropy(
-        logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
-    )
+    return _token_sums(engine, model, batch, labels)[0]
 
 
 def _on_device(engine: Engine, batch: Batch) -> tuple[Batch, Tensor]:
-    """The inputs, and the label of each position: the token after it."""
-    batch = {name: tensor.to(engine.device, non_blocking=True) for name, tensor in batch.items()}
-    # Padding the labels instead of cutting the logits spares a copy of the logits.
-    return batch, F.pad(batch.pop("labels")[:, 1:], (0, 1), value=IGNORED)
+    """The inputs, and the label of each position, the token after it, where they were read."""
+    # Padding the labels instead of cutting the hidden states spares a copy of these.
+    labels = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    return {n: t.to(engine.device, non_blocking=True) for n, t in inputs.items()}, labels
+
+
+def _token_sums(engine: Engine, model: Any, batch: Batch, labels: Tensor, *teacher: Any) -> Tensor:
+    """:func:`train.training.chunked_loss.token_sums` of a forward through the engine."""
+
+    def losses(hidden: Tensor) -> Tensor:
+        return token_sums(hidden, model.lm_head.weight, labels, *teacher)
+
+    with in_place_of(model.lm_head, losses):
+        return engine.model(**batch, use_cache=False).logits
 
 
 class Lessons:
@@ -56,9 +70,11 @@ class Lessons:
         else:
             self._teacher = Teacher(recipe, engine)
 
-    def __call__(self, batch: Batch) -> Lesson:
+    def __call__(self, batch: Batch) -> AbstractContextManager[Lesson]:
         """What the teacher says about a micro-batch on the device; cached answers leave it."""
-        return Lesson(taught(batch), [], []) if self._teacher is None else self._teacher(batch)
+        if self._teacher is None:
+            return nullcontext(Lesson(taught(batch), [], []))
+        return self._teacher(batch)
 
 
 class Objective:
@@ -84,7 +100,8 @@ class Objective:
         lm_weight: float = 1.0,
         lessons: Lessons | None = None,
     ) -> None:
-        self.engine, self.lessons, self.section = engine, lessons, recipe.distill
+        self.engine, self.model, self.lessons = engine, model, lessons
+        self.section = recipe.distill
         self.weights = {"lm_loss": lm_weight}
         if lessons is None:
             return
@@ -98,27 +115,33 @@ class Objective:
         }
         self._taps = Taps(model, hidden > 0, attention > 0)
 
-    def __call__(self, batch: Batch) -> dict[str, Tensor]:
-        """Each an fp32 scalar with a gradient; divide by the predicted tokens of all ranks."""
+    def __call__(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The total, which has a gradient, and each loss without one; fp32 scalars.
+
+        Divide them by the predicted tokens of all ranks.
+        """
         if self.lessons is None:
-            return {"lm_loss": token_losses(self.engine, batch)}
+            loss = token_losses(self.engine, self.model, batch)
+            return self.weights["lm_loss"] * loss, {"lm_loss": loss.detach()}
         assert self.section is not None
         batch, labels = _on_device(self.engine, batch)
-        lesson = self.lessons(batch)
-        with self._taps:
-            logits = self.engine.model(**batch, use_cache=False).logits
-        entropy, divergence = token_sums(
-            logits, labels, lesson.distribution, self.section.temperature
-        )
+        weights = self.weights["lm_loss"], self.weights["distill_loss"]
+        with self.lessons(batch) as lesson, self._taps:
+            teaching = lesson.distribution, self.section.temperature, weights
+            total, entropy, divergence = _token_sums(
+                self.engine, self.model, batch, labels, *teaching
+            )
         losses = {"lm_loss": entropy, "distill_loss": divergence}
         hidden, attention = self._taps.take()
-        predicted = labels != IGNORED
+        predicted = (labels != IGNORED).to(self.engine.device, non_blocking=True)
         if hidden:
             losses["hidden_loss"] = feature_sum(hidden, lesson.hidden, predicted)
+            total = total + self.weights["hidden_loss"] * losses["hidden_loss"]
         if attention:
             losses["attention_loss"] = feature_sum(attention, lesson.attention, predicted)
-        return losses
+            total = total + self.weights["attention_loss"] * losses["attention_loss"]
+        return total, {name: loss.detach() for name, loss in losses.items()}
 
-    def total(self, losses: dict[str, Any]) -> Any:
-        """Their weighted sum."""
+    def total(self, losses: dict[str, float]) -> float:
+        """The weighted sum of losses."""
         return sum(self.weights[name] * losses[name] for name in self.weights)

@@ -8,6 +8,8 @@ DeepSpeed, and every forward gathers one layer at a time. It is no part of a che
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,7 +28,8 @@ from train.models.base_model import base_folder
 from train.models.sharded_source import base_source
 from train.models.tokenizer import load_tokenizer
 from train.recipe.sections.inputs import ModelSection
-from train.training.distill_loss import TopK, likeliest
+from train.training.chunked_loss import in_place_of
+from train.training.distill_loss import Projection, TopK, likeliest
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, PreTrainedTokenizerBase
@@ -45,11 +48,11 @@ class Lesson:
     """What the teacher says about a micro-batch.
 
     Attributes:
-        distribution: logits [batch, length, vocabulary] in the teacher's dtype, or the top k.
+        distribution: of each position [batch, length]; whole, or the top k.
         hidden, attention: [batch, length, hidden size] of each layer; empty where not asked for.
     """
 
-    distribution: Tensor | TopK
+    distribution: Projection | TopK
     hidden: list[Tensor]
     attention: list[Tensor]
 
@@ -97,21 +100,28 @@ class Teacher:
         assert recipe.distill is not None
         self.section = recipe.distill
         self.model = place(recipe, engine)
+        self._sharded = engine.streams
         self._taps = Taps(
             self.model, self.section.hidden_weight > 0, self.section.attention_weight > 0
         )
 
-    def __call__(self, batch: Batch) -> Lesson:
-        """A collective where the teacher is sharded.
+    @contextmanager
+    def __call__(self, batch: Batch) -> Iterator[Lesson]:
+        """A collective where the teacher is sharded; within, what it says can be read.
 
         Args:
             batch: on the device; without labels.
         """
-        with torch.no_grad(), self._taps:
-            logits: Any = self.model(**batch, use_cache=False).logits
-            if self.section.top_k is not None:
-                logits = likeliest(logits, self.section.top_k, self.section.temperature)
-        return Lesson(logits, *self._taps.take())
+        lm_head: Any = self.model.lm_head
+        with torch.no_grad(), self._taps, in_place_of(lm_head, lambda hidden: hidden):
+            hidden: Any = self.model(**batch, use_cache=False).logits
+        whole = Projection(hidden, lm_head.weight)
+        answer: Projection | TopK = whole
+        if self.section.top_k is not None:
+            answer = likeliest(whole, self.section.top_k, self.section.temperature)
+        yield Lesson(answer, *self._taps.take())
+        if self._sharded:
+            self.model.reshard()  # type: ignore[operator]  # of torch's FSDPModule
 
 
 def teacher_model(recipe: Recipe) -> ModelSection:
@@ -255,8 +265,8 @@ def _sharded(recipe: Recipe, engine: Engine) -> LlamaForCausalLM:
     mesh = device_mesh(engine.device, engine.world)
 
     def shard(module: nn.Module) -> None:
-        # The root too gives back what it gathered: no backward will need it.
-        fully_shard(module, mesh=mesh, reshard_after_forward=True)
+        # The root alone stays gathered: lm_head is read until the student's loss is computed.
+        fully_shard(module, mesh=mesh, reshard_after_forward=module is not model)
 
     load_sharded(model, source, engine.device, shard, DTYPES[recipe.distill.precision])
     return model

@@ -201,8 +201,8 @@ class TeacherCache:
             rows = indices[start : start + size] or indices[:1]
             batch = read_batch(self.blocks, rows, self.engine.device)
             batch.pop("labels")
-            lesson = teacher(batch)
-            top = lesson.distribution
+            with teacher(batch) as lesson:
+                top = lesson.distribution
             assert isinstance(top, TopK)
             if start < len(indices):
                 parts.append([part.cpu() for part in (top.ids, top.log_probabilities, top.rest)])

@@ -28,6 +28,7 @@ from tests.support.reference import (
     use,
 )
 from tests.support.reference import shared as compact_of
+from tests.support.transformers_versions import checkpoint_layers, keep_activations
 
 MODES = [0, 16]
 """``reuse_rows``: replay, and reuse of the attention weights."""
@@ -238,7 +239,7 @@ def test_gradients_are_those_of_the_definition(kind: str, implementation: str) -
     compact = compact_of(model, some_plan(kind, "gqa"), "copy")
     for checkpointing in (False, True):
         if checkpointing:
-            compact.activation_checkpointing_enable()
+            checkpoint_layers(compact)
         for reuse_rows in MODES:
             computed = gradients(use(compact, implementation, reuse_rows), use_cache=False)
             for name, weight in reference.weights.items():
@@ -257,7 +258,7 @@ def test_the_leader_learns_from_its_followers(share: str, checkpointing: bool) -
     model = compact_of(dense("gqa"), SharingPlan(spans=(AttentionSpan(1, (2, 4), share),)))
     model.model.layers[1].self_attn.o_proj.weight.data.zero_()
     if checkpointing:
-        model.activation_checkpointing_enable()
+        checkpoint_layers(model)
     for reuse_rows in MODES:
         computed = gradients(use(model, "sdpa", reuse_rows), use_cache=False)
         for p in "qk" if share == "attention" else "kv":
@@ -269,9 +270,9 @@ def test_checkpointing_gives_the_same_gradients(kind: str) -> None:
     model = compact_of(dense("gqa"), some_plan(kind, "gqa"))
     for reuse_rows in MODES:
         plain = gradients(use(model, "sdpa", reuse_rows), use_cache=False)
-        model.activation_checkpointing_enable()
+        checkpoint_layers(model)
         again = gradients(model)  # checkpointing switches the cache off
-        model.activation_checkpointing_disable()
+        keep_activations(model)
         for name, gradient in plain.items():
             assert torch.equal(again[name], gradient), name
 
@@ -279,7 +280,7 @@ def test_checkpointing_gives_the_same_gradients(kind: str) -> None:
 def test_reentrant_checkpointing_is_refused() -> None:
     """It would cut the leader off its followers without a word."""
     model = compact_of(dense("gqa"), some_plan("sa", "gqa"))
-    model.activation_checkpointing_enable({"use_reentrant": True})
+    checkpoint_layers(model, use_reentrant=True)
     for reuse_rows in MODES:
         with pytest.raises(PostshareError, match="'use_reentrant': False"):
             gradients(use(model, "sdpa", reuse_rows))

@@ -28,6 +28,7 @@ from tests.support.reference import (
     tokens,
     use,
 )
+from tests.support.transformers_versions import has_fp8_cache, reset_empties
 
 
 @lru_cache
@@ -123,7 +124,7 @@ def test_cropping_goes_back(kind: str, cache: str) -> None:
     model = model_of(kind)
     filled = model(tokens(2, 8), past_key_values=make_cache(cache, model)).past_key_values
     assert filled.get_seq_length() == 8
-    assert filled.is_croppable
+    assert getattr(filled, "is_croppable", True)  # before 5.21 every cache was
     filled.crop(-3)
     assert filled.get_seq_length() == 5
     out = model(tokens(2, 12)[:, 5:], past_key_values=filled)
@@ -166,6 +167,8 @@ def test_a_cache_can_be_reset_and_used_again(kind: str, cache: str) -> None:
     in_chunks(model, used, [5, 7])
     assert used is not None
     used.reset()
+    if not reset_empties() and cache != "static":
+        pytest.skip("this version of transformers keeps the length of a growing cache")
     assert int(used.get_seq_length()) == 0
     assert (in_chunks(model, used, [4, 8]) - expected_of(kind)).abs().max() <= 1e-5
 
@@ -240,19 +243,25 @@ def test_a_cache_of_a_model_with_other_spans(cache: str) -> None:
             assert empty.is_compileable == (cache == "static")
 
 
-def test_kinds_of_cache_that_spans_do_not_support() -> None:
+@pytest.mark.skipif(not has_fp8_cache(), reason="this version of transformers has no fp8 cache")
+def test_quantized_caches() -> None:
     model = model_of("sa")
-    sliding = DynamicCache(config=model.config)
-    sliding.layers = [DynamicSlidingWindowLayer(4) for _ in range(6)]
-    for cache in (QuantizedCache("fp8", model.config), sliding):
-        with pytest.raises(PostshareError, match=r"cannot use a cache of .*; use a DynamicCache"):
-            model(tokens(), past_key_values=cache)
-    model.generate(tokens(), max_new_tokens=2)
+    with pytest.raises(PostshareError, match=r"cannot use a cache of .*; use a DynamicCache"):
+        model(tokens(), past_key_values=QuantizedCache("fp8", model.config))
     options = {"cache_implementation": "quantized", "cache_config": {"backend": "fp8"}}
     with pytest.raises(PostshareError, match="cannot use a cache of Fp8QuantizedLayer"):
         model.generate(tokens(), max_new_tokens=2, **options)
     # Without spans nothing is fitted, and every cache of the library works.
     use(shared(dense(), some_plan("pooled", "gqa"))).generate(tokens(), max_new_tokens=2, **options)
+
+
+def test_kinds_of_cache_that_spans_do_not_support() -> None:
+    model = model_of("sa")
+    sliding = DynamicCache(config=model.config)
+    sliding.layers = [DynamicSlidingWindowLayer(4) for _ in range(6)]
+    with pytest.raises(PostshareError, match=r"cannot use a cache of .*; use a DynamicCache"):
+        model(tokens(), past_key_values=sliding)
+    model.generate(tokens(), max_new_tokens=2)
 
 
 def test_a_cache_with_too_few_layers() -> None:

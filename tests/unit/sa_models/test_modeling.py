@@ -16,6 +16,7 @@ from sa_models.materialize.ties import materialize_
 from sa_models.modeling import SharedLlamaForCausalLM
 from sa_models.packing import set_packed_
 from sa_models.plan import HeadTie, SharingPlan, resolve_roots
+from tests.support.transformers_versions import checkpoint_layers
 
 SUBSETS = ["q", "v", "o", "qk", "qkv", "vo", "qkvo"]
 
@@ -103,7 +104,7 @@ def test_gradient_of_a_shared_slice_is_the_sum_over_its_readers(
     model, compact, plan = shared_pair(kv_heads, "qkvo")
     layout = HeadLayout.from_config(model.config)
     if checkpointing:
-        compact.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_layers(compact)
     for m in (model, compact):
         m.train()
         m(tokens(), labels=tokens()).loss.backward()

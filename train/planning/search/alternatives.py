@@ -50,8 +50,8 @@ class Alternative:
     def sentence(self) -> str:
         wanted = f"for {FOR[self.counted]} ({float(self.share[:-1]):.1f}%)"
         if self.plan is None or self.rise is None:
-            return f"{wanted} nothing meets the budget"
-        return f"{wanted} {self.plan}: {self.rise:+.1%}"
+            return f"{wanted}: nothing meets the budget"
+        return f"{wanted}: {self.plan}, {self.rise:+.1%}"
 
 
 def budgets(plan: SharingPlan, config: Any, residual: int = 0) -> dict[str, str]:
@@ -97,7 +97,7 @@ def search_alternative(
         return Alternative(counted, share, None, None)
     found = search_auto(problem, model, batches, folder)
     rise = math.expm1(found.chosen.points[-1].loss - found.base.loss)
-    return Alternative(counted, share, in_words(found.plan), rise)
+    return Alternative(counted, share, in_words(found.plan, model.config), rise)
 
 
 def save_alternatives(alternatives: Sequence[Alternative], rise: float, folder: Path) -> None:

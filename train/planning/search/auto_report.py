@@ -144,12 +144,12 @@ def compared_table(searched: AutoResult, config: LlamaConfig) -> Table:
         table.add_column("reconstructed vs chosen", justify="right", min_width=13)
     base = searched.base
     rebuilt = [] if best is None else [_above(searched.base_rebuilt, best)]
-    table.add_row(in_words(base.plan), "", "", _ppl(base.expected), "", *rebuilt)
+    table.add_row(in_words(base.plan, config), "", "", _ppl(base.expected), "", *rebuilt)
     for number, candidate in enumerate(searched.candidates):
         point = candidate.points[-1]
         table.add_row(
             f"{candidate.name}{' (chosen)' if number == 0 and not taken else ''}",
-            in_words(point.plan),
+            in_words(point.plan, config),
             f"{_removed(point, config):,}",
             _ppl(point.expected),
             _versus(point, base),
@@ -157,7 +157,7 @@ def compared_table(searched: AutoResult, config: LlamaConfig) -> Table:
         )
     if factored is not None and best is not None:
         name = f"{BASIS}{' (chosen)' if taken else ''}"
-        what = in_words(factored.plan)
+        what = in_words(factored.plan, config)
         table.add_row(name, what, f"{factored.saved:,}", "", "", _above(factored.loss, best))
     return table
 
@@ -168,7 +168,7 @@ def cost_table(searched: AutoResult, config: LlamaConfig) -> Table:
     title = "chosen on calibration text"
     if searched.plan != chosen.plan:
         title = f"the best but Basis Sharing: {chosen.name}"
-    start = in_words(chosen.plan.structure())
+    start = in_words(chosen.plan.structure(), config)
     if chosen.found is not None:
         return search_table(chosen.found, chosen.plan.layout(config), start, title)
     table = _table(title, "parameters saved", "vs dense")
@@ -188,7 +188,7 @@ def front_table(front: Sequence[Timed], config: LlamaConfig, size: int) -> Table
         stored = timed.plan.savings(config).bytes(size)[1]
         decode = timed.decode
         table.add_row(
-            in_words(timed.plan),
+            in_words(timed.plan, config),
             f"{stored:,}",
             "" if timed.point is None else _ppl(timed.point.expected),
             f"{1000 * decode.seconds:.2f}",
@@ -209,7 +209,7 @@ def chosen_lines(searched: AutoResult) -> list[str]:
     return [f"chosen    {name}, of {len(searched.candidates)} candidates{rebuilt}", cost]
 
 
-def factored_note(factored: Factored, other: SharingPlan) -> str:
+def factored_note(factored: Factored, other: SharingPlan, config: LlamaConfig) -> str:
     """What Basis Sharing being better means for the run, in a sentence.
 
     Args:
@@ -219,8 +219,8 @@ def factored_note(factored: Factored, other: SharingPlan) -> str:
     better = f"untrained, by {low} to {high} of perplexity (95 %)"
     if factored.taken:
         return (
-            f"Basis Sharing is chosen: it is better than {in_words(other)} at as many bytes, "
-            f"{better}. It saves no KV cache; where that counts, set plan.objective=all."
+            f"Basis Sharing is chosen: it is better than {in_words(other, config)} at as many "
+            f"bytes, {better}. It saves no KV cache; where that counts, set plan.objective=all."
         )
     return (
         f"Note: Basis Sharing at as many bytes is better than this plan, {better}; it saves no KV "
@@ -338,7 +338,11 @@ def _candidate_dict(candidate: Candidate, config: LlamaConfig) -> dict[str, Any]
 def _timed_dict(timed: Timed, config: LlamaConfig, size: int) -> dict[str, Any]:
     if timed.point is not None:
         return point_dict(timed.point, config, size)
-    return {"plan": in_words(timed.plan), "origin": BASIS, **_stored_dict(timed.plan, config, size)}
+    return {
+        "plan": in_words(timed.plan, config),
+        "origin": BASIS,
+        **_stored_dict(timed.plan, config, size),
+    }
 
 
 def _stored_dict(plan: SharingPlan, config: LlamaConfig, size: int) -> dict[str, Any]:
@@ -352,7 +356,7 @@ def _stored_dict(plan: SharingPlan, config: LlamaConfig, size: int) -> dict[str,
 
 def point_dict(point: Point, config: LlamaConfig, size: int) -> dict[str, Any]:
     return {
-        "plan": in_words(point.plan),
+        "plan": in_words(point.plan, config),
         "origin": point.origin,
         **_stored_dict(point.plan, config, size),
         "loss": point.loss,

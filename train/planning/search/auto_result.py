@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from transformers import LlamaConfig
+
 from sa_models.plan import SharingPlan
 from sa_models.search.algorithms import Passes, SearchResult
 from sa_models.search.ranking import Agreement
@@ -159,12 +161,13 @@ class Timed:
     context: int
 
 
-def in_words(plan: SharingPlan) -> str:
-    """`3 units removed, 2 units tied in qk, span 2 -> [3] (kv)`."""
-    parts = [f"{_units(len(plan.removed))} removed"] if plan.removed else []
+def in_words(plan: SharingPlan, config: LlamaConfig) -> str:
+    """`3 heads removed, 2 KV groups tied in qk, span 2 -> [3] (kv)`."""
+    name = plan.layout(config).unit_name
+    parts = [f"{counted(len(plan.removed), name)} removed"] if plan.removed else []
     for share in dict.fromkeys("".join(tie.projections) for tie in plan.ties):
         count = sum("".join(tie.projections) == share for tie in plan.ties)
-        parts.append(f"{_units(count)} tied in {share}")
+        parts.append(f"{counted(count, name)} tied in {share}")
     parts += [str(span) for span in plan.spans]
     if plan.kv_heads is not None:
         parts.append(f"{plan.kv_heads} KV heads")
@@ -173,5 +176,6 @@ def in_words(plan: SharingPlan) -> str:
     return ", ".join(parts) or "none (dense)"
 
 
-def _units(count: int) -> str:
-    return f"{count} unit{'s' * (count != 1)}"
+def counted(count: int, name: str) -> str:
+    """Units by their name, which is a plural."""
+    return f"{count} {name if count != 1 else name.removesuffix('s')}"

@@ -130,7 +130,7 @@ def save_front(
     for axes in (upper, lower):
         axes.set_ylabel("perplexity on calibration text,\nuntrained, without its slope")
     for axes in more:
-        _draw_rebuilt(axes, searched, stored)
+        _draw_rebuilt(axes, searched, config, stored)
     for axes in (upper, *more):
         axes.set_xlabel(f"{unit} stored")
         axes.xaxis.set_major_locator(MaxNLocator(5))
@@ -171,7 +171,12 @@ def _draw_decoding(axes: Axes, timed: Sequence[Timed], chosen: Point, noisy: boo
     )
 
 
-def _draw_rebuilt(axes: Axes, searched: AutoResult, stored: Callable[[SharingPlan], float]) -> None:
+def _draw_rebuilt(
+    axes: Axes,
+    searched: AutoResult,
+    config: LlamaConfig,
+    stored: Callable[[SharingPlan], float],
+) -> None:
     """Quality against bytes of the plans that were compared after reconstruction."""
     assert searched.base_rebuilt is not None
     factored = searched.factored
@@ -192,7 +197,7 @@ def _draw_rebuilt(axes: Axes, searched: AutoResult, stored: Callable[[SharingPla
         label = f"{BASIS}{', chosen' if factored.taken else ''}"
         axes.scatter(stored(factored.plan), at, marker="P", s=70, color=GREEN, label=label)
     base = math.exp(searched.base_rebuilt)
-    name = in_words(searched.base.plan)
+    name = in_words(searched.base.plan, config)
     axes.axhline(base, color=MUTED, linewidth=0.8, linestyle="--", zorder=0, label=name)
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0)
     axes.set_ylabel("perplexity after reconstruction,\non its text")

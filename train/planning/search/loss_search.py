@@ -123,11 +123,11 @@ def unstable(agreement: Agreement, blocks: int) -> str | None:
     """One line, where there is too little calibration text for a stable choice."""
     if agreement.is_stable:
         return None
+    needed = agreement.blocks_needed(blocks)
     return (
-        f"the choice is not stable: the two halves of the {blocks} calibration blocks "
-        f"agree on {agreement.common} of {agreement.units} units (rank correlation "
-        f"{agreement.correlation:.2f}); about {agreement.blocks_needed(blocks):,} blocks are "
-        f"expected to agree on {STABLE:.0%}: raise plan.calibration_blocks"
+        f"the choice is not stable: the halves of the {blocks} calibration blocks agree on "
+        f"{agreement.common} of {agreement.units} units; "
+        f"plan.calibration_blocks={needed} is expected to give {STABLE:.0%}"
     )
 
 
@@ -195,11 +195,11 @@ def search_table(
     return table
 
 
-def took_line(seconds: float, passes: float, blocks: int, estimates: int) -> str:
-    """What a search took, in one line of the terminal."""
+def took_sentence(seconds: float, passes: float, blocks: int, estimates: int) -> str:
+    """What a search took, in a sentence."""
     return (
-        f"search    {clock(seconds)}: {passes:,.0f} forward passes over {blocks} blocks, "
-        f"{estimates} estimates"
+        f"The search took {clock(seconds)}: {passes:,.0f} forward passes over {blocks} blocks, "
+        f"{estimates} estimates."
     )
 
 

@@ -19,6 +19,9 @@ from train.recipe.sections.base import (
     Weight,
 )
 
+Checkpointing = bool | Literal["selective"] | Annotated[int, Field(ge=2)]
+"""Of which layers, and what."""
+
 
 class TrainSection(Section):
     """The post-training itself. Counts are of optimizer steps and of sequences.
@@ -66,8 +69,9 @@ class TrainSection(Section):
     """adamw_8bit needs a GPU and the extra [gpu]."""
     trainable: Annotated[tuple[Name, ...], Field(strict=False, min_length=1)] = ("*",)
     """Shell patterns of the parameter names that train, such as *.self_attn.*"""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass."""
+    gradient_checkpointing: Checkpointing = False
+    """Compute activations again in the backward pass: true those of every layer, a number N those
+    of every Nth, selective all but the matrix products and attention of every layer."""
     evaluate_every: Count = 0
     """Steps between evaluations; 0: only at the end."""
     checkpoint_every: Count = 0

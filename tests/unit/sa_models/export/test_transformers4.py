@@ -19,11 +19,12 @@ from tests.support.exports import export, load, printed
 from tests.support.rope_types import ROPE_TYPES, config
 from train.demo import demo_base_path
 
-SITE = REPOSITORY / ".site" / "transformers4"
+SITE = REPOSITORY / ".site" / "transformers" / "4"
 PLAN = SharingPlan((HeadTie((1, 0), (0, 1), ("q", "k", "v")), HeadTie((2, 1), (0, 1), ("o",))))
 TEXT = "def f(x):\n    return x + 1  # <|a|>"
 pytestmark = pytest.mark.skipif(
-    not (SITE / ".installed").is_file(), reason=f"{SITE} is absent: run make test-transformers"
+    not (SITE.parent / ".installed").is_file(),
+    reason=f"{SITE} is absent: run make test-transformers",
 )
 
 READ = """

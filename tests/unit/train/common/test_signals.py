@@ -222,8 +222,33 @@ with StopSignal():
     command.send(signal.SIGUSR1)
     status, errors = command.end()
     assert status == 75
-    assert "Traceback" not in errors
-    assert "Connection closed by peer" in errors
+    assert errors == (
+        "stopped by SIGUSR1 (RuntimeError: Connection closed by peer); what was finished is kept, "
+        "go on with: python -m train demo\n"
+    )
+
+
+def test_what_a_library_makes_of_the_interruption_is_told_as_the_signal() -> None:
+    """C++ that calls Python may raise an error of its own instead, as torch does for storages."""
+    stage = """
+def to_tensor():
+    try:
+        say('ready')
+        time.sleep(30)
+    except BaseException:
+        pass
+    raise ValueError('could not determine the shape')
+to_tensor()
+"""
+    command = Command(stage)
+    command.wait_for("ready")
+    command.send(signal.SIGTERM)
+    status, errors = command.end()
+    assert status == 75
+    assert errors == (
+        "stopped by SIGTERM (ValueError: could not determine the shape); what was finished is "
+        "kept, go on with: python -m train demo\n"
+    )
 
 
 def test_worker_processes_are_ended_as_ever() -> None:

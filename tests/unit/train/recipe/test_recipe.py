@@ -182,7 +182,11 @@ def test_overrides_reach_every_level(minimal: Path) -> None:
         ("train.betas=[0.9, 1.0]", ["train.betas.1 is 1.0", ">= 0 and < 1"]),
         ("train.betas=[0.9]", ["train.betas.1 is missing"]),
         ("train.precision=fp16", ["train.precision is 'fp16'", "one of fp32, bf16, auto"]),
-        ("train.gradient_checkpointing=yes", ["is 'yes'", "true or false"]),
+        (
+            "train.gradient_checkpointing=yes",
+            ["is 'yes'", "true or false or selective or a whole number >= 2"],
+        ),
+        ("train.gradient_checkpointing=1", ["is 1", "a whole number >= 2"]),
         ("plan.budget.ratio=1", ["plan.budget.ratio is 1", "> 0 and < 1 or null"]),
         ("plan.share=[q, x]", ["plan.share.1 is 'x'", "one of q, k, v, o"]),
         ("plan.share=[]", ["plan.share is []", "one or more"]),

@@ -130,7 +130,9 @@ def test_the_numbers_are_those_of_summary_json(tmp_path: Path) -> None:
         f"{math.expm1(0.06):.1%} higher perplexity than the same training without sharing"
     ) in words
     stock = 3.7 / (1 - ratio)
-    assert f"weight bytes {-ratio:+.1%} 3.7 MB, stock {stock:.3g} MB; 4 of 12 heads tied" in words
+    assert (
+        f"weight bytes {-ratio:+.1%} 3.7 MB, stock {stock:.3g} MB; 2 of 6 KV groups tied" in words
+    )
     layers_and_heads = 2 * 3 * 2 * 8  # keys and values of 3 layers of 2 groups of 8 dimensions
     held = 8 * 2048 * layers_and_heads * 4 / 1e6
     cache = f"{layers_and_heads * 4}; 8 x 2,048 tokens: {held:.3g} MB"

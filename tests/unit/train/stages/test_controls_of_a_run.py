@@ -127,7 +127,7 @@ def test_alternatives_are_what_auto_chooses(finished: Recipe, home: Path) -> Non
         )
         plan(alone)
         chosen = SharingPlan.load(alone.folder / "plan.json")
-        assert each["plan"] == in_words(chosen)
+        assert each["plan"] == in_words(chosen, base.config)
         assert each["rise"] == pytest.approx(rise(chosen), abs=1e-5)
         found = chosen.savings(base.config)
         if objective == "bytes":

@@ -341,7 +341,7 @@ def test_formats(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     made = recipe(home, tmp_path / "both", spans=SA, train={"steps": 0})
     run(made)
     lines = capsys.readouterr().out.replace("\n", "")
-    assert "a plan with spans has no dense form" in lines
+    assert "spans have no dense form" in lines
     assert "export/compact/README.md" in lines
     made = recipe(
         home, tmp_path / "compact", spans=SA, train={"steps": 0}, export={"formats": ["compact"]}

@@ -42,26 +42,29 @@ def test_a_stage_says_its_number_and_what_is_known_of_the_time(
         Stage("post", work, 1000, tmp_path),
         Stage("heal", work, 200, tmp_path / "heal"),
         Stage("export", work),
+        Stage("evaluate", work, reads=90),  # as 30 steps
     ]
     assert lines(stages, capsys) == [
-        "stage 1 of 5: plan",
-        "stage 2 of 5: continued, 1,200 steps",
-        "stage 3 of 5: post, 1,000 steps",
-        "stage 4 of 5: heal, 200 steps",
-        "stage 5 of 5: export",
+        "stage 1 of 6: plan",
+        "stage 2 of 6: continued, 1,200 steps",
+        "stage 3 of 6: post, 1,000 steps",
+        "stage 4 of 6: heal, 200 steps",
+        "stage 5 of 6: export",
+        "stage 6 of 6: evaluate",
     ]
     train(tmp_path / "continued", 1200, 600.0)  # half a second a step
     assert lines(stages, capsys) == [
-        "stage 1 of 5: plan; about 10:00 of training left in this run",
-        "stage 2 of 5: continued, done before; about 10:00 of training left in this run",
-        "stage 3 of 5: post, 1,000 steps; about 10:00 of training left in this run",
-        "stage 4 of 5: heal, 200 steps; about 1:40 of training left in this run",
-        "stage 5 of 5: export",
+        "stage 1 of 6: plan; about 10:15 left",
+        "stage 2 of 6: continued, done before; about 10:15 left",
+        "stage 3 of 6: post, 1,000 steps; about 10:15 left",
+        "stage 4 of 6: heal, 200 steps; about 1:55 left",
+        "stage 5 of 6: export; about 0:15 left",
+        "stage 6 of 6: evaluate; about 0:15 left",
     ]
     train(tmp_path, 400, 400.0, finished=False)  # stopped there; now a second a step
     assert lines(stages, capsys)[2:4] == [
-        "stage 3 of 5: post, 1,000 steps; about 13:20 of training left in this run",
-        "stage 4 of 5: heal, 200 steps; about 3:20 of training left in this run",
+        "stage 3 of 6: post, 1,000 steps; about 13:50 left",
+        "stage 4 of 6: heal, 200 steps; about 3:50 left",
     ]
     assert lines(stages, capsys, main=False) == []
 

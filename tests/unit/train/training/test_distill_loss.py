@@ -7,11 +7,23 @@ import math
 import pytest
 import torch
 
-import train.training.distill_loss as divergence
 from sa_models.calibration.token_losses import IGNORED
-from train.training.distill_loss import TopK, feature_sum, likeliest, token_sums
+from train.training import chunks
+from train.training.chunked_loss import token_sums
+from train.training.distill_loss import Projection, TopK, feature_sum, likeliest
 
 ROWS, LENGTH, VOCABULARY = 2, 5, 23
+
+
+def same(vocabulary: int = VOCABULARY) -> torch.Tensor:
+    """An lm_head whose logits are what it is given."""
+    return torch.eye(vocabulary)
+
+
+def answer(logits: torch.Tensor, k: int | None, temperature: float) -> Projection | TopK:
+    """What a teacher of these logits says."""
+    whole = Projection(logits, same(logits.shape[-1]).to(logits.dtype))
+    return whole if k is None else likeliest(whole, k, temperature)
 
 
 def given(seed: int = 0, scale: float = 3.0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -60,15 +72,15 @@ def plain(
 def test_sums_and_gradient_are_those_of_a_plain_loop(
     monkeypatch: pytest.MonkeyPatch, temperature: float, k: int | None, chunk: int
 ) -> None:
-    monkeypatch.setattr(divergence, "CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(chunks, "CHUNK_ELEMENTS", chunk)
     student, teacher, labels = given()
     ours, reference = (student.clone().requires_grad_() for _ in range(2))
-    kept = teacher if k is None else likeliest(teacher, k, temperature)
-    found = token_sums(ours, labels, kept, temperature)
+    asked = answer(teacher, k, temperature)
+    found = token_sums(ours, same(), labels, asked, temperature, (0.3, 0.7))
     expected = plain(reference, teacher, labels, temperature, k)
-    for one, other in zip(found, expected, strict=True):
+    for one, other in zip(found[1:], expected, strict=True):
         assert float(one.detach()) == pytest.approx(float(other.detach()), rel=1e-5)
-    (0.3 * found[0] + 0.7 * found[1]).backward()
+    found[0].backward()
     (0.3 * expected[0] + 0.7 * expected[1]).backward()
     assert float(reference.grad.abs().max()) > 0.1
     torch.testing.assert_close(ours.grad, reference.grad, rtol=1e-4, atol=2e-6)
@@ -79,7 +91,8 @@ def test_bf16_logits_keep_their_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     student, teacher, labels = given()
     ours = student.bfloat16().requires_grad_()
     reference = ours.detach().float().requires_grad_()
-    token_sums(ours, labels, teacher.bfloat16(), 2.0)[1].backward()
+    asked = answer(teacher.bfloat16(), None, 2.0)
+    token_sums(ours, same().bfloat16(), labels, asked, 2.0, (0.0, 1.0))[0].backward()
     plain(reference, teacher.bfloat16(), labels, 2.0, None)[1].backward()
     assert ours.grad.dtype == torch.bfloat16
     torch.testing.assert_close(ours.grad, reference.grad.bfloat16(), rtol=1e-2, atol=1e-5)
@@ -89,8 +102,7 @@ def test_a_student_that_equals_its_teacher_learns_nothing_from_it() -> None:
     student, _, labels = given()
     for k, bound in ((None, 0.0), (5, 1e-6)):
         ours = student.clone().requires_grad_()
-        kept = student if k is None else likeliest(student, k, 1.5)
-        _, found = token_sums(ours, labels, kept, 1.5)
+        found = token_sums(ours, same(), labels, answer(student, k, 1.5), 1.5, (0.0, 1.0))[0]
         found.backward()
         assert abs(float(found.detach())) <= 1e-5 * bool(bound)
         assert float(ours.grad.abs().max()) <= bound
@@ -100,11 +112,10 @@ def test_the_bucket_makes_it_a_divergence() -> None:
     """Never negative, at most the full one, and what is not the teacher's favourite matters too."""
     for seed in range(20):
         student, teacher, labels = given(seed, scale=1.0)
-        full = float(token_sums(student, labels, teacher, 1.0)[1])
-        parts = [
-            float(token_sums(student, labels, likeliest(teacher, k, 1.0), 1.0)[1])
-            for k in (1, 4, 12, 22)
-        ]
+        full, *parts = (
+            float(token_sums(student, same(), labels, answer(teacher, k, 1.0))[2])
+            for k in (None, 1, 4, 12, 22)
+        )
         assert parts[0] >= 0
         assert parts == sorted(parts)  # a finer partition sees more
         assert parts[-1] == pytest.approx(full, rel=1e-4)
@@ -112,14 +123,14 @@ def test_the_bucket_makes_it_a_divergence() -> None:
     teacher = torch.zeros(1, 1, 8)
     teacher[..., :2] = 5.0
     student = torch.zeros(1, 1, 8)
-    top = likeliest(teacher, 2, 1.0)
-    assert float(token_sums(student, torch.zeros(1, 1).long(), top, 1.0)[1]) > 0.5
+    top = answer(teacher, 2, 1.0)
+    assert float(token_sums(student, same(8), torch.zeros(1, 1).long(), top)[2]) > 0.5
 
 
 def test_what_the_teacher_leaves_is_kept_where_it_is_tiny() -> None:
     teacher = torch.zeros(1, 8)
     teacher[0, 3] = 60.0  # all others together: 7 exp(-60), which 1 - p could not tell from 0
-    top = likeliest(teacher, 1, 1.0)
+    top = answer(teacher, 1, 1.0)
     assert isinstance(top, TopK)
     assert top.ids.tolist() == [[3]]
     assert float(top.rest) == pytest.approx(math.log(7) - 60, abs=1e-4)

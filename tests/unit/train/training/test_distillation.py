@@ -23,6 +23,7 @@ from train.estimate.llama_shapes import KNOWN
 from train.estimate.parameters import cached_bytes
 from train.recipe.recipe import Recipe, validate
 from train.recipe.sections.distill import DistillSection
+from train.training.distill_loss import Projection, TopK
 from train.training.loop import TrainingStopped, train
 from train.training.objective import Lessons
 from train.training.teacher import Teacher, check_teacher
@@ -189,13 +190,15 @@ def test_a_teacher_in_bf16(tmp_path: Path, teacher: Path) -> None:
         assert not parameter.requires_grad
     assert rounded.model.model.rotary_emb.inv_freq.dtype == torch.float32
     ids = torch.stack([tiny.blocks()[i]["input_ids"] for i in range(4)])
-    logits = rounded({"input_ids": ids}).distribution
-    assert isinstance(logits, torch.Tensor)
-    assert logits.dtype == torch.bfloat16
+    with rounded({"input_ids": ids}) as lesson:
+        whole = lesson.distribution
+    assert isinstance(whole, Projection)
+    assert whole.hidden.dtype == whole.weight.dtype == torch.bfloat16
+    logits = whole.logits()
     expected = exact(ids).logits.detach()
     for parameter in exact.parameters():
         parameter.data = parameter.data.bfloat16()  # the table stays in fp32
-    assert torch.equal(logits, exact(ids).logits)
+    assert torch.equal(logits, exact(ids).logits.float())
     # Of random weights this large half of the difference is their own rounding.
     assert float((logits - expected).norm()) < 0.05 * float(expected.norm())
 
@@ -234,7 +237,9 @@ def test_cached_answers_are_those_of_the_teacher(tmp_path: Path, teacher: Path) 
         found = teacher_cache.taught(batch)
         assert batch.keys() == {"input_ids", "labels", "position_ids"}
         del batch["labels"]
-        asked = live(batch).distribution
+        with live(batch) as lesson:
+            asked = lesson.distribution
+        assert isinstance(asked, TopK)
         # Tokens of nearly equal probability may change places.
         for one, other in ((found.log_probabilities, asked.log_probabilities),):
             assert float((one - other).abs().max()) <= bound
@@ -421,17 +426,20 @@ def test_the_estimate_counts_the_teacher() -> None:
         without = memory_per_gpu(
             shape, made, stage=stage, gpus=8, sequence_length=1024, checkpointing=True
         )
-        assert memory.total == without.total + memory.teacher
+        assert memory.total - memory.logits == without.total - without.logits + memory.teacher
+        # By chunks, though all of them fit: with the teacher's beside them.
+        chunk, weight = 1024 * 32000, 4 * 32000 * 4096
+        assert memory.logits == (12 * chunk if distill is None else 20 * chunk + weight)
         return memory.teacher
 
-    logits = 1024 * 32000
+    states = 1024 * 4096
     half = DistillSection(precision="bf16")
-    assert teacher(2, DistillSection()) == 4 * (parameters + logits)
-    assert teacher(0, half) == 2 * (parameters + logits)
+    assert teacher(2, DistillSection()) == 4 * (parameters + states)
+    assert teacher(0, half) == 2 * (parameters + states)
     gathered = 2 * embeddings + 2 * layer
-    assert teacher(3, half) == 2 * (parameters // 8 + gathered + logits)
+    assert teacher(3, half) == 2 * (parameters // 8 + gathered + states)
     features = half.model_copy(update={"hidden_weight": 1.0})
-    assert teacher(2, features) == 2 * (parameters + logits + 1024 * 32 * 4096)
+    assert teacher(2, features) == 2 * (parameters + 33 * states)
     assert teacher(2, None) == teacher(2, DistillSection(top_k=8, cache=True)) == 0
     # 2 steps of 2 sequences of 16 tokens, 8 x 8 + 4 bytes each.
     assert cached_bytes(section({"top_k": 8, "cache": True})) == 64 * 68

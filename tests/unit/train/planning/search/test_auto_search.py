@@ -175,7 +175,8 @@ def test_what_is_chosen_costs_no_more_than_any_control(
     assert "fp32" in page
     lines = capsys.readouterr().out.splitlines()
     planned = lines[: next(n for n, line in enumerate(lines) if line.startswith("tables ")) + 1]
-    assert planned[0].startswith("search    ")
+    assert planned[0].startswith("chosen    ")
+    assert "forward passes over" in page
     assert planned[-1] == f"tables    {of.folder / 'plan-search.md'}"
     assert len(planned) <= 10
     assert [line for line in planned[:-1] if len(line) > 80] == []
@@ -399,8 +400,10 @@ def test_basis_sharing_is_named_only_where_it_is_better_and_a_rival(home: Path) 
     assert basis is not None
     better = Factored(basis, UNIT, 3.0, (0.01, 0.02), taken=False)
     assert better.is_better
-    assert "by 1.0% to 2.0% of perplexity" in factored_note(better, removed)
-    assert "better than 1 unit removed" in factored_note(replace(better, taken=True), removed)
+    assert "by 1.0% to 2.0% of perplexity" in factored_note(better, removed, config)
+    assert "better than 1 head removed" in factored_note(
+        replace(better, taken=True), removed, config
+    )
     assert not replace(better, above=(-0.001, 0.02)).is_better
 
     def asked(**sections: Any) -> SharingPlan | None:

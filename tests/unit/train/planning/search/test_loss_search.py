@@ -168,6 +168,18 @@ def test_spans_stay_as_they_are(home: Path, tmp_path: Path) -> None:
         assert search[loss] == pytest.approx(measured, abs=1e-5)
 
 
+def test_spans_and_ties_that_are_both_searched_fill_ten_lines(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan(recipe(home, tmp_path / "run", plan=LOSS, spans={"strategy": "loss", "layers": 1}))
+    said = capsys.readouterr().out.splitlines()
+    names = [line.split()[0] for line in said if not line.startswith(("files", "picture"))]
+    expected = ["cost", "cost", "plan", "spans", "saved", "weights", "cache", "ties", "tables"]
+    assert names[:9] == expected
+    assert len(names) <= 10
+    assert max(map(len, said)) <= 80 or str(tmp_path) in max(said, key=len)
+
+
 def halves(home: Path, folder: Path, budget: dict[str, float]) -> tuple[int, int]:
     """Units that each of two blocks alone would choose: in common, and of each."""
     made = recipe(home, folder, plan=LOSS | {"budget": budget, "calibration_blocks": 2})
@@ -182,7 +194,7 @@ def test_little_text_is_said(
     assert halves(home, tmp_path / "run", {"heads": 2}) == (0, 2)
     (line,) = (line for line in capsys.readouterr().err.splitlines() if "not stable" in line)
     assert "agree on 0 of 2 units" in line
-    assert "raise plan.calibration_blocks" in line
+    assert "plan.calibration_blocks=50 is expected to give 80%" in line
 
 
 def test_enough_text_is_not_mentioned(
