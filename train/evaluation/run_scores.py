@@ -18,9 +18,8 @@ from sa_models.export.manifest import read_manifest
 from train.common.run_files import SCORES_FILE, SEARCH_FILE
 from train.evaluation.figures import DecodeRatio
 from train.evaluation.models import export_of
-from train.evaluation.score import Score
+from train.evaluation.score import Score, as_models
 from train.evaluation.speed import TASK as SPEED
-from train.evaluation.table import as_models
 
 VERSION = 1
 

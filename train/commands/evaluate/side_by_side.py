@@ -24,6 +24,7 @@ from sa_models.errors import PostshareError
 from sa_models.export.quantized_folder import is_quantized
 from train.commands.evaluate.lm_eval_data import data_hash
 from train.commands.evaluate.lm_eval_tasks import Harness, HarnessSettings, TaskSet, require_harness
+from train.commands.evaluate.table import save_json, table
 from train.common.console import plain_console
 from train.common.progress import bar, note
 from train.common.run_files import RECIPE_FILE
@@ -35,7 +36,6 @@ from train.evaluation.run_scores import add_scores
 from train.evaluation.score import PERPLEXITY, Score, item_hash
 from train.evaluation.speed import TASK as SPEED
 from train.evaluation.speed import SpeedSettings, device_name, measure_speed
-from train.evaluation.table import save_json, table
 from train.evaluation.text import EvaluationText, find_text
 
 LONGEST = 2048
