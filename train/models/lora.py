@@ -8,13 +8,12 @@ training leaves: `weights/` holds a plain Llama, as without adapters.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from sa_models.errors import PostshareError
-from train.models.nf4 import numbers
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -80,22 +79,6 @@ def check_gpu(recipe: Recipe) -> None:
             "lora.base nf4 needs a CUDA GPU; set lora.base=bf16 with train.precision=bf16, or "
             "lora.base=fp32"
         )
-
-
-# --- what the model computes with -----------------------------------------------------------------
-
-
-def frozen_weight(module: Any) -> Tensor:
-    """The weight below a module's adapter, fp32 (out, in), as the model computes with it."""
-    weight: Any = module.base_layer.weight
-    return numbers(weight).float()
-
-
-@torch.no_grad()
-def effective(module: Any) -> Tensor:
-    """W + s B A of an adapted module, fp32 (out, in); a new tensor."""
-    a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
-    return torch.addmm(frozen_weight(module), b, a, alpha=module.scaling["default"])
 
 
 # --- after ----------------------------------------------------------------------------------------

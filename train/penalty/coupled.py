@@ -3,14 +3,13 @@
 Its value is the sum over pairs and projections of a distance between target and source, divided by
 the number of pairs (not of pairs times projections; PostShare, section 3.2). It is computed in
 fp32 from the master weights, outside the model's graph, once per optimizer step, and its gradient
-is added to the reduced gradient before clipping. There are three ways to it, with one result:
+is added to the reduced gradient before clipping. A few operations serve all pairs of a projection,
+or as many as fit the memory. There are two ways to it, with one result:
 
-* pair by pair, for a CPU that holds whole parameters: passes over memory are what costs time (the
-  exchange, on one rank, takes 2.5 times as long for l2);
-* chunk by chunk, on a GPU that holds whole parameters, and for kinds that need autograd;
+* of whole parameters, by stacking the paired units (:mod:`train.penalty.stacked_units`);
 * where the ranks hold ranges of parameters (:class:`train.distributed.engines.base.Shard`), by
   exchanging the paired elements (:mod:`train.penalty.sharded_exchange`). Only where each rank keeps
-  whole gradients all the same (ZeRO-1 in bf16) do all ranks get all paired slices, by one
+  whole gradients all the same (ZeRO-1 in bf16) do all ranks get all paired units, by one
   all-reduce per chunk.
 """
 
@@ -24,17 +23,23 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sa_models.heads import HeadLayout, unit_view
+from sa_models.heads import HeadLayout
 from sa_models.plan import PROJECTIONS, SharingPlan
+from sa_models.ties import Unit
 from train.penalty.distances import OfDifference, cosines, distance
 from train.penalty.sharded_exchange import Exchange, Pair
+from train.penalty.stacked_units import add_rows, add_units, norms, units_of
 
 if TYPE_CHECKING:
     from train.distributed.engines.base import Engine, Shard
     from train.recipe.recipe import PenaltySection
 
-CHUNK_ELEMENTS = 64 * 2**20
+CHUNK_ELEMENTS = 128 * 2**20
 """Most fp32 elements of targets and sources that a rank holds at a time: bounds the memory."""
+
+CACHE_ELEMENTS = 2**20
+"""The same for whole parameters on a CPU, whose time goes into passes over memory: a chunk stays in
+the cache between them. On a GPU it goes into launches, of which few large chunks need few."""
 
 
 def penalty_coefficient(step: int, section: PenaltySection) -> float:
@@ -76,23 +81,23 @@ class PenaltyResult:
 
 
 @dataclass(frozen=True)
-class _Span:
-    """The part of a chunk in one parameter: rows of the chunk, and the units they take."""
-
-    name: str
-    target_rows: slice
-    target_units: Tensor
-    source_rows: Tensor
-    source_units: Tensor
-
-
-@dataclass(frozen=True)
 class Chunk:
-    """Some pairs of one projection, ordered by the layer of their targets."""
+    """Some pairs of one projection, ordered by the layer of their targets.
+
+    Attributes:
+        ties: rows of the result.
+        names: of the parameters that hold the units, by layer.
+        targets, sources: where units lie, as `layer * units + unit` with the layers of `names`;
+            each source once.
+        source_of: int64 [pairs], in `sources`.
+    """
 
     projection: str
-    ties: Tensor  # [pairs], rows of the result
-    spans: tuple[_Span, ...]
+    ties: list[int]
+    names: tuple[str, ...]
+    targets: list[int]
+    sources: list[int]
+    source_of: Tensor
 
 
 class Penalty:
@@ -102,6 +107,7 @@ class Penalty:
         kind: see :data:`train.recipe.sections.penalty.KINDS`.
         projections: pulled for every tie; None pulls each tie's own, which are those that will be
             shared. A projection that another tie of the same target shares is left to that tie.
+        chunk_elements: most elements of targets and sources at a time; None: as the device likes.
 
     The number of pairs is the number of distinct (target, source).
     """
@@ -112,7 +118,7 @@ class Penalty:
         layout: HeadLayout,
         kind: str = "l2",
         projections: tuple[str, ...] | list[str] | None = None,
-        chunk_elements: int = CHUNK_ELEMENTS,
+        chunk_elements: int | None = None,
     ) -> None:
         self.ties = plan.ties
         self.layout = layout
@@ -137,36 +143,46 @@ class Penalty:
             )
             for p in self.projections
         }
-        self._chunks = [
-            self._chunk(projection, part)
-            for projection, rows in self._rows.items()
-            for part in _split(rows, chunk_elements // (2 * layout.unit_parameters(projection)))
-        ]
         self._chunk_elements = chunk_elements
+        self._chunks: dict[int, list[Chunk]] = {}  # by their elements
         self._exchange: Exchange | None = None  # made with the first engine that needs one
 
     @property
     def parameter_names(self) -> list[str]:
         """Names of the parameters that are pulled, sorted."""
-        return sorted({span.name for chunk in self._chunks for span in chunk.spans})
+        units = ((p, unit) for _, _, p, *both in self.each for unit in both)
+        return sorted({self.layout.parameter_name(layer, p) for p, (layer, _) in units})
+
+    def chunks(self, device: torch.device) -> list[Chunk]:
+        """All pairs, by projection and target, in parts that suit the device."""
+        elements = self._chunk_elements or (
+            CACHE_ELEMENTS if device.type == "cpu" else CHUNK_ELEMENTS
+        )
+        if elements not in self._chunks:
+            self._chunks[elements] = [
+                self._chunk(projection, part)
+                for projection, rows in self._rows.items()
+                for part in _split(rows, elements // (2 * self.layout.unit_parameters(projection)))
+            ]
+        return self._chunks[elements]
 
     def _chunk(self, projection: str, rows: list[int]) -> Chunk:
         targets = [self.ties[row].target for row in rows]
         sources = [self.ties[row].source for row in rows]
-        spans = []
-        for layer in sorted({layer for layer, _ in targets + sources}):
-            to = [i for i, (at, _) in enumerate(targets) if at == layer]
-            of = [i for i, (at, _) in enumerate(sources) if at == layer]
-            spans.append(
-                _Span(
-                    self.layout.parameter_name(layer, projection),
-                    slice(to[0], to[-1] + 1) if to else slice(0, 0),
-                    torch.tensor([targets[i][1] for i in to], dtype=torch.int64),
-                    torch.tensor(of, dtype=torch.int64),
-                    torch.tensor([sources[i][1] for i in of], dtype=torch.int64),
-                )
-            )
-        return Chunk(projection, torch.tensor(rows), tuple(spans))
+        layers = sorted({layer for layer, _ in targets + sources})
+
+        def place(unit: Unit) -> int:
+            return layers.index(unit[0]) * self.layout.units + unit[1]
+
+        distinct = sorted(set(sources))
+        return Chunk(
+            projection,
+            rows,
+            tuple(self.layout.parameter_name(layer, projection) for layer in layers),
+            [place(unit) for unit in targets],
+            [place(unit) for unit in distinct],
+            torch.tensor([distinct.index(unit) for unit in sources]),
+        )
 
     def apply(self, engine: Engine, weight: float | None) -> PenaltyResult:
         """Evaluate the penalty and add `weight` times its gradient to the engine's gradient.
@@ -184,16 +200,10 @@ class Penalty:
         cosine = distance.clone()
         scale = None if weight is None else weight / self.pairs
         moved = (0, 0)
-        if engine.sharded and not engine.whole_gradients and self._chunks:
+        if engine.sharded and not engine.whole_gradients and self._rows:
             exchange = self._exchange_on(engine, shards)
             total = exchange.pull(shards, scale, distance, cosine)
             moved = exchange.bytes_moved(gradients=scale is not None)
-        elif (
-            isinstance(self.kind, OfDifference)
-            and engine.device.type == "cpu"
-            and not engine.sharded
-        ):
-            total = self._pull_pairs(self.kind, shards, scale, distance, cosine)
         else:
             total = self._pull_chunks(engine, shards, scale, distance, cosine)
             if engine.sharded:
@@ -212,7 +222,12 @@ class Penalty:
     def _exchange_on(self, engine: Engine, shards: dict[str, Shard]) -> Exchange:
         if self._exchange is None or self._exchange.engine is not engine:
             self._exchange = Exchange(
-                engine, self.layout, self.each, self.kind, shards, self._chunk_elements
+                engine,
+                self.layout,
+                self.each,
+                self.kind,
+                shards,
+                self._chunk_elements or CHUNK_ELEMENTS,
             )
         return self._exchange
 
@@ -226,57 +241,7 @@ class Penalty:
         own = 2 * (world - 1) * held // world
         return own, own * world
 
-    # Where a CPU holds whole parameters: pair by pair.
-
-    def _pull_pairs(
-        self,
-        kind: OfDifference,
-        shards: dict[str, Shard],
-        scale: float | None,
-        distance: Tensor,
-        cosine: Tensor,
-    ) -> float:
-        """Fill in `distance` and `cosine`, add the gradients, return the sum of the values.
-
-        For kinds that depend on the difference alone. It stays in the cache between its uses, so
-        that memory is read once for the two units and written once for their gradients.
-        """
-        total = 0.0
-        for column, (projection, rows) in enumerate(self._rows.items()):
-            pairs = [(self.ties[row].target, self.ties[row].source) for row in rows]
-            mine = {
-                layer: shards[self.layout.parameter_name(layer, projection)]
-                for layer in sorted({layer for pair in pairs for layer, _ in pair})
-            }
-            flat = {} if scale is None else {at: one.read_gradient() for at, one in mine.items()}
-            weights = {at: self._units(one, one.values, projection) for at, one in mine.items()}
-            gradients = {at: self._units(mine[at], flat[at], projection) for at in flat}
-            turned = self.layout.axis(projection) == 1  # to be read in the order of memory
-            difference = torch.empty_like(weights[pairs[0][0][0]][0])
-            squares, lengths = [], []
-            for (to, target), (of, source) in pairs:
-                x, y = weights[to][target], weights[of][source]
-                flat_units = [(unit.t() if turned else unit).reshape(-1) for unit in (x, y)]
-                squares.append([float(torch.dot(unit, unit)) for unit in flat_units])
-                # Not by dot, whose last bits may differ between ranks: this enters the gradient.
-                length = float(torch.linalg.vector_norm(torch.sub(x, y, out=difference)))
-                lengths.append(length)
-                total += kind.value(length, length**2, x.numel())
-                if scale is not None:
-                    slope = kind.slope(length, x.numel()) if length else 0.0
-                    gradients[to][target].add_(difference, alpha=slope * scale)
-                    gradients[of][source].sub_(difference, alpha=slope * scale)
-            for at, gradient in flat.items():
-                mine[at].write_gradient(gradient)
-            apart = torch.tensor(lengths)
-            distance[rows, column] = apart
-            cosine[rows, column] = cosines(torch.tensor(squares, dtype=torch.float64).t(), apart)
-        return total
-
-    def _units(self, shard: Shard, whole: Tensor, projection: str) -> Tensor:
-        return unit_view(whole.view(shard.shape), self.layout, projection)
-
-    # On any device, of whole parameters or whole gradients, and for every kind: chunk by chunk.
+    # Of whole parameters or whole gradients, for every kind: chunk by chunk.
 
     def _pull_chunks(
         self,
@@ -286,120 +251,122 @@ class Penalty:
         distance: Tensor,
         cosine: Tensor,
     ) -> float:
-        """As `_pull_pairs`. All ranks go through the same chunks, as each takes an all-reduce."""
-        total = torch.zeros((), dtype=torch.float64, device=engine.device)
-        for chunk in self._chunks:
-            x, y, squares = self._gather(engine, shards, chunk)
-            apart = torch.linalg.vector_norm(x if y is None else x - y, dim=-1)
-            at = chunk.ties.to(engine.device), self.projections.index(chunk.projection)
-            distance[at], cosine[at] = apart, cosines(squares, apart)
-            if isinstance(self.kind, OfDifference):
-                size = torch.full_like(apart, x.shape[1], dtype=torch.int64)
-                values = self.kind.value(apart, apart.square(), size)
-                if scale is not None:
-                    x *= self.kind.factors(apart, size, scale)[:, None]
-            else:
-                assert y is not None
-                values, x, y = self._differentiate(x, y, scale)
-            total += values.sum(dtype=torch.float64)
-            if scale is not None:
-                self._scatter(shards, chunk, x, y)
-        return float(total)
+        """Fill in `distance` and `cosine`, add the gradients, return the sum of the values.
 
-    def _gather(
-        self, engine: Engine, shards: dict[str, Shard], chunk: Chunk
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """The chunk's targets x and sources y, fp32 [pairs, elements], complete on every rank.
-
-        For a kind that depends on the difference alone x is the difference and y is None: half
-        the memory and half the traffic. Also the squared norms of both, float64 [2, pairs].
+        All ranks go through the same chunks, as each takes an all-reduce.
         """
-        width, pairs = self.layout.width(chunk.projection), len(chunk.ties)
-        make = torch.zeros if engine.sharded else torch.empty  # all rows are written where whole
-        x = make(pairs, width, self.layout.hidden_size, device=engine.device)
-        y = None if isinstance(self.kind, OfDifference) else torch.zeros_like(x)
-        squares = torch.zeros(2, pairs, dtype=torch.float64, device=engine.device)
-        views = {
-            span.name: self._units(shard, _whole(shard).to(engine.device), chunk.projection)
-            for span in chunk.spans
-            if (shard := shards[span.name]).values.numel()
-        }
-        spans = [span for span in chunk.spans if span.name in views]
-        for span in spans:
-            part, units = x[span.target_rows], span.target_units.to(x.device)
-            torch.index_select(views[span.name], 0, units, out=part)
-            squares[0, span.target_rows] = squared_norms(part)
-        for span in spans:
-            part = views[span.name].index_select(0, span.source_units.to(x.device))
-            rows = span.source_rows.to(x.device)
-            into, sign = (x, -1) if y is None else (y, 1)
-            into.index_add_(0, rows, part, alpha=sign)
-            squares[1].index_copy_(0, rows, squared_norms(part))
+        values, lengths, sides = [], [], []
+        for chunk in self.chunks(engine.device):
+            of = chunk.source_of.to(engine.device)
+            x, y = self._stack(engine, shards, chunk)
+            squares = torch.stack([norms(x), norms(y)[of]]).double().square()
+            if isinstance(self.kind, OfDifference):
+                value, apart = self._differ(
+                    engine, self.kind, x, y, chunk.source_of.tolist(), scale
+                )
+                to_source, sign = x, -1
+            else:
+                value, apart, x, to_source = self._differentiate(engine, x, y[of], scale)
+                sign = 1
+            if scale is not None:
+                add_rows(y.zero_(), of, to_source, sign)
+                self._add(shards, chunk, x, y)
+            if engine.sharded:
+                engine.all_reduce_(squares)
+            values.append(value)
+            lengths.append(apart)
+            sides.append(squares)
+        if not values:
+            return 0.0
+        each = self.each
+        at = [pair.tie for pair in each], [pair.column for pair in each]
+        apart = torch.cat(lengths)
+        distance[at], cosine[at] = apart, cosines(torch.cat(sides, 1), apart)
+        return float(torch.cat(values).sum(dtype=torch.float64))
+
+    def _stack(
+        self, engine: Engine, shards: dict[str, Shard], chunk: Chunk
+    ) -> tuple[Tensor, Tensor]:
+        """Targets and (each once) sources, fp32 [units, rows, columns], new tensors.
+
+        What other ranks hold is 0.
+        """
+        weights = _whole([shards[name] for name in chunk.names])
+        views = units_of(weights, self.layout, chunk.projection)
+        x, y = (
+            torch.stack([views[place] for place in places]).to(engine.device)
+            for places in (chunk.targets, chunk.sources)
+        )
+        return x, y
+
+    def _differ(
+        self,
+        engine: Engine,
+        kind: OfDifference,
+        x: Tensor,
+        y: Tensor,
+        source_of: list[int],
+        scale: float | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Values and lengths of the differences; with `scale` x becomes its gradient times it.
+
+        Half the memory and half the traffic of `_differentiate`: the source's gradient is minus x.
+        """
+        sources = y.unbind(0)
+        torch._foreach_sub_(list(x.unbind(0)), [sources[i] for i in source_of])
         if engine.sharded:
-            for tensor in (x, squares) if y is None else (x, y, squares):
-                engine.all_reduce_(tensor)
-        return x.flatten(1), None if y is None else y.flatten(1), squares
+            engine.all_reduce_(x)
+        apart = norms(x)
+        size = torch.full_like(apart, x[0].numel(), dtype=torch.int64)
+        if scale is not None:
+            x *= kind.factors(apart, size, scale)[:, None, None]
+        return kind.value(apart, apart.square(), size), apart
 
     def _differentiate(
-        self, x: Tensor, y: Tensor, scale: float | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Values of any kind; with `scale`, also scale x the gradients to x and y."""
+        self, engine: Engine, x: Tensor, y: Tensor, scale: float | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Values of any kind, lengths of the differences, and `scale` times the gradients."""
+        if engine.sharded:
+            engine.all_reduce_(x)
+            engine.all_reduce_(y)
+        apart = norms(x - y)
         if scale is None:
-            return self.kind.between(x, y), x, y
+            return self.kind.between(x.flatten(1), y.flatten(1)), apart, x, y
         x.requires_grad_()
         y.requires_grad_()
-        values = self.kind.between(x, y)
+        values = self.kind.between(x.flatten(1), y.flatten(1))
         to_target, to_source = torch.autograd.grad(values.sum() * scale, (x, y))
-        return values.detach(), to_target, to_source
+        return values.detach(), apart, to_target, to_source
 
-    def _scatter(
-        self, shards: dict[str, Shard], chunk: Chunk, to_target: Tensor, to_source: Tensor | None
+    def _add(
+        self, shards: dict[str, Shard], chunk: Chunk, to_target: Tensor, to_source: Tensor
     ) -> None:
-        """Add the gradients of targets and sources (None: minus the targets') to this rank's."""
-        sign = -1 if to_source is None else 1
-        size = (self.layout.width(chunk.projection), self.layout.hidden_size)
-        to_target = to_target.unflatten(1, size)
-        to_source = to_target if to_source is None else to_source.unflatten(1, size)
-        for span in chunk.spans:
-            shard = shards[span.name]
-            local = shard.read_gradient()
-            if not local.numel():
-                continue
-            complete = local.numel() == shard.shape.numel()
-            whole = local if complete else local.new_zeros(shard.shape.numel())
-            view = self._units(shard, whole, chunk.projection)
-            rows = to_source.index_select(0, span.source_rows.to(view.device))
-            add_rows(view, span.target_units, to_target[span.target_rows], 1)
-            add_rows(view, span.source_units, rows, sign)
-            if not complete:
-                local += whole[shard.start : shard.stop]
-            shard.write_gradient(local)
+        """Add the gradients of targets and of sources to this rank's."""
+        held = [(shards[name], shards[name].read_gradient()) for name in chunk.names]
+        # A rank that keeps no gradient of a parameter adds to a stand-in.
+        whole = [
+            (one if one.numel() else one.new_zeros(shard.shape.numel())).view(shard.shape)
+            for shard, one in held
+        ]
+        for places, parts in ((chunk.targets, to_target), (chunk.sources, to_source)):
+            add_units(whole, self.layout, chunk.projection, places, parts, CHUNK_ELEMENTS)
+        for shard, gradient in held:
+            shard.write_gradient(gradient)
 
 
-def squared_norms(units: Tensor) -> Tensor:
-    """Squared norm of each unit, float64 (of fp32 sums)."""
-    return torch.linalg.vector_norm(units, dim=(1, 2)).double().square()
-
-
-def add_rows(into: Tensor, index: Tensor, rows: Tensor, sign: int) -> None:
-    """`into[index] += sign * rows`, repeated indices added up in a fixed order on every device.
-
-    With DDP the ranks must get the same bits, and index_add_ on a GPU adds in any order.
-    """
-    index = index.to(into.device)
-    if into.device.type == "cpu":
-        into.index_add_(0, index, rows, alpha=sign)
-    else:
-        into.index_put_((index,), rows if sign == 1 else -rows, accumulate=True)
-
-
-def _whole(shard: Shard) -> Tensor:
-    """The whole parameter, flat: this rank's range, and zeros elsewhere."""
-    if shard.whole:
-        return shard.values
-    whole = shard.values.new_zeros(shard.shape.numel())
-    whole[shard.start : shard.stop] = shard.values
-    return whole
+def _whole(shards: list[Shard]) -> list[Tensor]:
+    """The whole parameters: this rank's ranges, and zeros elsewhere."""
+    if all(shard.whole for shard in shards):
+        return [shard.values.view(shard.shape) for shard in shards]
+    whole = shards[0].values.new_zeros(len(shards), *shards[0].shape)
+    held = [shard for shard in shards if shard.values.numel()]
+    rows = dict(zip((shard.name for shard in shards), whole.flatten(1).unbind(0), strict=True))
+    if held:
+        torch._foreach_copy_(
+            [rows[shard.name][shard.start : shard.stop] for shard in held],
+            [shard.values for shard in held],
+        )
+    return list(whole.unbind(0))
 
 
 def _split(rows: list[int], size: int) -> Iterator[list[int]]:
