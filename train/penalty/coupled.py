@@ -259,7 +259,7 @@ class Penalty:
         for chunk in self.chunks(engine.device):
             of = chunk.source_of.to(engine.device)
             x, y = self._stack(engine, shards, chunk)
-            squares = torch.stack([norms(x), norms(y)[of]]).double().square()
+            sides.append(torch.stack([norms(x), norms(y)[of]]))
             if isinstance(self.kind, OfDifference):
                 value, apart = self._differ(
                     engine, self.kind, x, y, chunk.source_of.tolist(), scale
@@ -271,17 +271,16 @@ class Penalty:
             if scale is not None:
                 add_rows(y.zero_(), of, to_source, sign)
                 self._add(shards, chunk, x, y)
-            if engine.sharded:
-                engine.all_reduce_(squares)
             values.append(value)
             lengths.append(apart)
-            sides.append(squares)
         if not values:
             return 0.0
         each = self.each
         at = [pair.tie for pair in each], [pair.column for pair in each]
-        apart = torch.cat(lengths)
-        distance[at], cosine[at] = apart, cosines(torch.cat(sides, 1), apart)
+        apart, squares = torch.cat(lengths), torch.cat(sides, 1).double().square()
+        if engine.sharded:
+            engine.all_reduce_(squares)
+        distance[at], cosine[at] = apart, cosines(squares, apart)
         return float(torch.cat(values).sum(dtype=torch.float64))
 
     def _stack(
@@ -335,7 +334,8 @@ class Penalty:
         x.requires_grad_()
         y.requires_grad_()
         values = self.kind.between(x.flatten(1), y.flatten(1))
-        to_target, to_source = torch.autograd.grad(values.sum() * scale, (x, y))
+        weights = torch.full_like(values, scale)
+        to_target, to_source = torch.autograd.grad(values, (x, y), weights)
         return values.detach(), apart, to_target, to_source
 
     def _add(

@@ -30,7 +30,7 @@ from sa_models.errors import PostshareError
 from train.distributed.ranks import Ranks
 from train.penalty.coupled import CHUNK_ELEMENTS, Penalty, PenaltyResult, penalty_coefficient
 from train.penalty.distances import L2, cosines
-from train.penalty.sharded_exchange import Exchange, Pair, Transfer
+from train.penalty.sharded_exchange import Exchange, Sums, Transfer
 
 if TYPE_CHECKING:
     from sa_models.heads import HeadLayout
@@ -168,10 +168,9 @@ class JointExchange(Exchange):
             distance, cosine: fp32 [ties, columns] on the engine's device.
         """
         total = torch.zeros((), dtype=torch.float64, device=self.engine.device)
-        for chunk in self.chunks:
+        for chunk, add_up in zip(self.chunks, self._sums, strict=True):
             pairs = self.pairs[chunk.pairs]
-            targets = [(pair.projection, pair.target) for pair in pairs]
-            sources = [(pair.projection, pair.source) for pair in pairs]
+            targets, sources = self._units(chunk)
             out = self._pack(shards, chunk.receive, targets)
             x = out.new_empty(sum(chunk.send_sizes))
             self._swap(x, out, chunk.send_sizes, chunk.receive_sizes)
@@ -180,11 +179,13 @@ class JointExchange(Exchange):
             lengths = spread.measure()
             if factors is not None:
                 kept = factors(spread.apart, spread.size).tolist()
-                self._close_in(shards, chunk, pairs, kept, sources_move, x, y)
+                self._close_in(shards, chunk, add_up, kept, sources_move, x, y)
                 self._swap(out, x, chunk.receive_sizes, chunk.send_sizes)
                 flat = {name: shard.values for name, shard in shards.items()}
-                for view, part in self._views(flat, shards, chunk.receive, targets, out):
-                    view.copy_(part)
+                sizes = [hi - lo for _, lo, hi in chunk.receive]
+                views, parts = self._views(flat, shards, chunk.receive, targets, out.split(sizes))
+                if views:
+                    torch._foreach_copy_(views, parts)
                 lengths = spread.measure()
             total += lengths.sum()
             at = [pair.tie for pair in pairs], [pair.column for pair in pairs]
@@ -196,7 +197,7 @@ class JointExchange(Exchange):
         self,
         shards: dict[str, Shard],
         chunk: Transfer,
-        pairs: list[Pair],
+        add_up: Sums,
         kept: list[float],
         sources_move: bool,
         x: Tensor,
@@ -210,7 +211,7 @@ class JointExchange(Exchange):
             return
         torch._foreach_sub_(own, source)
         if sources_move:
-            units = [(pair.projection, pair.source) for pair in pairs]
+            _, units = self._units(chunk)
             targets = Counter(units)
             lost = [(1 - f) / (1 + targets[unit]) for f, unit in zip(kept, units, strict=True)]
             moves = x.clone()
@@ -218,8 +219,7 @@ class JointExchange(Exchange):
                 list(moves.split(sizes)), [lost[piece.pair] for piece in chunk.send]
             )
             flat = {name: shard.values for name, shard in shards.items()}
-            for view, part in self._views(flat, shards, chunk.send, units, moves):
-                view.add_(part.to(view.device))
+            self._add_sums(flat, shards, add_up, units, moves, 1)
             y.copy_(self._pack(shards, chunk.send, units))
         torch._foreach_mul_(own, factor)
         torch._foreach_add_(own, source)

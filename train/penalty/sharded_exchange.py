@@ -10,7 +10,8 @@ numbers, reduced over all ranks. A rank gets no more than the partners of what i
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -180,6 +181,49 @@ def _pieces(lo: Tensor, hi: Tensor) -> tuple[list[Piece], list[int]]:
     return [Piece(*one) for one in bounds], (hi - lo).clamp(min=0).sum(1).tolist()
 
 
+class Sums(NamedTuple):
+    """How pieces of a buffer are added up that are the same elements of one unit.
+
+    Attributes:
+        pieces: finer ones, two of a unit being the same or disjoint; sizes: their elements.
+        rounds: (into, others): each of these is added to that. A group halves with every round.
+        kept: the pieces that then hold the sums.
+    """
+
+    pieces: list[Piece]
+    sizes: list[int]
+    rounds: list[tuple[list[int], list[int]]]
+    kept: list[int]
+
+
+def sums(pieces: list[Piece], units: list[tuple[str, Unit]]) -> Sums:
+    """Of pieces whose units are those of their pairs."""
+    cuts: dict[tuple[str, Unit], set[int]] = defaultdict(set)
+    for pair, lo, hi in pieces:
+        cuts[units[pair]] |= {lo, hi}
+    finer = [
+        Piece(pair, *bounds)
+        for pair, lo, hi in pieces
+        for bounds in itertools.pairwise(sorted(at for at in cuts[units[pair]] if lo <= at <= hi))
+    ]
+    groups: dict[tuple[tuple[str, Unit], int, int], list[int]] = defaultdict(list)
+    for index, (pair, lo, hi) in enumerate(finer):
+        groups[units[pair], lo, hi].append(index)
+    rounds, left = [], list(groups.values())
+    while any(len(group) > 1 for group in left):
+        halves = [(len(group) + 1) // 2 for group in left]
+        others = [one for group, half in zip(left, halves, strict=True) for one in group[half:]]
+        into = [
+            one
+            for group, half in zip(left, halves, strict=True)
+            for one in group[: len(group) - half]
+        ]
+        rounds.append((into, others))
+        left = [group[:half] for group, half in zip(left, halves, strict=True)]
+    kept = [group[0] for group in left]
+    return Sums(finer, [hi - lo for _, lo, hi in finer], rounds, kept)
+
+
 # --- moving them ----------------------------------------------------------------------------------
 
 
@@ -205,6 +249,7 @@ class Exchange:
         self.chunks = route(
             Routes(layout, pairs, gather_ranges(engine, shards)), engine.rank, elements, joint
         )
+        self._sums = [sums(chunk.send, self._units(chunk)[1]) for chunk in self.chunks]
         there, back = (
             sum(sum(sizes) - sizes[engine.rank] for sizes in all_sizes)
             for all_sizes in (
@@ -235,7 +280,7 @@ class Exchange:
             distance, cosine: fp32 [ties, columns] on the engine's device.
         """
         total = torch.zeros((), dtype=torch.float64, device=self.engine.device)
-        for chunk in self.chunks:
+        for chunk, add_up in zip(self.chunks, self._sums, strict=True):
             pairs = self.pairs[chunk.pairs]
             spread, outgoing = self._meet(shards, chunk, pairs)
             total += spread.measure().sum()
@@ -244,15 +289,16 @@ class Exchange:
             cosine[at] = cosines(spread.squares, spread.apart)
             if scale is not None:
                 spread.differentiate_(scale)
-                self._part(shards, chunk, pairs, spread, outgoing)
+                self._part(shards, chunk, add_up, spread, outgoing)
         return float(total)
 
     def _meet(
         self, shards: dict[str, Shard], chunk: Transfer, pairs: list[Pair]
     ) -> tuple[Spread, Tensor]:
         """Bring the sources' elements to the targets'; also the buffer that they were sent from."""
-        outgoing = self._pack(shards, chunk.send, [(p.projection, p.source) for p in pairs])
-        x = self._pack(shards, chunk.receive, [(p.projection, p.target) for p in pairs])
+        targets, sources = self._units(chunk)
+        outgoing = self._pack(shards, chunk.send, sources)
+        x = self._pack(shards, chunk.receive, targets)
         y = torch.empty_like(x)
         self._swap(y, outgoing, chunk.receive_sizes, chunk.send_sizes)
         return self._spread(x, y, chunk.receive, pairs), outgoing
@@ -279,7 +325,7 @@ class Exchange:
         self,
         shards: dict[str, Shard],
         chunk: Transfer,
-        pairs: list[Pair],
+        add_up: Sums,
         spread: Spread,
         outgoing: Tensor,
     ) -> None:
@@ -287,18 +333,44 @@ class Exchange:
         odd = isinstance(self.kind, OfDifference)
         returned = spread.x if odd else spread.y
         self._swap(outgoing, returned, chunk.send_sizes, chunk.receive_sizes)
-        targets = [(pair.projection, pair.target) for pair in pairs]
-        sources = [(pair.projection, pair.source) for pair in pairs]
+        targets, sources = self._units(chunk)
         names = sorted({self._name(p, unit) for p, unit in targets + sources})
         flat = {name: shards[name].read_gradient() for name in names}
-        for pieces, units, buffer, sign in (
-            (chunk.receive, targets, spread.x, 1),
-            (chunk.send, sources, outgoing, -1 if odd else 1),
-        ):
-            for view, part in self._views(flat, shards, pieces, units, buffer):
-                view.add_(part.to(view.device), alpha=sign)  # offloaded ones lie on the CPU
+        received = _split(spread.x.to(_device(flat)), chunk.receive)
+        self._add(flat, shards, chunk.receive, targets, received, 1)
+        self._add_sums(flat, shards, add_up, sources, outgoing, -1 if odd else 1)
         for name in names:
             shards[name].write_gradient(flat[name])
+
+    def _add(
+        self,
+        flat: dict[str, Tensor],
+        shards: dict[str, Shard],
+        pieces: list[Piece],
+        units: list[tuple[str, Unit]],
+        parts: Sequence[Tensor],
+        sign: int,
+    ) -> None:
+        """Add parts to the pieces, which are disjoint: on a GPU their order is not given."""
+        views, parts = self._views(flat, shards, pieces, units, parts)
+        if views:
+            torch._foreach_add_(views, parts, alpha=sign)
+
+    def _add_sums(
+        self,
+        flat: dict[str, Tensor],
+        shards: dict[str, Shard],
+        add_up: Sums,
+        units: list[tuple[str, Unit]],
+        buffer: Tensor,
+        sign: int,
+    ) -> None:
+        """Add a buffer of pieces, of which several may be the same elements; it is used up."""
+        parts = buffer.to(_device(flat)).split(add_up.sizes)
+        for into, others in add_up.rounds:
+            torch._foreach_add_([parts[i] for i in into], [parts[i] for i in others])
+        pieces = [add_up.pieces[i] for i in add_up.kept]
+        self._add(flat, shards, pieces, units, [parts[i] for i in add_up.kept], sign)
 
     def _pack(
         self, shards: dict[str, Shard], pieces: list[Piece], units: list[tuple[str, Unit]]
@@ -307,8 +379,9 @@ class Exchange:
         count = sum(hi - lo for _, lo, hi in pieces)
         buffer = torch.empty(count, dtype=torch.float32, device=self.engine.device)
         flat = {name: shard.values for name, shard in shards.items()}
-        for view, part in self._views(flat, shards, pieces, units, buffer):
-            part.copy_(view)
+        views, parts = self._views(flat, shards, pieces, units, _split(buffer, pieces))
+        if views:
+            torch._foreach_copy_(parts, views)
         return buffer
 
     def _views(
@@ -317,18 +390,27 @@ class Exchange:
         shards: dict[str, Shard],
         pieces: list[Piece],
         units: list[tuple[str, Unit]],
-        buffer: Tensor,
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """(view of this rank's range of a parameter, its place in the buffer), two-dimensional."""
-        done = 0
-        for pair, lo, hi in pieces:
+        parts: Sequence[Tensor],
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Views of this rank's ranges of parameters, and of the parts [n] that belong to them."""
+        views, opposite = [], []
+        for (pair, lo, hi), part in zip(pieces, parts, strict=True):
             projection, unit = units[pair]
-            name = self._name(projection, unit)
+            name, done = self._name(projection, unit), 0
             for view in unit_views(
                 flat[name], shards[name].start, self.layout, projection, unit[1], lo, hi
             ):
-                yield view, buffer[done : done + view.numel()].view(view.shape)
+                views.append(view)
+                opposite.append(part.narrow(0, done, view.numel()).view(view.shape))
                 done += view.numel()
+        return views, opposite
+
+    def _units(self, chunk: Transfer) -> tuple[list[tuple[str, Unit]], list[tuple[str, Unit]]]:
+        """The projections and units of a chunk's targets, and of its sources, by pair."""
+        pairs = self.pairs[chunk.pairs]
+        return [(pair.projection, pair.target) for pair in pairs], [
+            (pair.projection, pair.source) for pair in pairs
+        ]
 
     def _name(self, projection: str, unit: Unit) -> str:
         return self.layout.parameter_name(unit[0], projection)
@@ -343,7 +425,7 @@ class Exchange:
 def unit_views(
     flat: Tensor, start: int, layout: HeadLayout, projection: str, unit: int, lo: int, hi: int
 ) -> Iterator[Tensor]:
-    """Views [rows, columns] that are elements lo:hi of a unit, one after the other.
+    """Views that are elements lo:hi of a unit, one after the other: [rows, columns], or [columns].
 
     Args:
         flat: a contiguous range of the parameter, from its element `start` on; it holds them all.
@@ -356,5 +438,17 @@ def unit_views(
         if size == width:
             rows = (hi - lo) // width
         at = flat.storage_offset() + row * columns + unit * width + column - start
-        yield flat.as_strided((rows, size), (columns, 1), at)
+        if rows == 1:  # one of two dimensions has other strides than its part of a buffer
+            yield flat.as_strided((size,), (1,), at)
+        else:
+            yield flat.as_strided((rows, size), (columns, 1), at)
         lo += rows * size
+
+
+def _split(buffer: Tensor, pieces: list[Piece]) -> tuple[Tensor, ...]:
+    return buffer.split([hi - lo for _, lo, hi in pieces])
+
+
+def _device(flat: dict[str, Tensor]) -> torch.device:
+    """Where gradients lie: offloaded ones on the CPU."""
+    return next(iter(flat.values())).device
