@@ -74,7 +74,7 @@ def loop_over_pairs(dense: LlamaForCausalLM, layout: HeadLayout, plan: SharingPl
 def operations(pairs: int) -> float:
     """Operations of a projection, forward and backward, in chunks as on a GPU; views left out."""
     layout = HeadLayout(layers=33, hidden_size=64, heads=32, kv_heads=32, head_dim=2)
-    weights = Weights(layout)
+    weights: Any = Weights(layout)
     plan = make_plan(random_matches(layout, 0), layout, pairs, "qkvo")
     penalty = Penalty(plan, layout, "l2", chunk_elements=CHUNK_ELEMENTS)
     penalty.apply(weights, 0.5)
