@@ -51,6 +51,7 @@ from sa_models.weights.companion_files import (
     copy_code,
     copy_terms,
     licence_of,
+    require_tokenizer,
     tokenizer_folder,
     write_configs,
     write_tokenizer,
@@ -243,6 +244,7 @@ class _Job:
         """Raises PostshareError where GGUF cannot express the model."""
         tokenizer = self.tokenizer
         if isinstance(tokenizer, Path):
+            require_tokenizer(tokenizer)
             tokenizer = AutoTokenizer.from_pretrained(str(tokenizer), trust_remote_code=False)
         origin = self.base or self.weights.path
         return gguf_form(
@@ -308,7 +310,7 @@ class _Job:
                 return True
             exported = ExpandedFolder(path) if name == "compact" else WeightsFolder(path)
             verify_equal(exported, self.dense if name == "dense" else self.weights)
-        except PostshareError:
+        except (PostshareError, FileNotFoundError):
             raise PostshareError(
                 f"{path} holds an export of other weights; choose another folder or delete it"
             ) from None
