@@ -1,10 +1,9 @@
 """A training step whose losses are computed by chunks against one that has all logits.
 
-Two Llamas of random weights with tied embeddings: SmolLM2's vocabulary of 49,152 (hidden 576) and
-Llama-3's of 128,256 (hidden 1024), 4 layers, 1,024 tokens, fp32, with gradient checkpointing, so
-that the logits are the largest tensors of the step; and the demo's shape, where a micro-batch is
-one chunk and nothing changes. Peaks are of a process of its own, above the model and its gradients,
-of losses of the text and of a whole teacher of the same shape.
+Llamas of random weights with tied embeddings, hidden 576, 4 layers, 2 x 512 tokens, fp32, gradient
+checkpointing, with SmolLM2's vocabulary of 49,152 and Llama-3's of 128,256; and the demo's shape,
+where a micro-batch is one chunk and nothing changes. Peaks are above the weights, gradients
+included, in a process of its own: with losses of the text, and with a teacher of the same shape.
 """
 
 from __future__ import annotations
@@ -26,9 +25,9 @@ from train.training.chunked_loss import in_place_of, token_sums
 from train.training.distill_loss import Projection
 
 SHAPES = {
-    "demo_2048": (2048, 128, 8, 4, 256),
-    "vocabulary_49152": (49_152, 576, 4, 2, 512),
-    "vocabulary_128256": (128_256, 1024, 4, 2, 512),
+    "49152": (49_152, 576, 4, 2, 512),
+    "128256": (128_256, 576, 4, 2, 512),
+    "demo": (2048, 128, 8, 4, 256),
 }
 """Vocabulary, hidden size, layers, sequences, and tokens of each."""
 Step = Callable[[], None]
@@ -47,7 +46,7 @@ def llama(name: str) -> tuple[LlamaForCausalLM, torch.Tensor]:
         tie_word_embeddings=True,
     )
     model = LlamaForCausalLM(config).train()
-    if layers == 4:
+    if name != "demo":
         model.activation_checkpointing_enable({"use_reentrant": False})
     return model, torch.randint(vocabulary, (rows, length))
 
@@ -114,13 +113,13 @@ def measure_shape(name: str, rounds: int) -> dict[str, float]:
 
 
 def measure(rounds: int = 3) -> dict[str, dict[str, float]]:
-    results = {f"losses_{n}": measure_shape(n, rounds) for n in SHAPES if n != "demo_2048"}
-    return results | {"losses_demo_2048": measure_demo(20 * rounds)}
+    results = {f"losses_{n}": measure_shape(n, rounds) for n in SHAPES if n != "demo"}
+    return results | {"losses_demo": measure_demo(20 * rounds)}
 
 
 def measure_demo(rounds: int) -> dict[str, float]:
     """What is chosen there, and what chunks would take where they were forced."""
-    model, ids = llama("demo_2048")
+    model, ids = llama("demo")
     both = steps(model, ids, None)
 
     def forced() -> None:

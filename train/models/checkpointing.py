@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sa_models.projections import SharedOutputLinear
 
@@ -39,5 +40,11 @@ def enable_checkpointing(model: PreTrainedModel, mode: Checkpointing) -> None:
     adds = any(isinstance(m, SharedOutputLinear) and m.tied for m in model.modules())
     if mode == "selective" and not adds:
         options["context_fn"] = partial(create_selective_checkpoint_contexts, KEPT)
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(options)
+    else:  # before transformers 5.23
+        model.gradient_checkpointing_enable(options)
     every = 1 if mode in (True, "selective") else int(mode)
-    model.activation_checkpointing_enable(options, every_n_layers=every)
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    for index, layer in enumerate(layers):
+        layer.gradient_checkpointing = index % every == 0

@@ -3,11 +3,12 @@
 The forward computes what the backward will want: of each chunk of rows its logits, the losses,
 their gradient by the logits, and from that its part of the gradients by hidden states and weight.
 The backward only scales these two. So there are three products with the weight, as without chunks
-(a backward that computed the logits again would add a fourth), and it reads no weight, which ZeRO-3
-and FSDP2 would have to gather for it. Chunks of the weight's gradient are added up in fp32.
+(a backward that computed the logits again would add a fourth). Chunks of the weight's gradient are
+added up in fp32.
 
 lm_head's own forward is where this happens (:func:`in_place_of`): the call goes through the engine,
-which has the weight gathered there, tied to the embeddings or not, and reduces its gradient.
+which has the weight gathered there, once for all chunks, tied to the embeddings or not, and reduces
+its gradient.
 """
 
 from __future__ import annotations
@@ -60,12 +61,12 @@ def token_sums(
     """
     kind, dtype = hidden.device.type, hidden.dtype
     if teacher is None and labels.numel() * len(weight) <= chunk_elements(kind):
-        # One chunk: nothing is saved, and a CPU's small products are faster left to autograd.
+        # One chunk: little would be saved, and autograd's numbers stay what they were, to the bit.
         logits, targets = F.linear(hidden, weight), labels.to(hidden.device, non_blocking=True)
-        entropy = weights[0] * F.cross_entropy(
+        entropy = F.cross_entropy(
             logits.flatten(0, -2).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum"
         )
-        return torch.stack([entropy, entropy.detach(), entropy.new_zeros(())])
+        return torch.stack([weights[0] * entropy, entropy.detach(), entropy.new_zeros(())])
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
     if not torch.is_grad_enabled():

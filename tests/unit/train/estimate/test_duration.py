@@ -95,9 +95,14 @@ def test_no_cell_is_wrapped_at_80_columns(name: str) -> None:
     assert max(map(len, facts)) <= 80
     assert not any("…" in line for line in lines)
     rows = [line for line in lines if line[:3] in {f" {stage} " for stage in range(4)}]
-    assert len(rows) == 4
-    head = next(line for line in lines if line.startswith(" ZeRO"))
-    following = lines[lines.index(head) + 1]
-    for column in ("gradients", "optimizer", "activations"):
-        assert column in following
+    assert len(rows) == 2 * 4
+    parts, in_all = (lines[at + 1] for at, line in enumerate(lines) if line.startswith(" ZeRO"))
+    for column in ("gradients", "optimizer", "activations", "total"):
+        assert column in parts
+    assert in_all.split()[1:] == ["off", "selective", "on"]
+    # The total of the first table is that of the recipe's own way in the second.
+    on = load_recipe(name).train.gradient_checkpointing
+    assert [row.split()[-1] for row in rows[:4]] == [
+        row.split()[3 if on else 1] for row in rows[4:]
+    ]
     assert lines[-1] == "the whole recipe, defaults included: --full"
