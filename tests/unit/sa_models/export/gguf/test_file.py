@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,37 @@ def test_uniform_removal_is_a_llama_with_fewer_heads(
     text = torch.arange(20, 60)[None]
     with torch.no_grad():
         assert (stock(text).logits - ours(text).logits).abs().max() < 1e-5
+
+
+def test_one_tensor_is_held_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the largest, a part of its rows is compared at a time, as here of all."""
+    monkeypatch.setattr("sa_models.export.gguf.file.COMPARED", 2048)
+    source = open_weights(compact(tmp_path))
+    names, held = source.names(), []
+
+    class Counting:
+        path, config, shape, dtype = source.path, source.config, source.shape, source.dtype
+
+        def read(self, name: str) -> torch.Tensor:
+            assert sum(tensor() is not None for tensor in held) <= 1
+            tensor = source.read(name)
+            held.append(weakref.ref(tensor))
+            read_names.append(name)
+            return tensor
+
+    read_names: list[str] = []
+    form = forms.gguf_form(
+        source.config, FREE, "q8_0", load_tokenizer(str(tmp_path / "base")), pre="gpt-2"
+    )
+    form.write(tmp_path / "out.gguf", Counting())  # type: ignore[arg-type]
+    assert read_names == names
+    form.verify(tmp_path / "out.gguf", Counting())  # type: ignore[arg-type]
+    assert read_names == 2 * names
+    data = bytearray((tmp_path / "out.gguf").read_bytes())
+    data[-1] ^= 0x40  # in the last row of the last matrix
+    (tmp_path / "out.gguf").write_bytes(data)
+    with pytest.raises(PostshareError, match=r"output\.weight differs from the weights"):
+        form.verify(tmp_path / "out.gguf", source)
 
 
 # --- what is not right ----------------------------------------------------------------------------
