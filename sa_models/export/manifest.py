@@ -42,6 +42,8 @@ class Identity:
     """How the leaders of ``kv`` spans were initialized, where there are any."""
     residual_sha256: str | None = None
     """Of the residuals' values before they were rounded to ``dtype``, where there are any."""
+    gguf: str | None = None
+    """The type of the matrices, in the folder of a GGUF file."""
 
 
 def describe(
@@ -50,12 +52,13 @@ def describe(
     savings: PlanSavings,
     identity: Identity,
     parameters: int,
+    nbytes: int,
     stock: HeadLayout | None = None,
 ) -> dict[str, Any]:
     """The part of the manifest that the plan and the base's config decide.
 
     Args:
-        parameters: stored in the folder.
+        parameters, nbytes: stored in the folder.
         stock: of the dense form, where it has fewer heads.
     """
     size = {"float32": 4}.get(identity.dtype, 2)
@@ -65,7 +68,7 @@ def describe(
         **asdict(identity),
         "tensors": {
             "parameters": parameters,
-            "bytes": parameters * size,
+            "bytes": nbytes,
             "base_parameters": savings.base_parameters,
             "base_bytes": savings.base_parameters * size,
         },

@@ -35,6 +35,16 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
 ```
 """,
+    "gguf": """\
+One file, which llama.cpp and what is built on it load as they are:
+
+```bash
+llama-server -m {file}
+```
+
+GGUF knows no sharing: shared units are stored where each is used, factors as their products. Of
+removed units nothing is stored.
+""",
     "adapter": """\
 A PEFT adapter (LoRA) that gives tied units of the compact model back a part of what they lost:
 
@@ -80,6 +90,8 @@ model = load_dequantized("path/to/this/folder")
 ```
 """,
 }
+LIBRARIES = {"adapter": "peft", "gguf": "gguf"}
+"""By which the hub says how a folder is used."""
 MOST_SPANS = 3
 """That have a row each; a card has at most 60 lines."""
 PERPLEXITY_OF = {
@@ -99,7 +111,7 @@ def model_card(manifest: Mapping[str, Any]) -> str:
     notes, kind = manifest["notes"], manifest["format"]
     base = notes.get("base_model")
     parts = [
-        _front_matter(base, "peft" if kind == "adapter" else "transformers", notes.get("licence")),
+        _front_matter(base, LIBRARIES.get(kind, "transformers"), notes.get("licence")),
         f"# {notes.get('name', 'Shared Llama')}, {kind} export\n",
         f"{f'`{base}`' if base else 'A Llama'} with shared attention, made by `postshare`.\n",
         "## Use\n",
@@ -121,10 +133,15 @@ def model_card(manifest: Mapping[str, Any]) -> str:
     return "\n".join(parts)
 
 
+def gguf_name(name: str | None, kind: str | None) -> str:
+    """The file in the folder of a GGUF export."""
+    return f"{name or 'model'}-{kind}.gguf"
+
+
 def _usage(manifest: Mapping[str, Any]) -> Iterator[str]:
-    kind, stock = manifest["format"], manifest.get("stock")
+    kind, stock, notes = manifest["format"], manifest.get("stock"), manifest["notes"]
     if kind != "dense" or stock is None:
-        yield USAGE[kind]
+        yield USAGE[kind].replace("{file}", gguf_name(notes.get("name"), manifest.get("gguf")))
     if stock is not None and kind in FEWER_HEADS:
         sizes = ", ".join(map(str, stock["tensor_parallel"]))
         why = WHY_MISTRAL if stock["architecture"] == "MistralForCausalLM" else ""
@@ -203,6 +220,8 @@ def _shared_rows(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
             ("bytes of KV cache for a token", f"{cache['bytes_per_token']:,} ({kept:.1%} of base)")
         )
     stored = manifest["dtype"]
+    if kind := manifest.get("gguf"):
+        stored = f"matrices {kind}, norms f32"
     if "quantization" in manifest:
         to, group = manifest["quantization"]["to"], manifest["quantization"]["group"]
         stored = f"{to}, one scale for {f'{group} inputs of a row' if group else 'a row'}"

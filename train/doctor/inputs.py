@@ -35,6 +35,7 @@ def resolve(name: str, overrides: Sequence[str]) -> tuple[Recipe | None, list[Fi
 
 def check_start(recipe: Recipe, world: int) -> Iterator[Finding]:
     """What a run of the recipe refuses before it starts: launch settings, batch, folder, wandb."""
+    from sa_models.export.gguf.file import require_gguf
     from train.models.lora import check_gpu
     from train.stages.lock import require_free
     from train.stages.start import check_folder
@@ -47,6 +48,7 @@ def check_start(recipe: Recipe, world: int) -> Iterator[Finding]:
         ("run folder", lambda: limited(lambda: check_folder(recipe), LIMIT)),
         ("run folder", lambda: limited(lambda: require_free(recipe.folder), LIMIT)),
         ("wandb", lambda: check_wandb(recipe.wandb)),
+        *([("export", require_gguf)] if "gguf" in recipe.export.formats else []),
     )
     for topic, check in refusals:
         try:

@@ -237,6 +237,8 @@ def disk_space(recipe: Recipe, shape: LlamaShape) -> Disk:
         exports += (savings.stored_parameters + adapter) * element
     if "dense" in recipe.export.formats and structure.has_stock_form:
         exports += savings.dense_parameters * element
+    if "gguf" in recipe.export.formats:
+        exports += savings.dense_parameters * (4 if recipe.export.gguf == "f32" else element)
     own = (train.steps != 0) + (recipe.materialize.heal_steps > 0)
     trainings = own + (own > 0 and recipe.evaluate.continued and recipe.plans)
     checkpoint = checkpoint_bytes(shape, train, recipe.lora) if trainings else 0

@@ -18,9 +18,8 @@ from sa_models.export.manifest import read_manifest
 from train.common.run_files import SCORES_FILE, SEARCH_FILE
 from train.evaluation.figures import DecodeRatio
 from train.evaluation.models import export_of
-from train.evaluation.score import Score
+from train.evaluation.score import Score, as_models
 from train.evaluation.speed import TASK as SPEED
-from train.evaluation.table import as_models
 
 VERSION = 1
 
@@ -39,13 +38,17 @@ def export_hash(run: Path) -> str | None:
 
 
 def add_scores(
-    run: Path, scores: Mapping[str, Sequence[Score]], facts: Mapping[str, Any]
+    run: Path,
+    scores: Mapping[str, Sequence[Score]],
+    facts: Mapping[str, Any],
+    formats: Sequence[Mapping[str, Any]] = (),
 ) -> Path | None:
     """Write the scores of a run's models into its folder; None where its export has no manifest.
 
     Args:
         scores: of each model; the first is the reference.
         facts: of the call, kept with each task.
+        formats: see :func:`~train.evaluation.formats.format_rows`; kept with the speed.
     """
     weights = export_hash(run)
     if weights is None:
@@ -55,6 +58,8 @@ def add_scores(
     for task in dict.fromkeys(score.task for score in next(iter(scores.values()))):
         own = {name: [s for s in every if s.task == task] for name, every in scores.items()}
         tasks[task] = {**facts, "models": as_models(own)}
+    if formats:
+        tasks[SPEED]["formats"] = [*formats]
     write_json(file, {"version": VERSION, "export": weights, "tasks": tasks})
     return file
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -204,3 +204,18 @@ def as_json(score: Score, reference: Score | None) -> dict[str, Any]:
         found = change(score, reference)
         value["change"] = None if found is None else asdict(found)
     return value
+
+
+def as_models(scores: Mapping[str, Sequence[Score]]) -> list[dict[str, Any]]:
+    """For each model its name and scores, with their change from the first model's."""
+    reference = next(iter(scores.values()))
+    return [
+        {
+            "name": name,
+            "scores": [
+                as_json(score, None if at == 0 else base)
+                for score, base in zip(own, reference, strict=True)
+            ],
+        }
+        for at, (name, own) in enumerate(scores.items())
+    ]

@@ -155,7 +155,8 @@ def summarize(
 
     Args:
         requested: the ratio of heads that the recipe asks for.
-        disk: bytes of the weight files, by ``base``, ``compact``, ``adapter`` and ``dense``.
+        disk: bytes of the weight files, by ``base``, ``compact``, ``adapter``, ``dense`` and
+            ``gguf``.
         residual: parameters of the adapter, which belong to what is stored.
         element_bytes: of one exported parameter.
         positions: the most tokens that the model reads.
@@ -195,7 +196,7 @@ def summarize(
             "base_elements_per_token": savings.base_cache,
             "stored_elements_per_token": savings.stored_cache,
         },
-        "bytes": {name: disk.get(name) for name in ("base", "compact", "adapter", "dense")},
+        "bytes": {"base": None, "compact": None, "adapter": None, "dense": None, **disk},
         "tokens": training.tokens,
         "seconds": training.seconds,
     }
@@ -228,9 +229,11 @@ def _against_continued(perplexity: Mapping[str, float | None]) -> float | None:
 
 
 def weight_bytes(folder: Path) -> int:
-    """Bytes of the safetensors of a folder, without what its model does not have."""
-    if not (folder / "config.json").is_file():  # an adapter
-        return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    """Bytes of the safetensors of a folder, without what its model does not have; of a GGUF
+    file."""
+    if not (folder / "config.json").is_file():  # an adapter, or GGUF
+        files = (*folder.glob("*.safetensors"), *folder.glob("*.gguf"))
+        return sum(file.stat().st_size for file in files)
     weights = open_stored(folder)
     return sum(file.stat().st_size for file in weights.shards()) - weights.left_over()
 

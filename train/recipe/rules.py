@@ -41,6 +41,18 @@ def _stored_once(recipe: RecipeFields) -> Iterator[str]:
         )
 
 
+def _gguf_beside_a_folder(recipe: RecipeFields) -> Iterator[str]:
+    if recipe.export.formats == ("gguf",):
+        yield (
+            "export: a GGUF file alone cannot be evaluated here; set export.formats=[compact, gguf]"
+        )
+    if recipe.export.gguf is not None and "gguf" not in recipe.export.formats:
+        yield (
+            f"export.gguf: is {recipe.export.gguf}, and export.formats names no gguf; remove it, "
+            "or set export.formats=[compact, dense, gguf]"
+        )
+
+
 def _nothing_to_pull(recipe: RecipeFields) -> Iterator[str]:
     if recipe.plan.strategy == "none" and recipe.penalty != PenaltySection():
         yield "penalty: plan.strategy is none, nothing to pull; remove penalty"
@@ -239,6 +251,7 @@ RULES = (
     something_is_shared,
     _one_plan,
     _stored_once,
+    _gguf_beside_a_folder,
     _nothing_to_pull,
     _nothing_to_materialize,
     _nothing_is_tied,
@@ -274,7 +287,7 @@ def check_structure(recipe: RecipeFields, structure: SharingPlan, config: Any) -
 
     Raises:
         PostshareError: see :meth:`SharingPlan.validate`; or as many KV heads as the base has; or
-            spans with no export but a dense one.
+            spans with no export but a dense one, or with GGUF.
     """
     structure.validate(config)
     before = HeadLayout.from_config(config).kv_heads
@@ -283,8 +296,9 @@ def check_structure(recipe: RecipeFields, structure: SharingPlan, config: Any) -
             f"heads.kv_heads is {before}, as many as the model has; lower it, or remove heads"
         )
     spans = recipe.spans is not None or not structure.has_stock_form
-    if spans and recipe.export.formats == ("dense",):
+    if spans and not recipe.export.allows_spans:
+        form = "GGUF" if "gguf" in recipe.export.formats else "dense"
         raise PostshareError(
-            "export.formats is [dense], and spans have no dense form: no stock Llama computes "
-            "them; set export.formats=[compact]"
+            f"export.formats is [{', '.join(recipe.export.formats)}], and spans have no {form} "
+            "form: no stock Llama computes them; set export.formats=[compact]"
         )

@@ -67,7 +67,12 @@ def run_page(data: RunData) -> str:
         (
             "Quality",
             _rival_picture(rivals),
-            (tables.evaluation(data), tables.against_controls(rivals), tables.tasks(data)),
+            (
+                tables.evaluation(data),
+                tables.against_controls(rivals),
+                tables.formats(data),
+                tables.tasks(data),
+            ),
         ),
         ("The same text, before and after", (), (*tables.samples(data),)),
         (

@@ -12,6 +12,7 @@ import numpy as np
 from sa_models.basis import FACTORED, factor_sizes
 from train.common.progress import clock
 from train.common.sizes import size
+from train.evaluation.formats import HEADINGS, format_cells
 from train.evaluation.score import PERPLEXITY
 from train.evaluation.speed import TASK as SPEED
 from train.evaluation.summary import STRUCTURED, model_names, summary_cells
@@ -113,6 +114,24 @@ def tasks(data: RunData) -> Table | None:
     )
     columns = ("task", *names, "last vs first", "95 %")
     return Table("Tasks and speed", columns, tuple(rows), note)
+
+
+def formats(data: RunData) -> Table | None:
+    """The formats of the export, where their speed was measured."""
+    entry = (data.scores or {}).get(SPEED, {})
+    rows = entry.get("formats")  # an earlier version wrote none
+    if not rows:
+        return None
+    cells = [
+        (name, row["loads in"] or "", *others)
+        for (name, *others), row in zip(format_cells(rows), rows, strict=True)
+    ]
+    head, *columns = HEADINGS
+    note = (
+        f"From postshare evaluate, in {entry['dtype']} on {entry['device']}, one sequence at a "
+        "time; times are against stock."
+    )
+    return Table("Formats", (head, "loads in", *columns), tuple(cells), note, described=True)
 
 
 def _score(value: float) -> str:

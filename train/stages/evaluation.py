@@ -114,10 +114,10 @@ def planned_figures(current: Run) -> Figures:
 
 def export_formats(current: Run) -> tuple[Format, ...]:
     """With KV heads alone there is nothing compact to store; with spans, no stock form."""
-    plan = current.plan
+    plan, formats = current.plan, current.recipe.export.formats
     if plan.structure() == plan and not plan.spans:
-        return ("dense",)
-    return current.recipe.export.formats if plan.has_stock_form else ("compact",)
+        return ("dense", "gguf") if "gguf" in formats else ("dense",)
+    return formats if plan.has_stock_form else ("compact",)
 
 
 def exported(current: Run) -> tuple[str, ...]:

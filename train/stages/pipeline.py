@@ -261,7 +261,7 @@ def heal(current: Run) -> None:
 
 
 def write_exports(current: Run) -> None:
-    """Export compact and dense, verified."""
+    """Export what the recipe asks for, verified."""
     recipe = current.recipe
     healed = recipe.materialize.heal_steps > 0
     weights = current.folder / "heal" / "weights" if healed else merged_folder(current)
@@ -283,6 +283,7 @@ def write_exports(current: Run) -> None:
                 current.plan,
                 current.folder / "export",
                 formats=export_formats(current),
+                gguf=recipe.export.gguf,
                 dtype=current.export_dtype,
                 shard_bytes=recipe.export.shard_bytes,
                 merge="copy" if healed else recipe.materialize.remaining_merge,

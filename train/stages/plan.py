@@ -204,7 +204,7 @@ def find_by_auto(current: Run, base: Path, problem: PlanProblem, blocks: Blocks)
     Searching, comparing and timing load the base anew, so that none holds what another needed.
     """
     recipe, config, size = current.recipe, current.config, current.export_dtype.itemsize
-    device, spans = current.ranks.device, recipe.export.formats != ("dense",)
+    device, spans = current.ranks.device, recipe.export.allows_spans
     model = measured_model(current, base, problem.structure)
     text = measured_text(current, blocks)
     searched = search_auto(problem, model, text, current.folder, spans)

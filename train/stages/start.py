@@ -10,6 +10,7 @@ from transformers.utils import logging
 
 from sa_models.atomic_files import beside, write_json
 from sa_models.errors import PostshareError
+from sa_models.export.gguf.form import gguf_form, kind_of
 from sa_models.plan import SharingPlan
 from sa_models.weights.safetensors_folder import WeightsFolder
 from train.common.identity import refuse_other_run
@@ -104,6 +105,9 @@ def _check(
     if current.base is not None:
         current.on_main(lambda: check_plan(recipe, WeightsFolder(base_of(current))))
         check_weights(current, base_of(current))
+    if needs_data and "gguf" in recipe.export.formats:
+        _ = current.config, current.tokenizer  # which every rank waits for
+        current.on_main(lambda: check_gguf(current))
     current.on_main(lambda: _warn(current))
     teacher = find_teacher(current) if trains and recipe.distill is not None else None
     if requires is not None:
@@ -224,6 +228,16 @@ def check_weights(current: Run, folder: Path) -> None:
     """Refuse weights that are no numbers. A collective: every rank reads its share."""
     ranks = current.ranks
     current.on_all(lambda: read_through(WeightsFolder(folder), ranks.rank, ranks.world))
+
+
+def check_gguf(current: Run) -> None:
+    """Refuse a model or a tokenizer that GGUF cannot express, and a machine that cannot write it.
+
+    Raises:
+        PostshareError: see :func:`~sa_models.export.gguf.form.gguf_form`.
+    """
+    kind = current.recipe.export.gguf or kind_of(current.export_dtype)
+    gguf_form(current.config, SharingPlan(), kind, current.tokenizer, origin=current.base)
 
 
 def find_teacher(current: Run) -> Path:

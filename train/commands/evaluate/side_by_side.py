@@ -24,17 +24,18 @@ from sa_models.errors import PostshareError
 from sa_models.export.quantized_folder import is_quantized
 from train.commands.evaluate.lm_eval_data import data_hash
 from train.commands.evaluate.lm_eval_tasks import Harness, HarnessSettings, TaskSet, require_harness
+from train.commands.evaluate.table import save_json, table
 from train.common.console import plain_console
 from train.common.progress import bar, note
 from train.common.run_files import RECIPE_FILE
 from train.evaluation import sliding_perplexity
 from train.evaluation.cache import ResultCache, default_folder
+from train.evaluation.formats import exported_models, format_rows, format_table
 from train.evaluation.models import Judged, find_models, open_folder, read_device
 from train.evaluation.run_scores import add_scores
 from train.evaluation.score import PERPLEXITY, Score, item_hash
 from train.evaluation.speed import TASK as SPEED
 from train.evaluation.speed import SpeedSettings, device_name, measure_speed
-from train.evaluation.table import save_json, table
 from train.evaluation.text import EvaluationText, find_text
 
 LONGEST = 2048
@@ -80,6 +81,14 @@ class Comparison:
     models: list[Judged]
     arguments: Sequence[str]
     options: EvaluateOptions
+    formats: list[dict[str, Any]] = field(default_factory=list)
+    """Of a run alone, where speed was measured."""
+
+    @property
+    def run_folder(self) -> Path | None:
+        """The run that is evaluated, where it is one and nothing else."""
+        run = Path(self.arguments[0]).expanduser()
+        return run if len(self.arguments) == 1 and (run / RECIPE_FILE).is_file() else None
 
     @cached_property
     def device(self) -> torch.device:
@@ -211,10 +220,20 @@ class Comparison:
         return perplexities(losses, texts, self.text, self.context, self._stride)
 
     def _measure_speed(self, results: dict[tuple[str, str], list[Score]]) -> None:
+        run = self.run_folder
+        others = [] if run is None else exported_models(run, self.models)
+        every = [*self.models, *others]
         with bar(SPEED) as show:
-            measured = measure_speed(self.models, self.speed, self.dtype, self.device, show)
-        for model, scores in zip(self.models, measured, strict=True):
+            measured = measure_speed(every, self.speed, self.dtype, self.device, show)
+        for model, scores in zip(self.models, measured, strict=False):
             results[model.name, SPEED] = scores
+        if run is not None and self.models[0].name == "base":
+            by_folder = {  # without *direct*, which has the folder of the base
+                model.folder: scores
+                for model, scores in zip(every, measured, strict=True)
+                if model.run is None
+            }
+            self.formats = format_rows(run, by_folder)
 
     def _conclude(
         self, results: dict[tuple[str, str], list[Score]], cached: int, asked: int
@@ -235,6 +254,11 @@ class Comparison:
         console.print(shown)
         for line in notes:
             console.print(line, soft_wrap=True)
+        if self.formats:
+            shown, notes = format_table(self.formats)
+            console.print(shown)
+            for line in notes:
+                console.print(line, soft_wrap=True)
         if self.options.output is not None:
             save_json(self.options.output, scores, facts)
             console.print(f"{self.options.output}")
@@ -244,11 +268,12 @@ class Comparison:
         self, scores: dict[str, list[Score]], facts: Mapping[str, Any], console: Console
     ) -> None:
         """Where one run is all that was asked for: its report shows the numbers from then on."""
-        run = Path(self.arguments[0]).expanduser()
-        if len(self.arguments) > 1 or not (run / RECIPE_FILE).is_file():
+        run = self.run_folder
+        if run is None:
             return
+        measured = {k: facts[k] for k in ("device", "dtype", "torch")}
         try:
-            file = add_scores(run, scores, {k: facts[k] for k in ("device", "dtype", "torch")})
+            file = add_scores(run, scores, measured, self.formats)
         except OSError as error:
             console.print(f"not kept for the report of {run}: {error.strerror}", soft_wrap=True)
             return

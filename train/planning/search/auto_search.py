@@ -57,7 +57,7 @@ def search_auto(
             measure.
         batches: calibration text, on that device.
         folder: of the run; what has been measured is kept there, and used by a second start.
-        spans: whether spans may be tried, which have no dense form.
+        spans: whether spans may be tried, which have neither a dense form nor GGUF.
 
     Raises:
         PostshareError: a budget that cannot be met.
@@ -72,8 +72,8 @@ def search_auto(
         candidates += search.inside(tried, candidates)
     if not candidates:
         raise PostshareError(
-            "no plan of strategy auto meets the budget with export.formats=[dense], which has no "
-            "spans; lower plan.budget, or set export.formats=[compact]"
+            "no plan of strategy auto meets the budget without spans, which the forms of "
+            "export.formats cannot have; lower plan.budget, or set export.formats=[compact]"
         )
     base = search.own.measured(frozenset())
 

@@ -33,15 +33,23 @@ class ExportSection(Section):
     """The folders that are shipped."""
 
     formats: Annotated[
-        tuple[Literal["compact", "dense"], ...],
+        tuple[Literal["compact", "dense", "gguf"], ...],
         Field(strict=False, min_length=1),
         AfterValidator(distinct),
     ] = ("compact", "dense")
-    """compact: each shared unit stored once; dense: a stock LlamaForCausalLM."""
+    """compact: each shared unit stored once; dense: a stock LlamaForCausalLM; gguf: a file for
+    llama.cpp."""
+    gguf: Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1"] | None = None
+    """Type of the matrices in the GGUF file (default: as `dtype`)."""
     dtype: Literal["float32", "bfloat16", "float16", "base"] = "base"
     """Data type of the exported weights; base: that of the base model."""
     shard_size: Annotated[str, AfterValidator(_size)] = "2GB"
     """Largest safetensors file, such as 500MB or 2GB."""
+
+    @property
+    def allows_spans(self) -> bool:
+        """Whether what is asked for has a form of a plan with spans."""
+        return self.formats != ("dense",) and "gguf" not in self.formats
 
     @property
     def shard_bytes(self) -> int:

@@ -142,3 +142,39 @@ def test_a_compact_export_says_which_version_it_needs(read: dict[str, Any]) -> N
     for line in read["refused"]:
         assert f"needs transformers {NEEDED} or newer, and this is 4.57." in line
         assert "\n" not in line
+
+
+FEWER = """
+import sys
+from pathlib import Path
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, MistralForCausalLM
+logits = {}
+for name in sys.argv[1:]:
+    model, info = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True)
+    assert not any(info.values()), info
+    assert type(model) is MistralForCausalLM
+    with torch.no_grad():
+        logits[Path(name).parent.name] = model.eval()(torch.arange(100)[None] % 64).logits
+save_file(logits, "logits.safetensors")
+"""
+
+
+def test_fewer_heads_compute_the_same_there(tmp_path: Path) -> None:
+    """3 heads of a hidden size that they do not divide, by the name of Mistral; every rope type."""
+    folders = []
+    for kind in ROPE_TYPES:
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config(kind, num_key_value_heads=4))
+        model.save_pretrained(tmp_path / kind / "source")
+        removed = tuple((layer, layer) for layer in range(3))
+        source = WeightsFolder(tmp_path / kind / "source")
+        made = export(source, SharingPlan(removed=removed), tmp_path / kind)
+        folders.append(made.paths["dense"])
+    printed(FEWER, tmp_path, *folders, PYTHONPATH=str(SITE))
+    found = load_file(tmp_path / "logits.safetensors")
+    for folder in folders:
+        with torch.no_grad():
+            expected = load(folder).eval()(torch.arange(100)[None] % 64).logits
+        assert float((found[folder.parent.name] - expected).abs().max()) <= 1e-5

@@ -111,12 +111,12 @@ def test_evaluate_of_a_run_alone_writes_them(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = small_models.run(tmp_path)
-    options = ["--context", "64", "--text", str(tmp_path / "text.txt")]
-    options += ["--cache", str(tmp_path / "cache")]
+    text = ["--text", str(tmp_path / "text.txt"), "--context", "64"]
+    cache = ["--cache", str(tmp_path / "cache")]
 
-    def evaluate(*models: str) -> None:
+    def evaluate(*models: str, options: list[str] = text) -> None:
         with pytest.raises(SystemExit) as caught:
-            main(["evaluate", *models, *options])
+            main(["evaluate", *models, *options, *cache])
         assert caught.value.code == 0
 
     evaluate(str(run), str(run / "export" / "dense"))
@@ -125,3 +125,17 @@ def test_evaluate_of_a_run_alone_writes_them(
     assert f"{run / SCORES_FILE}" in capsys.readouterr().out
     (task,) = (t for t in json.loads((run / SCORES_FILE).read_text())["tasks"] if t != "model")
     assert task == "perplexity"
+    evaluate(str(run), "--tasks", "speed", "--dtype", "float32", options=text[2:])
+    said = capsys.readouterr().out
+    entry = json.loads((run / SCORES_FILE).read_text())["tasks"]["speed"]
+    assert [model["name"] for model in entry["models"]] == ["base", "continued", "direct", "post"]
+    rows = {row["format"]: row for row in entry["formats"]}
+    assert list(rows) == ["stock", "compact", "dense"]
+    for kind in ("compact", "dense"):
+        weights = (run / "export" / kind).glob("*.safetensors")
+        assert rows[kind]["disk"] == sum(file.stat().st_size for file in weights)
+        assert rows[kind]["decode"]["ratio"] > 0
+    table = said[said.index("format") :].splitlines()
+    assert max(map(len, table[:6])) <= 80
+    assert "dense loads in transformers, vLLM, TGI, SGLang; llama.cpp's converter" in table
+    assert "vLLM, TGI, SGLang" in words(write_report([run]).read_text())

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from train.commands.evaluate.table import short_names, table
 from train.evaluation.score import Score, as_json, change, item_hash
-from train.evaluation.table import short_names, table
 
 
 def answers(rights: list[int], items: str = "same", **stated: Any) -> Score:

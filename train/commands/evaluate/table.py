@@ -10,7 +10,7 @@ from rich import box
 from rich.table import Table
 
 from sa_models.atomic_files import write_json
-from train.evaluation.score import Change, Score, as_json, change
+from train.evaluation.score import Change, Score, as_models, change
 
 
 def table(
@@ -54,21 +54,6 @@ def save_json(path: Path, scores: Mapping[str, Sequence[Score]], facts: Mapping[
         facts: device, dtype, torch, how many results were cached and computed.
     """
     write_json(path, {"version": 1, **facts, "models": as_models(scores)})
-
-
-def as_models(scores: Mapping[str, Sequence[Score]]) -> list[dict[str, Any]]:
-    """For each model its name and scores, with their change from the first model's."""
-    reference = next(iter(scores.values()))
-    return [
-        {
-            "name": name,
-            "scores": [
-                as_json(score, None if at == 0 else base)
-                for score, base in zip(own, reference, strict=True)
-            ],
-        }
-        for at, (name, own) in enumerate(scores.items())
-    ]
 
 
 def _title(score: Score) -> str:
