@@ -105,7 +105,11 @@ class GgufForm:
         from gguf import GGUFReader
         from gguf.quants import dequantize
 
-        reader = GGUFReader(file)
+        try:
+            reader = GGUFReader(file)
+        except (ValueError, IndexError, KeyError) as error:
+            reason = " ".join(str(error).split())[:120]
+            raise PostshareError(f"{file} cannot be read back ({reason}); {CURE}") from None
         for key, value in self.header.items():
             field = reader.fields.get(key)
             read = None if field is None else field.contents()

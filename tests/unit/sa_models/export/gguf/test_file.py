@@ -160,7 +160,7 @@ def test_uniform_removal_is_a_llama_with_fewer_heads(
 # --- what is not right ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("part", ["tensor", "key", "order"])
+@pytest.mark.parametrize("part", ["tensor", "key", "order", "end"])
 def test_a_file_that_reads_otherwise_gets_no_name(
     part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -175,6 +175,8 @@ def test_a_file_that_reads_otherwise_gets_no_name(
         elif part == "key":
             at = data.index(b"deci.context_length") + len(b"deci.context_length") + 4
             data[at] += 1
+        elif part == "end":
+            del data[-5000:]
         else:
             at = data.index(b"blk.0.attn_k.weight")
             data[at : at + 19] = b"blk.0.attn_x.weight"
@@ -187,6 +189,7 @@ def test_a_file_that_reads_otherwise_gets_no_name(
         "tensor": "output.weight differs from the weights",
         "key": "deci.context_length is not what was written",
         "order": "has other tensors than the plan says",
+        "end": "cannot be read back",
     }
     assert what[part] in said
 
@@ -319,6 +322,7 @@ def test_the_type_of_the_file_is_the_exports_or_ones_own(tmp_path: Path) -> None
 
 
 def test_an_export_that_gguf_cannot_express_writes_nothing(tmp_path: Path) -> None:
-    with pytest.raises(PostshareError, match="and the model has none"):
-        export(tmp_path, tokenizer=None)
+    for tokenizer, message in ((None, "and the model has none"), (tmp_path, "has no tokenizer")):
+        with pytest.raises(PostshareError, match=message):
+            export(tmp_path, tokenizer=tokenizer)
     assert not (tmp_path / "export").exists()
