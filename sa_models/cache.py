@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from transformers import Cache, LlamaConfig
 from transformers.cache_utils import DynamicLayer, StaticLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .errors import PostshareError
 from .heads import HeadLayout
@@ -40,6 +41,10 @@ except ImportError:  # before 5.23
 
         offload = prefetch = reset = crop = _nothing
         reorder_cache = batch_repeat_interleave = batch_select_indices = _nothing
+
+
+CACHE = "cache" if "cache" in BaseModelOutputWithPast.__annotations__ else "past_key_values"
+"""What transformers calls the cache of a model's call and outputs: ``cache`` from 5.24 on."""
 
 
 class ValuesLayer(DynamicLayer):

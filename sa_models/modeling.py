@@ -21,7 +21,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .attention import Rotation, SharedAttention, is_readable
 from .basis import FACTORED
-from .cache import fit_cache_
+from .cache import CACHE, fit_cache_
 from .configuration import SharedLlamaConfig
 from .errors import PostshareError
 from .heads import HeadLayout
@@ -132,27 +132,34 @@ class SharedLlamaModel(TransposedOutputs, LlamaModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """As ``LlamaModel.forward``. Raises PostshareError for a cache that does not fit."""
+        """As ``LlamaModel.forward``; the cache may have its earlier or its later name.
+
+        Raises PostshareError for a cache that does not fit.
+        """
+        if cache is None:
+            cache = past_key_values
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        if past_key_values is not None:
-            fit_cache_(past_key_values, self.plan, self.layout)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
+        if cache is not None:
+            fit_cache_(cache, self.plan, self.layout)
         rows = hidden_states.shape[1]
         if position_ids is None:
-            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            seen = cache.get_seq_length() if cache is not None else 0
             index = torch.arange(rows, device=hidden_states.device)
             position_ids = (index + seen).unsqueeze(0)  # type: ignore[assignment]
+        given_cache: dict[str, Any] = {CACHE: cache}
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=hidden_states,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             position_ids=position_ids,
+            **given_cache,
         )
         reuse = rows <= self.config.reuse_rows and is_readable(
             mask, rows, self.config._attn_implementation
@@ -169,16 +176,14 @@ class SharedLlamaModel(TransposedOutputs, LlamaModel):
                 rotation,
                 attention_mask=mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
+                past_key_values=cache,
                 use_cache=use_cache,
                 **kwargs,
             )
             if given:
                 refuse_lost_gradient(entering, given)
                 handed[at] = given
-        return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values
-        )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **given_cache)
 
 
 def refuse_lost_gradient(entering: torch.Tensor, given: tuple[torch.Tensor, ...]) -> None:
@@ -218,7 +223,7 @@ class SharedLlamaForCausalLM(TransposedOutputs, LlamaForCausalLM):
         super()._prepare_cache_for_generation(  # type: ignore[misc]
             generation_config, model_kwargs, *args
         )
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(CACHE)
         if cache is not None:
             fit_cache_(cache, self.model.plan, self.model.layout)
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.masking_utils import create_causal_mask
 
+from sa_models.cache import CACHE
 from sa_models.calibration.token_losses import IGNORED, row_losses
 from sa_models.errors import PostshareError
 from sa_models.modeling import SharedLlamaModel
@@ -67,12 +68,13 @@ def enter(model: LlamaForCausalLM, batch: Batch) -> tuple[torch.Tensor, Entered]
         positions = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)
     else:
         positions = given.to(ids.device)
+    no_cache: dict[str, Any] = {CACHE: None}
     mask = create_causal_mask(
         config=model.config,
         inputs_embeds=hidden,
         attention_mask=None,
-        past_key_values=None,
         position_ids=positions,
+        **no_cache,
     )
     rotation = model.model.rotary_emb(hidden, position_ids=positions)
     targets = batch.get("labels", ids)[:, 1:].to(ids.device)
@@ -106,7 +108,6 @@ def run_layer(
     same = {
         "attention_mask": entered.mask,
         "position_ids": entered.positions,
-        "past_key_values": None,
         "use_cache": False,
     }
     if not isinstance(model.model, SharedLlamaModel):

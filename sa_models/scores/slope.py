@@ -140,7 +140,6 @@ def _along(model: LlamaForCausalLM, layers: Sequence[int], seen: _Seen, entered:
         "position_embeddings": entered.rotation,
         "attention_mask": entered.mask,
         "position_ids": entered.positions,
-        "past_key_values": None,
     }
     total: Any = 0.0  # stays on the device
     for at in layers:

@@ -86,15 +86,20 @@ def write_tokenizer(tokenizer: Path | PreTrainedTokenizerBase | None, folder: Pa
     """
     origin = tokenizer_folder(tokenizer)
     if origin is not None:
-        if not any((origin / name).is_file() for name in TOKENIZERS):
-            raise PostshareError(
-                f"{origin} has no tokenizer ({', '.join(TOKENIZERS)}); put its files there, or "
-                "name the tokenizer's folder in model.tokenizer"
-            )
+        require_tokenizer(origin)
         copy_tokenizer(origin, folder)
     elif isinstance(tokenizer, PreTrainedTokenizerBase):
         tokenizer.save_pretrained(folder)
         _write_tokenizer_config(folder / TOKENIZER_CONFIG, folder)
+
+
+def require_tokenizer(folder: Path) -> None:
+    """Raises PostshareError where a folder has none of :data:`TOKENIZERS`."""
+    if not any((folder / name).is_file() for name in TOKENIZERS):
+        raise PostshareError(
+            f"{folder} has no tokenizer ({', '.join(TOKENIZERS)}); put its files there, or "
+            "name the tokenizer's folder in model.tokenizer"
+        )
 
 
 def copy_tokenizer(origin: Path, folder: Path) -> None:

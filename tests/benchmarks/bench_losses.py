@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from timing import PeakMemory, interleaved
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from train.models.checkpointing import enable_checkpointing
 from train.training import chunks
 from train.training.chunked_loss import in_place_of, token_sums
 from train.training.distill_loss import Projection
@@ -47,7 +48,7 @@ def llama(name: str) -> tuple[LlamaForCausalLM, torch.Tensor]:
     )
     model = LlamaForCausalLM(config).train()
     if name != "demo":
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        enable_checkpointing(model, True)
     return model, torch.randint(vocabulary, (rows, length))
 
 

@@ -2,7 +2,7 @@
 
 ``python tests/benchmarks/compare_llama_cpp.py MODEL --to q8_0 --share 0.25 --share 0.5``
 
-MODEL is a Llama folder with a tokenizer, or `random`: 8 layers, hidden 1024, 16 heads. Needs the
+MODEL is a Llama folder with a tokenizer, or `random`: 4 layers, hidden 1024, 16 heads. Needs the
 packages gguf and xllamacpp. The files are served side by side, and asked in turn, so that what else
 the machine does falls on all of them; printed are medians, and the median of the ratios.
 """
@@ -22,9 +22,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from sa_models.export.export import export_model
-from sa_models.export.gguf.form import convert_folder
+from sa_models.export.gguf.form import KINDS, gguf_form
+from sa_models.export.gguf.layout import Kind
 from sa_models.heads import HeadLayout
+from sa_models.materialize.reader import MaterializedReader
 from sa_models.plan import SharingPlan
 from sa_models.weights.safetensors_folder import WeightsFolder
 from tests.support.llama_cpp import Timing, llama_cpp
@@ -37,7 +38,7 @@ def random_model(folder: Path, tokenizer: str) -> Path:
         vocab_size=len(loaded),
         hidden_size=1024,
         intermediate_size=2816,
-        num_hidden_layers=8,
+        num_hidden_layers=4,
         num_attention_heads=16,
         max_position_embeddings=512,
         bos_token_id=1,
@@ -65,23 +66,18 @@ def removals(layout: HeadLayout, share: float) -> dict[str, SharingPlan]:
     }
 
 
-def write_files(base: Path, shares: list[float], to: str, work: Path) -> dict[str, Path]:
-    """The dense model, the dense form of what is pruned first, and what is pruned."""
+def write_files(base: Path, shares: list[float], to: Kind, work: Path) -> dict[str, Path]:
+    """The dense model, and what is left of it."""
     source, tokenizer = WeightsFolder(base), AutoTokenizer.from_pretrained(base)
-    files = {"dense": work / "dense.gguf"}
-    convert_folder(base, files["dense"], to, tokenizer)
-    dtype = source.dtype("model.norm.weight")
+    layout = HeadLayout.from_config(source.config)
+    plans = {"dense": SharingPlan()}
     for share in shares:
-        for name, plan in removals(HeadLayout.from_config(source.config), share).items():
-            folder = work / name.replace(" ", "-")
-            kinds = ("compact", "dense") if len(files) == 2 else ("compact",)
-            export_model(
-                source, plan, folder, dtype=dtype, shard_bytes=10**10, formats=kinds, tokenizer=base
-            )
-            for kind in kinds:
-                key = name if kind == "compact" else f"{name}, as zeros"
-                files[key] = work / f"{folder.name}-{kind}.gguf"
-                convert_folder(folder / kind, files[key], to, tokenizer)
+        plans |= removals(layout, share)
+    files = {}
+    for name, plan in plans.items():
+        files[name] = work / f"{name.replace(' ', '-')}.gguf"
+        weights = MaterializedReader(source, plan, "copy", source.dtype("model.norm.weight"))
+        gguf_form(weights.config, plan, to, tokenizer).write(files[name], weights)
     return files
 
 
@@ -89,7 +85,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
     parser.add_argument("--tokenizer", help="of `random`", default="../shared/models/mixed7M")
-    parser.add_argument("--to", default="q8_0")
+    parser.add_argument("--to", default="q8_0", choices=KINDS)
     parser.add_argument("--share", type=float, action="append")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)

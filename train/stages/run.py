@@ -117,7 +117,10 @@ class Run:
             )
         )
         if self.ranks.is_main:
-            for line in (*blocks[0].notes, *blocks[1].notes):
+            length = self.recipe.data.sequence_length
+            counts = f"{len(blocks[0]):,} training and {len(blocks[1]):,} validation blocks"
+            said = f"data      {counts} of {length} tokens"
+            for line in (said, *blocks[0].notes, *blocks[1].notes):
                 note(line)
         return blocks
 

@@ -15,6 +15,9 @@ from train.stages.run import Run
 from train.tracking.metrics_log import read_rows
 from train.training.training_folder import read_result
 
+TOLD = 5.0
+"""Seconds: less is not worth a word."""
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -60,7 +63,7 @@ def announce(current: Run, stages: Sequence[Stage], number: int) -> None:
     elif stage.steps:
         line += f", {stage.steps:,} steps"
     seconds = time_left(stages, number)
-    note(line if seconds is None else f"{line}; about {clock(seconds)} left")
+    note(line if seconds is None or seconds < TOLD else f"{line}; about {clock(seconds)} left")
 
 
 def time_left(stages: Sequence[Stage], number: int) -> float | None:

@@ -18,6 +18,8 @@ from sa_models.heads import HeadLayout
 from sa_models.weights.compact_folder import DenseReader, cast
 
 INSTALL = "pip install 'postshare[gguf]'"
+COMPARED = 1 << 24
+"""Elements that are compared at a time."""
 Progress = Callable[[int], None]
 
 
@@ -105,7 +107,11 @@ class GgufForm:
         from gguf import GGUFReader
         from gguf.quants import dequantize
 
-        reader = GGUFReader(file)
+        try:
+            reader = GGUFReader(file)
+        except (ValueError, IndexError, KeyError) as error:
+            reason = " ".join(str(error).split())[:120]
+            raise PostshareError(f"{file} cannot be read back ({reason}); {CURE}") from None
         for key, value in self.header.items():
             field = reader.fields.get(key)
             read = None if field is None else field.contents()
@@ -117,12 +123,23 @@ class GgufForm:
             kind, shape = found.tensor_type.name.lower(), tuple(map(int, found.shape[::-1]))
             if (kind, shape, found.n_bytes) != (expected.kind, expected.shape, expected.nbytes):
                 raise PostshareError(f"{file}: {found.name} is {kind} {list(shape)}; {CURE}")
-            rows = np.array(dequantize(found.data, found.tensor_type), np.float32)
-            held = _in_order(torch.from_numpy(rows), expected, self.layout)
             wanted = _expected(expected, source, self.layout)
-            if not bool(((held - wanted).abs() <= _steps(wanted, kind)).all()):
-                raise PostshareError(f"{file}: {found.name} differs from the weights; {CURE}")
+            step = self._rows_at_a_time(expected)
+            for start in range(0, expected.shape[0], step):
+                rows = dequantize(found.data[start : start + step], found.tensor_type)
+                held = torch.from_numpy(np.array(rows, np.float32))
+                held = _in_order(held, expected, self.layout)
+                part = wanted[start : start + step].float()
+                if not bool(((held - part).abs() <= _steps(part, kind)).all()):
+                    raise PostshareError(f"{file}: {found.name} differs from the weights; {CURE}")
             progress(expected.nbytes)
+
+    def _rows_at_a_time(self, tensor: GgufTensor) -> int:
+        """Rows of a tensor that are compared at a time, in whole heads; of a vector all."""
+        if len(tensor.shape) == 1:
+            return tensor.shape[0]
+        head = self.layout.heads.head_dim
+        return head * max(1, COMPARED // (head * tensor.shape[1]))
 
 
 def _stored(tensor: GgufTensor, source: DenseReader, layout: GgufLayout) -> torch.Tensor:
@@ -150,8 +167,7 @@ def _encoded(tensor: GgufTensor, value: torch.Tensor) -> np.ndarray:
 
 
 def _expected(tensor: GgufTensor, source: DenseReader, layout: GgufLayout) -> torch.Tensor:
-    """The values of the dense weight that a tensor has to hold, in the order that it has there,
-    fp32."""
+    """The values of the dense weight that a tensor has to hold, in the order that it has there."""
     if tensor.source is None:
         return _stored(tensor, source, layout)
     dense = source.read(tensor.source)
@@ -161,8 +177,8 @@ def _expected(tensor: GgufTensor, source: DenseReader, layout: GgufLayout) -> to
         axis, width = layout.heads.axis(projection), layout.heads.width(projection)
         units = dense.split(width, dim=axis)
         dense = torch.cat([units[unit] for unit in layout.kept[layer]], dim=axis)
-    rounded = {"f16": torch.float16, "bf16": torch.bfloat16}.get(tensor.kind, torch.float32)
-    return dense.to(rounded).float()
+    rounded = {"f16": torch.float16, "bf16": torch.bfloat16}.get(tensor.kind, dense.dtype)
+    return dense.to(rounded)
 
 
 def _in_order(held: torch.Tensor, tensor: GgufTensor, layout: GgufLayout) -> torch.Tensor:

@@ -255,7 +255,10 @@ def variant(
 
 
 def changed(recipe: Recipe, name: str, changes: dict[str, Any], seed: int, folder: str) -> Recipe:
-    """The recipe with other sections, as the run of a control; see :attr:`Control.changes`."""
+    """The recipe with other sections, as the run of a control; see :attr:`Control.changes`.
+
+    A control has no GGUF file, of which nothing is compared.
+    """
     value = recipe.model_dump(mode="json", exclude_unset=True)
     for section, change in changes.items():
         if change is None:
@@ -264,6 +267,10 @@ def changed(recipe: Recipe, name: str, changes: dict[str, Any], seed: int, folde
             value[section] = value.get(section, {}) | change
         else:
             value[section] = change
+    export = value.get("export", {})
+    if name != COMPARED_RECIPE and "formats" in export:
+        export.pop("gguf", None)
+        export["formats"] = [kind for kind in export["formats"] if kind != "gguf"]
     value |= {"name": f"{recipe.name}-{name}", "seed": recipe.seed + seed, "output_dir": folder}
     value.setdefault("evaluate", {})["continued"] = name == COMPARED_RECIPE
     return validate(value, origin=f"compare: {name}")

@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-import sa_models.export.export as export_module
+import sa_models.export.job as job_module
 from sa_models.errors import PostshareError
 from sa_models.export.manifest import update_notes
 from sa_models.export.model_card import model_card
@@ -408,12 +408,12 @@ def test_verification_catches_one_changed_byte_of_a_compact_slice(tmp_path: Path
 
 
 def test_export_refuses_wrong_units(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = export_module.select_units
+    right = job_module.select_units
 
     def wrong(weight: Any, units: list[int], *rest: Any) -> torch.Tensor:
         return right(weight, units[::-1], *rest)
 
-    monkeypatch.setattr(export_module, "select_units", wrong)
+    monkeypatch.setattr(job_module, "select_units", wrong)
     with pytest.raises(PostshareError, match="differs from the materialized weights"):
         export(make_source(tmp_path / "source"), make_plan(4, "q"), tmp_path / "export")
     assert list((tmp_path / "export").iterdir()) == []
@@ -444,7 +444,7 @@ def test_verification_compares_the_bytes_with_the_plan(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes = {"compact": 1, "dense": 1}
-    monkeypatch.setattr(export_module._Job, "sizes", sizes)
+    monkeypatch.setattr(job_module.ExportJob, "sizes", sizes)
     with pytest.raises(PostshareError, match="bytes of tensors, the plan says 1;"):
         export(make_source(tmp_path / "source"), make_plan(4, "k"), tmp_path / "export")
 
@@ -513,7 +513,7 @@ def test_a_disk_that_is_too_small_is_refused_before_writing(
     class Usage:
         free = 1000
 
-    monkeypatch.setattr(export_module.shutil, "disk_usage", lambda path: Usage)
+    monkeypatch.setattr(job_module.shutil, "disk_usage", lambda path: Usage)
     with pytest.raises(PostshareError, match="GB are free; free disk space"):
         export(make_source(tmp_path / "source"), make_plan(4, "q"), tmp_path / "export")
     assert list((tmp_path / "export").iterdir()) == []

@@ -240,7 +240,7 @@ def test_a_dense_export_that_lacks_the_residual_is_found(
 ) -> None:
     model, plan = dense("gqa"), plan_of("gqa")
     pairs = fitted(model, tmp_path / "base", plan, 2)
-    monkeypatch.setattr("sa_models.export.export._Job.dense", property(lambda job: job.weights))
+    monkeypatch.setattr("sa_models.export.job.ExportJob.dense", property(lambda job: job.weights))
     with pytest.raises(PostshareError, match="differs from the materialized weights"):
         export_model(
             WeightsFolder(tmp_path / "base"), plan, tmp_path / "out",

@@ -10,7 +10,13 @@ from transformers import LlamaForCausalLM
 
 from sa_models.errors import PostshareError
 from sa_models.heads import HeadLayout
-from sa_models.materialize.reconstruct_o import own_columns, reconstruct_
+from sa_models.materialize.reconstruct_o import (
+    FOLDS,
+    RIDGES,
+    _Sums,
+    own_columns,
+    reconstruct_,
+)
 from sa_models.materialize.ties import materialize_
 from sa_models.plan import HeadTie, SharingPlan
 from sa_models.spans import AttentionSpan
@@ -83,7 +89,8 @@ def test_o_is_the_least_squares_solution(name: str, kv_heads: int) -> None:
         columns = own_features(plan, brute, at.layer)
         given, stream = streams(brute, ids, at.layer)
         _, wanted = streams(reference, ids, at.layer)
-        a, missing = given[:, columns], wanted - stream
+        root = (wanted.square().mean(-1) + reference.config.rms_norm_eps).rsqrt()[:, None]
+        a, missing = root * given[:, columns], root * (wanted - stream)
         damp = (RIDGE * (a.T @ a).diagonal().mean()).sqrt() * torch.eye(len(columns)).double()
         solution = torch.linalg.lstsq(
             torch.cat([a, damp]),
@@ -101,15 +108,60 @@ def test_o_is_the_least_squares_solution(name: str, kv_heads: int) -> None:
         _, left = streams(brute, ids, at.layer)
         block = reference.model.layers[at.layer].self_attn.o_proj
         inputs, _ = streams(reference, ids, at.layer)
-        added = (inputs @ block.weight.double().T).square().sum()
+        added = (root * (inputs @ block.weight.double().T)).square().sum()
         assert at.before == pytest.approx(float(missing.square().sum() / added), rel=1e-3, abs=1e-9)
-        after = float((wanted - left).square().sum() / added)
+        after = float((root * (wanted - left)).square().sum() / added)
         assert at.after == pytest.approx(after, rel=1e-3, abs=1e-6)
         assert at.after < at.before
+        assert at.ridge == RIDGE
     solved_names = {f"model.layers.{f.layer}.self_attn.o_proj.weight" for f in found}
     for parameter_name, parameter in model.named_parameters():
         if parameter_name not in solved_names:
             assert torch.equal(parameter, untouched[parameter_name]), parameter_name
+
+
+@pytest.mark.parametrize("rows", [6, 1])
+@torch.no_grad()
+def test_the_ridge_is_that_of_the_least_error_on_text_that_was_not_fitted(rows: int) -> None:
+    """Each fold against the others by stacked least squares; few sequences are cut."""
+    plan, reference, ids = PLANS["removed"], tiny(kv_heads=4), tokens(rows, 64)
+    model = changed(reference, plan).eval()
+    brute = copy.deepcopy(model)
+    batches = [{"input_ids": ids[:1]}, {"input_ids": ids[1:]}] if rows > 1 else [{"input_ids": ids}]
+    first = reconstruct_(model, reference, plan, batches)[0]
+    columns = own_features(plan, brute, first.layer)
+    given, stream = streams(brute, ids, first.layer)
+    _, wanted = streams(reference, ids, first.layer)
+    root = (wanted.square().mean(-1) + reference.config.rms_norm_eps).rsqrt()[:, None]
+    a, missing = root * given[:, columns], root * (wanted - stream)
+    token = torch.arange(len(a))
+    folds = token // 64 % FOLDS if rows >= FOLDS else token % 64 // 16
+    errors = {}
+    for ridge in RIDGES:
+        errors[ridge] = 0.0
+        for fold in range(FOLDS):
+            fitted, left = folds != fold, folds == fold
+            damp = (ridge * (a[fitted].T @ a[fitted]).diagonal().mean()).sqrt()
+            solution = torch.linalg.lstsq(
+                torch.cat([a[fitted], damp * torch.eye(len(columns)).double()]),
+                torch.cat([missing[fitted], missing.new_zeros(len(columns), missing.shape[1])]),
+                driver="gelsd",
+            ).solution
+            errors[ridge] += float((missing[left] - a[left] @ solution).square().sum())
+    best = min(errors, key=lambda ridge: errors[ridge])
+    assert len({round(error, 6) for error in errors.values()}) == len(errors)
+    assert first.ridge == (best if errors[best] < float(missing.square().sum()) else None)
+
+
+@torch.no_grad()
+def test_a_layer_stays_as_it_is_where_no_update_holds_on_other_text() -> None:
+    """What is missing has nothing to do with what the heads give."""
+    sums = _Sums.zeros(4, 3, torch.device("cpu"))
+    torch.manual_seed(0)
+    given, missing = torch.randn(40, 4).double(), torch.randn(40, 3).double()
+    missing -= given @ torch.linalg.lstsq(given, missing).solution
+    sums.add(given, missing, torch.ones(40).double(), torch.arange(40) % FOLDS)
+    assert sums.best_ridge() is None
 
 
 @torch.no_grad()

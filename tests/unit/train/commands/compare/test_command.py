@@ -69,6 +69,20 @@ def test_pruning_is_reconstructed_where_the_recipe_is(tmp_path: Path, target: Ta
         assert (kept.reconstruct, kept.calibration_blocks, kept.merge) == (True, 7, "copy")
 
 
+def test_controls_have_no_gguf_file(tmp_path: Path, target: Target) -> None:
+    own = recipe(tmp_path / "run", export={"formats": ["compact", "gguf"], "gguf": "q8_0"})
+    kept = {
+        "pooled": ("dense",),
+        "pruned-random": ("compact",),
+        COMPARED_RECIPE: ("compact", "gguf"),
+    }
+    for name, formats in kept.items():
+        made = variant(CONTROLS[name], own, target, 0, str(tmp_path / name))
+        assert made is not None
+        assert made.export.formats == formats
+        assert made.export.gguf == ("q8_0" if "gguf" in formats else None)
+
+
 def test_where_auto_shares_bases_the_control_is_auto_without_them(
     tmp_path: Path, target: Target
 ) -> None:
