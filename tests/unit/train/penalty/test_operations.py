@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from sa_models.heads import PROJECTIONS, HeadLayout
 from sa_models.plan import HeadTie, SharingPlan
+from tests.support import tiny
 from tests.support.operations import Operations
 from tests.support.penalty_loop import pull_pairs
 from tests.support.pulled import Weights
+from train.models.lora import adapt
 from train.penalty.coupled import CHUNK_ELEMENTS, Penalty
 from train.penalty.distances import L2, MSE, OfDifference
+from train.penalty.lora import LoraPenalty
 from train.penalty.stacked_units import add_columns, stacked_shape, units_of
+from train.recipe.recipe import validate
 from train.recipe.sections.penalty import KINDS
 
 SHAPES = {
@@ -95,3 +101,18 @@ def test_columns_are_added_to_by_whole_weights_as_by_views(elements: int) -> Non
         views[place] += part
     add_columns(weights, layout, "o", places, parts, elements)
     assert all(map(torch.equal, weights, expected))
+
+
+@pytest.mark.parametrize("targets", [1, 12])
+def test_adapters_take_no_operation_for_each_pair(tmp_path: Path, targets: int) -> None:
+    made = tiny.recipe(tmp_path).model_dump(mode="json") | {"lora": {"rank": 2}}
+    model = adapt(tiny.model(num_hidden_layers=4), validate(made))
+    layout = HeadLayout.from_config(model.config)
+    weights: Any = Weights(layout)
+    weights.parameters = dict(model.named_parameters())
+    ties = [HeadTie((1 + i // 4, i % 4), (0, i % 2), PROJECTIONS) for i in range(targets)]
+    penalty = LoraPenalty(model, SharingPlan(tuple(ties)), layout)
+    penalty.apply(weights, 0.5)
+    with Operations() as operations:
+        penalty.apply(weights, 0.5)
+    assert operations.computing.total() / len(PROJECTIONS) <= MOST, operations.computing
