@@ -143,7 +143,7 @@ SHORT := demo_postshare train.steps=2 train.warmup_steps=1 evaluate.blocks=8 eva
 test-transformers: $(STAMP) $(SITES)/.installed
 	$(BIN)/python -m pytest tests/unit/sa_models/export/test_transformers4.py -rs $(PYTEST_ARGS)
 	for version in lowest highest; do \
-		export PYTHONPATH=$(SITES)/$$version && \
+		export PYTHONPATH=$(CURDIR)/$(SITES)/$$version && \
 		$(BIN)/python -c 'import transformers; print("transformers", transformers.__version__)' && \
 		$(PYTEST) tests/unit/sa_models $(PYTEST_ARGS) && \
 		$(BIN)/postshare run $(SHORT) output_dir=$(SITES)/$$version-run || exit 1; \
