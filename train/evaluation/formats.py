@@ -19,7 +19,7 @@ from train.evaluation.score import Score, change
 
 RUNTIMES = {
     "compact": "transformers with postshare, or trust_remote_code; vLLM by our plugin",
-    "dense": "transformers, vLLM, TGI, SGLang; llama.cpp's converter",
+    "dense": "transformers, vLLM, TGI, SGLang; llama.cpp after postshare gguf",
     "gguf": "llama.cpp and what is built on it",
 }
 """What loads a format, by its folder in ``export``."""

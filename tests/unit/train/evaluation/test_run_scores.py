@@ -137,5 +137,5 @@ def test_evaluate_of_a_run_alone_writes_them(
         assert rows[kind]["decode"]["ratio"] > 0
     table = said[said.index("format") :].splitlines()
     assert max(map(len, table[:6])) <= 80
-    assert "dense loads in transformers, vLLM, TGI, SGLang; llama.cpp's converter" in table
+    assert "dense loads in transformers, vLLM, TGI, SGLang; llama.cpp after postshare gguf" in table
     assert "vLLM, TGI, SGLang" in words(write_report([run]).read_text())
