@@ -284,7 +284,9 @@ def test_the_run_says_it_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         current.on_main = lambda work: work()  # type: ignore[method-assign]
         assert len(current.blocks[0]) == len(current.blocks[1]) > 1
         said = capsys.readouterr().err.splitlines()
-        assert len(said) == (2 if is_main else 0)
+        numbers = f"{len(current.blocks[0])} training and {len(current.blocks[1])} validation"
+        assert said[:1] == ([f"data      {numbers} blocks of 400 tokens"] if is_main else [])
+        assert len(said) == (3 if is_main else 0)
     text = write(tmp_path / "t.jsonl", [{"text": "word " * 99}])
     assert prepare(letters(), "text", train=text, validation=text)[0].notes == ()
 
