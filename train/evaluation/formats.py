@@ -14,7 +14,7 @@ from rich import box
 from rich.table import Table
 
 from train.common.sizes import size
-from train.evaluation.models import Judged
+from train.evaluation.models import Judged, whole_exports
 from train.evaluation.score import Score, change
 
 RUNTIMES = {
@@ -37,11 +37,11 @@ def exported_models(run: Path, models: Sequence[Judged]) -> list[Judged]:
     if models[0].name != "base":
         return []
     known = {model.folder for model in models}
-    folders = [run / "export" / kind for kind in ("compact", "dense")]
+    folders = [run / "export" / kind for kind in whole_exports(run)]
     return [
         Judged(folder.name, folder, models[0].tokenizer)
         for folder in folders
-        if folder not in known and folder.is_dir() and (run / "export" / "adapter") not in known
+        if folder not in known and folder.is_dir()
     ]
 
 
@@ -56,7 +56,7 @@ def format_rows(run: Path, scores: Mapping[Path, Sequence[Score]]) -> list[dict[
     """
     stock, reference = next(iter(scores.items()))
     rows = [_row(STOCK, _files(stock), reference, reference)]
-    for kind in RUNTIMES:
+    for kind in (*whole_exports(run), "gguf"):
         folder = run / "export" / kind
         if folder.is_dir():
             rows.append(_row(kind, _files(folder), scores.get(folder), reference))

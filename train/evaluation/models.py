@@ -204,17 +204,22 @@ def _run_models(run: Path, prefix: str) -> list[Judged]:
     return [Judged(prefix + m.name, m.folder, m.tokenizer, m.run, m.through) for m in found]
 
 
+def whole_exports(run: Path) -> tuple[str, ...]:
+    """The folders below ``export`` that are the run's model, where they are there.
+
+    With an adapter beside it the compact folder is not: the dense one has it merged.
+    """
+    return ("dense",) if (run / "export" / "adapter").is_dir() else ("compact", "dense")
+
+
 def export_of(run: Path) -> Path | None:
     """The export that is a run's model; None where there is none yet.
 
     Raises:
         PostshareError: only a compact folder with an adapter, which alone is not the model.
     """
-    # With an adapter beside it the compact folder is not the model: the dense one has it merged.
-    adapted = (run / "export" / "adapter").is_dir()
-    kinds = ("dense",) if adapted else ("compact", "dense")
-    export = next((f for k in kinds if (f := run / "export" / k).is_dir()), None)
-    if export is None and adapted:
+    export = next((f for k in whole_exports(run) if (f := run / "export" / k).is_dir()), None)
+    if export is None and (run / "export" / "adapter").is_dir():
         raise PostshareError(
             f"{run}: residuals are read from the dense export alone, and there is none; "
             "export it with export.formats=[compact, dense]"

@@ -95,7 +95,9 @@ def timetable(current: Run) -> list[Stage]:
 
 
 def evaluation_reads(current: Run) -> float:
-    """What the evaluation reads, in optimizer steps; it is done by one process alone."""
+    """What the evaluation reads, in optimizer steps; it is done by one process alone, if at all."""
+    if not current.recipe.plans:
+        return 0.0
     evaluate, trained = current.recipe.evaluate, current.recipe.steps != 0
     models = [True, control_steps(current) > 0, evaluate.directshare, True, trained]
     held_out = len(current.blocks[1])

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from train.evaluation.formats import format_cells, format_rows, format_table
+from train.evaluation.formats import exported_models, format_cells, format_rows, format_table
+from train.evaluation.models import Judged
 from train.evaluation.score import Score
 
 
@@ -50,3 +51,12 @@ def test_times_are_the_inverse_of_speeds_and_what_was_not_timed_says_so(tmp_path
     assert cells[2][4:] == ("not measured", "not measured")
     _, notes = format_table(list(rows.values()))
     assert [note.split()[0] for note in notes] == ["compact", "gguf"]
+
+
+def test_a_compact_folder_that_lacks_its_adapter_is_no_format(tmp_path: Path) -> None:
+    run, base = tmp_path / "run", stored(tmp_path / "base", 1000)
+    folders = [stored(run / "export" / kind, 900) for kind in ("compact", "dense", "adapter")]
+    models = [Judged("base", base, base)]
+    assert [model.folder for model in exported_models(run, models)] == [folders[1]]
+    rows = format_rows(run, {base: speed([1.0], [1.0], 64.0, 1.0)})
+    assert [row["format"] for row in rows] == ["stock", "dense"]
