@@ -38,6 +38,7 @@ from train.distributed.engines.start import start
 from train.distributed.watchdog import Watchdog
 from train.evaluation.perplexity import perplexity
 from train.models.checkpointing import enable_checkpointing
+from train.models.liger import require_liger, use_liger_
 from train.penalty.coupled import PenaltyResult, penalty_coefficient
 from train.penalty.decoupled import Pull
 from train.penalty.lora import penalty_of
@@ -91,13 +92,21 @@ def train(job: TrainJob, recipe: Recipe) -> TrainResult:
 
 
 def prepare(engine: Engine, job: TrainJob, recipe: Recipe) -> None:
-    """Give model and optimizer to the engine."""
+    """Give model and optimizer to the engine.
+
+    Raises:
+        PostshareError: see :mod:`train.models.liger`, where the recipe asks for it.
+    """
+    checkpointing = recipe.train.gradient_checkpointing
+    if recipe.train.kernels == "liger":
+        require_liger(engine.device)
+        use_liger_(job.model, rotates_copies=checkpointing == "selective")
     select_trainable(job.model, job.trainable or recipe.train.trainable)
     for parameter in job.model.parameters():
         # A compact model stores o transposed. Fused AdamW pairs weights and moments as they lie in
         # memory, and moments that come from a checkpoint lie as the file has them.
         parameter.data = parameter.data.contiguous()
-    enable_checkpointing(job.model, recipe.train.gradient_checkpointing)
+    enable_checkpointing(job.model, checkpointing)
     plain = engine.backend == "plain"
     optimizer = build_optimizer(job.model, recipe.train, job.learning_rate, engine.device, plain)
     set_packed_(job.model, False)  # validation would hold what the next step makes stale
