@@ -27,13 +27,17 @@ from sa_models.errors import PostshareError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from train.recipe.recipe import Recipe
+
 ROTATION = "apply_rotary_pos_emb"
 """The function that transformers' attention calls."""
 
 
-def require_liger(device: torch.device) -> None:
-    """Raises PostshareError: not on a GPU, or liger-kernel cannot be imported."""
-    if device.type != "cuda":
+def check_kernels(recipe: Recipe) -> None:
+    """Refuse kernels that cannot run here. Raises PostshareError: no GPU, or no liger-kernel."""
+    if recipe.train.kernels != "liger":
+        return
+    if not torch.cuda.is_available():
         raise PostshareError(
             "train.kernels liger needs an NVIDIA GPU, for which its kernels are compiled; use "
             "train.kernels=torch"

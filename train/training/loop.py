@@ -38,7 +38,7 @@ from train.distributed.engines.start import start
 from train.distributed.watchdog import Watchdog
 from train.evaluation.perplexity import perplexity
 from train.models.checkpointing import enable_checkpointing
-from train.models.liger import require_liger, use_liger_
+from train.models.liger import check_kernels, use_liger_
 from train.penalty.coupled import PenaltyResult, penalty_coefficient
 from train.penalty.decoupled import Pull
 from train.penalty.lora import penalty_of
@@ -66,7 +66,8 @@ def train(job: TrainJob, recipe: Recipe) -> TrainResult:
 
     Raises:
         PostshareError: the folder holds another run; the loss or a gradient is not finite; a
-            checkpoint cannot be read or written; wandb is online without an account.
+            checkpoint cannot be read or written; wandb is online without an account; see
+            :mod:`train.models.liger`, where the recipe asks for its kernels.
         RankLostError: another rank is gone.
         TrainingStopped: SIGINT, SIGTERM or SIGUSR1 arrived; the step was finished, a checkpoint
             written.
@@ -77,6 +78,7 @@ def train(job: TrainJob, recipe: Recipe) -> TrainResult:
     if earlier is not None:
         return earlier
     check_wandb(recipe.wandb)
+    check_kernels(recipe)
     engine = start(recipe)
     if engine.streams and (source := job.source()) is not None:
         job = replace(job, load=lambda: engine.build(source))
@@ -92,14 +94,9 @@ def train(job: TrainJob, recipe: Recipe) -> TrainResult:
 
 
 def prepare(engine: Engine, job: TrainJob, recipe: Recipe) -> None:
-    """Give model and optimizer to the engine.
-
-    Raises:
-        PostshareError: see :mod:`train.models.liger`, where the recipe asks for it.
-    """
+    """Give model and optimizer to the engine."""
     checkpointing = recipe.train.gradient_checkpointing
     if recipe.train.kernels == "liger":
-        require_liger(engine.device)
         use_liger_(job.model, rotates_copies=checkpointing == "selective")
     select_trainable(job.model, job.trainable or recipe.train.trainable)
     for parameter in job.model.parameters():

@@ -23,14 +23,16 @@ from sa_models.errors import PostshareError
 from tests.support import tiny
 from tests.support.liger import stand_in
 from tests.support.training import LENGTH, VOCABULARY, Setting, build
+from train.doctor.inputs import check_start
 from train.models.liger import (
     ROTATION,
-    require_liger,
+    check_kernels,
     token_sums,
     use_liger_,
     with_global,
 )
 from train.recipe.sections.training import Checkpointing
+from train.stages.pipeline import run
 from train.training import chunked_loss, loop
 
 FUNCTIONS = "liger_kernel.transformers.functional"
@@ -196,7 +198,7 @@ def anywhere(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """A training with the stand-in, where there is no GPU."""
     module, counted = stand_in()
     monkeypatch.setitem(sys.modules, FUNCTIONS, module)
-    monkeypatch.setattr(loop, "require_liger", lambda device: None)
+    monkeypatch.setattr(loop, "check_kernels", lambda recipe: None)
     return counted
 
 
@@ -256,15 +258,20 @@ def test_losses_of_a_teacher_are_by_chunks(anywhere: Counter[str], tmp_path: Pat
 
 
 def test_it_says_what_it_needs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    with pytest.raises(PostshareError, match=r"needs an NVIDIA GPU.*use train.kernels=torch"):
-        require_liger(torch.device("cpu"))
-    recipe = tiny.recipe(tmp_path / "run", kernels="liger")
-    with pytest.raises(PostshareError, match=r"needs an NVIDIA GPU"):
-        loop.train(tiny.job(recipe), recipe)
-    assert not (tmp_path / "run").exists()
+    check_kernels(tiny.recipe(tmp_path))
+    asked = tiny.recipe(tmp_path / "run", kernels="liger")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    without = r"needs an NVIDIA GPU.*use train.kernels=torch"
+    with pytest.raises(PostshareError, match=without):
+        run(asked)  # its model is no folder: that would be the error of loading it
+    with pytest.raises(PostshareError, match=without):
+        loop.train(tiny.job(asked), asked)
+    assert not asked.folder.exists()
+    assert any("NVIDIA GPU" in finding.found + finding.cure for finding in check_start(asked, 1))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setitem(sys.modules, FUNCTIONS, None)
     with pytest.raises(PostshareError, match=r"needs liger-kernel.*pip install 'postshare.gpu.'"):
-        require_liger(torch.device("cuda"))
+        check_kernels(asked)
 
 
 def test_an_activation_that_it_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
