@@ -23,6 +23,7 @@ BENCHMARKS = (
     "spans",
     "evaluate",
     "losses",
+    "compile",
     "trainers",
     "distributed",
 )
