@@ -65,10 +65,11 @@ class Shape:
 
 
 SHAPES = {
+    "7M": Shape(4096, 256, 1024, 8, 8),
     "52M": Shape(4096, 512, 2048, 12, 8),
     "1024x8": Shape(32_000, 1024, 2816, 8, 16),
 }
-"""The base of docs/methods.md, and a wider one with Llama 2's vocabulary."""
+"""The two bases of docs/methods.md, and a wider one with Llama 2's vocabulary."""
 
 
 class StopError(Exception):
@@ -76,21 +77,32 @@ class StopError(Exception):
 
 
 class Gate:
-    """Where a training waits before each step until it is its turn."""
+    """Where a training waits before each step until it is its turn.
+
+    Attributes:
+        held: resident bytes before the first step: imports, weights, data.
+    """
 
     def __init__(self, turns: Connection) -> None:
         self.turns = turns
+        self.held = 0
         self.began: tuple[float, float] | None = None
 
     def __call__(self) -> None:
         now = time.perf_counter(), time.process_time()
         if self.began is None:
+            self.held = resident_bytes()
             self.turns.send(None)
         else:
             self.turns.send((now[0] - self.began[0], now[1] - self.began[1]))
         if self.turns.recv() == "stop":
             raise StopError
         self.began = time.perf_counter(), time.process_time()
+
+
+def resident_bytes() -> int:
+    rows = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(row.split()[1]) * 1024 for row in rows if row.startswith("VmRSS:"))
 
 
 def run(name: str, shape: str, folder: Path, turns: Connection) -> None:
@@ -107,15 +119,16 @@ def run(name: str, shape: str, folder: Path, turns: Connection) -> None:
     losses: list[float] = []
     more: dict[str, float] = {}
     training = {"trainer": trainer, "trl": trl}.get(name)
+    gate = Gate(turns)
     try:
         if training is None:
-            ours(name, SHAPES[shape], folder, Gate(turns), losses, more)
+            ours(name, SHAPES[shape], folder, gate, losses, more)
         else:
-            training(SHAPES[shape], folder, Gate(turns), losses)
+            training(SHAPES[shape], folder, gate, losses)
     except StopError:
         pass
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    turns.send({"losses": losses, "peak_bytes": peak, **more})
+    turns.send({"losses": losses, "peak_bytes": peak, "held_bytes": gate.held, **more})
 
 
 # --- Hugging Face's trainers ----------------------------------------------------------------------

@@ -173,7 +173,7 @@ def test_an_export_is_rounded_when_its_training_has_ended(monkeypatch: pytest.Mo
 def one_training(losses: list[float], *steps: float) -> dict[str, Any]:
     return {
         "losses": losses, "steps": [(s, 2 * s) for s in steps], "first_step": 9.0,
-        "peak_bytes": 3 * 10**9, "penalty_seconds": 0.02,
+        "peak_bytes": 3 * 10**9, "held_bytes": 10**9, "penalty_seconds": 0.02,
     }  # fmt: skip
 
 
@@ -198,7 +198,7 @@ def test_trainers_are_compared_round_by_round(monkeypatch: pytest.MonkeyPatch) -
     assert not any("trl" in key for key in figures)
     table = bench.table("52M", measured)
     assert "| 52M | SFTTrainer | no network |" in table
-    assert "1.100 of Trainer (1.050 to 1.550; CPU 1.100) | 9.0 s | 3.00 GB |" in table
+    assert "1.100 of Trainer (1.050 to 1.550; CPU 1.100) | 9.0 s | 3.00 GB | 2.00 GB |" in table
     trained["ours"]["losses"][1] = 7.0002
     with pytest.raises(ValueError, match="ours does not train what Trainer does"):
         bench.require_same(trained)
