@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch.nn.parallel import DistributedDataParallel
 
+from sa_models.calibration import logit_chunks
 from sa_models.errors import PostshareError
 from sa_models.heads import PROJECTIONS
 from sa_models.materialize.ties import unit
@@ -25,7 +26,6 @@ from tests.matrix.cells import CELLS, PROGRESSIVE, RESUMED
 from tests.support.training import MODELS, VOCABULARY, Setting, build, train
 from train.distributed.engines.base import Engine
 from train.distributed.engines.start import start
-from train.training import chunks
 
 State = dict[str, tuple[torch.Tensor, dict[str, torch.Tensor]]]
 
@@ -61,7 +61,7 @@ def chunked(engine: Engine, setting: Setting) -> Iterator[None]:
     if not setting.chunk or (engine.backend == "plain" and engine.world == 1):
         yield
         return
-    with patch.object(chunks, "CHUNK_ELEMENTS", setting.chunk * VOCABULARY):
+    with patch.object(logit_chunks, "CHUNK_ELEMENTS", setting.chunk * VOCABULARY):
         yield
 
 

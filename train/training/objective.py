@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from sa_models.calibration.logit_chunks import in_place_of
 from sa_models.calibration.token_losses import IGNORED
-from train.training.chunked_loss import in_place_of, token_sums
+from train.training.chunked_loss import token_sums
 from train.training.distill_loss import feature_sum
 from train.training.teacher import Lesson, Taps, Teacher
 from train.training.teacher_cache import TeacherCache, taught
