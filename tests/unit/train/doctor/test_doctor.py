@@ -881,16 +881,20 @@ def test_findings_of_several_hosts_say_whose_they_are() -> None:
 def test_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
 
-    def fake(*arguments: Any) -> bool:
-        seen.append(arguments)
+    def fake(*arguments: Any, assumed: Assumed) -> bool:
+        seen.append((*arguments, assumed))
         return arguments[0] is None
 
     monkeypatch.setattr("train.doctor.diagnosis.diagnose", fake)
-    for arguments, code in ((["doctor"], 0), (["doctor", "demo", "seed=1", "--patience", "5"], 2)):
+    given = ["doctor", "demo", "seed=1", "--patience", "5", "--chip", "A100", "--mfu", "0.4"]
+    for arguments, code in ((["doctor"], 0), (given, 2)):
         with pytest.raises(SystemExit) as caught:
             launched(arguments)
         assert caught.value.code == code
-    assert seen == [(None, [], 60.0), ("demo", ["seed=1"], 5.0)]
+    assert seen == [
+        (None, [], 60.0, Assumed()),
+        ("demo", ["seed=1"], 5.0, Assumed(None, "A100", 0.4)),
+    ]
 
 
 def test_nothing_of_the_environment_is_read_but_settings() -> None:
