@@ -15,7 +15,7 @@ import torch
 from transformers.masking_utils import create_causal_mask
 
 from sa_models.cache import CACHE
-from sa_models.calibration.token_losses import IGNORED, row_losses
+from sa_models.calibration.token_losses import IGNORED, head_losses
 from sa_models.errors import PostshareError
 from sa_models.modeling import SharedLlamaModel
 
@@ -122,7 +122,8 @@ def run_layer(
 
 def summed_loss(model: LlamaForCausalLM, hidden: torch.Tensor, targets: torch.Tensor) -> float:
     """Sum of the nats of all predicted tokens, from what leaves the last layer."""
-    return sum(row_losses(model.lm_head(model.model.norm(hidden))[:, :-1], targets))
+    hidden = model.model.norm(hidden)
+    return sum(head_losses(model.lm_head, model.config.vocab_size, hidden, targets).tolist())
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,10 @@ import torch.nn.functional as F
 from timing import PeakMemory, interleaved
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from sa_models.calibration import logit_chunks
+from sa_models.calibration.logit_chunks import in_place_of
 from train.models.checkpointing import enable_checkpointing
-from train.training import chunks
-from train.training.chunked_loss import in_place_of, token_sums
+from train.training.chunked_loss import token_sums
 from train.training.distill_loss import Projection
 
 SHAPES = {
@@ -124,7 +125,7 @@ def measure_demo(rounds: int) -> dict[str, float]:
     both = steps(model, ids, None)
 
     def forced() -> None:
-        with patch.object(chunks, "CHUNK_ELEMENTS", 2**20):
+        with patch.object(logit_chunks, "CHUNK_ELEMENTS", 2**20):
             both["chunked"]()
 
     times = interleaved(rounds, **both, forced=forced)

@@ -16,11 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import yaml
+
+from sa_models.search.ranking import spearman
 
 HERE = Path(__file__).parent
 DOCS = HERE.parents[1] / "docs"
 PAGE = DOCS / "methods.md"
+FEWEST_PLANS = 6
+"""Of a rank correlation that is shown."""
 
 Line = dict[str, Any]
 Rows = dict[str, dict[str, Any]]
@@ -102,7 +107,8 @@ def tables(lines: list[Line], rows: Rows, base: Base = BASES["mixed7M"]) -> str:
     parts = [f"**Nothing shared**\n\n{_table(controls, lines, rows)}"] if controls else []
     parts += [
         f"**{size} %: {int(size) * base.units // 100} of {base.units} {base.unit}**\n\n"
-        + _table([line for line in of_units if line["size"] == size], lines, rows)
+        + _table(of_size := [line for line in of_units if line["size"] == size], lines, rows)
+        + _foretold(of_size, lines, rows)
         for size in _sizes(of_units)
     ]
     parts += [
@@ -165,6 +171,24 @@ def _table(lines: list[Line], every: list[Line], rows: Rows) -> str:
             cells.append(f"{max(line['cache']['stored'] for line in found):,}")
         out.append(_row(cells))
     return "\n".join(out)
+
+
+def _foretold(lines: list[Line], every: list[Line], rows: Rows) -> str:
+    """How well the untrained loss of the plans of one size ranks them as they are when trained."""
+    controls = controls_of(every, rows)
+    pairs = [
+        (line["perplexity"]["direct"], *above([line], controls["distill" in recipe]))
+        for line in lines
+        if "direct" in line["perplexity"]
+        and line["seed"] in controls["distill" in (recipe := recipe_of(rows, line["row"]))]
+    ]
+    if len(pairs) < FEWEST_PLANS:
+        return ""
+    before, after = torch.tensor(pairs, dtype=torch.float64).T
+    return (
+        f"\n\nUntrained and trained rank these {len(pairs)} trainings alike by a Spearman "
+        f"correlation of {spearman(before, after):.2f}."
+    )
 
 
 def _row(cells: Iterable[Any]) -> str:

@@ -15,7 +15,17 @@ from rich.console import Console
 from rich.table import Table
 
 HERE = Path(__file__).parent
-BENCHMARKS = ("match", "penalty", "compact", "export", "spans", "evaluate", "losses", "distributed")
+BENCHMARKS = (
+    "match",
+    "penalty",
+    "compact",
+    "export",
+    "spans",
+    "evaluate",
+    "losses",
+    "compile",
+    "distributed",
+)
 
 
 def main() -> None:

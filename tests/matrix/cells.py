@@ -83,6 +83,14 @@ CELLS |= {
     "chunked distill": Setting(model="spans", chunk=7, distill=(("temperature", 2.0),)),
     "bf16 chunked": Setting(chunk=7, precision="bf16"),
 }
+# Compiled layers against layers that are not: of one structure, and each of its own.
+CELLS |= {
+    "compiled": Setting(compiled=True, accumulation=4, clip_norm=0.2),
+    "compiled both": Setting(model="both", compiled=True, checkpointing="selective", clip_norm=0.2),
+    "compiled heal": Setting(model="owned", heal=True, compiled=True, checkpointing=2),
+    "compiled basis": Setting(model="basis", heal=True, compiled=True, checkpointing=True),
+    "compiled lora": Setting(lora=3, compiled=True, accumulation=4, clip_norm=0.2),
+}
 # Units that are moved after the step: some of them equal after three, all of them after two.
 DECOUPLED = PenaltySection(mode="decoupled", coefficient=19.0)
 PROGRESSIVE = PenaltySection(mode="progressive", schedule="linear", ramp_steps=2)
@@ -120,10 +128,17 @@ SUBSET: dict[tuple[str, int], tuple[str, ...]] = {
         "distill x4 free",
         "decoupled x4 free",
         "chunked",
+        "compiled",
     ),
-    ("zero0", 2): (*_GRID[1], "bf16 ties x1"),
+    ("zero0", 2): (*_GRID[1], "bf16 ties x1", "compiled both"),
     ("zero1", 2): (*_GRID[0], "bf16 penalty", "heal x4 free", "residual alone", *_MOVED),
-    ("zero2", 2): (*_GRID[1], "bf16 penalty", "progressive x4 clipped", "bf16 heal basis"),
+    ("zero2", 2): (
+        *_GRID[1],
+        "bf16 penalty",
+        "progressive x4 clipped",
+        "bf16 heal basis",
+        "compiled both",
+    ),
     ("zero3", 3): (
         *_GRID[0],
         "bf16 penalty",
@@ -158,6 +173,8 @@ SUBSET: dict[tuple[str, int], tuple[str, ...]] = {
         "chunked untied",
         "recomputed in part",
         "progressive x1 free",
+        "compiled heal",
+        "compiled basis",
     ),
 }
 RESUMED = (

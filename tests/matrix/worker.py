@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch.nn.parallel import DistributedDataParallel
 
+from sa_models.calibration import logit_chunks
 from sa_models.errors import PostshareError
 from sa_models.heads import PROJECTIONS
 from sa_models.materialize.ties import unit
@@ -25,7 +26,7 @@ from tests.matrix.cells import CELLS, PROGRESSIVE, RESUMED
 from tests.support.training import MODELS, VOCABULARY, Setting, build, train
 from train.distributed.engines.base import Engine
 from train.distributed.engines.start import start
-from train.training import chunks
+from train.models.compiled_layers import compile_layers
 
 State = dict[str, tuple[torch.Tensor, dict[str, torch.Tensor]]]
 
@@ -33,8 +34,16 @@ State = dict[str, tuple[torch.Tensor, dict[str, torch.Tensor]]]
 def prepared(setting: Setting) -> Engine:
     engine = start(setting.recipe())
     assert '"auto"' not in json.dumps(engine.resolved)
-    engine.prepare(*build(setting))
+    model, optimizer = build(setting)
+    if setting.compiled and not is_reference(engine):
+        compile_layers(model)
+    engine.prepare(model, optimizer)
     return engine
+
+
+def is_reference(engine: Engine) -> bool:
+    """Whether this is what the others are compared with: one process without a library's engine."""
+    return engine.backend == "plain" and engine.world == 1
 
 
 def run(name: str, folder: Path) -> list[dict]:
@@ -48,6 +57,7 @@ def run(name: str, folder: Path) -> list[dict]:
     if engine.is_main:
         save_file(weights, folder / f"{name}.safetensors")
     engine.close()
+    torch.compiler.reset()
     if setting.pull is not None:
         check_merged(setting, weights, rows[-1]["distance"])
     if name in RESUMED:
@@ -58,10 +68,10 @@ def run(name: str, folder: Path) -> list[dict]:
 @contextmanager
 def chunked(engine: Engine, setting: Setting) -> Iterator[None]:
     """Losses by chunks as the setting asks; one plain process, the reference, has whole logits."""
-    if not setting.chunk or (engine.backend == "plain" and engine.world == 1):
+    if not setting.chunk or is_reference(engine):
         yield
         return
-    with patch.object(chunks, "CHUNK_ELEMENTS", setting.chunk * VOCABULARY):
+    with patch.object(logit_chunks, "CHUNK_ELEMENTS", setting.chunk * VOCABULARY):
         yield
 
 

@@ -145,6 +145,7 @@ class Setting:
         pull: the penalty's section, where it moves the weights after the step.
         chunk: rows of logits at a time, but where one process without an engine of a library sees
             whole ones; 0: as by default.
+        compiled: the layers, but those of the same reference.
     """
 
     model: str = "ties"
@@ -164,6 +165,7 @@ class Setting:
     distill: tuple[tuple[str, Any], ...] = ()
     pull: PenaltySection | None = None
     chunk: int = 0
+    compiled: bool = False
 
     @cached_property
     def plan(self) -> SharingPlan:

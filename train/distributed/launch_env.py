@@ -114,6 +114,12 @@ def check_launch(recipe: Recipe, stage: int | None) -> None:
                 "DeepSpeed configuration is generated from the recipe"
             )
     check_offload(stage)
+    if stage == 3 and recipe.train.compile:
+        raise PostshareError(
+            "train.compile: under ZeRO-3 the weights of a layer are gathered module by module, so "
+            "that it cannot be compiled as a whole; launch with launch/accelerate/fsdp2.yaml, "
+            "which spreads the same, or set train.compile=false"
+        )
 
 
 def check_plugins() -> None:
@@ -126,8 +132,8 @@ def check_plugins() -> None:
     compiler = setting("ACCELERATE_DYNAMO_BACKEND", "no").lower()
     if compiler != "no":
         raise PostshareError(
-            f"the launch sets dynamo_config.dynamo_backend: {compiler.upper()}, and a compiled "
-            "model is not trained here; remove dynamo_config from the launch file"
+            f"the launch sets dynamo_config.dynamo_backend: {compiler.upper()}, which would be "
+            "ignored; remove dynamo_config from the launch file, train.compile decides"
         )
     refused = {
         "ACCELERATE_USE_MEGATRON_LM": "megatron_lm_config (Megatron-LM)",

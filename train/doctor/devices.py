@@ -80,6 +80,23 @@ def check_precision(s: Situation) -> Iterator[Finding]:
     yield warn(topic, said, f"set {' '.join(f'{key}=fp32' for key in keys)}, or auto")
 
 
+def check_compiler(s: Situation) -> Iterator[Finding]:
+    """What `train.compile` compiles with."""
+    topic = "compiler"
+    if s.recipe is None or not s.recipe.train.compile or s.recipe.steps == 0:
+        return
+    lacking = [f for f in s.facts if f.compiler is None]
+    if lacking:
+        names = "gcc, or what CC names" if lacking[0].gpu else "g++, or what CXX names"
+        yield bad(
+            topic,
+            f"train.compile, and {s.who(f.rank for f in lacking)}: no compiler ({names})",
+            "install it, or set train.compile=false",
+        )
+    else:
+        yield ok(topic, f"train.compile: layers are compiled with {s.facts[0].compiler}")
+
+
 def check_gpu_memory(s: Situation) -> Iterator[Finding]:
     """What a step needs at its peak against what the GPUs have."""
     topic, gpus = "GPU memory", [(f.rank, f.gpu) for f in s.facts if f.gpu is not None]

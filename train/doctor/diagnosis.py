@@ -71,6 +71,7 @@ CHECKS: tuple[Callable[[Situation], Iterator[Finding]], ...] = (
     devices.check_devices,
     ranks.check_recipe,
     devices.check_precision,
+    devices.check_compiler,
     devices.check_gpu_memory,
     devices.check_whole_models,
     devices.check_ram,

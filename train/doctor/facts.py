@@ -6,6 +6,7 @@ import os
 import resource
 import shutil
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -104,6 +105,7 @@ class Facts:
         bf16: whether the device multiplies in bf16 by instructions of its own.
         bf16_factor: how many times as long as fp32 it takes where it has none; measured once on
             each host, where the recipe asks for bf16.
+        compiler: what torch.compile would build with; None: there is none.
         locks: see `train.doctor.builds.find_locks`; read once on each host.
         late: readings that did not end within their time.
     """
@@ -130,6 +132,7 @@ class Facts:
     recipe: str | None = None
     bf16: bool = True
     bf16_factor: float | None = None
+    compiler: str | None = None
     locks: list[tuple[str, float]] = field(default_factory=list)
     late: list[str] = field(default_factory=list)
 
@@ -202,6 +205,7 @@ def collect(folder: Path | None, recipe: str | None, in_bf16: bool = False) -> F
         recipe=recipe,
         bf16=bf16,
         bf16_factor=factor,
+        compiler=read("the compiler", lambda: find_compiler(gpu is not None), None),
         locks=read("torch's folder of extensions", find_locks, []) if local_rank == 0 else [],
         late=late,
     )
@@ -211,6 +215,13 @@ def read_gpu(index: int) -> Gpu:
     free, total = torch.cuda.mem_get_info(index)
     properties = torch.cuda.get_device_properties(index)
     return Gpu(properties.name, str(getattr(properties, "uuid", index)), free, total)
+
+
+def find_compiler(for_gpu: bool) -> str | None:
+    """The path of what torch.compile builds kernels with: a C++ compiler, for Triton one of C."""
+    given = os.environ.get("CC" if for_gpu else "CXX")
+    usual = ("gcc", "clang") if for_gpu else ("clang++" if sys.platform == "darwin" else "g++",)
+    return next(filter(None, map(shutil.which, (given,) if given else usual)), None)
 
 
 def memory(root: Path = Path("/")) -> tuple[int, int]:

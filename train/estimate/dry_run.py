@@ -159,6 +159,8 @@ def _training_rows(
             f"{train.batch_size} sequences = {gpus} GPU(s) x {train.micro_batch_size} x "
             f"accumulation {accumulation}",
         )
+        if train.compile:
+            yield "layers", "compiled before the first step; the memory is that without"
     else:
         yield "training", "none (train.steps is 0)"
     held = gpu_memory.whole_models(recipe, shape)

@@ -10,6 +10,7 @@ import math
 from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING
 
+from sa_models.calibration.logit_chunks import chunk_elements
 from sa_models.heads import HeadLayout
 from sa_models.plan import SharingPlan
 from sa_models.savings import llama_parameters
@@ -19,7 +20,6 @@ from train.estimate.parameters import (
     trainable_parameters,
     trains_lm_head,
 )
-from train.training.chunks import chunk_elements
 
 if TYPE_CHECKING:
     from train.estimate.llama_shapes import LlamaShape

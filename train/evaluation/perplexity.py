@@ -88,8 +88,7 @@ def block_losses(
         with bar(f"evaluating {name}".rstrip(), shown=progress) as show:
             for batch in batches:
                 labels = batch.pop("labels")[:, 1:]
-                logits = model(**batch, use_cache=False).logits[:, :-1]
-                nats += row_losses(logits, labels)
+                nats += row_losses(model, labels, **batch)
                 tokens += (labels != IGNORED).sum(1).tolist()
                 show(len(nats), count)
     finally:

@@ -145,5 +145,5 @@ def _losses(
         inputs[row, : w.stop - w.begin] = ids[w.text][w.begin : w.stop]
         targets[row, w.first - w.begin : w.stop - w.begin] = ids[w.text][w.first + 1 : w.stop + 1]
     keep = length - min(w.first - w.begin for w in batch)
-    logits = model(inputs.to(model.device), use_cache=False, logits_to_keep=keep).logits
-    return row_losses(logits, targets[:, -keep:].to(model.device))
+    targets = targets[:, -keep:].to(model.device)
+    return row_losses(model, targets, input_ids=inputs.to(model.device), logits_to_keep=keep)

@@ -13,6 +13,7 @@ FREE_TRAIN = {
     "learning_rate",  # likewise
     "micro_batch_size",
     "gradient_checkpointing",
+    "compile",
     "evaluate_every",
     "checkpoint_every",
     "keep_checkpoints",

@@ -236,6 +236,21 @@ def _residual(recipe: RecipeFields) -> Iterator[str]:
             yield "residual.train is about healing; set materialize.heal_steps"
 
 
+def _compiled(recipe: RecipeFields) -> Iterator[str]:
+    if not recipe.train.compile:
+        return
+    if recipe.lora is not None and recipe.lora.base == "nf4":
+        yield (
+            "train.compile: layers in 4 bits cannot be compiled; set train.compile=false, or "
+            "lora.base=bf16"
+        )
+    if recipe.distill is not None and recipe.distill.attention_weight:
+        yield (
+            "train.compile: distill.attention_weight compares what lies inside of a layer, which "
+            "is compiled as a whole; set one of them to 0 or false"
+        )
+
+
 def _penalty_mode(recipe: RecipeFields) -> Iterator[str]:
     section, steps = recipe.penalty, recipe.train.steps
     if section.mode != "coupled" and recipe.plan.strategy == "released":
@@ -264,6 +279,7 @@ RULES = (
     _distill,
     _residual,
     _lora,
+    _compiled,
 )
 """What sections of a recipe say against one another, or ask for in vain."""
 

@@ -6,34 +6,21 @@ The backward only scales these two. So there are three products with the weight,
 (a backward that computed the logits again would add a fourth). Chunks of the weight's gradient are
 added up in fp32.
 
-lm_head's own forward is where this happens (:func:`in_place_of`): the call goes through the engine,
-which has the weight gathered there, once for all chunks, tied to the embeddings or not, and reduces
-its gradient.
+lm_head's own forward is where this happens: the call goes through the engine, which has the weight
+gathered there, once for all chunks, tied to the embeddings or not, and reduces its gradient.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from sa_models.calibration.logit_chunks import chunk_elements, chunks
 from sa_models.calibration.token_losses import IGNORED
-from train.training.chunks import chunk_elements, chunks
 from train.training.distill_loss import Projection, TopK, divergence
-
-
-@contextlib.contextmanager
-def in_place_of(module: nn.Module, function: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Within, calls of `module` compute `function`; its hooks, those of an engine, run as ever."""
-    module.forward = function
-    try:
-        yield
-    finally:
-        del module.forward
 
 
 def token_sums(

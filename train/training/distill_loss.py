@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from train.training.chunks import chunks
+from sa_models.calibration.logit_chunks import chunks
 
 EPSILON = 1e-6
 """Added to the teacher's mean square, so that a silent block is no division by zero."""

@@ -17,14 +17,14 @@ import time
 from collections import deque
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
 from sa_models.calibration.token_losses import IGNORED
 from sa_models.errors import PostshareError
@@ -38,6 +38,7 @@ from train.distributed.engines.start import start
 from train.distributed.watchdog import Watchdog
 from train.evaluation.perplexity import perplexity
 from train.models.checkpointing import enable_checkpointing
+from train.models.compiled_layers import compile_errors, compile_layers, release_compiled
 from train.penalty.coupled import PenaltyResult, penalty_coefficient
 from train.penalty.decoupled import Pull
 from train.penalty.lora import penalty_of
@@ -46,7 +47,7 @@ from train.tracking.rank_stats import Health
 from train.tracking.wandb_run import check_wandb
 from train.training.checkpoint import Checkpoints, Position
 from train.training.job import TrainJob
-from train.training.objective import Lessons, Objective
+from train.training.objective import Lessons, Objective, compile_ahead
 from train.training.optimizer import build_optimizer, learning_rate_factor, select_trainable
 from train.training.training_folder import TrainResult, begin, finish, finished, identity
 
@@ -65,7 +66,8 @@ def train(job: TrainJob, recipe: Recipe) -> TrainResult:
 
     Raises:
         PostshareError: the folder holds another run; the loss or a gradient is not finite; a
-            checkpoint cannot be read or written; wandb is online without an account.
+            checkpoint cannot be read or written; wandb is online without an account; the layers
+            cannot be compiled.
         RankLostError: another rank is gone.
         TrainingStopped: SIGINT, SIGTERM or SIGUSR1 arrived; the step was finished, a checkpoint
             written.
@@ -85,9 +87,12 @@ def train(job: TrainJob, recipe: Recipe) -> TrainResult:
         job = replace(job, train_blocks=lessons.blocks)
     prepare(engine, job, recipe)
     try:
-        return _train(engine, job, recipe, ours, lessons)
+        with compile_errors() if recipe.train.compile else nullcontext():
+            return _train(engine, job, recipe, ours, lessons)
     finally:
         engine.close()
+        if recipe.train.compile:
+            release_compiled(job.model)
 
 
 def prepare(engine: Engine, job: TrainJob, recipe: Recipe) -> None:
@@ -98,6 +103,8 @@ def prepare(engine: Engine, job: TrainJob, recipe: Recipe) -> None:
         # memory, and moments that come from a checkpoint lie as the file has them.
         parameter.data = parameter.data.contiguous()
     enable_checkpointing(job.model, recipe.train.gradient_checkpointing)
+    if recipe.train.compile:
+        compile_layers(job.model)
     plain = engine.backend == "plain"
     optimizer = build_optimizer(job.model, recipe.train, job.learning_rate, engine.device, plain)
     set_packed_(job.model, False)  # validation would hold what the next step makes stale
@@ -130,7 +137,6 @@ def _train(
         note,
     )
     at = checkpoints.resume()
-    began = time.perf_counter() - at.seconds
     samples = PositionSampler(
         len(job.train_blocks),
         batch_size=section.batch_size,
@@ -141,6 +147,10 @@ def _train(
         position=at.step * section.batch_size,
         steps=job.steps - at.step,
     )
+    if section.compile and at.step < job.steps:
+        first = default_collate([job.train_blocks[index] for index in next(iter(samples))])
+        compile_ahead(objective, first, job.name, section.hang_timeout)
+    began = time.perf_counter() - at.seconds
     tracker = Tracker(
         job.name,
         recipe,

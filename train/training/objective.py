@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
 from torch import Tensor
 
+from sa_models.calibration.logit_chunks import in_place_of
 from sa_models.calibration.token_losses import IGNORED
-from train.training.chunked_loss import in_place_of, token_sums
+from train.common.progress import clock, note, waiting
+from train.distributed.watchdog import Watchdog
+from train.models.compiled_layers import compile_layers
+from train.training.chunked_loss import token_sums
 from train.training.distill_loss import feature_sum
 from train.training.teacher import Lesson, Taps, Teacher
 from train.training.teacher_cache import TeacherCache, taught
@@ -69,6 +74,9 @@ class Lessons:
             self.blocks = cache.fill(steps * recipe.train.batch_size)
         else:
             self._teacher = Teacher(recipe, engine)
+            # bitsandbytes' products cannot be compiled.
+            if recipe.train.compile and recipe.distill.precision != "int8":
+                compile_layers(self._teacher.model, evaluated=True)
 
     def __call__(self, batch: Batch) -> AbstractContextManager[Lesson]:
         """What the teacher says about a micro-batch on the device; cached answers leave it."""
@@ -145,3 +153,23 @@ class Objective:
     def total(self, losses: dict[str, float]) -> float:
         """The weighted sum of losses."""
         return sum(self.weights[name] * losses[name] for name in self.weights)
+
+
+def compile_ahead(objective: Objective, batch: Batch, job: str, hang_timeout: float | None) -> None:
+    """Let forward and backward be compiled before the first step, of which it is no part.
+
+    A collective, between steps: it adds a gradient of 0.
+
+    Args:
+        batch: a micro-batch, on the CPU.
+        job: the training's name.
+        hang_timeout: as in the recipe.
+    """
+    engine, began = objective.engine, time.perf_counter()
+    with Watchdog(engine.rank, engine.world, hang_timeout) as watch:
+        watch.note("compiling the layers", 1)
+        with waiting(f"{job}: compiling the layers"), engine.micro_step(boundary=False):
+            total, _ = objective(batch)
+            engine.backward(0 * total)
+    if engine.is_main:
+        note(f"{job}: layers compiled in {clock(time.perf_counter() - began)}")

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
+from sa_models.calibration.logit_chunks import in_place_of
 from sa_models.errors import PostshareError
 from sa_models.plan import SharingPlan
 from sa_models.weights.config_file import read_config
@@ -28,7 +29,6 @@ from train.models.base_model import base_folder
 from train.models.sharded_source import base_source
 from train.models.tokenizer import load_tokenizer
 from train.recipe.sections.inputs import ModelSection
-from train.training.chunked_loss import in_place_of
 from train.training.distill_loss import Projection, TopK, likeliest
 
 if TYPE_CHECKING:

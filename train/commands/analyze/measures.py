@@ -134,8 +134,7 @@ def _loss(model: LlamaForCausalLM, batches: Sequence[dict[str, torch.Tensor]]) -
     total, tokens = 0.0, 0
     for batch in batches:
         ids = batch["input_ids"].to(model.device)
-        logits = model(ids, use_cache=False).logits[:, :-1]
-        total += sum(row_losses(logits, ids[:, 1:]))
+        total += sum(row_losses(model, ids[:, 1:], input_ids=ids))
         tokens += ids.shape[1] - 1
     return total / tokens
 

@@ -72,6 +72,9 @@ class TrainSection(Section):
     gradient_checkpointing: Checkpointing = False
     """Compute activations again in the backward pass: true those of every layer, a number N those
     of every Nth, selective all but the matrix products and attention of every layer."""
+    compile: bool = False
+    """Compile the layers, one by one, before the first step (torch.compile): steps are faster, the
+    start takes seconds to minutes more. Needs a C++ compiler, on a GPU Triton."""
     evaluate_every: Count = 0
     """Steps between evaluations; 0: only at the end."""
     checkpoint_every: Count = 0

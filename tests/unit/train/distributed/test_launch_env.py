@@ -24,7 +24,7 @@ FILES = sorted((REPOSITORY / "launch" / "accelerate").glob("*.yaml"))
 OURS = ("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_", "MASTER_", "WORLD_SIZE")
 
 
-def recipe() -> Recipe:
+def recipe(**train: Any) -> Recipe:
     return validate(
         {
             "name": "test",
@@ -36,6 +36,7 @@ def recipe() -> Recipe:
                 "batch_size": 8,
                 "micro_batch_size": 2,
                 "learning_rate": 1e-3,
+                **train,
             },
         }
     )
@@ -77,6 +78,19 @@ def test_our_files_are_accepted(file: Path, check: Callable[..., None]) -> None:
     stage = launched_stage()
     assert (stage is not None) == file.stem.startswith("zero")
     assert stage is None or file.stem.startswith(f"zero{stage}")
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_compiled_layers_are_refused_under_zero3_alone(
+    file: Path, check: Callable[..., None]
+) -> None:
+    check("--config_file", str(file))
+    compiled = recipe(compile=True)
+    if file.stem.startswith("zero3"):
+        with pytest.raises(PostshareError, match=r"^train\.compile: .*; launch with .*fsdp2"):
+            check_launch(compiled, launched_stage())
+    else:
+        check_launch(compiled, launched_stage())
 
 
 def file(folder: Path, **settings: Any) -> str:

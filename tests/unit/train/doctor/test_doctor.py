@@ -27,7 +27,16 @@ from train.distributed.launch_env import Offload
 from train.doctor import devices, inputs, network, ranks
 from train.doctor.builds import find_locks, release_own
 from train.doctor.diagnosis import _Visit, diagnose, merged, show
-from train.doctor.facts import Facts, Gpu, TooLate, disk_free, infiniband, limited, memory
+from train.doctor.facts import (
+    Facts,
+    Gpu,
+    TooLate,
+    disk_free,
+    find_compiler,
+    infiniband,
+    limited,
+    memory,
+)
 from train.doctor.findings import LEFT_WAITING, Finding, Level, Situation, from_error
 from train.doctor.probes import (
     BrokenLink,
@@ -201,6 +210,30 @@ def test_bf16_that_is_emulated_is_a_warning_with_its_factor() -> None:
     for fine in (seven(quick), seven(slow, recipe=recipe(precision="fp32"))):
         assert only(devices.check_precision(fine), Level.OK).found.startswith("train.precision ")
     assert list(devices.check_precision(seven(slow, recipe=recipe(steps=0)))) == []
+
+
+def test_compiled_layers_need_a_compiler() -> None:
+    has, lacks = fact(0, "a", compiler="/usr/bin/g++"), fact(1, "b")
+    finding = only(devices.check_compiler(seven(has, lacks, recipe=recipe(compile=True))))
+    assert finding.found == ("train.compile, and rank 1 (b): no compiler (g++, or what CXX names)")
+    (fine,) = devices.check_compiler(seven(has, recipe=recipe(compile=True)))
+    assert (fine.level, fine.found.endswith("with /usr/bin/g++")) == (Level.OK, True)
+    for other in (recipe(), recipe(compile=True, steps=0)):
+        assert list(devices.check_compiler(seven(lacks, recipe=other))) == []
+
+
+def test_the_compiler_is_the_one_that_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("g++", "clang++", "gcc", "mine"):
+        (tmp_path / name).touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("CC", "mine")
+    assert find_compiler(for_gpu=True) == str(tmp_path / "mine")
+    assert Path(find_compiler(for_gpu=False) or "").name in ("g++", "clang++")
+    monkeypatch.setenv("CXX", "absent")
+    assert find_compiler(for_gpu=False) is None
 
 
 def test_gpu_memory_against_the_estimate() -> None:

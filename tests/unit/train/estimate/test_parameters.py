@@ -245,6 +245,7 @@ def test_a_dry_run_prints_spans_and_kv_heads(tmp_path: Path) -> None:
         {"leader": 28, "followers": [30], "share": "kv"},
     ]
     lines = facts(spans=spans)
+    assert not any(line.startswith("layers") for line in lines)
     assert "span        22 -> 23-26: attention weights" in lines
     assert "span        28 -> 30: keys and values" in lines
     removed = 4 * 2 * 4096**2 + 2 * 4096**2
@@ -298,6 +299,14 @@ def test_a_dry_run_refuses_what_the_run_will_refuse(sections: dict[str, Any], pa
     recipe = validate(value | {"plan": {"strategy": "none"}} | sections)
     with pytest.raises(PostshareError, match=part):
         print_dry_run(recipe, console=Console(quiet=True))
+
+
+def test_compiled_layers_are_told() -> None:
+    value = recipe_for("x", model={"config": {}}).model_dump(mode="json")
+    value["train"]["compile"] = True
+    out = Console(file=io.StringIO(), width=160)
+    print_dry_run(validate(value), console=out)
+    assert "layers      compiled before the first step; " in out.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_whole_models_are_two_where_one_is_reconstructed(tmp_path: Path) -> None:

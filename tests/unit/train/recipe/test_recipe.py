@@ -339,6 +339,17 @@ def test_sections_are_compared_although_a_key_is_missing(tmp_path: Path) -> None
     assert [line.partition(":")[0] for line in rest] == ["penalty", "lora"]
 
 
+def test_what_cannot_be_compiled_is_refused(minimal: Path) -> None:
+    lora = ("train.precision=bf16", "lora={rank: 2, base: nf4}")
+    for overrides, named in (
+        (lora, r"layers in 4 bits cannot be compiled; set train\.compile=false, or lora\.base"),
+        (("distill={attention_weight: 0.1}",), "compares what lies inside of a layer"),
+    ):
+        line = message(minimal, *overrides, "train.compile=true")
+        assert re.search(rf": train\.compile: .*{named}", line)
+    load_recipe(minimal, ["train.compile=true", "distill={hidden_weight: 0.1}"])
+
+
 def test_a_rule_that_reads_what_is_not_known_says_nothing(minimal: Path) -> None:
     """Each of these would be refused if the key had its default."""
     for override in ("plan.budgt={ratio: 0.3}", "plan.budget={ratio: x}", "plan.budget=3"):

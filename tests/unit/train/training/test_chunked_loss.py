@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sa_models.calibration import logit_chunks
 from sa_models.calibration.token_losses import IGNORED
 from tests.support.training import LENGTH, VOCABULARY, Setting, build, teacher_folder
 from train.distributed.engines.start import start
-from train.training import chunks
-from train.training.chunked_loss import in_place_of, token_sums
+from train.training.chunked_loss import token_sums
 from train.training.distill_loss import Projection
 from train.training.objective import Lessons, Objective
 
@@ -52,7 +52,7 @@ def whole(
 
 
 def small(monkeypatch: pytest.MonkeyPatch, rows: int, words: int = WORDS) -> None:
-    monkeypatch.setattr(chunks, "CHUNK_ELEMENTS", rows * words)
+    monkeypatch.setattr(logit_chunks, "CHUNK_ELEMENTS", rows * words)
 
 
 def apart(one: Tensor, other: Tensor) -> float:
@@ -225,20 +225,3 @@ def test_a_model_learns_the_same_and_never_sees_all_logits(
     assert by_chunks.keys() == by_all.keys()
     for name, gradient in by_chunks.items():
         assert apart(gradient, by_all[name]) < 1e-6, name
-
-
-def test_a_stand_in_leaves_the_module_as_it_was() -> None:
-    module = torch.nn.Linear(3, 2, bias=False)
-    seen: list[Tensor] = []
-    module.register_forward_hook(lambda module, inputs, output: seen.append(output))
-
-    def fail() -> None:
-        with in_place_of(module, lambda x: 2 * x):
-            module(torch.ones(3))
-            raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        fail()
-    assert torch.equal(seen[0], torch.full((3,), 2.0))
-    assert "forward" not in vars(module)
-    assert module(torch.ones(3)).shape == (2,)

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
+from sa_models.calibration import logit_chunks
 from sa_models.calibration.token_losses import IGNORED
-from train.training import chunks
 from train.training.chunked_loss import token_sums
 from train.training.distill_loss import Projection, TopK, feature_sum, likeliest
 
@@ -72,7 +72,7 @@ def plain(
 def test_sums_and_gradient_are_those_of_a_plain_loop(
     monkeypatch: pytest.MonkeyPatch, temperature: float, k: int | None, chunk: int
 ) -> None:
-    monkeypatch.setattr(chunks, "CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(logit_chunks, "CHUNK_ELEMENTS", chunk)
     student, teacher, labels = given()
     ours, reference = (student.clone().requires_grad_() for _ in range(2))
     asked = answer(teacher, k, temperature)
