@@ -43,9 +43,10 @@ class PackedLlamaModel(LlamaModel):
     def __init__(self, config: PackedLlamaConfig) -> None:
         super().__init__(config)
         for at, own in enumerate(layer_configs(config)):
-            self.layers[at] = LlamaDecoderLayer(own, at)
+            layer = LlamaDecoderLayer(own, at)
             # The attention implementation may be changed later, and is that of the model.
-            self.layers[at].self_attn.config = config
+            layer.self_attn.config = config
+            self.layers[at] = layer
         self.post_init()
 
 
@@ -143,7 +144,8 @@ def unsplittable(config: SharedLlamaConfig, devices: int) -> LlamaConfig | None:
         config: of a plan that :func:`is_packable`.
     """
     for layer in layer_configs(config):
-        heads, kv_heads = layer.num_attention_heads, layer.num_key_value_heads
+        heads = layer.num_attention_heads
+        kv_heads = layer.num_key_value_heads or heads
         if heads % devices or (kv_heads % devices and devices % kv_heads):
             return layer
     return None

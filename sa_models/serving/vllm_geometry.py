@@ -5,6 +5,7 @@ from __future__ import annotations
 from transformers import LlamaConfig
 from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
 
+from sa_models.configuration import SharedLlamaConfig
 from sa_models.serving.packed_llama import is_packable, layer_configs
 
 PACKED = "PackedLlamaForCausalLM"
@@ -15,7 +16,7 @@ PACKED = "PackedLlamaForCausalLM"
 class SharedLlamaGeometry(ModelArchConfigConvertorBase):
     """The heads of each layer, and the class that serves the plan."""
 
-    def __init__(self, hf_config: LlamaConfig, *others: object, **named: object) -> None:
+    def __init__(self, hf_config: SharedLlamaConfig, *others: object, **named: object) -> None:
         super().__init__(hf_config, *others, **named)
         if is_packable(hf_config):
             hf_config.architectures = [PACKED]  # where vLLM looks the class up
