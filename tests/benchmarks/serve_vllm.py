@@ -38,8 +38,21 @@ COMPARED = 20
 class Server:
     """One ``vllm serve``, and what it says of itself."""
 
-    def __init__(self, folder: Path, port: int, log: Path) -> None:
-        self.folder, self.url, self.log = folder, f"http://127.0.0.1:{port}", log
+    def __init__(self, folder: Path, port: int, log: Path, process: subprocess.Popen) -> None:
+        self.folder, self.url = folder, f"http://127.0.0.1:{port}"
+        self.log, self.process = log, process
+
+    def wait(self, seconds: float = 1800) -> None:
+        """Until it answers. Exits with its log where it ends before that, or takes longer."""
+        until = time.monotonic() + seconds
+        while True:
+            try:
+                urllib.request.urlopen(f"{self.url}/health", timeout=5).close()
+                return
+            except OSError:
+                if self.process.poll() is not None or time.monotonic() > until:
+                    sys.exit(f"{self.folder} is not served:\n{self.log.read_text('utf-8')}")
+                time.sleep(1)
 
     def post(self, prompt: list[int], tokens: int) -> list[int]:
         """The greedy tokens after a prompt."""
@@ -86,18 +99,8 @@ def served(folder: Path, options: list[str], work: Path) -> Iterator[Server]:
     command += ["--dtype", "float32", "--max-model-len", "256", *options]
     with log.open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
-    server = Server(folder, port, log)
     try:
-        until = time.monotonic() + 900
-        while True:
-            try:
-                urllib.request.urlopen(f"{server.url}/health", timeout=5).close()
-                break
-            except OSError:
-                if process.poll() is not None or time.monotonic() > until:
-                    raise SystemExit(f"{' '.join(command)}\n{log.read_text('utf-8')}") from None
-                time.sleep(1)
-        yield server
+        yield Server(folder, port, log, process)
     finally:
         process.terminate()
         process.wait(120)
@@ -127,6 +130,8 @@ def main(arguments: list[str]) -> None:
             stack.enter_context(served(folder, options.serve, Path(work)))
             for folder in options.folders
         ]
+        for server in servers:
+            server.wait()
         seconds: list[list[float]] = [[] for _ in servers]
         answers: list[Any] = [None for _ in servers]
         for number in range(options.rounds + 1):
