@@ -1,8 +1,8 @@
 """Compact models without spans in vLLM, of the layers that vLLM itself fuses, splits and compiles.
 
-vLLM (0.32 and newer) asks each layer's number of heads of the config, through a convertor that this
-module registers: transformers' own field for it, ``per_layer_config``, would make every reader of
-``num_attention_heads`` fail.
+vLLM (0.32 and newer) asks for each layer's number of heads, see
+:mod:`~sa_models.serving.vllm_geometry`. Transformers' own field for it, ``per_layer_config``, would
+make every reader of ``num_attention_heads`` fail.
 """
 
 from __future__ import annotations
