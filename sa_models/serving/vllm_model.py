@@ -1,6 +1,7 @@
-"""Compact models in vLLM, through its Transformers modeling backend.
+"""Compact models with spans or dropped layers in vLLM, through its Transformers modeling backend.
 
-The backend runs our own :class:`~sa_models.modeling.SharedLlamaModel` on flattened batches and puts
+All others: :mod:`~sa_models.serving.vllm_packed`, but in a vLLM that knows one number of heads. The
+backend runs our own :class:`~sa_models.modeling.SharedLlamaModel` on flattened batches and puts
 its paged attention behind ``ALL_ATTENTION_FUNCTIONS``. Three things differ from a stock Llama:
 
 - Projections read rows of one another, so that they stay our modules instead of vLLM's.

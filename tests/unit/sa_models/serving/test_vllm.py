@@ -12,8 +12,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from sa_models import SharingPlan
 from sa_models.attention import SharedAttention
 from sa_models.errors import PostshareError
-from sa_models.modeling import SharedLlamaForCausalLM
-from sa_models.serving.vllm_plugin import check_supported
+from sa_models.modeling import SharedLlamaForCausalLM, compact_config
+from sa_models.serving.packed_llama import packed_config
+from sa_models.serving.vllm_plugin import check_packed, check_supported
 from tests.support.reference import dense, shared, some_plan, tokens
 
 
@@ -90,3 +91,26 @@ def test_what_vllm_cannot_serve_is_refused() -> None:
         check_supported(SimpleNamespace(parallel_config=two, quant_config=None))
     with pytest.raises(PostshareError, match="quantized"):
         check_supported(SimpleNamespace(parallel_config=one, quant_config=object()))
+
+
+def served_on(devices: int, stages: int = 1, quantized: bool = False) -> SimpleNamespace:
+    """What vLLM tells of a plan that leaves 4, 3 and 2 of 4 units."""
+    plan = SharingPlan(removed=((1, 0), (2, 0), (2, 3)))
+    config = packed_config(compact_config(dense("gqa").config, plan))
+    return SimpleNamespace(
+        parallel_config=SimpleNamespace(
+            tensor_parallel_size=devices, pipeline_parallel_size=stages
+        ),
+        model_config=SimpleNamespace(hf_config=config),
+        quant_config=object() if quantized else None,
+    )
+
+
+def test_stock_layers_are_split_where_all_their_heads_divide() -> None:
+    check_packed(served_on(1))
+    with pytest.raises(PostshareError, match=r"6 heads in 3 KV groups left, .* among 2 devices"):
+        check_packed(served_on(2))
+    with pytest.raises(PostshareError, match="pipeline stages"):
+        check_packed(served_on(1, stages=2))
+    with pytest.raises(PostshareError, match="quantized"):
+        check_packed(served_on(1, quantized=True))
