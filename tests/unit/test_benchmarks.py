@@ -165,3 +165,40 @@ def test_an_export_is_rounded_when_its_training_has_ended(monkeypatch: pytest.Mo
     assert [job.name for job in table.to_do(every, running, running)] == names[2:]
     left = table.to_do(every, running, set())
     assert [job.name for job in left] == names[1:]
+
+
+# --- trainers side by side ------------------------------------------------------------------------
+
+
+def one_training(losses: list[float], *steps: float) -> dict[str, Any]:
+    return {
+        "losses": losses, "steps": [(s, 2 * s) for s in steps], "first_step": 9.0,
+        "peak_bytes": 3 * 10**9, "held_bytes": 10**9, "penalty_seconds": 0.02,
+    }  # fmt: skip
+
+
+def test_trainers_are_compared_round_by_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    bench = importlib.import_module("bench_trainers")
+    losses = [8.0, 7.0, 6.0, 5.0]
+    trained = {
+        "trainer": one_training(losses, 2.0, 4.0, 2.2),
+        "ours": one_training([8.00004, 7.0, 6.0, 4.0], 1.0, 4.0, 2.0),
+        "penalty": one_training([8.0], 2.0, 8.0, 4.0),
+        "span": one_training([8.1], 1.0, 2.0, 1.0),
+    }
+    measured = {"why": {"trl": "no network"}, "trained": trained}
+    bench.require_same(trained)  # of later steps nothing is asked
+    figures = bench.summary(measured)
+    assert figures["tokens_per_second_ours"] == 4 * 256 / 2.0
+    keys = [f"ours_over_trainer{end}" for end in ("_lower", "", "_upper", "_cpu")]
+    assert [figures[key] for key in keys] == pytest.approx([1.05, 1.1, 1.55, 1.1])
+    assert figures["penalty_over_ours"] == 0.5
+    assert figures["penalty_share_of_step"] == 0.02 / 4
+    assert not any("trl" in key for key in figures)
+    table = bench.table("52M", measured)
+    assert "| 52M | SFTTrainer | no network |" in table
+    assert "1.100 of Trainer (1.050 to 1.550; CPU 1.100) | 9.0 s | 3.00 GB | 2.00 GB |" in table
+    trained["ours"]["losses"][1] = 7.0002
+    with pytest.raises(ValueError, match="ours does not train what Trainer does"):
+        bench.require_same(trained)

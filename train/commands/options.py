@@ -30,6 +30,30 @@ OverridesArgument = Annotated[
 Device = Annotated[
     str | None, typer.Option(help="Such as cpu or cuda:1 (default: a GPU if there is one).")
 ]
+Speed = Annotated[
+    float | None,
+    typer.Option(
+        min=1e-3,
+        metavar="TOKENS",
+        help="For the time of a job: tokens per second of all GPUs together (default: as an "
+        "earlier run in its folder, else as the chip's measured utilization says).",
+    ),
+]
+Chip = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="For the time of a job: the GPU, such as H100 or A100."),
+]
+Utilization = Annotated[
+    float | None,
+    typer.Option(
+        "--mfu",
+        min=1e-4,
+        max=1,
+        metavar="SHARE",
+        help="For the time of a job: the share of the GPU's dense bf16 peak that a training "
+        "reaches, such as 0.3.",
+    ),
+]
 
 # --- of evaluate ----------------------------------------------------------------------------------
 

@@ -1,8 +1,8 @@
 """`postshare doctor`: would this job start, run and save here? Findings with cures, go or no-go.
 
 Each rank reads its own facts (`facts`, `inputs`), the ranks probe what lies between them
-(`probes`), and the main rank judges (`ranks`, `devices`, `network`) and prints. Everything has a
-time limit.
+(`probes`), and the main rank judges (`ranks`, `devices`, `network`, `cost`) and prints. Everything
+has a time limit.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from sa_models.errors import PostshareError
 from train.common.console import plain_console
 from train.distributed.engines import start as engine
 from train.distributed.launch_env import launched_fsdp, launched_offload
-from train.doctor import devices, network, ranks
+from train.doctor import cost, devices, network, ranks
 from train.doctor.builds import release_own
 from train.doctor.facts import Facts, TooLate, collect, limited
 from train.doctor.findings import LEFT_WAITING, Finding, Level, Situation, from_error
@@ -48,6 +48,7 @@ from train.doctor.probes import (
     probe_links,
 )
 from train.estimate.llama_shapes import LlamaShape, find_shape
+from train.estimate.throughput import Assumed
 from train.recipe.precision import precisions, with_precision
 from train.recipe.recipe import Recipe
 
@@ -82,6 +83,7 @@ CHECKS: tuple[Callable[[Situation], Iterator[Finding]], ...] = (
     network.check_clocks,
     ranks.check_folder,
     ranks.check_disk,
+    cost.check_cost,
 )
 
 
@@ -95,12 +97,15 @@ def diagnose(
     overrides: Sequence[str] = (),
     patience: float = PATIENCE,
     console: Console | None = None,
+    *,
+    assumed: Assumed = Assumed(),  # noqa: B008 - it cannot be changed
 ) -> bool:
     """Examine this launch, and the recipe when there is one; print the findings on the main rank.
 
     Args:
         name: recipe, as for `load_recipe`; None looks at the machines alone.
         patience: seconds that a rank may be late.
+        assumed: for the time of the job; the chip is that of the GPUs that are here.
 
     Returns:
         whether the job may start, the same on every rank that answers.
@@ -119,7 +124,7 @@ def diagnose(
             "a firewall lie between, does another job hold the port?",
         ) from None
     try:
-        return _Visit(channel, name, overrides, console).go()
+        return _Visit(channel, name, overrides, console, assumed).go()
     except TooLate as error:
         raise _unheard(
             rank,
@@ -141,6 +146,7 @@ class _Visit:
     name: str | None
     overrides: Sequence[str]
     console: Console | None
+    assumed: Assumed = Assumed()  # noqa: RUF009 - it cannot be changed
     recipe: Recipe | None = None
     stuck: bool = False
     findings: dict[int, list[Finding]] = field(default_factory=dict)
@@ -215,6 +221,7 @@ class _Visit:
             launched_fsdp(),
             launched_offload(),
             backend=_backend(facts),
+            assumed=self.assumed,
         )
 
     def _probe(self, s: Situation) -> Situation:

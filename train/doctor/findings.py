@@ -14,6 +14,7 @@ from train.distributed.launch_env import Offload
 from train.doctor.facts import Facts
 from train.doctor.probes import BrokenLink, Clock, FolderProbe, Reduction
 from train.estimate.llama_shapes import LlamaShape
+from train.estimate.throughput import Assumed
 from train.recipe.recipe import Recipe
 
 LEFT_WAITING = "left waiting when another rank failed"
@@ -80,6 +81,7 @@ class Situation:
         joined: {rank: None, or why it could not join the process group}; None: not tried.
         reductions: all-reduces timed.
         backend: of the process group.
+        assumed: for the time of the job.
     """
 
     facts: list[Facts]
@@ -95,6 +97,7 @@ class Situation:
     joined: dict[int, str | None] | None = None
     reductions: list[Reduction] | None = None
     backend: str = "gloo"
+    assumed: Assumed = field(default_factory=Assumed)
 
     @property
     def sharding(self) -> int:

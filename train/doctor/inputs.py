@@ -36,6 +36,7 @@ def resolve(name: str, overrides: Sequence[str]) -> tuple[Recipe | None, list[Fi
 def check_start(recipe: Recipe, world: int) -> Iterator[Finding]:
     """What a run of the recipe refuses before it starts: launch settings, batch, folder, wandb."""
     from sa_models.export.gguf.file import require_gguf
+    from train.models.liger import check_kernels
     from train.models.lora import check_gpu
     from train.stages.lock import require_free
     from train.stages.start import check_folder
@@ -45,6 +46,7 @@ def check_start(recipe: Recipe, world: int) -> Iterator[Finding]:
         ("launch", lambda: engine.check_launch(recipe, engine.launched_stage())),
         ("launch", lambda: recipe.accumulation(world)),
         ("lora", lambda: check_gpu(recipe)),
+        ("kernels", lambda: check_kernels(recipe)),
         ("run folder", lambda: limited(lambda: check_folder(recipe), LIMIT)),
         ("run folder", lambda: limited(lambda: require_free(recipe.folder), LIMIT)),
         ("wandb", lambda: check_wandb(recipe.wandb)),

@@ -17,8 +17,9 @@ from sa_models.spans import ranges
 from train.common.console import plain_console
 from train.common.sizes import byte_unit, count, size
 from train.estimate import gpu_memory, parameters
-from train.estimate.duration import pace_of, steps_of, training_time
+from train.estimate.duration import Job, cost_rows, earlier_pace, steps_of
 from train.estimate.llama_shapes import DTYPE_BYTES, LlamaShape, find_shape
+from train.estimate.throughput import Assumed, speed_of
 from train.evaluation.figures import Figures, rows_table
 from train.planning.problem import PlanProblem
 from train.planning.search.auto_space import REBUILT, auto_passes
@@ -38,7 +39,7 @@ def print_dry_run(
     console: Console | None = None,
     *,
     full: bool = False,
-    tokens_per_second: float | None = None,
+    assumed: Assumed = Assumed(),  # noqa: B008 - it cannot be changed
 ) -> None:
     """Print what a run saves, needs and takes, from the config alone; nothing is written but, where
     epochs of local text are counted, the cache of its tokens.
@@ -46,12 +47,12 @@ def print_dry_run(
     Args:
         gpus: GPUs to estimate for (default: the most, up to 8, that divide the batch).
         full: also print the resolved recipe.
-        tokens_per_second: of all GPUs together, for the time (default: as an earlier run in the run
-            folder).
+        assumed: for the time (default: as an earlier run in the run folder).
 
     Raises:
         PostshareError: the model's config is not found, the budget cannot be met, the batch
-            does not divide among `gpus`, or local text cannot be read.
+            does not divide among `gpus`, local text cannot be read, or `assumed` names no known
+            chip.
     """
     console = console or plain_console()
     text, auto = recipe.to_yaml(), is_auto(recipe)
@@ -64,7 +65,7 @@ def print_dry_run(
     savings = parameters.plan_savings(problem)
     rows = [*_model_rows(recipe, problem, origin), *_plan_rows(recipe, problem, savings)]
     rows += _saved_rows(recipe, problem, savings)
-    needed = [*_training_rows(recipe, shape, gpus, accumulation, tokens_per_second)]
+    needed = [*_training_rows(recipe, problem, gpus, accumulation, assumed)]
     if auto:
         needed.append(("precision", "auto: bf16 where every process has it, as here, else fp32"))
     for name, value in rows:
@@ -147,13 +148,14 @@ def _figures(recipe: Recipe, problem: PlanProblem, savings: PlanSavings) -> dict
 
 
 def _training_rows(
-    recipe: Recipe, shape: LlamaShape, gpus: int, accumulation: int, speed: float | None
+    recipe: Recipe, problem: PlanProblem, gpus: int, accumulation: int, assumed: Assumed
 ) -> Rows:
-    train = recipe.train
+    train, shape = recipe.train, problem.config
     if recipe.steps != 0:
         steps = steps_of(recipe, shape)
         yield from _length_rows(recipe, steps)
-        yield "time", training_time(recipe, steps, pace_of(recipe, speed))
+        speed = speed_of(recipe, shape, gpus, assumed, earlier_pace(recipe))
+        yield from cost_rows(Job(recipe, problem, steps, gpus), speed)
         yield (
             "batch",
             f"{train.batch_size} sequences = {gpus} GPU(s) x {train.micro_batch_size} x "

@@ -239,6 +239,11 @@ def _residual(recipe: RecipeFields) -> Iterator[str]:
 def _compiled(recipe: RecipeFields) -> Iterator[str]:
     if not recipe.train.compile:
         return
+    if recipe.train.kernels != "torch":
+        yield (
+            "train.compile: compiled layers fuse what train.kernels liger has fused; set "
+            "train.kernels=torch, or train.compile=false"
+        )
     if recipe.lora is not None and recipe.lora.base == "nf4":
         yield (
             "train.compile: layers in 4 bits cannot be compiled; set train.compile=false, or "

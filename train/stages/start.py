@@ -36,6 +36,7 @@ from train.common.run_files import (
 from train.distributed.engines import start as engines
 from train.distributed.shared_folder import SIGNS, require_shared
 from train.models.base_model import read_through
+from train.models.liger import check_kernels
 from train.models.lora import check_gpu
 from train.planning.check import check_plan
 from train.recipe.identity import compared, run_identity
@@ -97,6 +98,7 @@ def _check(
     recipe = current.recipe
     if trains:
         check_gpu(recipe)
+        check_kernels(recipe)
     current.on_main(lambda: check_wandb(recipe.wandb))
     current.on_main(current.lock_existing)
     current.on_main(lambda: check_folder(recipe))

@@ -39,6 +39,7 @@ from train.distributed.watchdog import Watchdog
 from train.evaluation.perplexity import perplexity
 from train.models.checkpointing import enable_checkpointing
 from train.models.compiled_layers import compile_errors, compile_layers, release_compiled
+from train.models.liger import check_kernels, use_liger_
 from train.penalty.coupled import PenaltyResult, penalty_coefficient
 from train.penalty.decoupled import Pull
 from train.penalty.lora import penalty_of
@@ -67,7 +68,7 @@ def train(job: TrainJob, recipe: Recipe) -> TrainResult:
     Raises:
         PostshareError: the folder holds another run; the loss or a gradient is not finite; a
             checkpoint cannot be read or written; wandb is online without an account; the layers
-            cannot be compiled.
+            cannot be compiled; see :mod:`train.models.liger`, where its kernels are asked for.
         RankLostError: another rank is gone.
         TrainingStopped: SIGINT, SIGTERM or SIGUSR1 arrived; the step was finished, a checkpoint
             written.
@@ -78,6 +79,7 @@ def train(job: TrainJob, recipe: Recipe) -> TrainResult:
     if earlier is not None:
         return earlier
     check_wandb(recipe.wandb)
+    check_kernels(recipe)
     engine = start(recipe)
     if engine.streams and (source := job.source()) is not None:
         job = replace(job, load=lambda: engine.build(source))
@@ -97,12 +99,15 @@ def train(job: TrainJob, recipe: Recipe) -> TrainResult:
 
 def prepare(engine: Engine, job: TrainJob, recipe: Recipe) -> None:
     """Give model and optimizer to the engine."""
+    checkpointing = recipe.train.gradient_checkpointing
+    if recipe.train.kernels == "liger":
+        use_liger_(job.model, rotates_copies=checkpointing == "selective")
     select_trainable(job.model, job.trainable or recipe.train.trainable)
     for parameter in job.model.parameters():
         # A compact model stores o transposed. Fused AdamW pairs weights and moments as they lie in
         # memory, and moments that come from a checkpoint lie as the file has them.
         parameter.data = parameter.data.contiguous()
-    enable_checkpointing(job.model, recipe.train.gradient_checkpointing)
+    enable_checkpointing(job.model, checkpointing)
     if recipe.train.compile:
         compile_layers(job.model)
     plain = engine.backend == "plain"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from sa_models.calibration.logit_chunks import in_place_of
 from sa_models.calibration.token_losses import IGNORED
 from train.common.progress import clock, note, waiting
 from train.distributed.watchdog import Watchdog
+from train.models import liger
 from train.models.compiled_layers import compile_layers
 from train.training.chunked_loss import token_sums
 from train.training.distill_loss import feature_sum
@@ -27,14 +29,17 @@ if TYPE_CHECKING:
 Batch = dict[str, Tensor]
 
 
-def token_losses(engine: Engine, model: Any, batch: Batch) -> Tensor:
+def token_losses(
+    engine: Engine, model: Any, batch: Batch, sums: Callable[..., Tensor] = token_sums
+) -> Tensor:
     """Sum of the micro-batch's token losses in nats, computed in fp32.
 
     Args:
         model: the Llama that the engine has prepared.
+        sums: of hidden states, the weight of lm_head and labels; that of the losses first.
     """
     batch, labels = _on_device(engine, batch)
-    return _token_sums(engine, model, batch, labels)[0]
+    return _token_sums(engine, model, batch, labels, sums=sums)[0]
 
 
 def _on_device(engine: Engine, batch: Batch) -> tuple[Batch, Tensor]:
@@ -45,11 +50,18 @@ def _on_device(engine: Engine, batch: Batch) -> tuple[Batch, Tensor]:
     return {n: t.to(engine.device, non_blocking=True) for n, t in inputs.items()}, labels
 
 
-def _token_sums(engine: Engine, model: Any, batch: Batch, labels: Tensor, *teacher: Any) -> Tensor:
+def _token_sums(
+    engine: Engine,
+    model: Any,
+    batch: Batch,
+    labels: Tensor,
+    *teacher: Any,
+    sums: Callable[..., Tensor] = token_sums,
+) -> Tensor:
     """:func:`train.training.chunked_loss.token_sums` of a forward through the engine."""
 
     def losses(hidden: Tensor) -> Tensor:
-        return token_sums(hidden, model.lm_head.weight, labels, *teacher)
+        return sums(hidden, model.lm_head.weight, labels, *teacher)
 
     with in_place_of(model.lm_head, losses):
         return engine.model(**batch, use_cache=False).logits
@@ -110,6 +122,8 @@ class Objective:
     ) -> None:
         self.engine, self.model, self.lessons = engine, model, lessons
         self.section = recipe.distill
+        # Liger has no divergence from a teacher: with one the losses are by chunks, as without it.
+        self._sums = liger.token_sums if recipe.train.kernels == "liger" else token_sums
         self.weights = {"lm_loss": lm_weight}
         if lessons is None:
             return
@@ -129,7 +143,7 @@ class Objective:
         Divide them by the predicted tokens of all ranks.
         """
         if self.lessons is None:
-            loss = token_losses(self.engine, self.model, batch)
+            loss = token_losses(self.engine, self.model, batch, self._sums)
             return self.weights["lm_loss"] * loss, {"lm_loss": loss.detach()}
         assert self.section is not None
         batch, labels = _on_device(self.engine, batch)

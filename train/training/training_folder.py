@@ -64,10 +64,18 @@ def identity(job: TrainJob, recipe: Recipe) -> dict[str, Any]:
         "penalty": recipe.penalty.model_dump(mode="json") if job.plan else None,
         "model": recipe.model.model_dump(mode="json"),
         "data": recipe.data.model_dump(mode="json", exclude={"processes"}),
-        "train": recipe.train.model_dump(mode="json", exclude=FREE_TRAIN),
+        "train": _train_section(recipe),
         "distill": recipe.distill and recipe.distill.model_dump(mode="json"),
         **(_adapters(recipe) if job.trainable is not None else {}),
     }
+
+
+def _train_section(recipe: Recipe) -> dict[str, Any]:
+    """Without kernels that are those of trainings from before there were any others."""
+    value = recipe.train.model_dump(mode="json", exclude=FREE_TRAIN)
+    if value["kernels"] == "torch":
+        del value["kernels"]
+    return value
 
 
 def _adapters(recipe: Recipe) -> dict[str, Any]:

@@ -188,7 +188,7 @@ def test_a_dry_run_needs_no_network_and_writes_nothing(
         (["rnu", "demo"], "No such command 'rnu'"),
         (["run", "demo", "--gpus", "2"], "--gpus goes with --dry-run"),
         (["run", "demo", "--dry-run", "--gpus", "0"], "--gpus"),
-        (["run", "demo", "--full"], "--full and --speed go with --dry-run"),
+        (["run", "demo", "--full"], "--full, --speed, --chip and --mfu go with --dry-run"),
         (["run", "demo", "--fast"], "--fast"),
     ],
 )

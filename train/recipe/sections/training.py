@@ -67,6 +67,9 @@ class TrainSection(Section):
     has the instructions (GPUs since Ampere; CPUs with avx512_bf16, amx_bf16), else fp32."""
     optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
     """adamw_8bit needs a GPU and the extra [gpu]."""
+    kernels: Literal["torch", "liger"] = "torch"
+    """liger: fused RMSNorm, SwiGLU, rotary embedding and cross-entropy; needs an NVIDIA GPU and the
+    extra [gpu]."""
     trainable: Annotated[tuple[Name, ...], Field(strict=False, min_length=1)] = ("*",)
     """Shell patterns of the parameter names that train, such as *.self_attn.*"""
     gradient_checkpointing: Checkpointing = False

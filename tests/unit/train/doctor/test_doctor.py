@@ -24,7 +24,7 @@ from sa_models.savings import llama_parameters
 from tests.support import REPOSITORY
 from train.cli import launched
 from train.distributed.launch_env import Offload
-from train.doctor import devices, inputs, network, ranks
+from train.doctor import cost, devices, inputs, network, ranks
 from train.doctor.builds import find_locks, release_own
 from train.doctor.diagnosis import _Visit, diagnose, merged, show
 from train.doctor.facts import (
@@ -52,6 +52,7 @@ from train.doctor.probes import (
 from train.estimate import parameters as estimate
 from train.estimate.gpu_memory import ZERO_STAGES, memory_per_gpu
 from train.estimate.llama_shapes import KNOWN, LlamaShape
+from train.estimate.throughput import Assumed
 from train.recipe.recipe import Recipe, validate
 
 GB = 10**9
@@ -254,6 +255,39 @@ def test_gpu_memory_against_the_estimate() -> None:
     assert (other.level, "something else" in other.cure) == (Level.BAD, True)
     small = found(need - 2, need - 1)
     assert (small.level, "rank 7 has" in small.found) == (Level.BAD, True)
+
+
+def test_what_the_job_costs_on_the_gpus_that_are_here() -> None:
+    # Llama-2-7B: 6 x (6,738,415,616 - 32,000 x 4,096) + 12 x 32 x 4,096 x 4,096 operations a token.
+    flops = 6 * 6_607_343_616 + 12 * 32 * 4096 * 4096
+    tokens = 1000 * 64 * 4096
+    four = [fact(rank, gpu=gpu(rank, name="NVIDIA A100-SXM4-80GB")) for rank in range(4)]
+    s = situation(
+        *four, world=4, recipe=recipe(steps=1000), shape=SEVEN_B, assumed=Assumed(mfu=0.5)
+    )
+    (found,) = cost.check_cost(s)
+    hours = tokens / (4 * 0.5 * 312e12 / flops) / 3600
+    assert found.level == Level.OK
+    lines = found.found.splitlines()
+    assert (
+        lines[0] == f"speed: {tokens / hours / 3600:,.0f} tokens/s on 4 GPU(s): MFU 50.0% on A100"
+    )
+    training = f"about {hours:.1f} hours, {4 * hours:.3g} GPU-hours"
+    assert lines[3] == f"time: training  {training}, 262,144,000 tokens"
+    assert lines[4] == f"control   {training}, as many"
+    (found,) = cost.check_cost(replace(s, assumed=Assumed()))
+    assert (
+        found.found
+        == "speed: not known: none was measured on A100; give --mfu 0.3, or --speed TOKENS"
+    )
+    (found,) = cost.check_cost(replace(s, assumed=Assumed(chip="Z1")))
+    assert (found.level, found.cure) == (Level.BAD, "give --speed")
+    # Without a GPU an hour is an hour.
+    s = situation(fact(), recipe=recipe(steps=1000), shape=SEVEN_B, assumed=Assumed(tokens / 3600))
+    (found,) = cost.check_cost(s)
+    assert "GPU" not in found.found
+    assert "time: training  about 60 minutes, 262,144,000 tokens" in found.found
+    assert list(cost.check_cost(situation(fact()))) == []
 
 
 def test_the_cure_for_too_little_gpu_memory_is_one_that_fits() -> None:
@@ -847,16 +881,20 @@ def test_findings_of_several_hosts_say_whose_they_are() -> None:
 def test_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
 
-    def fake(*arguments: Any) -> bool:
-        seen.append(arguments)
+    def fake(*arguments: Any, assumed: Assumed) -> bool:
+        seen.append((*arguments, assumed))
         return arguments[0] is None
 
     monkeypatch.setattr("train.doctor.diagnosis.diagnose", fake)
-    for arguments, code in ((["doctor"], 0), (["doctor", "demo", "seed=1", "--patience", "5"], 2)):
+    given = ["doctor", "demo", "seed=1", "--patience", "5", "--chip", "A100", "--mfu", "0.4"]
+    for arguments, code in ((["doctor"], 0), (given, 2)):
         with pytest.raises(SystemExit) as caught:
             launched(arguments)
         assert caught.value.code == code
-    assert seen == [(None, [], 60.0), ("demo", ["seed=1"], 5.0)]
+    assert seen == [
+        (None, [], 60.0, Assumed()),
+        ("demo", ["seed=1"], 5.0, Assumed(None, "A100", 0.4)),
+    ]
 
 
 def test_nothing_of_the_environment_is_read_but_settings() -> None:

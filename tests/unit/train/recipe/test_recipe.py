@@ -342,6 +342,7 @@ def test_sections_are_compared_although_a_key_is_missing(tmp_path: Path) -> None
 def test_what_cannot_be_compiled_is_refused(minimal: Path) -> None:
     lora = ("train.precision=bf16", "lora={rank: 2, base: nf4}")
     for overrides, named in (
+        (["train.kernels=liger"], r"compiled layers fuse what train\.kernels liger has fused"),
         (lora, r"layers in 4 bits cannot be compiled; set train\.compile=false, or lora\.base"),
         (("distill={attention_weight: 0.1}",), "compares what lies inside of a layer"),
     ):
