@@ -25,7 +25,7 @@ class SourceLinear(nn.Linear):
     taken = 0
 
     def __getattr__(self, name: str) -> Any:
-        if name == "weight":
+        if name == "weight" and not torch.compiler.is_compiling():  # what is compiled reads alone
             self.__dict__["taken"] = self.taken + 1
         return super().__getattr__(name)
 

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.distributed
 
 # Each is much as another: as DDP, or as ZeRO-3 on two processes.
 MORE = [
-    *(("zero0", 2), ("zero1", 2), ("zero2", 2), ("zero3", 3)),
+    *(("ddp", 3), ("zero0", 2), ("zero1", 2), ("zero2", 2), ("zero3", 3)),
     *(("zero3-offload-optimizer", 2), ("zero3-offload", 2), ("fsdp2", 2)),
 ]
 

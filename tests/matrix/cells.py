@@ -128,8 +128,8 @@ SUBSET: dict[tuple[str, int], tuple[str, ...]] = {
         "distill x4 free",
         "decoupled x4 free",
         "chunked",
-        "compiled",
     ),
+    ("ddp", 3): ("compiled", "compiled lora"),
     ("zero0", 2): (*_GRID[1], "bf16 ties x1", "compiled both"),
     ("zero1", 2): (*_GRID[0], "bf16 penalty", "heal x4 free", "residual alone", *_MOVED),
     ("zero2", 2): (

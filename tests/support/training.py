@@ -145,7 +145,7 @@ class Setting:
         pull: the penalty's section, where it moves the weights after the step.
         chunk: rows of logits at a time, but where one process without an engine of a library sees
             whole ones; 0: as by default.
-        compiled: the layers, but those of the same reference.
+        compiled: the layers, the teacher's too, but the student's own in the same reference.
     """
 
     model: str = "ties"
@@ -186,6 +186,7 @@ class Setting:
                     "learning_rate": self.learning_rate,
                     "clip_norm": self.clip_norm,
                     "precision": self.precision,
+                    "compile": self.compiled,
                 },
                 **({"distill": self._distill()} if self.distill else {}),
                 **({"lora": self._lora()} if self.lora else {}),
