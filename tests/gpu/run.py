@@ -211,7 +211,9 @@ class Parent:
                     limit = self.starting
                     self._done(line)
             seconds = time.monotonic() - began
-            if has_ended and self.pending and (read % 2 or not read):
+            if not self.pending:
+                return None
+            if has_ended and (read % 2 or not read):
                 said = f"the process ended with code {child.returncode}; {last_line(log)}"
                 return {"seconds": seconds, "reason": said}
             if has_ended or time.monotonic() > self.end:
