@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -95,6 +96,7 @@ class Report:
             self.rows = held["rows"]
         else:
             print(f"note: {self.file} is of another machine or version and is begun anew")
+            shutil.rmtree(self.file.with_suffix(""), ignore_errors=True)  # the CPU's run too
 
     def has(self, name: str) -> bool:
         return name in self.rows and self.rows[name]["state"] != LATE

@@ -188,10 +188,4 @@ ROWS = (
     Row("steps penalty", penalty, 120),
     timed("compile", seconds=180, compile=True),
     Row("steps liger", partial(steps, {"kernels": "liger"}, False), 90, ("gpu", "liger_kernel")),
-    Row(
-        "steps compile, liger",
-        partial(steps, {"kernels": "liger", "compile": True}, False),
-        180,
-        ("gpu", "liger_kernel"),
-    ),
 )

@@ -77,7 +77,9 @@ def test_results_of_another_machine_are_not_taken_over(tmp_path: Path) -> None:
     held = json.loads((tmp_path / "gpu.json").read_text())
     held["machine"]["torch"] = "2.0"
     (tmp_path / "gpu.json").write_text(json.dumps(held))
+    assert (tmp_path / "gpu").is_dir()
     assert run.Report(tmp_path / "gpu.json", "cpu").rows == {}
+    assert not (tmp_path / "gpu").exists()  # nor what rows have written there
 
 
 def test_what_a_row_needs_and_asserts(tmp_path: Path) -> None:
