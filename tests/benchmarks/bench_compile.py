@@ -13,8 +13,8 @@ import tempfile
 from collections.abc import Callable
 
 import torch
+from bench_losses import random_llama
 from timing import interleaved, once
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from train.models.checkpointing import enable_checkpointing
 from train.models.compiled_layers import compile_layers
@@ -28,16 +28,7 @@ SHAPES = {
 
 def step_of(name: str, compiled: bool, checkpointing: bool) -> Callable[[], None]:
     vocabulary, hidden, layers, rows, length = SHAPES[name]
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        intermediate_size=hidden * 11 // 4,
-        num_hidden_layers=layers,
-        num_attention_heads=hidden // 64 if hidden > 128 else 8,
-        tie_word_embeddings=True,
-    )
-    model = LlamaForCausalLM(config).train()
+    model = random_llama(vocabulary, hidden, layers, hidden // 64 if hidden > 128 else 8)
     enable_checkpointing(model, checkpointing)
     if compiled:
         compile_layers(model)

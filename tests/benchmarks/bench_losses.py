@@ -35,19 +35,24 @@ SHAPES = {
 Step = Callable[[], None]
 
 
-def llama(name: str) -> tuple[LlamaForCausalLM, torch.Tensor]:
-    """A model, and a micro-batch of random tokens."""
-    vocabulary, hidden, layers, rows, length = SHAPES[name]
+def random_llama(vocabulary: int, hidden: int, layers: int, heads: int = 8) -> LlamaForCausalLM:
+    """A Llama of random weights in training mode, its embeddings tied."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=hidden,
         intermediate_size=hidden * 11 // 4,
         num_hidden_layers=layers,
-        num_attention_heads=8,
+        num_attention_heads=heads,
         tie_word_embeddings=True,
     )
-    model = LlamaForCausalLM(config).train()
+    return LlamaForCausalLM(config).train()
+
+
+def llama(name: str) -> tuple[LlamaForCausalLM, torch.Tensor]:
+    """A model, and a micro-batch of random tokens."""
+    vocabulary, hidden, layers, rows, length = SHAPES[name]
+    model = random_llama(vocabulary, hidden, layers)
     if name != "demo":
         enable_checkpointing(model, True)
     return model, torch.randint(vocabulary, (rows, length))

@@ -27,6 +27,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from sa_models.atomic_files import write_text
 from tests.gpu import decoding, equality, stepping, trainings
 from tests.gpu.rows import Absent, Machine, Refused, Row
 from tests.support import REPOSITORY
@@ -104,11 +105,9 @@ class Report:
     def add(self, name: str, result: Result) -> None:
         self.rows[name] = {**result, "date": date.today().isoformat()}
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        aside = self.file.with_suffix(".tmp")
         self.rows = {n: self.rows[n] for n in [*ROWS, *self.rows] if n in self.rows}
         report = {"machine": self.machine, "rows": self.rows}
-        aside.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        aside.replace(self.file)
+        write_text(self.file, json.dumps(report, indent=2) + "\n")
         print(f"{name}: {result['state']}, {result['seconds']:.0f} s", flush=True)
 
     def show(self) -> None:

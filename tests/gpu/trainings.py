@@ -16,13 +16,13 @@ import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import yaml
 
 from tests.gpu.rows import Machine, Refused, Row, Values, within
 from tests.support import REPOSITORY, tiny
+from tests.support.interruption import at_step, stop
 from train.common.signals import TrainingStopped
 from train.tracking.metrics_log import read_rows
 from train.training import loop
@@ -151,17 +151,10 @@ def resume(machine: Machine) -> Values:
         of = tiny.recipe(folder)
         return tiny.job(of, model=tiny.model(attn_implementation="eager")), of
 
-    seeded = loop.seed_step
-
-    def stop_at_the_fourth(seed: int, step: int, rank: int) -> None:
-        if step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-        seeded(seed, step, rank)
-
     torch.use_deterministic_algorithms(True, warn_only=True)
     loop.train(*job(whole))
     try:
-        with patch.object(loop, "seed_step", stop_at_the_fourth):
+        with at_step(4, partial(stop, signal.SIGTERM)):
             loop.train(*job(stopped))
     except TrainingStopped:
         pass
