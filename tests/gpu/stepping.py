@@ -11,6 +11,7 @@ import shutil
 import statistics
 import time
 from contextlib import ExitStack
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 from unittest.mock import patch
@@ -46,14 +47,8 @@ def shape_of(machine: Machine) -> LlamaShape:
 
 
 def config_of(machine: Machine) -> dict[str, Any]:
-    """The same as the JSON of a config."""
-    shape = shape_of(machine)
-    names = (
-        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-        "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings",
-        "tie_word_embeddings",
-    )  # fmt: skip
-    return {name: getattr(shape, name) for name in names}
+    """The same as the JSON of a config, without a dtype: that is the row's."""
+    return {name: value for name, value in asdict(shape_of(machine)).items() if name != "dtype"}
 
 
 def recipe(machine: Machine, **train: Any) -> Recipe:

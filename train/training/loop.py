@@ -30,7 +30,7 @@ from sa_models.calibration.token_losses import IGNORED
 from sa_models.errors import PostshareError
 from sa_models.heads import HeadLayout
 from sa_models.packing import set_packed_
-from train.common.progress import note
+from train.common.progress import clock, note, waiting
 from train.common.signals import StopSignal, TrainingStopped
 from train.data.blocks import Blocks, PositionSampler
 from train.distributed.engines.base import Engine
@@ -48,7 +48,7 @@ from train.tracking.rank_stats import Health
 from train.tracking.wandb_run import check_wandb
 from train.training.checkpoint import Checkpoints, Position
 from train.training.job import TrainJob
-from train.training.objective import Lessons, Objective, compile_ahead
+from train.training.objective import Lessons, Objective
 from train.training.optimizer import build_optimizer, learning_rate_factor, select_trainable
 from train.training.training_folder import TrainResult, begin, finish, finished, identity
 
@@ -154,7 +154,7 @@ def _train(
     )
     if section.compile and at.step < job.steps:
         first = default_collate([job.train_blocks[index] for index in next(iter(samples))])
-        compile_ahead(objective, first, job.name, section.hang_timeout)
+        _compile_ahead(objective, first, job.name, section.hang_timeout)
     began = time.perf_counter() - at.seconds
     tracker = Tracker(
         job.name,
@@ -396,3 +396,25 @@ def validate(engine: Engine, blocks: Blocks, recipe: Recipe, watch: Watchdog) ->
     ).tolist()
     loss = total / tokens
     return {"validation_loss": loss, "validation_perplexity": math.exp(loss)}
+
+
+def _compile_ahead(
+    objective: Objective, batch: Batch, job: str, hang_timeout: float | None
+) -> None:
+    """Let forward and backward be compiled before the first step, of which it is no part.
+
+    A collective, between steps: it adds a gradient of 0.
+
+    Args:
+        batch: a micro-batch, on the CPU.
+        job: the training's name.
+        hang_timeout: as in the recipe.
+    """
+    engine, began = objective.engine, time.perf_counter()
+    with Watchdog(engine.rank, engine.world, hang_timeout) as watch:
+        watch.note("compiling the layers", 1)
+        with waiting(f"{job}: compiling the layers"), engine.micro_step(boundary=False):
+            total, _ = objective(batch)
+            engine.backward(0 * total)
+    if engine.is_main:
+        note(f"{job}: layers compiled in {clock(time.perf_counter() - began)}")

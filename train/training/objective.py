@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -12,8 +11,6 @@ from torch import Tensor
 
 from sa_models.calibration.logit_chunks import in_place_of
 from sa_models.calibration.token_losses import IGNORED
-from train.common.progress import clock, note, waiting
-from train.distributed.watchdog import Watchdog
 from train.models import liger
 from train.models.compiled_layers import compile_layers
 from train.training.chunked_loss import token_sums
@@ -167,23 +164,3 @@ class Objective:
     def total(self, losses: dict[str, float]) -> float:
         """The weighted sum of losses."""
         return sum(self.weights[name] * losses[name] for name in self.weights)
-
-
-def compile_ahead(objective: Objective, batch: Batch, job: str, hang_timeout: float | None) -> None:
-    """Let forward and backward be compiled before the first step, of which it is no part.
-
-    A collective, between steps: it adds a gradient of 0.
-
-    Args:
-        batch: a micro-batch, on the CPU.
-        job: the training's name.
-        hang_timeout: as in the recipe.
-    """
-    engine, began = objective.engine, time.perf_counter()
-    with Watchdog(engine.rank, engine.world, hang_timeout) as watch:
-        watch.note("compiling the layers", 1)
-        with waiting(f"{job}: compiling the layers"), engine.micro_step(boundary=False):
-            total, _ = objective(batch)
-            engine.backward(0 * total)
-    if engine.is_main:
-        note(f"{job}: layers compiled in {clock(time.perf_counter() - began)}")
