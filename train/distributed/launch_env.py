@@ -90,6 +90,11 @@ def check_launch(recipe: Recipe, stage: int | None) -> None:
             + ("FSDP2" if launched_fsdp() else f"ZeRO-{stage}")
             + "; launch with launch/accelerate/ddp.yaml, or remove lora"
         )
+    if recipe.train.optimizer == "adamw_8bit" and (launched_fsdp() or stage):
+        raise PostshareError(
+            "train.optimizer adamw_8bit quantizes whole parameters, which ZeRO and FSDP2 split; "
+            "use train.optimizer=adamw, or one process or DDP"
+        )
     if stage is None:
         return
     if stage not in (0, 1, 2, 3):

@@ -41,12 +41,14 @@ def check_start(recipe: Recipe, world: int) -> Iterator[Finding]:
     from train.stages.lock import require_free
     from train.stages.start import check_folder
     from train.tracking.wandb_run import check_wandb
+    from train.training.optimizer import check_optimizer
 
     refusals: tuple[tuple[str, Callable[[], object]], ...] = (
         ("launch", lambda: engine.check_launch(recipe, engine.launched_stage())),
         ("launch", lambda: recipe.accumulation(world)),
         ("lora", lambda: check_gpu(recipe)),
         ("kernels", lambda: check_kernels(recipe)),
+        ("optimizer", lambda: check_optimizer(recipe.train)),
         ("run folder", lambda: limited(lambda: check_folder(recipe), LIMIT)),
         ("run folder", lambda: limited(lambda: require_free(recipe.folder), LIMIT)),
         ("wandb", lambda: check_wandb(recipe.wandb)),

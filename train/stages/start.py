@@ -49,6 +49,7 @@ from train.stages.precision import settle_precision
 from train.stages.provenance import record_start
 from train.stages.run import Run, base_of
 from train.tracking.wandb_run import check_wandb
+from train.training.optimizer import check_optimizer
 
 _PNG = (SIMILARITY_PICTURE, TIES_PICTURE, ISOTROPY_PICTURE, PARETO_PICTURE)
 _PICTURES = (*_PNG, *(name.replace(".png", ".svg") for name in _PNG))
@@ -99,6 +100,7 @@ def _check(
     if trains:
         check_gpu(recipe)
         check_kernels(recipe)
+        check_optimizer(recipe.train)
     current.on_main(lambda: check_wandb(recipe.wandb))
     current.on_main(current.lock_existing)
     current.on_main(lambda: check_folder(recipe))

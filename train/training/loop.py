@@ -49,7 +49,12 @@ from train.tracking.wandb_run import check_wandb
 from train.training.checkpoint import Checkpoints, Position
 from train.training.job import TrainJob
 from train.training.objective import Lessons, Objective
-from train.training.optimizer import build_optimizer, learning_rate_factor, select_trainable
+from train.training.optimizer import (
+    build_optimizer,
+    check_optimizer,
+    learning_rate_factor,
+    select_trainable,
+)
 from train.training.training_folder import TrainResult, begin, finish, finished, identity
 
 if TYPE_CHECKING:
@@ -80,6 +85,7 @@ def train(job: TrainJob, recipe: Recipe) -> TrainResult:
         return earlier
     check_wandb(recipe.wandb)
     check_kernels(recipe)
+    check_optimizer(recipe.train)
     engine = start(recipe)
     if engine.streams and (source := job.source()) is not None:
         job = replace(job, load=lambda: engine.build(source))
@@ -110,8 +116,7 @@ def prepare(engine: Engine, job: TrainJob, recipe: Recipe) -> None:
     enable_checkpointing(job.model, checkpointing)
     if recipe.train.compile:
         compile_layers(job.model)
-    plain = engine.backend == "plain"
-    optimizer = build_optimizer(job.model, recipe.train, job.learning_rate, engine.device, plain)
+    optimizer = build_optimizer(job.model, recipe.train, job.learning_rate)
     set_packed_(job.model, False)  # validation would hold what the next step makes stale
     engine.prepare(job.model, optimizer)
     engine.model.train()

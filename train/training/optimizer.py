@@ -77,43 +77,41 @@ def parameter_groups(
     return [group for group in groups if group["params"]]
 
 
+def check_optimizer(section: TrainSection) -> None:
+    """Refuse `adamw_8bit` where it cannot run. Raises PostshareError: no GPU, no bitsandbytes."""
+    if section.optimizer != "adamw_8bit":
+        return
+    if not torch.cuda.is_available():
+        raise PostshareError(
+            "train.optimizer adamw_8bit needs a CUDA GPU; use train.optimizer=adamw"
+        )
+    _eight_bit()
+
+
+def _eight_bit() -> Any:
+    """The class of bitsandbytes."""
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise PostshareError(
+            f"train.optimizer adamw_8bit needs bitsandbytes ({error}); "
+            "pip install 'postshare[gpu]' or use train.optimizer=adamw"
+        ) from None
+    return AdamW8bit
+
+
 def build_optimizer(
-    model: nn.Module,
-    section: TrainSection,
-    learning_rate: float,
-    device: torch.device,
-    plain: bool = True,
+    model: nn.Module, section: TrainSection, learning_rate: float
 ) -> torch.optim.Optimizer:
     """AdamW over the model's trainable parameters, fused.
 
-    Args:
-        device: where it will train.
-        plain: whether it will hold whole parameters: on one process or under DDP, not under
-            DeepSpeed or FSDP2.
-
     Raises:
-        PostshareError: `adamw_8bit` without a GPU, without bitsandbytes, or under ZeRO and FSDP2.
+        PostshareError: `adamw_8bit` without bitsandbytes.
     """
     groups = parameter_groups(model, section.weight_decay, section.weight_decay_exclude)
     betas = (section.betas[0], section.betas[1])
     if section.optimizer == "adamw_8bit":
-        if not plain:
-            raise PostshareError(
-                "train.optimizer adamw_8bit quantizes whole parameters, which ZeRO and FSDP2 "
-                "split; use train.optimizer=adamw, or one process or DDP"
-            )
-        if device.type != "cuda":
-            raise PostshareError(
-                "train.optimizer adamw_8bit needs a CUDA GPU; use train.optimizer=adamw"
-            )
-        try:
-            from bitsandbytes.optim import AdamW8bit
-        except ImportError as error:
-            raise PostshareError(
-                f"train.optimizer adamw_8bit needs bitsandbytes ({error}); "
-                "pip install 'postshare[gpu]' or use train.optimizer=adamw"
-            ) from None
-        return AdamW8bit(groups, lr=learning_rate, betas=betas, eps=section.eps)
+        return _eight_bit()(groups, lr=learning_rate, betas=betas, eps=section.eps)
     # Fused on the CPU too: about nine times faster there than one small operation after another.
     return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=section.eps, fused=True)
 

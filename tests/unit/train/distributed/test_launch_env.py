@@ -93,6 +93,19 @@ def test_compiled_layers_are_refused_under_zero3_alone(
         check_launch(compiled, launched_stage())
 
 
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_eight_bit_adamw_is_refused_where_parameters_are_split(
+    file: Path, check: Callable[..., None]
+) -> None:
+    check("--config_file", str(file))
+    asked = recipe(optimizer="adamw_8bit")
+    if file.stem.startswith(("zero1", "zero2", "zero3", "fsdp2")):
+        with pytest.raises(PostshareError, match=r"which ZeRO and FSDP2 split; use .*=adamw,"):
+            check_launch(asked, launched_stage())
+    else:
+        check_launch(asked, launched_stage())
+
+
 def file(folder: Path, **settings: Any) -> str:
     import yaml
 

@@ -32,7 +32,7 @@ class OneProcess:
     backend, stage, world, rank, is_main, sharded = "plain", 0, 1, 0, True, False
 
     def __init__(self, model: torch.nn.Module, recipe: Any) -> None:
-        self.optimizer = build_optimizer(model, recipe.train, 1e-3, torch.device("cpu"))
+        self.optimizer = build_optimizer(model, recipe.train, 1e-3)
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
 
     def shards(self) -> dict[str, Shard]:

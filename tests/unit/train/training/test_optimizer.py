@@ -10,15 +10,17 @@ import torch
 
 from sa_models.errors import PostshareError
 from tests.support import tiny
+from train.doctor.inputs import check_start
 from train.recipe.recipe import TrainSection
+from train.stages.pipeline import run
+from train.training.loop import train
 from train.training.optimizer import (
     build_optimizer,
+    check_optimizer,
     learning_rate_factor,
     parameter_groups,
     select_trainable,
 )
-
-CPU = torch.device("cpu")
 
 
 def section(**fields: Any) -> TrainSection:
@@ -70,7 +72,7 @@ def test_every_parameter_can_decay_and_frozen_ones_are_in_no_group() -> None:
 
 
 def test_fused_adamw_takes_the_recipes_numbers() -> None:
-    optimizer = build_optimizer(tiny.model(), section(betas=[0.8, 0.9], eps=1e-7), 3e-4, CPU)
+    optimizer = build_optimizer(tiny.model(), section(betas=[0.8, 0.9], eps=1e-7), 3e-4)
     assert isinstance(optimizer, torch.optim.AdamW)
     group = optimizer.param_groups[0]
     assert group["fused"]
@@ -86,7 +88,7 @@ def test_fused_adamw_equals_the_plain_one() -> None:
         foreach=False,
         fused=False,
     )
-    optimizers = [build_optimizer(models[0], section(), 1e-2, CPU), plain]
+    optimizers = [build_optimizer(models[0], section(), 1e-2), plain]
     ids = torch.arange(32).view(2, 16)
     for _ in range(3):
         for model, optimizer in zip(models, optimizers, strict=True):
@@ -97,15 +99,23 @@ def test_fused_adamw_equals_the_plain_one() -> None:
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
-def test_eight_bit_adamw_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = section(optimizer="adamw_8bit")
-    with pytest.raises(PostshareError, match=r"needs a CUDA GPU; use train.optimizer=adamw"):
-        build_optimizer(tiny.model(), asked, 1e-3, CPU)
-    with pytest.raises(PostshareError, match=r"which ZeRO and FSDP2 split"):
-        build_optimizer(tiny.model(), asked, 1e-3, torch.device("cuda"), plain=False)
+def test_eight_bit_adamw_says_what_it_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_optimizer(section())
+    asked = tiny.recipe(tmp_path / "run", optimizer="adamw_8bit")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    without = r"needs a CUDA GPU; use train.optimizer=adamw"
+    with pytest.raises(PostshareError, match=without):
+        run(asked)  # its model is no folder: that would be the error of loading it
+    with pytest.raises(PostshareError, match=without):
+        train(tiny.job(asked), asked)
+    assert not asked.folder.exists()
+    assert any("CUDA GPU" in finding.found + finding.cure for finding in check_start(asked, 1))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     with pytest.raises(PostshareError, match=r"needs bitsandbytes.*pip install 'postshare.gpu.'"):
-        build_optimizer(tiny.model(), asked, 1e-3, torch.device("cuda"))
+        check_optimizer(asked.train)
 
 
 # --- schedules ------------------------------------------------------------------------------------
