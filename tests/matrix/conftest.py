@@ -6,6 +6,7 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
+from tests.matrix.cells import CELLS
 from tests.matrix.compare import BF16, FP32, Outcome
 
 Outcomes = dict[tuple[str, int], Outcome]
@@ -15,6 +16,20 @@ KEY = pytest.StashKey[Outcomes]()
 @pytest.fixture(scope="session")
 def outcomes(pytestconfig: pytest.Config) -> Outcomes:
     return pytestconfig.stash.setdefault(KEY, {})
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--cells", nargs="+", metavar="PART", help="those whose names have a part")
+
+
+@pytest.fixture(scope="session")
+def cells(pytestconfig: pytest.Config) -> list[str]:
+    """Names of all cells, or of those that `--cells` asks for."""
+    parts: list[str] | None = pytestconfig.getoption("--cells")
+    found = [name for name in CELLS if parts is None or any(part in name for part in parts)]
+    if not found:
+        pytest.exit(f"--cells: no cell has {' or '.join(parts or [])} in its name", 4)
+    return found
 
 
 def pytest_terminal_summary(config: pytest.Config) -> None:
