@@ -107,25 +107,33 @@ def test_the_time_of_decoding_is_the_exports_else_the_searchs(tmp_path: Path) ->
     assert measured_decode(run) == untrained
 
 
+def evaluate(*arguments: str) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["evaluate", *arguments])
+    assert caught.value.code == 0
+
+
 def test_evaluate_of_a_run_alone_writes_them(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = small_models.run(tmp_path)
-    text = ["--text", str(tmp_path / "text.txt"), "--context", "64"]
-    cache = ["--cache", str(tmp_path / "cache")]
-
-    def evaluate(*models: str, options: list[str] = text) -> None:
-        with pytest.raises(SystemExit) as caught:
-            main(["evaluate", *models, *options, *cache])
-        assert caught.value.code == 0
-
-    evaluate(str(run), str(run / "export" / "dense"))
+    options = ["--text", str(tmp_path / "text.txt"), "--context", "64"]
+    options += ["--cache", str(tmp_path / "cache")]
+    evaluate(str(run), str(run / "export" / "dense"), *options)
     assert not (run / SCORES_FILE).exists()
-    evaluate(str(run))
+    evaluate(str(run), *options)
     assert f"{run / SCORES_FILE}" in capsys.readouterr().out
     (task,) = (t for t in json.loads((run / SCORES_FILE).read_text())["tasks"] if t != "model")
     assert task == "perplexity"
-    evaluate(str(run), "--tasks", "speed", "--dtype", "float32", options=text[2:])
+
+
+@pytest.mark.more  # seven models, each timed in a process of its own
+def test_the_speed_of_a_run_has_a_row_for_each_format(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = small_models.run(tmp_path)
+    options = ["--context", "64", "--cache", str(tmp_path / "cache")]
+    evaluate(str(run), "--tasks", "speed", "--dtype", "float32", *options)
     said = capsys.readouterr().out
     entry = json.loads((run / SCORES_FILE).read_text())["tasks"]["speed"]
     assert [model["name"] for model in entry["models"]] == ["base", "continued", "direct", "post"]

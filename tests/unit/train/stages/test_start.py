@@ -19,9 +19,6 @@ from train.stages.start import begin
 
 LOCKING = """
 from pathlib import Path
-from train.common.run_files import PLAN_FILE
-from train.recipe.recipe import Recipe, load_recipe
-from train.stages import precision
 from train.stages.lock import announce, lock
 lock(Path({folder!r}))
 announce(Path({folder!r}))
