@@ -87,7 +87,8 @@ def packed_weights(weights: Iterable[Weight], config: SharedLlamaConfig) -> Iter
     """The weights of a compact folder as a :class:`PackedLlamaModel` has them.
 
     Those of attention come last, where units are tied or factors are multiplied, and are held until
-    then. Products are rounded once, to the dtype of the factors.
+    then. Products of factors in 16 bits come in fp32: whoever loads them rounds them to the dtype
+    that it serves.
 
     Args:
         weights: as they are stored, in any order.
@@ -132,7 +133,8 @@ def _unit(
 
 
 def _product(coefficients: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
-    return (coefficients.double() @ basis.double()).to(basis.dtype)
+    wide = torch.promote_types(basis.dtype, torch.float32)
+    return (coefficients.double() @ basis.double()).to(wide)
 
 
 def unsplittable(config: SharedLlamaConfig, devices: int) -> LlamaConfig | None:

@@ -81,6 +81,25 @@ def test_factors_are_multiplied() -> None:
     assert float((found - expected).abs().max()) <= 1e-5
 
 
+def test_factors_in_16_bits_can_be_served_in_fp32() -> None:
+    """As they were exported, and read into fp32: their products are not rounded to 16 bits."""
+    base, ids = dense("gqa"), tokens()
+    plan = SharingPlan(basis=SharedBasis(4, (19, 17), (7, 11), (13, 7)))
+    model = factorized(base, plan, [{"input_ids": ids}]).eval()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16().float()
+    stored = [(name, p.detach().bfloat16()) for name, p in model.named_parameters()]
+    served = PackedLlamaModel(packed_config(model.config)).eval()
+    weights = dict(packed_weights(stored, model.config))
+    assert weights["model.norm.weight"].dtype == torch.bfloat16
+    served.load_state_dict(
+        {n.removeprefix("model."): w for n, w in weights.items() if n.startswith("model.")}
+    )
+    with torch.no_grad():
+        expected, found = model.model(ids).last_hidden_state, served(ids).last_hidden_state
+    assert float((found - expected).abs().max()) <= 1e-5
+
+
 def test_what_a_layer_has_and_how_it_splits() -> None:
     """Eight heads in four groups: layer 1 keeps two groups, layers 3 and 5 three."""
     config = shared(dense("gqa"), removals("gqa")).config
