@@ -35,13 +35,26 @@ def eligible_units(layout: HeadLayout, skip_layers: Sequence[int] = (0,)) -> lis
     ]
 
 
-def check_count(count: int, layout: HeadLayout, skip_layers: Sequence[int] = (0,)) -> None:
-    """Refuse a number of units that cannot be tied.
+def check_count(
+    count: int, layout: HeadLayout, skip_layers: Sequence[int] = (0,), removes: bool = False
+) -> None:
+    """Refuse a number of units that cannot be tied, or removed.
+
+    Args:
+        removes: whether they are removed: every layer then keeps one.
 
     Raises:
         PostshareError: none, or more than are eligible (see :func:`eligible_units`).
     """
     units, eligible = layout.layers * layout.units, len(eligible_units(layout, skip_layers))
+    if removes:
+        eligible -= eligible // layout.units
+        if not 1 <= count <= eligible:
+            raise PostshareError(
+                f"plan.budget asks for {count} of {units} units, and {eligible} can be removed "
+                f"(every layer keeps one, layers {sorted({0, *skip_layers})} all); ask for fewer, "
+                "or drop whole layers with plan.action=drop"
+            )
     if not eligible:
         raise PostshareError(
             f"no unit can be tied: layers {sorted({0, *skip_layers})} are never targets, and the "
@@ -83,6 +96,26 @@ def select_pairs(
         )
         for unit in chosen
     )
+
+
+def select_removals(
+    matches: Matches, layout: HeadLayout, count: int, skip_layers: Sequence[int] = (0,)
+) -> tuple[Unit, ...]:
+    """The ``count`` targets with the highest scores, of which every layer keeps a unit; sorted.
+
+    Raises:
+        PostshareError: see :func:`check_count`.
+    """
+    check_count(count, layout, skip_layers, removes=True)
+    every = len(eligible_units(layout, skip_layers))
+    room = [layout.units - 1] * layout.layers
+    chosen: list[Unit] = []
+    for tie in reversed(select_pairs(matches, layout, every, (), skip_layers)):
+        layer = tie.target[0]
+        if len(chosen) < count and room[layer]:
+            room[layer] -= 1
+            chosen.append(tie.target)
+    return tuple(sorted(chosen))
 
 
 def make_plan(

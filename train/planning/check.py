@@ -64,7 +64,8 @@ def check_budget(problem: PlanProblem) -> None:
     """Raises PostshareError when the budget cannot be met; see :mod:`train.planning.problem`."""
     strategy, section = problem.section.strategy, problem.section
     if strategy in MATCHED and section.action != "drop" and not section.uniform:
-        check_count(problem.units, problem.layout, problem.skipped_layers(problem.kind))
+        skipped = problem.skipped_layers(problem.kind)
+        check_count(problem.units, problem.layout, skipped, section.action == "remove")
     elif strategy == "basis":
         basis_plan(problem)
     elif strategy == "auto":

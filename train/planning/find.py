@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sa_models.errors import PostshareError
 from sa_models.heads import HeadLayout
 from sa_models.plan import SharingPlan
 from sa_models.scores.registry import IMPORTANCES_OF_WEIGHTS
 from sa_models.scores.weight_cosine import best_matches, random_matches
-from sa_models.search.pairs import make_plan
+from sa_models.search.pairs import make_plan, select_removals
 from sa_models.spans import ranges
 from sa_models.weights.safetensors_folder import WeightsFolder
 from sa_models.weights.structure import converted
@@ -71,21 +70,12 @@ def find_ties(
         pooled = converted(weights, SharingPlan(kv_heads=structure.kv_heads))
         scores = score_units(section, pooled, layout, text)
         matches = best_matches(scores, layout, without=followers)
-    found = make_plan(
-        matches,
-        layout,
-        problem.units,
-        section.share,
-        problem.skipped_layers(problem.kind),
-        released=section.strategy == "released",
-    )
+    skipped = problem.skipped_layers(problem.kind)
     if section.action == "remove":
-        found = SharingPlan(removed=tuple(sorted({tie.target for tie in found.ties})))
-        if emptied := found.dropped(layout):
-            raise PostshareError(
-                f"removed: layer {min(emptied)} would lose all its units ({layout.units}); ask for "
-                "fewer, or drop whole layers with plan.action=drop"
-            )
+        found = SharingPlan(removed=select_removals(matches, layout, problem.units, skipped))
+    else:
+        released = section.strategy == "released"
+        found = make_plan(matches, layout, problem.units, section.share, skipped, released=released)
     plan = replace(found, kv_heads=structure.kv_heads, spans=structure.spans)
     plan.validate(weights.config)
     return plan, scores

@@ -19,7 +19,7 @@ from sa_models.scores.weight_cosine import (
     unit_scores,
 )
 from sa_models.search.budget import units_of_heads, units_of_ratio
-from sa_models.search.pairs import check_count, make_plan, select_pairs
+from sa_models.search.pairs import check_count, make_plan, select_pairs, select_removals
 from tests.support.gauge import tiny
 from tests.support.in_memory import InMemory
 
@@ -108,6 +108,40 @@ def test_the_highest_scores_are_taken_in_ascending_order() -> None:
     assert all(p.projections == ("q", "k") for p in pairs)
     skipped = select_pairs(matches, layout, 2, "qk", skip_layers=(0, 1))
     assert [p.target for p in skipped] == [(2, 0), (2, 1)]
+
+
+def test_every_layer_keeps_a_unit_of_those_that_are_removed() -> None:
+    """Of three layers with scores: by the scores alone layer 2 would lose both of its units."""
+    layout = HeadLayout(layers=4, hidden_size=8, heads=2, kv_heads=2, head_dim=4)
+    matches = matches_of([[nan, nan], [0.3, 0.1], [0.9, 0.8], [0.2, 0.7]])
+    taken = {count: select_removals(matches, layout, count) for count in (1, 2, 3)}
+    assert taken == {1: ((2, 0),), 2: ((2, 0), (3, 1)), 3: ((1, 0), (2, 0), (3, 1))}
+    assert select_removals(matches, layout, 2, (0, 2)) == ((1, 0), (3, 1))
+    says = r"asks for 4 of 8 units, and 3 can be removed \(every layer keeps one, layers \[0\] all"
+    with pytest.raises(PostshareError, match=says):
+        select_removals(matches, layout, 4)
+    with pytest.raises(PostshareError, match=r"and 2 can be removed .*layers \[0, 2\] all"):
+        select_removals(matches, layout, 3, (2,))
+
+
+@pytest.mark.parametrize("kv_heads", [1, 3])
+def test_removals_of_a_budget_that_many_layers_could_not_meet(kv_heads: int) -> None:
+    """30 layers of three KV groups, as SmolLM2 has, at 30 %; and of one group, which stays."""
+    layout = HeadLayout(layers=30, hidden_size=72, heads=9, kv_heads=kv_heads, head_dim=8)
+    for seed in range(20):
+        matches = random_matches(layout, seed)
+        if kv_heads == 1:
+            with pytest.raises(PostshareError, match=r"and 0 can be removed .*plan\.action=drop"):
+                select_removals(matches, layout, 1)
+            continue
+        removed = select_removals(matches, layout, 27)
+        assert len(set(removed)) == 27
+        lost = [sum(at == layer for at, _ in removed) for layer in range(30)]
+        assert lost[0] == 0
+        assert max(lost) <= 2
+        tied = {tie.target for tie in select_pairs(matches, layout, 27, "q")}
+        emptied = {layer for layer, _ in tied if sum(at == layer for at, _ in tied) == 3}
+        assert len(tied - set(removed)) == len(emptied)
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from train.estimate.llama_shapes import LlamaShape, find_shape
 from train.estimate.parameters import disk_space, plan_savings
 from train.evaluation.summary import figures_of, saved_sentence, summary_table
 from train.models.base_model import load_dense
+from train.planning.check import check_budget
 from train.planning.find import find_ties, requested_ratio
 from train.planning.plan_maps import save_ties
 from train.planning.problem import PlanProblem
@@ -156,15 +157,18 @@ def test_disk_space_holds_the_zeros_of_the_dense_form() -> None:
     assert sizes["compact", "dense"] == sizes["compact",] + sizes["dense",]
 
 
-def test_a_budget_that_empties_a_layer_is_refused(tmp_path: Path) -> None:
+def test_a_budget_that_would_empty_a_layer_is_refused_at_once(tmp_path: Path) -> None:
     model = tiny.model(num_hidden_layers=2)
     model.save_pretrained(tmp_path)
     section = PlanSection.model_validate(
         {"strategy": "random", "action": "remove", "budget": {"heads": 4}}
     )
-    says = r"layer 1 would lose all its units \(4\); .*plan\.action=drop"
+    says = r"asks for 4 of 8 units, and 3 can be removed \(every layer keeps one, .*action=drop"
+    problem = PlanProblem(section, model.config)
     with pytest.raises(PostshareError, match=says):
-        find_ties(PlanProblem(section, model.config), WeightsFolder(tmp_path))
+        check_budget(problem)
+    with pytest.raises(PostshareError, match=says):
+        find_ties(problem, WeightsFolder(tmp_path))
 
 
 def test_the_dry_run_of_a_7b() -> None:
