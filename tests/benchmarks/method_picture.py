@@ -24,10 +24,13 @@ from train.common.figure_style import (
 )
 
 SHOWN = {
-    "basis": ("Basis Sharing: what auto takes (whole cache), with a teacher", SKY, "P-"),
+    "basis": ("Basis Sharing (whole cache), with a teacher", SKY, "P-"),
     "ours": ("auto without bases, reconstructed, with a teacher", BLUE, "o-"),
     "pruned-loss-distilled": ("removed by loss, with a teacher", ORANGE, "s-"),
+    "dropped-distilled": ("whole layers of attention, with a teacher", BLUE, "h-"),
     "pruned-loss": ("removed by loss, without a teacher", ORANGE, "D--"),
+    "pruned-gradient": ("removed by gradient, without a teacher", GREEN, "p--"),
+    "pruned-magnitude": ("removed by magnitude, without a teacher", MUTED, "d--"),
     "pruned-random": ("removed at random, without a teacher", MUTED, "v--"),
     "random": ("tied at random, without a teacher", GREEN, "^--"),
     "cosine": ("tied by cosine, without a teacher", PURPLE, "<--"),
@@ -35,6 +38,9 @@ SHOWN = {
 }
 """Rows in the order of the legend: their label, colour and mark. Without a teacher: dashes, and
 hollow marks."""
+
+FAR_ABOVE = 100
+"""Percent above *continued* from which on costs are drawn by their logarithms."""
 
 
 def points(name: str, lines: list[Line], controls: dict[int, float]) -> list[tuple[float, float]]:
@@ -88,7 +94,11 @@ def draw(base: Base) -> None:
         )
     axes.set_xlabel("% of the bytes saved")
     axes.set_ylabel("% of perplexity above its $\\it{continued}$")
-    axes.set_title(f"What sharing costs after 300 steps, {base.name}")
+    axes.set_title(f"What sharing costs, {base.name}")
+    costs = [cost for of_row in of_rows.values() for _, cost in of_row]
+    if max(costs, default=0) > FAR_ABOVE:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
     if of_rows:
         figure.legend(loc="outside lower center")
     figure.savefig(base.picture, metadata={"Date": None, "Description": described(base)})
