@@ -106,16 +106,14 @@ def select_removals(
     Raises:
         PostshareError: see :func:`check_count`.
     """
+    from sa_models.scores.magnitude import least_important  # whose torch a dry run does without
+
     check_count(count, layout, skip_layers, removes=True)
-    every = len(eligible_units(layout, skip_layers))
-    room = [layout.units - 1] * layout.layers
-    chosen: list[Unit] = []
-    for tie in reversed(select_pairs(matches, layout, every, (), skip_layers)):
-        layer = tie.target[0]
-        if len(chosen) < count and room[layer]:
-            room[layer] -= 1
-            chosen.append(tie.target)
-    return tuple(sorted(chosen))
+    units = eligible_units(layout, skip_layers)
+    importance = matches.scores.new_zeros(layout.layers, layout.units)
+    for place, tie in enumerate(select_pairs(matches, layout, len(units), (), skip_layers)):
+        importance[tie.target] = -place  # in the order of the pairs, also where scores are equal
+    return least_important(importance, units, count)
 
 
 def make_plan(

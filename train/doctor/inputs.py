@@ -35,6 +35,8 @@ def resolve(name: str, overrides: Sequence[str]) -> tuple[Recipe | None, list[Fi
 
 def check_start(recipe: Recipe, world: int) -> Iterator[Finding]:
     """What a run of the recipe refuses before it starts: launch settings, batch, folder, wandb."""
+    import torch
+
     from sa_models.export.gguf.file import require_gguf
     from train.models.liger import check_kernels
     from train.models.lora import check_gpu
@@ -48,7 +50,7 @@ def check_start(recipe: Recipe, world: int) -> Iterator[Finding]:
         ("launch", lambda: recipe.accumulation(world)),
         ("lora", lambda: check_gpu(recipe)),
         ("kernels", lambda: check_kernels(recipe)),
-        ("optimizer", lambda: check_optimizer(recipe.train)),
+        ("optimizer", lambda: check_optimizer(recipe.train, torch.cuda.is_available())),
         ("run folder", lambda: limited(lambda: check_folder(recipe), LIMIT)),
         ("run folder", lambda: limited(lambda: require_free(recipe.folder), LIMIT)),
         ("wandb", lambda: check_wandb(recipe.wandb)),

@@ -100,7 +100,7 @@ def _check(
     if trains:
         check_gpu(recipe)
         check_kernels(recipe)
-        check_optimizer(recipe.train)
+        check_optimizer(recipe.train, current.ranks.device.type == "cuda")
     current.on_main(lambda: check_wandb(recipe.wandb))
     current.on_main(current.lock_existing)
     current.on_main(lambda: check_folder(recipe))

@@ -85,8 +85,8 @@ def train(job: TrainJob, recipe: Recipe) -> TrainResult:
         return earlier
     check_wandb(recipe.wandb)
     check_kernels(recipe)
-    check_optimizer(recipe.train)
     engine = start(recipe)
+    check_optimizer(recipe.train, engine.device.type == "cuda")
     if engine.streams and (source := job.source()) is not None:
         job = replace(job, load=lambda: engine.build(source))
     lessons = None

@@ -77,11 +77,15 @@ def parameter_groups(
     return [group for group in groups if group["params"]]
 
 
-def check_optimizer(section: TrainSection) -> None:
-    """Refuse `adamw_8bit` where it cannot run. Raises PostshareError: no GPU, no bitsandbytes."""
+def check_optimizer(section: TrainSection, on_gpu: bool) -> None:
+    """Refuse `adamw_8bit` where it cannot run. Raises PostshareError: no GPU, no bitsandbytes.
+
+    Args:
+        on_gpu: whether the training is one on a CUDA GPU; a launch may leave one idle.
+    """
     if section.optimizer != "adamw_8bit":
         return
-    if not torch.cuda.is_available():
+    if not on_gpu:
         raise PostshareError(
             "train.optimizer adamw_8bit needs a CUDA GPU; use train.optimizer=adamw"
         )

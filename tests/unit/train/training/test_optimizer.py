@@ -102,7 +102,7 @@ def test_fused_adamw_equals_the_plain_one() -> None:
 def test_eight_bit_adamw_says_what_it_needs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    check_optimizer(section())
+    check_optimizer(section(), on_gpu=False)
     asked = tiny.recipe(tmp_path / "run", optimizer="adamw_8bit")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     without = r"needs a CUDA GPU; use train.optimizer=adamw"
@@ -112,10 +112,13 @@ def test_eight_bit_adamw_says_what_it_needs(
         train(tiny.job(asked), asked)
     assert not asked.folder.exists()
     assert any("CUDA GPU" in finding.found + finding.cure for finding in check_start(asked, 1))
+    # On a machine with a GPU that the launch leaves idle.
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(PostshareError, match=without):
+        check_optimizer(asked.train, on_gpu=False)
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     with pytest.raises(PostshareError, match=r"needs bitsandbytes.*pip install 'postshare.gpu.'"):
-        check_optimizer(asked.train)
+        check_optimizer(asked.train, on_gpu=True)
 
 
 # --- schedules ------------------------------------------------------------------------------------
