@@ -2,9 +2,9 @@
 
 A step reads its whole window (accumulation x micro-batches), counts the predicted tokens of all
 ranks once, adds the gradient of (sum of token losses) / (that count) micro-batch by micro-batch
-(which losses: :class:`train.training.objective.Objective`),
-then the penalty's gradient once, clips, and updates. The update is therefore the same for every
-micro-batch x accumulation x processes that makes up the global batch.
+(see :class:`train.training.objective.Objective`), then the penalty's gradient once, clips, and
+updates. The update is therefore the same for every micro-batch x accumulation x processes that
+makes up the global batch.
 
 Everything that a step depends on is a function of its number (samples, learning rate, coefficient,
 random seed) or lies in the checkpoint (weights, optimizer state): that is why resuming is exact.
@@ -23,14 +23,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
 from sa_models.calibration.token_losses import IGNORED
 from sa_models.errors import PostshareError
 from sa_models.heads import HeadLayout
 from sa_models.packing import set_packed_
-from train.common.progress import clock, note, waiting
+from train.common.progress import note
 from train.common.signals import StopSignal, TrainingStopped
 from train.data.blocks import Blocks, PositionSampler
 from train.distributed.engines.base import Engine
@@ -47,8 +46,9 @@ from train.tracking.metrics_log import Row, Tracker, memory_bytes
 from train.tracking.rank_stats import Health
 from train.tracking.wandb_run import check_wandb
 from train.training.checkpoint import Checkpoints, Position
+from train.training.compile_ahead import compile_ahead
 from train.training.job import TrainJob
-from train.training.objective import Lessons, Objective
+from train.training.objective import Batch, Lessons, Objective
 from train.training.optimizer import (
     build_optimizer,
     check_optimizer,
@@ -61,8 +61,6 @@ if TYPE_CHECKING:
     from train.recipe.recipe import Recipe
 
 __all__ = ["TrainJob", "TrainResult", "TrainingStopped", "train"]
-
-Batch = dict[str, Tensor]
 
 
 def train(job: TrainJob, recipe: Recipe) -> TrainResult:
@@ -159,7 +157,7 @@ def _train(
     )
     if section.compile and at.step < job.steps:
         first = default_collate([job.train_blocks[index] for index in next(iter(samples))])
-        _compile_ahead(objective, first, job.name, section.hang_timeout)
+        compile_ahead(objective, first, job.name, section.hang_timeout)
     began = time.perf_counter() - at.seconds
     tracker = Tracker(
         job.name,
@@ -401,25 +399,3 @@ def validate(engine: Engine, blocks: Blocks, recipe: Recipe, watch: Watchdog) ->
     ).tolist()
     loss = total / tokens
     return {"validation_loss": loss, "validation_perplexity": math.exp(loss)}
-
-
-def _compile_ahead(
-    objective: Objective, batch: Batch, job: str, hang_timeout: float | None
-) -> None:
-    """Let forward and backward be compiled before the first step, of which it is no part.
-
-    A collective, between steps: it adds a gradient of 0.
-
-    Args:
-        batch: a micro-batch, on the CPU.
-        job: the training's name.
-        hang_timeout: as in the recipe.
-    """
-    engine, began = objective.engine, time.perf_counter()
-    with Watchdog(engine.rank, engine.world, hang_timeout) as watch:
-        watch.note("compiling the layers", 1)
-        with waiting(f"{job}: compiling the layers"), engine.micro_step(boundary=False):
-            total, _ = objective(batch)
-            engine.backward(0 * total)
-    if engine.is_main:
-        note(f"{job}: layers compiled in {clock(time.perf_counter() - began)}")
