@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from itertools import pairwise
-from math import isfinite
+from math import inf, isfinite
 from typing import TYPE_CHECKING, NamedTuple
 
 from sa_models.calibration.progress import Progress
@@ -184,6 +184,16 @@ class MeasuredSpans:
         Raises:
             PostshareError: the budget cannot be met, or a loss is not finite.
         """
+        found = self.best_below(followers, inf)
+        assert found is not None
+        return found
+
+    def best_below(self, followers: int, limit: float) -> list[SpanChoice] | None:
+        """:meth:`best`, or None as soon as its sum of rises is expected to reach a limit.
+
+        Raises:
+            PostshareError: see :meth:`best`.
+        """
         _check_budget(followers, self._layers, *self._limits)
         missing = [span for span in self._candidates if len(span.followers) == 1]
         while True:
@@ -191,6 +201,8 @@ class MeasuredSpans:
                 self._measure(span)
             expected = {span: self._expected(span) for span in self._candidates}
             found = best_spans(expected, self._layers, followers, *self._limits)
+            if -sum(expected[span] for span in found) >= limit:
+                return None
             missing = [self._first_missing(span) for span in found if span not in self.scores]
             if not missing:
                 return found

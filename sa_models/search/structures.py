@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -19,8 +20,9 @@ from sa_models.spans import SHARES, AttentionSpan
 MAX_FOLLOWERS = 4
 """Of one leader."""
 
-Spans = Callable[[str, int], list[SpanChoice]]
-"""Called with what spans share and a number of followers: the best spans with so many."""
+Spans = Callable[[str, int], list[SpanChoice] | None]
+"""Called with what spans share and a number of followers: the best spans with so many; None where
+they are not to be tried."""
 
 
 def span_plan(choices: Iterable[SpanChoice], share: str) -> SharingPlan:
@@ -51,24 +53,23 @@ def structures(
     found: list[SharingPlan] = []
     for share in SHARES if spans is not None else ():
         assert spans is not None
-        most, some = most_followers(layout.layers, *limits), any_spans(layout.layers, skip_layers)
+        most = most_followers(layout.layers, *limits)
         numbers = range(1, most + 1)
+        some = partial(any_spans, layout.layers, skip_layers)
         enough = next((n for n in numbers if is_met(span_plan(some(share, n), share))), most)
-        found += [
-            span_plan(spans(share, n), share)
-            for n in numbers[:enough]
-            if n == enough or not n & (n - 1)  # a power of two
-        ]
+        tried = (n for n in numbers[:enough] if n == enough or not n & (n - 1))  # powers of two
+        best = (spans(share, n) for n in tried)
+        found += [span_plan(choices, share) for choices in best if choices is not None]
     return found + [
         SharingPlan(kv_heads=n) for n in range(1, layout.kv_heads) if layout.kv_heads % n == 0
     ]
 
 
-def any_spans(layers: int, skip_layers: Sequence[int]) -> Spans:
+def any_spans(
+    layers: int, skip_layers: Sequence[int], share: str, followers: int
+) -> list[SpanChoice]:
     """Any spans, where only their number counts."""
-    return lambda share, followers: best_spans(
-        lambda *_: 0.0, layers, followers, MAX_FOLLOWERS, skip_layers
-    )
+    return best_spans(lambda *_: 0.0, layers, followers, MAX_FOLLOWERS, skip_layers)
 
 
 def changed_layers(structure: SharingPlan, layers: int) -> frozenset[int]:

@@ -48,6 +48,7 @@ from train.planning.search.auto_report import (
     cost_table,
     factored_note,
     front_table,
+    left_out_note,
     save_auto,
     time_front,
 )
@@ -261,7 +262,7 @@ def tell_auto(current: Run, searched: AutoResult, front: list[Timed], problem: P
         f"{took} {bound_sentence(searched.bound)}",
         objective_sentence(current.recipe.plan.objective, searched.plan, config, size),
         *([factored_note(factored, searched.chosen.plan, config)] if better and factored else []),
-        *filter(None, [dearer]),
+        *filter(None, [left_out_note(searched), dearer]),
     )
     current.say(*chosen_lines(searched))
     if better and searched.plan.basis is None:

@@ -228,6 +228,16 @@ def factored_note(factored: Factored, other: SharingPlan, config: LlamaConfig) -
     )
 
 
+def left_out_note(searched: AutoResult) -> str | None:
+    """The structures that were not measured, and why, in a sentence."""
+    if not searched.left_out:
+        return None
+    return (
+        "Left out, as their parts alone are expected to cost what the best plan does: "
+        f"{', '.join(searched.left_out)}."
+    )
+
+
 def _rebuilt(searched: AutoResult) -> str:
     count = len({c.plan for c in searched.candidates if c.rebuilt is not None})
     return f"; {count} reconstructed" if count else ""
@@ -284,6 +294,7 @@ def save_auto(
         "base_reconstructed_loss": searched.base_rebuilt,
         "factored": None if searched.factored is None else _factored_dict(searched.factored),
         "structures": [point_dict(p, config, size) for p in searched.structures],
+        "structures_left_out": searched.left_out,
         "front": [point_dict(p, config, size) for p in on_front],
         "decoding": [
             {

@@ -106,6 +106,7 @@ class AutoResult:
         bound: of passes and estimates, stated before the search.
         base_rebuilt: nats per token of the base on the text of the reconstruction, where there is
             one; with the recipe's own structure, which is reconstructed then.
+        left_out: structures that were not measured, as their parts cost as much as the best plan.
         factored: Basis Sharing beside them, see :mod:`train.planning.search.auto_rebuild`.
     """
 
@@ -119,6 +120,7 @@ class AutoResult:
     seconds: float
     base_rebuilt: float | None = None
     factored: Factored | None = None
+    left_out: tuple[str, ...] = ()
 
     @property
     def plan(self) -> SharingPlan:

@@ -1,8 +1,9 @@
 """Strategy auto: the plan that costs least, whatever it is made of, under one budget.
 
-Units are searched among removals; where the objective is bytes alone, among ties of several sets of
-projections as well, and, as controls, among what strategy loss offers. Then structures are measured
-(spans, fewer KV heads), and units are searched in the few that promise most. Whatever costs least
+Units are searched among removals; where the objective is bytes alone, among ties of several sets
+of projections as well, and, as controls, among what strategy loss offers. Then structures are
+measured (spans, fewer KV heads), and units are searched in the few that promise most; a structure
+is left out as soon as its parts are expected to cost what the best plan does. Whatever costs least
 wins (:mod:`train.planning.search.objective`): a control too. Where the recipe reconstructs, the
 best are then compared after it (:mod:`train.planning.search.auto_rebuild`).
 
@@ -17,6 +18,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,7 +39,7 @@ from train.planning.problem import PlanProblem
 from train.planning.search import auto_space
 from train.planning.search.auto_result import AutoResult, Candidate, Point
 from train.planning.search.auto_space import FULL, REMOVALS, STRUCTURES_SEARCHED
-from train.planning.search.objective import cost
+from train.planning.search.objective import cost, most_rise, saved_share
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -68,7 +70,7 @@ def search_auto(
     candidates = search.units(search.own, auto_space.unit_spaces(problem))
     tried: list[Point] = []
     if auto_space.has_structures(problem):
-        tried = search.structures()
+        tried = search.structures(candidates)
         candidates += search.inside(tried, candidates)
     if not candidates:
         raise PostshareError(
@@ -90,6 +92,7 @@ def search_auto(
         search.estimates + sum(place.estimator.made for place in search.places),
         auto_space.auto_passes(problem),
         time.perf_counter() - started,
+        left_out=tuple(search.left_out),
     )
 
 
@@ -118,6 +121,8 @@ class _Search:
     places: list[_Place] = field(default_factory=list)
     estimates: int = 0
     """For slopes."""
+    left_out: list[str] = field(default_factory=list)
+    """Structures that were not measured, as their parts cost too much."""
 
     def __post_init__(self) -> None:
         self.own = self._place(self.problem.structure, self.measured)
@@ -173,10 +178,15 @@ class _Search:
 
     # --- structures -------------------------------------------------------------------------------
 
-    def structures(self) -> list[Point]:
-        """Every structure that is tried, measured alone."""
+    def structures(self, candidates: Sequence[Candidate]) -> list[Point]:
+        """Every structure that is tried, measured alone.
+
+        Args:
+            candidates: of the searches of units.
+        """
         spans = self.spans and auto_space.may_have_spans(self.problem)
-        within = auto_space.tried_structures(self.problem, self._best_spans if spans else None)
+        best = partial(self._best_spans, candidates) if spans else None
+        within = auto_space.tried_structures(self.problem, best)
         found = [inside.structure for inside in within]
         losses: list[float] = []
         with bar(f"measuring {len(found)} structures") as advance:
@@ -190,20 +200,58 @@ class _Search:
             for plan, loss in zip(found, losses, strict=True)
         ]
 
-    def _best_spans(self, share: str, followers: int) -> list[SpanChoice]:
-        """By the loss; what has been measured for another number is in the cache."""
+    def _best_spans(
+        self, candidates: Sequence[Candidate], share: str, followers: int
+    ) -> list[SpanChoice] | None:
+        """By the loss; None where the spans alone are expected to cost too much. What has been
+        measured for another number is in the cache."""
+        layers, skipped = self.problem.config.num_hidden_layers, self.problem.section.skipped
+        limit = inf
+        if followers > 1:  # every span of one is measured
+            some = plan_structures.any_spans(layers, skipped, share, followers)
+            limit = self._most_rise(plan_structures.span_plan(some, share), candidates, candidates)
         with bar(f"measuring spans ({share}, {followers} followers)") as advance:
             spans = MeasuredSpans(
                 lambda leader, which: self._loss(
                     plan_structures.span_plan([SpanChoice(leader, which)], share)
                 ),
                 self.measured(frozenset()),
-                self.problem.config.num_hidden_layers,
+                layers,
                 plan_structures.MAX_FOLLOWERS,
-                self.problem.section.skipped,
+                skipped,
                 advance,
             )
-            return spans.best(followers)
+            found = spans.best_below(followers, limit)
+        if found is None:
+            self.left_out.append(f"spans with {followers} followers ({share})")
+        return found
+
+    def _most_rise(
+        self, structure: SharingPlan, found: Sequence[Candidate], every: Sequence[Candidate]
+    ) -> float:
+        """The rise of the loss at which a structure is no better than the best candidate.
+
+        The units that meet the rest of the budget are expected to cost, and to save, what as many
+        of the first search of units do: in a structure that has changed their inputs, no less.
+
+        Args:
+            found: of the searches of units.
+            every: those, and structures that meet the budget alone.
+        """
+        problem, base = self.problem, self.measured(frozenset())
+        best = min((cost(problem, c.plan, c.expected - base) for c in every), default=inf)
+        if not every:
+            return inf
+        path = found[0].points if found else ()
+        left = problem.within(structure).remaining.needed
+        share, rest = saved_share(problem, structure), 0.0
+        if left > 0:
+            rest = plan_structures.rise_at(
+                [(0, 0.0), *((point.saved, point.expected - base) for point in path)], left
+            )
+            enough = next((point.plan for point in path if point.saved >= left), None)
+            share = 1.0 if enough is None else min(1.0, share + saved_share(problem, enough))
+        return most_rise(best, share) - rest
 
     def _loss(self, plan: SharingPlan) -> float:
         def measure() -> float:
@@ -218,19 +266,18 @@ class _Search:
 
     def inside(self, tried: Sequence[Point], candidates: Sequence[Candidate]) -> list[Candidate]:
         """The structures that meet the budget alone, and searches of units in those that promise
-        most: that alone cost less than the best plan, and least with what is expected of the rest.
+        most: those that are furthest from costing what the best plan does (:meth:`_most_rise`).
         """
         within = {p.plan: self.problem.within(p.plan) for p in tried}
-        left = {plan: inside.remaining.needed for plan, inside in within.items()}
-        alone = [Candidate("structure alone", (p,)) for p in tried if left[p.plan] <= 0]
-        best = min((c.expected for c in (*candidates, *alone)), default=float("inf"))
-        base = self.measured(frozenset())
-        path = [(0, 0.0)]
-        path += [(p.saved, p.expected - base) for c in candidates[:1] for p in c.points]
-        promising = sorted(
-            (p for p in tried if left[p.plan] > 0 and p.expected < best),
-            key=lambda p: p.expected + plan_structures.rise_at(path, left[p.plan]),
-        )
+        meets = {plan: inside.remaining.needed <= 0 for plan, inside in within.items()}
+        alone = [Candidate("structure alone", (p,)) for p in tried if meets[p.plan]]
+        base, every = self.measured(frozenset()), [*candidates, *alone]
+        margins = {
+            p: self._most_rise(p.plan, candidates, every) - (p.expected - base)
+            for p in tried
+            if not meets[p.plan]
+        }
+        promising = sorted((p for p in margins if margins[p] > 0), key=lambda p: -margins[p])
         searched: list[Candidate] = []
         for point in promising:
             space = auto_space.full_space(within[point.plan])

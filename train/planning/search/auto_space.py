@@ -5,6 +5,8 @@ The budget is one for all: what a structure saves is not asked of the units.
 
 from __future__ import annotations
 
+from functools import partial
+
 from sa_models.plan import SharingPlan
 from sa_models.search import structures
 from sa_models.search.actions import KINDS, Space, make_full_space, make_space
@@ -115,8 +117,8 @@ def possible_structures(problem: PlanProblem) -> list[PlanProblem]:
     """The problem within structures of the numbers of followers and KV heads that are tried; any
     spans."""
     layers, skipped = problem.config.num_hidden_layers, problem.section.skipped
-    spans = may_have_spans(problem)
-    return tried_structures(problem, structures.any_spans(layers, skipped) if spans else None)
+    any_spans = partial(structures.any_spans, layers, skipped)
+    return tried_structures(problem, any_spans if may_have_spans(problem) else None)
 
 
 def tried_structures(problem: PlanProblem, spans: structures.Spans | None) -> list[PlanProblem]:

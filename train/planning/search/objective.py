@@ -95,6 +95,13 @@ def rise_for(rise: float, saved: float) -> float:
     return rise / saved if saved > 0 else float("inf")
 
 
+def most_rise(cost: float, saved: float) -> float:
+    """The rise of the loss that comes to a cost (:func:`rise_for`) for what is saved."""
+    if cost <= 0:
+        return cost / saved if saved > 0 else float("-inf")
+    return cost * saved
+
+
 def objective_sentence(objective: str, plan: SharingPlan, config: Any, size: int) -> str:
     """What a plan comes to, by the objective that it was chosen by.
 

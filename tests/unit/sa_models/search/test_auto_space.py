@@ -191,7 +191,7 @@ def test_structures_are_the_best_spans_of_doubling_numbers_and_the_divisors() ->
     def spans_of(share: str, followers: int) -> list[SpanChoice]:
         asked.append((share, followers))
         if share == "kv":
-            return any_spans(6, (0,))(share, followers)
+            return any_spans(6, (0,), share, followers)
         return best_spans(cheap, 6, followers, MAX_FOLLOWERS, (0,))
 
     found = structures(config, (0,), spans_of, met)
@@ -204,6 +204,13 @@ def test_structures_are_the_best_spans_of_doubling_numbers_and_the_divisors() ->
     assert all(0 not in (s[0], *s[1]) for plan in spans for s in plan)
     assert [plan.kv_heads for plan in found[6:]] == [1, 2]
     assert [plan.kv_heads for plan in structures(config, (0,), None, met)] == [1, 2]
+
+    def of_keys(share: str, followers: int) -> list[SpanChoice] | None:
+        return spans_of(share, followers) if share == "kv" and followers < 3 else None
+
+    left = structures(config, (0,), of_keys, met)
+    assert left == [plan for plan in found if plan in left]
+    assert [sum(len(s.followers) for s in plan.spans) for plan in left] == [1, 2, 0, 0]
 
 
 def test_what_the_rest_costs_is_read_off_the_path() -> None:

@@ -192,6 +192,31 @@ def test_spans_that_cannot_be_among_the_best_are_not_measured(seed: int) -> None
         assert spans.scores == before
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_spans_that_cost_too_much_are_given_up(seed: int) -> None:
+    """Where the true sum of rises reaches the limit, and never below it; from fewer measurements
+    than the best take."""
+    draw = random.Random(seed)
+    layers, most = 12, 4
+    alone = [draw.random() for _ in range(layers)]
+
+    def loss(leader: int, followers: tuple[int, ...]) -> float:
+        return 2.0 + sum(alone[f] * (1 + 0.3 * (f - leader - 1)) for f in followers)
+
+    def measured(limit: float) -> tuple[list[SpanChoice] | None, int]:
+        spans = MeasuredSpans(loss, 2.0, layers, most)
+        return spans.best_below(6, limit), len(spans.scores)
+
+    best, needed = measured(inf)
+    assert best is not None
+    rise = sum(loss(*span) - 2.0 for span in best)
+    assert measured(rise + 1e-9) == (best, needed)
+    assert measured(rise - 1e-9)[0] is None
+    given_up, few = measured(rise / 2)
+    assert given_up is None
+    assert layers - 1 <= few < needed  # every span of one follower
+
+
 def test_a_loss_that_is_not_finite_is_refused() -> None:
     with pytest.raises(PostshareError, match=r"loss is inf with span 0 -> \[1\] and 2.0 without"):
         MeasuredSpans(lambda *_: inf, 2.0, 2, 1).best(1)

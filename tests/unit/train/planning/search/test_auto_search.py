@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,9 +46,9 @@ from train.models.base_model import load_dense
 from train.models.materialize import on_text
 from train.planning.basis import saving_plan
 from train.planning.problem import PlanProblem
-from train.planning.search import auto_rebuild
+from train.planning.search import auto_rebuild, auto_search
 from train.planning.search.auto_rebuild import rival
-from train.planning.search.auto_report import factored_note
+from train.planning.search.auto_report import factored_note, left_out_note
 from train.planning.search.auto_result import Factored
 from train.planning.search.auto_search import search_auto
 from train.planning.search.auto_space import ANY, FULL, REMOVALS, auto_passes
@@ -477,6 +478,34 @@ def test_it_goes_on_where_it_was_killed(
             assert (search["forward_passes"], search["estimates"]) == (0, 0)
         else:
             assert search["forward_passes"] > 0
+
+
+def test_structures_that_are_left_out_would_not_win(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same plan, from fewer passes, as where every structure is measured, and searched in."""
+    model = base_model(home)
+    with torch.no_grad():
+        model.model.norm.weight *= 8  # sure of its words, so that every change tells
+    blocks = own_words(model, 8)
+    budget = {"bytes": share_of(home, 5 * UNIT)}
+    of = recipe(home, tmp_path, plan={"strategy": "auto", "budget": budget})
+    problem = PlanProblem(of.plan, model.config)
+    text = calibration_batches(blocks, 8, of.evaluate.batch_size, model.device)
+    fewer = search_auto(problem, model, text, tmp_path / "fewer")
+    monkeypatch.setattr(auto_search._Search, "_most_rise", lambda *_: math.inf)
+    every = search_auto(problem, model, text, tmp_path / "every")
+    assert fewer.chosen == every.chosen
+    assert fewer.base.loss + 0.01 < fewer.chosen.expected < every.candidates[-1].expected
+    assert fewer.passes < 0.8 * every.passes
+    assert every.left_out == ()
+    assert len(every.structures) == len(fewer.structures) + len(fewer.left_out)
+    measured = {point.plan: point for point in every.structures}
+    assert all(measured[point.plan] == point for point in fewer.structures)
+    note = left_out_note(fewer)
+    assert note is not None
+    assert ", ".join(fewer.left_out) in note
+    assert left_out_note(every) is None
 
 
 def test_a_structure_of_the_recipe_stays(home: Path, tmp_path: Path) -> None:

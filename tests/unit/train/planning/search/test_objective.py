@@ -14,7 +14,14 @@ from tests.support.reference import dense
 from train.planning.basis import saving_plan
 from train.planning.problem import PlanProblem
 from train.planning.search.auto_space import ANY, FULL, REMOVALS, check_auto, unit_spaces
-from train.planning.search.objective import Payment, cost, objective_sentence, saved_share
+from train.planning.search.objective import (
+    Payment,
+    cost,
+    most_rise,
+    objective_sentence,
+    rise_for,
+    saved_share,
+)
 from train.recipe.sections.plan import PlanSection
 
 CONFIG = dense("gqa").config
@@ -54,6 +61,12 @@ def test_ties_and_shared_bases_save_neither_cache_nor_time(objective: str) -> No
     span = SharingPlan(spans=(AttentionSpan(2, (3,), "kv"),))
     for plan in (REMOVED, span, SharingPlan(kv_heads=1)):
         assert saved_share(problem(objective), plan) > 0
+
+
+@pytest.mark.parametrize("rise", [-0.3, 0.0, 0.2])
+def test_the_rise_that_comes_to_a_cost(rise: float) -> None:
+    for saved in (0.02, 0.5, 1.0):
+        assert most_rise(rise_for(rise, saved), saved) == pytest.approx(rise, abs=1e-15)
 
 
 def test_plans_are_compared_by_the_rise_for_what_is_saved() -> None:
