@@ -146,18 +146,28 @@ def isotropy_score(isotropy: torch.Tensor) -> Score:
     return lambda leader, followers: sum(values[leader][follower] for follower in followers)
 
 
+LossOf = Callable[[int, tuple[int, ...]], float]
+"""Called with (leader, followers): the loss of the model with that one span, on some text."""
+
+LEAST_RISE = 0.5
+"""A span is expected to cost no less than this share of its rise on a part of the text."""
+
+
 class MeasuredSpans:
     """The best spans by the loss, of which only those are measured that may be among the best.
 
-    Every span of one follower is. A longer one is expected to cost no less than its first followers
-    alone, and no less than its last one with the layer below it as its leader; where the best spans
-    by what is expected hold one that has not been measured, it is, from its first followers on.
+    A longer span is expected to cost no less than its first followers alone, and no less than its
+    last one with the layer below it as its leader; none less than :data:`LEAST_RISE` of what it
+    costs on a part of the text, where one is given. Where the best spans by what is expected hold
+    one that has not been measured, it is.
 
     Args:
-        loss_of: called with (leader, followers): the loss of the model with that one span.
-        base_loss: the loss of the model without spans, on the same text.
+        loss_of, base_loss: the loss with one span, and of the model without spans, on the same
+            text.
         layers, max_followers, skip_layers: see :func:`candidate_spans`.
         progress: called with (measured, candidates) after every measurement.
+        part: the same of a part of the text, which takes less time. Every span of one follower is
+            measured on it, or without it on the whole text.
 
     Attributes:
         scores: of what has been measured: minus the rise of the loss.
@@ -165,18 +175,21 @@ class MeasuredSpans:
 
     def __init__(
         self,
-        loss_of: Callable[[int, tuple[int, ...]], float],
+        loss_of: LossOf,
         base_loss: float,
         layers: int,
         max_followers: int,
         skip_layers: Sequence[int] = (),
         progress: Progress | None = None,
+        part: tuple[LossOf, float] | None = None,
     ) -> None:
-        self._loss_of, self._base_loss, self._progress = loss_of, base_loss, progress
+        self._whole, self._progress = (loss_of, base_loss), progress
         self._limits = (max_followers, skip_layers)
         self._layers = layers
         self._candidates = candidate_spans(layers, *self._limits)
         self.scores: dict[SpanChoice, float] = {}
+        self._part = part
+        self._on_part: dict[SpanChoice, float] = {}
 
     def best(self, followers: int) -> list[SpanChoice]:
         """The spans with so many followers and the smallest sum of rises, by leader.
@@ -195,45 +208,62 @@ class MeasuredSpans:
             PostshareError: see :meth:`best`.
         """
         _check_budget(followers, self._layers, *self._limits)
-        missing = [span for span in self._candidates if len(span.followers) == 1]
-        while True:
-            for span in missing:
+        for span in self._candidates:
+            if len(span.followers) == 1 and not self._known(span):
                 self._measure(span)
+        while True:
             expected = {span: self._expected(span) for span in self._candidates}
             found = best_spans(expected, self._layers, followers, *self._limits)
             if -sum(expected[span] for span in found) >= limit:
                 return None
-            missing = [self._first_missing(span) for span in found if span not in self.scores]
+            missing = [self._first_unknown(span) for span in found if span not in self.scores]
             if not missing:
                 return found
+            for span in missing:
+                self._measure(span)
+
+    def _known(self, span: SpanChoice) -> bool:
+        """Whether anything has been measured of it."""
+        return span in self.scores or span in self._on_part
 
     def _measure(self, span: SpanChoice) -> None:
-        if span in self.scores:
-            return
-        loss = self._loss_of(*span)
-        if not isfinite(loss - self._base_loss):
+        """On the part of the text, if there is one, then on the whole."""
+        on_part = self._part is not None and span not in self._on_part
+        loss_of, base = self._part if self._part is not None and on_part else self._whole
+        loss = loss_of(*span)
+        if not isfinite(loss - base):
             raise PostshareError(
-                f"the calibration loss is {loss} with {span} and {self._base_loss} without; load "
-                "the model in float32, or choose spans by isotropy"
+                f"the calibration loss is {loss} with {span} and {base} without; load the model "
+                "in float32, or choose spans by isotropy"
             )
-        self.scores[span] = self._base_loss - loss
+        if on_part:
+            self._on_part[span] = base - loss
+            return
+        self.scores[span] = base - loss
         if self._progress is not None:
             self._progress(len(self.scores), len(self._candidates))
 
     def _expected(self, span: SpanChoice) -> float:
+        """The score, or one that it is expected not to exceed."""
         if span in self.scores:
             return self.scores[span]
-        last = span.followers[-1]
-        shorter = SpanChoice(span.leader, span.followers[:-1])
-        return min(self._expected(shorter), self.scores[SpanChoice(last - 1, (last,))])
+        bounds: list[float] = []
+        if span in self._on_part:
+            score = self._on_part[span]
+            bounds.append(score * LEAST_RISE if score < 0 else score / LEAST_RISE)
+        if len(span.followers) > 1:
+            last = span.followers[-1]
+            bounds.append(self._expected(SpanChoice(span.leader, span.followers[:-1])))
+            bounds.append(self._expected(SpanChoice(last - 1, (last,))))
+        return min(bounds)
 
-    def _first_missing(self, span: SpanChoice) -> SpanChoice:
-        """The shortest beginning of a span that has not been measured."""
+    def _first_unknown(self, span: SpanChoice) -> SpanChoice:
+        """The shortest beginning of a span of which nothing has been measured, or all of it."""
         parts = (
             SpanChoice(span.leader, span.followers[:count])
             for count in range(1, len(span.followers) + 1)
         )
-        return next(part for part in parts if part not in self.scores)
+        return next((part for part in parts if not self._known(part)), span)
 
 
 class _Partial(NamedTuple):

@@ -22,7 +22,7 @@ from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sa_models.calibration.partial_forward import Batch
+from sa_models.calibration.partial_forward import Batch, rows_of
 from sa_models.errors import PostshareError
 from sa_models.plan import SharingPlan
 from sa_models.scores.slope import Change, slopes
@@ -31,14 +31,14 @@ from sa_models.search.actions import Action, Space, State, as_plan
 from sa_models.search.algorithms import SearchResult, greedy
 from sa_models.search.measured_loss import MeasuredLoss, state_key
 from sa_models.search.ranking import Agreement, EstimatedRanking, Estimator
-from sa_models.search.spans import MeasuredSpans, SpanChoice
+from sa_models.search.spans import LossOf, MeasuredSpans, SpanChoice
 from sa_models.weights.structure import convert
 from train.common.progress import bar
 from train.common.run_files import SEARCH_CACHE
 from train.planning.problem import PlanProblem
 from train.planning.search import auto_space
 from train.planning.search.auto_result import AutoResult, Candidate, Point
-from train.planning.search.auto_space import FULL, REMOVALS, STRUCTURES_SEARCHED
+from train.planning.search.auto_space import FULL, PART, REMOVALS, STRUCTURES_SEARCHED
 from train.planning.search.objective import cost, most_rise, saved_share
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def search_auto(
         tuple(sorted(candidates, key=order)),
         tuple(tried),
         sum(len(batch["input_ids"]) for batch in batches),
-        sum(place.measured.passes for place in search.places),
+        search.passes,
         search.estimates + sum(place.estimator.made for place in search.places),
         auto_space.auto_passes(problem),
         time.perf_counter() - started,
@@ -121,6 +121,7 @@ class _Search:
     places: list[_Place] = field(default_factory=list)
     estimates: int = 0
     """For slopes."""
+    part: MeasuredLoss | None = None
     left_out: list[str] = field(default_factory=list)
     """Structures that were not measured, as their parts cost too much."""
 
@@ -191,7 +192,7 @@ class _Search:
         losses: list[float] = []
         with bar(f"measuring {len(found)} structures") as advance:
             for done, plan in enumerate(found, start=1):
-                losses.append(self._loss(plan))
+                losses.append(self._loss(plan, self.measured))
                 advance(done, len(found))
         places = [_Tried(plan, self._converted(plan)) for plan in found]
         known = self.slopes([(place, frozenset()) for place in places])
@@ -207,21 +208,21 @@ class _Search:
         measured for another number is in the cache."""
         layers, skipped = self.problem.config.num_hidden_layers, self.problem.section.skipped
         limit = inf
-        if followers > 1:  # every span of one is measured
+        if followers > 1:  # the best of one is measured in any case: it says what spans cost here
             some = plan_structures.any_spans(layers, skipped, share, followers)
             limit = self._most_rise(plan_structures.span_plan(some, share), candidates, candidates)
+
+        def losses(on: MeasuredLoss) -> tuple[LossOf, float]:
+            def loss_of(leader: int, which: tuple[int, ...]) -> float:
+                choice = SpanChoice(leader, which)
+                return self._loss(plan_structures.span_plan([choice], share), on)
+
+            return loss_of, on(frozenset())
+
         with bar(f"measuring spans ({share}, {followers} followers)") as advance:
-            spans = MeasuredSpans(
-                lambda leader, which: self._loss(
-                    plan_structures.span_plan([SpanChoice(leader, which)], share)
-                ),
-                self.measured(frozenset()),
-                layers,
-                plan_structures.MAX_FOLLOWERS,
-                skipped,
-                advance,
-            )
-            found = spans.best_below(followers, limit)
+            limits = layers, plan_structures.MAX_FOLLOWERS, skipped
+            whole, part = losses(self.measured), losses(self._on_part())
+            found = MeasuredSpans(*whole, *limits, advance, part).best_below(followers, limit)
         if found is None:
             self.left_out.append(f"spans with {followers} followers ({share})")
         return found
@@ -253,12 +254,25 @@ class _Search:
             share = 1.0 if enough is None else min(1.0, share + saved_share(problem, enough))
         return most_rise(best, share) - rest
 
-    def _loss(self, plan: SharingPlan) -> float:
+    def _on_part(self) -> MeasuredLoss:
+        """The model on a part of the text, which says what need not be measured on all of it."""
+        if self.part is None:
+            rows = rows_of(self.measured.batches)[::PART]
+            self.part = MeasuredLoss(self._original(), rows, self.measured.cache.path)
+        return self.part
+
+    @property
+    def passes(self) -> float:
+        """Forward passes over the calibration text, in whole models."""
+        on_part = self.part.passes / PART if self.part is not None else 0.0
+        return on_part + sum(place.measured.passes for place in self.places)
+
+    def _loss(self, plan: SharingPlan, on: MeasuredLoss) -> float:
         def measure() -> float:
             lowest = plan_structures.lowest_changed(plan)
-            return self.measured.loss_of(self._converted(plan), lowest)
+            return on.loss_of(self._converted(plan), lowest)
 
-        return float(self.measured.cache.get(_key(plan), measure))
+        return float(on.cache.get(_key(plan), measure))
 
     def _converted(self, plan: SharingPlan) -> LlamaForCausalLM:
         self._original()

@@ -5,6 +5,7 @@ The budget is one for all: what a structure saves is not asked of the units.
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 from sa_models.plan import SharingPlan
@@ -21,6 +22,8 @@ STRUCTURES_SEARCHED = 2
 """Structures in which units are searched too: those that promise most."""
 FULL, REMOVALS, ANY = "ties and removals", "removals alone", "ties of q, k, v and removals"
 LAYERS, WITH_LAYERS = "whole layers alone", "removals and whole layers"
+PART = 4
+"""Spans are measured on every so many-th block of the calibration text first."""
 REBUILT = 3
 """Candidates that are compared after reconstruction: the best ones as they are."""
 
@@ -168,7 +171,8 @@ def auto_passes(problem: PlanProblem, options: GreedyOptions | None = None) -> P
     forward, backward = 0, 1
     if has_structures(problem):
         spans = structures.candidates(config.num_hidden_layers, section.skipped)
-        forward = 2 * len(spans) if may_have_spans(problem) else 0
+        each = 2 * len(spans) if may_have_spans(problem) else 0
+        forward = each + math.ceil(each / PART)
         tried = possible_structures(problem)
         forward += len(tried) + 1
         left = [full_space(inside) for inside in tried]

@@ -192,6 +192,41 @@ def test_spans_that_cannot_be_among_the_best_are_not_measured(seed: int) -> None
         assert spans.scores == before
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_a_part_of_the_text_spares_measurements(seed: int) -> None:
+    """It says what a span costs within a factor of two: the best of all, from fewer."""
+    draw = random.Random(seed)
+    layers, most, skip = 20, 3, (4,)
+    alone = [draw.random() for _ in range(layers)]
+
+    def rise(leader: int, followers: tuple[int, ...]) -> float:
+        return sum(alone[f] * (1 + 0.3 * (f - leader - 1)) for f in followers)
+
+    factors = {span: draw.uniform(0.5, 1.99) for span in candidate_spans(layers, most, skip)}
+    asked: list[SpanChoice] = []
+
+    def on_part(leader: int, followers: tuple[int, ...]) -> float:
+        span = SpanChoice(leader, followers)
+        asked.append(span)
+        return 1.5 + rise(*span) * factors[span]
+
+    everything = {span: -rise(*span) for span in factors}
+    for followers in (1, 2, 5):
+        asked.clear()
+        limits = layers, most, skip
+        spans = MeasuredSpans(lambda *at: rise(*at) + 2.0, 2.0, *limits, part=(on_part, 1.5))
+        without = MeasuredSpans(lambda *at: rise(*at) + 2.0, 2.0, *limits)
+        best = best_spans(everything, layers, followers, most, skip)
+        assert spans.best(followers) == without.best(followers) == best
+        assert len(asked) == len(set(asked))
+        assert set(spans.scores) <= set(asked)
+        assert {s for s in factors if len(s.followers) == 1} <= set(asked)
+        if followers == 1:
+            assert len(spans.scores) < 0.5 * len(without.scores)
+        for span, score in spans.scores.items():
+            assert score == pytest.approx(everything[span], abs=1e-12)
+
+
 @pytest.mark.parametrize("seed", range(10))
 def test_spans_that_cost_too_much_are_given_up(seed: int) -> None:
     """Where the true sum of rises reaches the limit, and never below it; from fewer measurements
