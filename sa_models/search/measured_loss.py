@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -19,7 +20,10 @@ import torch
 from sa_models.calibration.partial_forward import Batch, PartialRun, Restart
 from sa_models.errors import PostshareError
 from sa_models.heads import HeadLayout, unit_view
+from sa_models.plan import SharingPlan
 from sa_models.search.actions import WHOLE, Action, State, ordered
+from sa_models.search.structures import lowest_changed
+from sa_models.weights.structure import Leaders, convert
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -138,13 +142,24 @@ class MeasuredLoss:
         if self._last is not None and self._last[0] == state:
             self._held = self._last
 
-    def loss_of(self, other: LlamaForCausalLM, layer: int) -> float:
-        """The loss of a model that shares the weights, unchanged, below ``layer``; not cached."""
-        self.rebase(frozenset())
-        self._measure(frozenset())
-        self.restore()
-        assert self._restart is not None
-        return self._restart.loss_of(other, layer)
+    def of_structure(self, plan: SharingPlan, leaders: Leaders = "mean") -> float:
+        """The loss with the spans and KV heads of a plan, as they are converted.
+
+        The model's weights are restored. A loss that is not finite is not cached.
+        """
+        value = {"plan": plan.to_dict(), "leaders": leaders}
+        key = "structure " + json.dumps(value, separators=(",", ":"))
+        if key not in self.cache:
+            self.rebase(frozenset())
+            self._measure(frozenset())
+            self.restore()
+            assert self._restart is not None
+            other = convert(self.model, plan, leaders).eval()
+            loss = self._restart.loss_of(other, lowest_changed(plan))
+            if not math.isfinite(loss):
+                return loss
+            self.cache.put(key, loss)
+        return float(self.cache[key])
 
     def at(self, state: State) -> LlamaForCausalLM:
         """The model itself, with a state in its weights."""

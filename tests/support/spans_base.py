@@ -97,6 +97,12 @@ def ids(made: Recipe, count: int, validation: bool = False) -> torch.Tensor:
     return torch.stack([blocks[i]["input_ids"] for i in range(count)])
 
 
+def calibration_ids(made: Recipe, count: int) -> torch.Tensor:
+    """Blocks at equal distances of a recipe's training text, (count, LENGTH)."""
+    blocks = Run(made, start(made)).blocks[0]
+    return torch.stack([blocks[i * len(blocks) // count]["input_ids"] for i in range(count)])
+
+
 @torch.no_grad()
 def reference_loss(
     base: LlamaForCausalLM, plan: SharingPlan, tokens: torch.Tensor, leaders: str = "mean"

@@ -28,9 +28,10 @@ def spread_indices(total: int, count: int) -> list[int]:
 def calibration_inputs(
     blocks: Blocks, count: int, device: torch.device
 ) -> list[dict[str, torch.Tensor]]:
-    """The first tokens of the first blocks, each a batch of one, as a model takes them."""
-    first = range(min(count, len(blocks)))
+    """The first tokens of the blocks of :func:`spread_indices`, each a batch of one, as a model
+    takes them."""
+    spread = spread_indices(len(blocks), count)
     return [
         {name: t[:, :MAP_LENGTH].to(device) for name, t in batch.items() if name != "labels"}
-        for batch in read_batches(blocks, first, 1)
+        for batch in read_batches(blocks, spread, 1)
     ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,6 @@ from rich import box
 from rich.table import Table
 
 from sa_models.atomic_files import write_json
-from sa_models.calibration.partial_forward import Restart
 from sa_models.plan import SharingPlan
 from sa_models.scores.attention_maps import (
     Isotropy,
@@ -22,14 +20,13 @@ from sa_models.scores.attention_maps import (
     measure_isotropy,
 )
 from sa_models.search import spans as span_search
+from sa_models.search.measured_loss import MeasuredLoss
 from sa_models.search.spans import SpanChoice
 from sa_models.spans import AttentionSpan, ranges
-from sa_models.weights.structure import convert
 from train.common.progress import bar
 from train.common.run_files import ISOTROPY_PICTURE, SPANS_FILE
 from train.data.blocks import Blocks
-from train.data.calibration import calibration_inputs
-from train.data.reader import read_batches
+from train.data.calibration import calibration_batches, calibration_inputs
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -95,20 +92,23 @@ def as_spans(choices: list[SpanChoice], share: str) -> tuple[AttentionSpan, ...]
 
 
 class SpanFinder:
-    """Measures spans on calibration text: the first training blocks.
+    """Measures spans on calibration text: training blocks, evenly spread.
 
     Args:
         model: the base with the plan's KV heads, fp32; on the device that is to measure.
+        cache: file of what has been measured, which a second start reads.
     """
 
-    def __init__(self, recipe: Recipe, model: LlamaForCausalLM, blocks: Blocks) -> None:
+    def __init__(
+        self, recipe: Recipe, model: LlamaForCausalLM, blocks: Blocks, cache: Path
+    ) -> None:
         assert recipe.spans is not None
         self.section = recipe.spans
-        self.model = model
+        self.model = model.eval()
         self.blocks = blocks
         self.count = min(len(blocks), self.section.calibration_blocks)
-        self.batch_size = recipe.evaluate.batch_size
-        self._losses: dict[tuple[AttentionSpan, ...], float] = {}
+        text = calibration_batches(blocks, self.count, recipe.evaluate.batch_size, model.device)
+        self._measured = MeasuredLoss(self.model, text, cache)
 
     def find(self, listed: tuple[AttentionSpan, ...]) -> SpanMeasurements:
         """Measure, choose, and compare with the other ways to choose.
@@ -151,18 +151,8 @@ class SpanFinder:
     def loss(self, spans: tuple[AttentionSpan, ...]) -> float:
         """Calibration loss (nats per token) with these spans, untrained."""
         if not spans:
-            return self._restart.loss
-        if spans not in self._losses:
-            shared = convert(self.model, SharingPlan(spans=spans), self.section.leaders).eval()
-            lowest = min(span.leader for span in spans)
-            self._losses[spans] = self._restart.loss_of(shared, lowest)
-        return self._losses[spans]
-
-    @cached_property
-    def _restart(self) -> Restart:
-        """The base on the text: a model with spans differs from its lowest leader on."""
-        batches = read_batches(self.blocks, range(self.count), self.batch_size, self.model.device)
-        return Restart(self.model.eval(), batches)
+            return self._measured(frozenset())
+        return self._measured.of_structure(SharingPlan(spans=spans), self.section.leaders)
 
     def _by_loss(self, base_loss: float) -> tuple[list[SpanChoice], dict[SpanChoice, float]]:
         """The spans that cost least, and the scores of those that were measured."""

@@ -127,7 +127,9 @@ def find_structure(current: Run, base: Path, blocks: Blocks | None) -> SharingPl
     if blocks is None:
         return structure
     model = measured_model(current, base, SharingPlan(kv_heads=structure.kv_heads))
-    found = SpanFinder(current.recipe, model, blocks).find(structure.spans)
+    found = SpanFinder(current.recipe, model, blocks, current.folder / SEARCH_CACHE).find(
+        structure.spans
+    )
     save_spans(found, current.folder)
     add_to_page(current.folder, spans_table(found))
     current.say(cost_line(found.choices[0].loss, found.base_loss, "spans: "))

@@ -30,6 +30,10 @@ from train.planning.search.auto_result import AutoResult, Factored
 from train.planning.search.auto_space import REBUILT
 from train.planning.search.objective import cost, rise_for, saved_share
 
+HOPELESS = 3
+"""A plan that costs more than so many times the best is not reconstructed: that has taken two
+thirds of a rise at most."""
+
 if TYPE_CHECKING:
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -91,7 +95,7 @@ def compare_rebuilt(
         found = cache.get(key, partial(measure, plan))
         return BlockLosses(tuple(found["nats"]), tuple(found["tokens"]))
 
-    plans = list(dict.fromkeys(c.plan for c in searched.candidates))[:REBUILT]
+    plans = _promising(searched, problem)
     tried = {plan: losses_of(plan) for plan in plans}
     base_loss = losses_of(searched.base.plan).perplexity.loss
     shares = [saved_share(problem, plan) for plan in tried]
@@ -118,6 +122,17 @@ def compare_rebuilt(
         factored=factored,
         seconds=searched.seconds + time.perf_counter() - started,
     )
+
+
+def _promising(searched: AutoResult, problem: PlanProblem) -> list[SharingPlan]:
+    """The best few plans as they are, without those that reconstruction will not save."""
+    base = searched.base.expected
+    costs: dict[SharingPlan, float] = {}
+    for candidate in searched.candidates:
+        costs.setdefault(candidate.plan, cost(problem, candidate.plan, candidate.expected - base))
+    best = min(costs.values())
+    near = [plan for plan in costs if best <= 0 or costs[plan] <= HOPELESS * best]
+    return near[:REBUILT]
 
 
 def _chosen(tried: Sequence[BlockLosses], shares: Sequence[float], base_loss: float) -> int:

@@ -13,7 +13,6 @@ All losses are measured on one text, and of all of them the slope of the whole c
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -268,11 +267,8 @@ class _Search:
         return on_part + sum(place.measured.passes for place in self.places)
 
     def _loss(self, plan: SharingPlan, on: MeasuredLoss) -> float:
-        def measure() -> float:
-            lowest = plan_structures.lowest_changed(plan)
-            return on.loss_of(self._converted(plan), lowest)
-
-        return float(on.cache.get(_key(plan), measure))
+        self._original()
+        return on.of_structure(plan)
 
     def _converted(self, plan: SharingPlan) -> LlamaForCausalLM:
         self._original()
@@ -371,7 +367,3 @@ def _name(structure: SharingPlan) -> str:
     if structure.kv_heads is not None:
         parts.append(f"{structure.kv_heads} KV heads")
     return ", ".join(parts) or "no structure"
-
-
-def _key(structure: SharingPlan) -> str:
-    return "structure " + json.dumps(structure.to_dict(), separators=(",", ":"))

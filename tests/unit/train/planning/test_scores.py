@@ -26,7 +26,7 @@ from sa_models.weights.safetensors_folder import WeightsFolder
 from tests.support.spans_base import (
     LAYERS,
     base_model,
-    ids,
+    calibration_ids,
     read,
     recipe,
 )
@@ -64,10 +64,10 @@ def test_aligned_weights_with_the_norm_folded(home: Path, tmp_path: Path, capsys
     assert line in capsys.readouterr().out
 
 
-def test_outputs_on_the_first_training_blocks(home: Path, tmp_path: Path) -> None:
+def test_outputs_on_training_blocks(home: Path, tmp_path: Path) -> None:
     plan, said = planned(home, tmp_path, score="output", calibration_blocks=3)
     made = recipe(home, tmp_path, plan={"budget": {"ratio": 0.3}})
-    outputs = HeadOutputs.measure(base_model(home), [{"input_ids": ids(made, 3)}])
+    outputs = HeadOutputs.measure(base_model(home), [{"input_ids": calibration_ids(made, 3)}])
     layout = outputs.layout
     expected = make_plan(
         best_matches(output_scores(outputs), layout), layout, units_of_ratio(0.3, layout), "qkv"

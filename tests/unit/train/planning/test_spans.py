@@ -12,7 +12,9 @@ import pytest
 import torch
 from rich.console import Console
 from torch.nn.functional import cosine_similarity
+from transformers import LlamaForCausalLM
 
+from sa_models.calibration.partial_forward import Restart
 from sa_models.errors import PostshareError
 from sa_models.plan import SharingPlan
 from sa_models.spans import ABSENT, AttentionSpan
@@ -23,11 +25,13 @@ from tests.support.spans_base import (
     HIDDEN,
     LAYERS,
     base_model,
+    calibration_ids,
     ids,
     read,
     recipe,
     reference_loss,
 )
+from train.common.run_files import SEARCH_CACHE
 from train.distributed.engines.start import start
 from train.planning.spans import SpanFinder, spans_table
 from train.stages.pipeline import plan, run
@@ -97,7 +101,7 @@ def test_loss_finds_the_best_of_all_combinations(
     section |= {"share": share, "leaders": leaders, "calibration_blocks": BLOCKS}
     made = recipe(home, tmp_path / "run", spans=section, heads={"kv_heads": kv_heads})
     plan(made)
-    tokens, base = ids(made, BLOCKS), base_model(home)
+    tokens, base = calibration_ids(made, BLOCKS), base_model(home)
 
     def loss(*spans: tuple[int, tuple[int, ...]]) -> float:
         shared = tuple(AttentionSpan(leader, f, share) for leader, f in spans)
@@ -134,7 +138,7 @@ def test_isotropy_finds_the_most_similar_maps(home: Path, tmp_path: Path, sink: 
     section |= {"calibration_blocks": BLOCKS}
     made = recipe(home, tmp_path / "run", spans=section)
     plan(made)
-    tokens, measured = ids(made, BLOCKS), read(made.folder, "spans.json")
+    tokens, measured = calibration_ids(made, BLOCKS), read(made.folder, "spans.json")
     for counted, name in ((True, "maps"), (False, "without_sink")):
         cosines = of_layers(isotropy_by_row(home, tokens, counted))
         difference = torch.tensor(measured["isotropy"][name], dtype=torch.float64) - cosines
@@ -182,7 +186,7 @@ def test_heads_are_matched_by_their_maps(home: Path, tmp_path: Path, sink: bool)
     section = {"spans": spans, "match_heads": True, "calibration_blocks": BLOCKS, "sink": sink}
     made = recipe(home, tmp_path / "run", spans=section)
     plan(made)
-    tokens, found = ids(made, BLOCKS), found_spans(made.folder)
+    tokens, found = calibration_ids(made, BLOCKS), found_spans(made.folder)
     cosines = isotropy_by_row(home, tokens, sink)
     assert [(s.leader, s.followers) for s in found] == [(1, (2, 4)), (0, (3,))]
     for span in found:
@@ -223,7 +227,8 @@ def test_the_measurements_are_kept_and_not_made_again(
     assert starts.is_file()
     before = {f: f.read_bytes() for f in made.folder.iterdir() if f != starts}
     names = {"recipe.yaml", "plan.json", "spans.json", "plan-isotropy.png", "plan-isotropy.svg"}
-    assert {f.name for f in before} == {*names, ".lock", "inputs.json", "plan-search.md"}
+    names |= {"plan-search.md", "plan-search-cache.jsonl"}
+    assert {f.name for f in before} == {*names, ".lock", "inputs.json"}
     assert (made.folder / "plan-isotropy.png").read_bytes().startswith(b"\x89PNG")
     assert read(made.folder, "spans.json")["calibration_blocks"] == 1
     monkeypatch.setattr(SpanFinder, "find", lambda *_: pytest.fail("measured again"))
@@ -233,6 +238,33 @@ def test_the_measurements_are_kept_and_not_made_again(
     assert read(made.folder, "summary.json")["structure"]["spans"] == [
         span.to_dict() for span in found_spans(made.folder)
     ]
+
+
+def test_a_second_start_measures_what_is_missing(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in the middle of its measurements: the same spans, each measured once."""
+    section = {"strategy": "loss", "layers": 2, "max_followers": 2, "calibration_blocks": 2}
+    whole = recipe(home, tmp_path / "whole", spans=section)
+    plan(whole)
+    lines = (whole.folder / SEARCH_CACHE).read_text().splitlines(keepends=True)
+    half = len(lines) // 2
+    of = recipe(home, tmp_path / "half", spans=section)
+    of.folder.mkdir()
+    (of.folder / SEARCH_CACHE).write_text("".join(lines[:half]) + lines[half][:9])
+    measured: list[int] = []
+    loss_of = Restart.loss_of
+
+    def counted(restart: Restart, other: LlamaForCausalLM, layer: int) -> float:
+        measured.append(layer)
+        return loss_of(restart, other, layer)
+
+    monkeypatch.setattr(Restart, "loss_of", counted)
+    plan(of)
+    assert found_spans(of.folder) == found_spans(whole.folder)
+    assert read(of.folder, "spans.json") == read(whole.folder, "spans.json")
+    assert len(measured) == len(lines) - half > 2
+    assert (of.folder / SEARCH_CACHE).read_text().splitlines(keepends=True) == lines
 
 
 def test_another_recipe_measures_again_until_something_was_trained(
@@ -245,7 +277,8 @@ def test_another_recipe_measures_again_until_something_was_trained(
     listed = [{"leader": 0, "followers": [1]}]
     plan(recipe(home, tmp_path / "run", spans=listed))
     left = sorted(f.name for f in (tmp_path / "run").iterdir())
-    assert left == [".lock", "inputs.json", "plan.json", "provenance.json", "recipe.yaml"]
+    kept = ["plan-search-cache.jsonl", "plan.json", "provenance.json", "recipe.yaml"]
+    assert left == [".lock", "inputs.json", *kept]
 
 
 @pytest.mark.parametrize("asked", [2, 1000])

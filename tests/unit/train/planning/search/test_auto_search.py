@@ -28,7 +28,7 @@ from tests.support.spans_base import (
     LAYERS,
     LENGTH,
     base_model,
-    ids,
+    calibration_ids,
     read,
     recipe,
     reference_loss,
@@ -77,11 +77,6 @@ def made(home: Path, folder: Path, parameters: int, **more: Any) -> Recipe:
     section |= more.pop("plan", {})
     section |= {"objective": "bytes"} if section["strategy"] == "auto" else {}
     return recipe(home, folder, plan=section, **more)
-
-
-def calibration(of: Recipe, home: Path) -> torch.Tensor:
-    count = len(Run(of, start(of)).blocks[0])
-    return ids(of, count)[[0, count // 3, 2 * count // 3]]
 
 
 def slope(base: LlamaForCausalLM, found: SharingPlan, tokens: torch.Tensor) -> float:
@@ -144,7 +139,7 @@ def test_what_is_chosen_costs_no_more_than_any_control(
     plan(of)
     found = SharingPlan.load(of.folder / "plan.json")
     search = read(of.folder, "plan-search.json")
-    tokens, base = calibration(of, home), base_model(home)
+    tokens, base = calibration_ids(of, BLOCKS), base_model(home)
     expected: dict[str, float] = {}
     for candidate in search["candidates"]:
         one = SharingPlan.from_dict(candidate["plan"])
@@ -244,8 +239,7 @@ def test_plans_are_compared_after_reconstruction(
     assert set(losses[3:]) == {None}
     best = sorted(candidates, key=lambda candidate: candidate["expected_loss"])[:3]
     assert {c["name"] for c in best} == {c["name"] for c in candidates[:3]}
-    count = len(Run(of, start(of)).blocks[0])
-    tokens = ids(of, count)[[index * count // 4 for index in range(4)]]
+    tokens = calibration_ids(of, 4)
     compared = 0
     for number, candidate in enumerate(candidates[:3]):
         found = SharingPlan.from_dict(candidate["plan"])
@@ -285,7 +279,7 @@ def test_the_recipe_s_own_structure_is_reconstructed_as_the_plans_are(
     structure = SharingPlan(spans=SharingPlan.load(of.folder / "plan.json").spans)
     blocks = Run(of, start(of)).blocks[0]
     model = on_text(of, structure, base_model(home), blocks, torch.device("cpu")).eval()
-    tokens = ids(of, len(blocks))[[index * len(blocks) // 4 for index in range(4)]]
+    tokens = calibration_ids(of, 4)
     with torch.no_grad():
         logits = model(tokens).logits[:, :-1].log_softmax(-1)
     loss = -float(logits.gather(-1, tokens[:, 1:, None]).mean())
@@ -324,8 +318,7 @@ def test_basis_sharing_at_as_many_bytes_is_measured_beside_them(
     alone = basis_recipe(home, tmp_path / "basis", saved, 4)
     run(alone)
     assert SharingPlan.from_dict(factored["plan"]) == SharingPlan.load(alone.folder / "plan.json")
-    count = len(Run(of, start(of)).blocks[0])
-    tokens = ids(of, count)[[index * count // 4 for index in range(4)]]
+    tokens = calibration_ids(of, 4)
     dense = load_dense(alone.folder / "export" / "dense", "sdpa")
     loss = reference_loss(dense, SharingPlan(), tokens)
     assert factored["loss"] == pytest.approx(loss, abs=1e-5)
@@ -518,7 +511,7 @@ def test_a_structure_of_the_recipe_stays(home: Path, tmp_path: Path) -> None:
     assert search["structures"] == []
     base = base_model(home)
     for part, loss in ((SharingPlan(spans=found.spans), "base_loss"), (found, "loss")):
-        measured = reference_loss(base, part, calibration(of, home))
+        measured = reference_loss(base, part, calibration_ids(of, BLOCKS))
         assert search[loss] == pytest.approx(measured, abs=1e-5)
 
 

@@ -25,6 +25,7 @@ from tests.support.spans_base import (
     HEADS,
     LAYERS,
     base_model,
+    calibration_ids,
     ids,
     read,
     recipe,
@@ -38,7 +39,6 @@ from train.planning.find import find_ties
 from train.planning.problem import PlanProblem
 from train.planning.search import loss_search
 from train.planning.search.loss_search import choose_by_importance, unlike
-from train.recipe.recipe import Recipe
 from train.recipe.sections.plan import PlanSection
 from train.stages.pipeline import plan, run
 from train.stages.run import Run
@@ -47,12 +47,6 @@ pytestmark = pytest.mark.usefixtures("unrendered")
 
 BLOCKS = 3
 LOSS = {"strategy": "loss", "budget": {"ratio": 0.2}, "calibration_blocks": BLOCKS}
-
-
-def calibration(made: Recipe) -> torch.Tensor:
-    """The blocks at equal distances, (BLOCKS, length)."""
-    count = len(Run(made, start(made)).blocks[0])
-    return ids(made, count)[[0, count // 3, 2 * count // 3]]
 
 
 @pytest.mark.usefixtures("rendered")
@@ -65,7 +59,7 @@ def test_the_plan_is_the_best_of_what_was_measured(
     plan(made)
     found = SharingPlan.load(made.folder / "plan.json")
     (tie,) = found.ties
-    tokens, base = calibration(made), base_model(home)
+    tokens, base = calibration_ids(made, BLOCKS), base_model(home)
     search = read(made.folder, "plan-search.json")
     dense = reference_loss(base, SharingPlan(), tokens)
     assert search["base_loss"] == pytest.approx(dense, abs=1e-5)
@@ -164,7 +158,7 @@ def test_spans_stay_as_they_are(home: Path, tmp_path: Path) -> None:
     assert 3 not in layers
     search = read(made.folder, "plan-search.json")
     for part, loss in ((SharingPlan(spans=found.spans), "base_loss"), (found, "loss")):
-        measured = reference_loss(base_model(home), part, calibration(made))
+        measured = reference_loss(base_model(home), part, calibration_ids(made, BLOCKS))
         assert search[loss] == pytest.approx(measured, abs=1e-5)
 
 
@@ -265,7 +259,7 @@ def test_magnitude_and_gradient_remove_the_least(
         base_model(home),
         calibration_batches(blocks, BLOCKS, made.evaluate.batch_size, torch.device("cpu")),
     )
-    tokens = calibration(made)
+    tokens = calibration_ids(made, BLOCKS)
     base(tokens, labels=tokens, use_cache=False).loss.backward()
     least = sorted(units, key=lambda u: value(*u, "gradient"))[:4]
     assert found.removed == tuple(sorted(least))
@@ -288,7 +282,7 @@ def test_the_layer_that_costs_least_is_dropped(
     made = recipe(home, tmp_path / "run", plan=DROP | {"budget": {"heads": 2 * HEADS}})
     plan(made)
     found = SharingPlan.load(made.folder / "plan.json")
-    tokens, base = calibration(made), base_model(home)
+    tokens, base = calibration_ids(made, BLOCKS), base_model(home)
     batches = [{"input_ids": row[None]} for row in tokens]
     taken: list[int] = []
     current = dense = reference_loss(base, SharingPlan(), tokens)
