@@ -1,4 +1,4 @@
-"""The rows of docs/methods.md as pictures, docs/methods*.svg: cost against bytes saved.
+"""The rows of docs/methods.md as pictures, docs/methods*.svg: cost against bytes and cache saved.
 
 python tests/benchmarks/method_picture.py
 """
@@ -9,7 +9,8 @@ import statistics
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
-from method_tables import BASES, Base, Line, above, controls_of, stored
+from matplotlib.ticker import NullFormatter
+from method_tables import BASES, Base, Line, above, controls_of, recipe_of, stored
 
 from train.common.figure_style import (
     BLUE,
@@ -35,72 +36,104 @@ SHOWN = {
     "random": ("tied at random, without a teacher", GREEN, "^--"),
     "cosine": ("tied by cosine, without a teacher", PURPLE, "<--"),
     "postshare": ("PostShare as published, without a teacher", VERMILLION, "X--"),
+    "spans-loss-distilled": ("SA, followers by loss, with a teacher", GREEN, ">-"),
+    "spans-kv-distilled": ("CLA, followers by loss, with a teacher", SKY, "*-"),
+    "spans-late": ("SA, late layers, without a teacher", GREEN, "<--"),
+    "pooled": ("one KV head a layer, with a teacher", VERMILLION, "8-"),
+    "continued-int8": ("weights rounded to int8, without a teacher", BLUE, "s--"),
+    "continued-int4": ("weights rounded to int4, without a teacher", BLUE, "X--"),
+    "continued-cache-int8": ("cache rounded to int8, without a teacher", BLUE, "*--"),
 }
 """Rows in the order of the legend: their label, colour and mark. Without a teacher: dashes, and
 hollow marks."""
 
 FAR_ABOVE = 100
-"""Percent above *continued* from which on costs are drawn by their logarithms."""
+"""Percent above *continued* from which on costs and savings are drawn by their logarithms."""
+
+Points = dict[str, list[tuple[float, float]]]
+"""Of every row, by what it saves: percent saved, and percent above *continued*."""
 
 
-def points(name: str, lines: list[Line], controls: dict[int, float]) -> list[tuple[float, float]]:
-    """Of each size, by bytes: percent of the bytes saved, and percent above *continued*."""
+def saved(line: Line, counted: str) -> float:
+    """Percent of the base's bytes or cache that a training saves."""
+    if counted == "bytes":
+        return 100 * (1 - stored(line["bytes"]) / line["bytes"]["base"])
+    return 100 * (1 - line["cache"]["stored"] / line["cache"]["base"])
+
+
+def points(
+    name: str, lines: list[Line], controls: dict[int, float], counted: str
+) -> list[tuple[float, float]]:
+    """Of each size of a row that saves anything."""
     found = []
     for size in {line["size"] for line in lines if line["row"] == name}:
         of_size = [line for line in lines if (line["row"], line["size"]) == (name, size)]
-        base = of_size[0]["bytes"]["base"]
-        saved = 100 * (1 - max(stored(line["bytes"]) for line in of_size) / base)
-        found.append((saved, statistics.fmean(above(of_size, controls))))
-    return sorted(found)
+        least = min(saved(line, counted) for line in of_size)
+        found.append((least, statistics.fmean(above(of_size, controls))))
+    return sorted(point for point in found if point[0] > 0)
 
 
-def shown(base: Base) -> dict[str, list[tuple[float, float]]]:
-    """The points of every row that is shown and has been trained."""
+def shown(base: Base) -> dict[str, Points]:
+    """The points of every row that is shown and has been trained, by bytes, and by cache where the
+    table has it."""
     rows, lines = base.rows(), base.read()
     controls = controls_of(lines, rows)
     trained = {line["row"] for line in lines}
-    return {
-        name: points(name, lines, controls["distill" in rows[name]["recipe"]])
-        for name in SHOWN
-        if name in trained
-    }
+    found: dict[str, Points] = {}
+    for counted in ("bytes", "cache") if all("cache" in line for line in lines) else ("bytes",):
+        of_rows = {
+            name: points(name, lines, controls["distill" in recipe_of(rows, name)], counted)
+            for name in SHOWN
+            if name in trained
+        }
+        found[counted] = {name: of_row for name, of_row in of_rows.items() if of_row}
+    return found
 
 
 def described(base: Base) -> str:
     """What the file says of itself, by which a test finds a picture of other numbers."""
     return "; ".join(
-        f"{name}: " + ", ".join(f"{cost:z.2f} % at {saved:.2f} %" for saved, cost in of_row)
-        for name, of_row in shown(base).items()
+        f"{name}, of the {counted}: "
+        + ", ".join(f"{cost:z.2f} % at {percent:.2f} %" for percent, cost in of_row)
+        for counted, of_rows in shown(base).items()
+        for name, of_row in of_rows.items()
     )
 
 
 @rc_context(FILE_STYLE)
 def draw(base: Base) -> None:
     """Write the picture."""
-    of_rows = shown(base)
-    figure = Figure(figsize=(WIDTH, 6.0), layout="constrained")
-    axes = figure.add_subplot()
-    axes.axhline(0, color=MUTED, linewidth=0.8)
-    for name, of_row in of_rows.items():
-        label, color, style = SHOWN[name]
-        taught = not style.endswith("--")
-        axes.plot(
-            *zip(*of_row, strict=True),
-            style,
-            color=color,
-            markerfacecolor=color if taught else "white",
-            label=label,
-            markersize=6,
-        )
-    axes.set_xlabel("% of the bytes saved")
-    axes.set_ylabel("% of perplexity above its $\\it{continued}$")
-    axes.set_title(f"What sharing costs, {base.name}")
-    costs = [cost for of_row in of_rows.values() for _, cost in of_row]
-    if max(costs, default=0) > FAR_ABOVE:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter("{x:g}")
-    if of_rows:
-        figure.legend(loc="outside lower center")
+    panels = shown(base)
+    figure = Figure(figsize=(WIDTH, 6.0 if len(panels) == 1 else 8.0), layout="constrained")
+    every = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    costs = [cost for of in panels.values() for of_row in of.values() for _, cost in of_row]
+    for axes, (counted, of_rows) in zip(every, panels.items(), strict=True):
+        axes.axhline(0, color=MUTED, linewidth=0.8)
+        for name, of_row in of_rows.items():
+            label, color, style = SHOWN[name]
+            taught = not style.endswith("--")
+            axes.plot(
+                *zip(*of_row, strict=True),
+                style,
+                color=color,
+                markerfacecolor=color if taught else "white",
+                label=label,
+                markersize=6,
+            )
+        axes.set_xlabel(f"% of the {counted} saved")
+        if max(costs, default=0) > FAR_ABOVE:
+            axes.set_xscale("log")
+            axes.set_xticks([2, 5, 10, 20, 50], minor=False)
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.xaxis.set_minor_formatter(NullFormatter())
+            axes.set_yscale("symlog", linthresh=1)
+            axes.yaxis.set_major_formatter("{x:g}")
+    every[0].set_ylabel("% of perplexity above its $\\it{continued}$")
+    figure.suptitle(f"What sharing costs, {base.name}")
+    drawn = {line.get_label(): line for axes in every for line in axes.get_lines()}
+    labels = [label for label, *_ in SHOWN.values() if label in drawn]
+    if labels:
+        figure.legend([drawn[label] for label in labels], labels, loc="outside lower center")
     figure.savefig(base.picture, metadata={"Date": None, "Description": described(base)})
 
 

@@ -255,8 +255,9 @@ def above(lines: list[Line], control: dict[int, float]) -> list[float]:
 
 
 def stored(bytes_: dict[str, int | None]) -> int:
-    """The compact export, or by arithmetic its factors, and the adapter beside it."""
-    return (bytes_["compact"] or bytes_.get("factored") or 0) + (bytes_.get("adapter") or 0)
+    """The export (compact, by arithmetic its factors, or dense), and the adapter beside it."""
+    forms = (bytes_.get(form) for form in ("compact", "factored", "dense"))
+    return next(filter(None, forms)) + (bytes_.get("adapter") or 0)
 
 
 def _spread(values: Iterable[float], show: Callable[[float], str] = "{:.2f}".format) -> str:

@@ -66,7 +66,7 @@ def test_the_picture_of_methods_is_of_their_lines(monkeypatch: pytest.MonkeyPatc
     lines = [line("ours", 0, 51.0), line("ours", 1, 52.5), line("plain", 0, 55.0)]
     lines[1] |= {"bytes": {"base": 1000, "compact": 870, "adapter": None}}
     lines.append({**lines[0], "size": "50", "bytes": {"base": 1000, "compact": 700}})
-    assert made.points("ours", lines, {0: 50.0, 1: 50.0}) == [
+    assert made.points("ours", lines, {0: 50.0, 1: 50.0}, "bytes") == [
         pytest.approx((5, 3.5)),
         pytest.approx((30, 2)),
     ]

@@ -60,20 +60,29 @@ def test_a_round_goes_on_with_the_best_of_the_one_before(
     second = study.next_jobs("10")
     found = {job.arm.name for job in second}
     assert {arm.split()[0] for arm in found} == {"qk", "vo"}  # no control is kept
-    # 6 ways to pull or not, healed or not, with 3 residuals, with or without a teacher; without
-    # those that nothing trains but have a teacher. With a residual units are copied.
-    of_vo = [name for name in found if name.startswith("vo")]
-    assert len(of_vo) == 6 * 2 * 3 * 2 - 3 - 1  # "vo heal" is known
-    assert sum(name.startswith("qk weighted_mean") for name in found) == 6 * 2 * 2 - 1 - 1
-    assert sum(name.startswith("qk ") and "rank" in name for name in found) == 6 * 2 * 2 * 2 - 2
-    untrained = next(job for job in second if job.arm.name == "vo rank4")
-    assert untrained.name == "vo-rank4-10-0-0"
-    add_lines(study, second, {f"vo heal {pull}": 10.0 for pull in ("progressive", "penalty")})
+    # 6 ways to pull or not, healed or not; "heal" alone is known
+    assert sum(name.startswith("vo") for name in found) == 6 * 2 - 1
+    assert sum(name.startswith("qk weighted_mean") for name in found) == 6 * 2 - 1
+    untrained = next(job for job in second if job.arm.name == "vo")
+    assert untrained.name == "vo-10-0-0"
+    pulls = ("vo heal progressive", "vo heal penalty", "qk weighted_mean heal decoupled")
+    add_lines(study, second, dict.fromkeys(pulls, 10.0))
     third = study.next_jobs("10")
-    assert len(third) == 8 + 2
-    assert {job.tokens for job in third} == {16384}
-    assert [job.arm.name for job in third[:2]] == ["vo heal penalty", "vo heal progressive"]
-    add_lines(study, third, {"vo heal progressive": 9.0})
+    # 3 residuals, with or without a teacher, of which neither is known; with a residual units are
+    # copied.
+    assert len(third) == 3 * (3 * 2 - 1)
+    names = {job.arm.name for job in third}
+    assert {"qk heal decoupled rank4", "qk weighted_mean heal decoupled teacher"} <= names
+    assert {job.tokens for job in third} == {4096}
+    add_lines(study, third, {"vo heal penalty rank4": 9.0, "vo heal penalty teacher": 8.0})
+    fourth = study.next_jobs("10")
+    assert len(fourth) == 4 + 2
+    assert {job.tokens for job in fourth} == {16384}
+    assert [job.arm.name for job in fourth[:2]] == [
+        "vo heal penalty teacher",
+        "vo heal penalty rank4",
+    ]
+    add_lines(study, fourth, {"vo heal penalty rank4": 7.0})
     last = study.next_jobs("10")
     assert {job.seed for job in last} == {0, 1, 2}
     add_lines(study, last, {})
@@ -86,7 +95,10 @@ def test_every_training_of_a_round_has_a_valid_recipe(
     study = made.Study(settings, tmp_path / "lines.jsonl", tmp_path)
     jobs = study.next_jobs("10")
     add_lines(study, jobs, {"vo heal": 30.0, "qkvo least_squares heal": 31.0})
-    jobs += study.next_jobs("10")
+    for pulled in ("vo heal decoupled", "none"):
+        more = study.next_jobs("10")
+        add_lines(study, more, {pulled: 29.0})
+        jobs += more
     recipes = {job.arm.name: validate(study.recipe(job)) for job in jobs}
     pulled = recipes["vo heal decoupled rank16 teacher"]
     assert (pulled.train.steps, pulled.materialize.heal_steps) == (4, 4)
@@ -98,7 +110,7 @@ def test_every_training_of_a_round_has_a_valid_recipe(
     healed = recipes["qkvo least_squares heal"]
     assert (healed.materialize.merge, healed.materialize.heal_steps) == ("least_squares", 8)
     assert recipes["removed heal teacher"].distill is not None
-    assert recipes["vo rank4"].steps == 0
+    assert recipes["vo"].steps == 0
     for share, size in (("qkvo", "10"), ("kv", "10"), ("removed", "30")):
         searched = validate(study.search_recipe(share, size))
         assert searched.plan.strategy == "loss"
