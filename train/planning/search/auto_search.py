@@ -219,9 +219,15 @@ class _Search:
             return loss_of, on(frozenset())
 
         with bar(f"measuring spans ({share}, {followers} followers)") as advance:
-            limits = layers, plan_structures.MAX_FOLLOWERS, skipped
-            whole, part = losses(self.measured), losses(self._on_part())
-            found = MeasuredSpans(*whole, *limits, advance, part).best_below(followers, limit)
+            measured = MeasuredSpans(
+                *losses(self.measured),
+                layers,
+                plan_structures.MAX_FOLLOWERS,
+                skipped,
+                advance,
+                losses(self._on_part()),
+            )
+            found = measured.best_below(followers, limit)
         if found is None:
             self.left_out.append(f"spans with {followers} followers ({share})")
         return found
