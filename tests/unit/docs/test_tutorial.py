@@ -101,22 +101,21 @@ def test_the_tutorial(typed: Typed, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_the_readme(typed: Typed, tmp_path: Path) -> None:
-    """Its commands for one machine, and its Python; those for many are in tests/cluster."""
+    """Its commands for one machine; those for many are in tests/cluster."""
     page, printed = REPOSITORY / "README.md", {}
     (recipe,) = blocks(page, "yaml")
     text = recipe.code.replace("meta-llama/Llama-3.2-1B", "demo-base")  # there is no hub here
     (tmp_path / "mine.yaml").write_text(text.replace("2048", "256").replace("bf16", "fp32"))
     rows = [{"text": f"Document {i}. " + "It says one more thing. " * 40} for i in range(200)]
     (tmp_path / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for block in blocks(page, "bash", "python"):
-        bash = block.language == "bash"
-        for line in map(shortened, lines(block)) if bash else [block.code]:
-            if bash and not line.startswith("postshare "):
+    for block in blocks(page, "bash"):
+        for line in map(shortened, lines(block)):
+            if not line.startswith("postshare "):
                 continue
-            done = typed(block.language, line)
+            done = typed("bash", line)
             assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr[-4000:]}"
             printed[line] = done.stdout
-    assert len(printed) == 4
+    assert len(printed) == 3
     assert "go" in printed["postshare doctor mine.yaml"]
     assert "weight bytes" in printed["postshare run mine.yaml --dry-run"]
     assert "</html>" in (tmp_path / "runs" / "demo" / "report.html").read_text()
