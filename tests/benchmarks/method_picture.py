@@ -27,6 +27,7 @@ from train.common.figure_style import (
 SHOWN = {
     "basis": ("Basis Sharing (whole cache), with a teacher", SKY, "P-"),
     "ours": ("auto without bases, reconstructed, with a teacher", BLUE, "o-"),
+    "auto": ("auto, reconstructed, with a teacher", BLUE, "o-"),
     "pruned-loss-distilled": ("removed by loss, with a teacher", ORANGE, "s-"),
     "dropped-distilled": ("whole layers of attention, with a teacher", BLUE, "h-"),
     "pruned-loss": ("removed by loss, without a teacher", ORANGE, "D--"),
