@@ -27,12 +27,8 @@ from train.evaluation.perplexity import BlockLosses, block_losses
 from train.models.materialize import on_text
 from train.planning.basis import saving_plan
 from train.planning.search.auto_result import AutoResult, Factored
-from train.planning.search.auto_space import REBUILT
+from train.planning.search.auto_space import HOPELESS, REBUILT
 from train.planning.search.objective import cost, rise_for, saved_share
-
-HOPELESS = 3
-"""A plan that costs more than so many times the best is not reconstructed: that has taken two
-thirds of a rise at most."""
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, LlamaForCausalLM

@@ -106,8 +106,8 @@ class AutoResult:
         bound: of passes and estimates, stated before the search.
         base_rebuilt: nats per token of the base on the text of the reconstruction, where there is
             one; with the recipe's own structure, which is reconstructed then.
-        left_out: structures that were not measured, as their parts cost as much as the best plan.
         factored: Basis Sharing beside them, see :mod:`train.planning.search.auto_rebuild`.
+        left_out: structures that were not measured, as their parts cost as much as the best plan.
     """
 
     base: Point

@@ -121,6 +121,7 @@ class _Search:
     estimates: int = 0
     """For slopes."""
     part: MeasuredLoss | None = None
+    """On a part of the text, see :meth:`_on_part`."""
     left_out: list[str] = field(default_factory=list)
     """Structures that were not measured, as their parts cost too much."""
 
@@ -244,10 +245,10 @@ class _Search:
             found: of the searches of units.
             every: those, and structures that meet the budget alone.
         """
-        problem, base = self.problem, self.measured(frozenset())
-        best = min((cost(problem, c.plan, c.expected - base) for c in every), default=inf)
         if not every:
             return inf
+        problem, base = self.problem, self.measured(frozenset())
+        best = min(cost(problem, c.plan, c.expected - base) for c in every)
         path = found[0].points if found else ()
         left = problem.within(structure).remaining.needed
         share, rest = saved_share(problem, structure), 0.0

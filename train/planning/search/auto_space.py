@@ -26,6 +26,9 @@ PART = 4
 """Spans are measured on every so many-th block of the calibration text first."""
 REBUILT = 3
 """Candidates that are compared after reconstruction: the best ones as they are."""
+HOPELESS = 3
+"""A plan that costs more than so many times the best is not reconstructed: that has taken two
+thirds of a rise at most."""
 
 
 def tied_shares(problem: PlanProblem) -> tuple[tuple[str, ...], ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Callable
 from math import inf, nan
 
 import pytest
@@ -168,15 +169,21 @@ def test_errors_are_one_line_with_cause_and_cure() -> None:
         best_spans({SpanChoice(0, (1,)): 1.0}, 3, 1, 1)
 
 
+def growing_rises(draw: random.Random, layers: int) -> Callable[[int, tuple[int, ...]], float]:
+    """Rises of spans that grow with the followers and with their distance."""
+    alone = [draw.random() for _ in range(layers)]
+    return lambda leader, followers: sum(alone[f] * (1 + 0.3 * (f - leader - 1)) for f in followers)
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_spans_that_cannot_be_among_the_best_are_not_measured(seed: int) -> None:
     """Rises that grow with the followers and with their distance: the best of all, from fewer."""
     draw = random.Random(seed)
     layers, most, skip = 12, 4, (0,)
-    alone = [draw.random() for _ in range(layers)]
+    rise = growing_rises(draw, layers)
 
     def loss(leader: int, followers: tuple[int, ...]) -> float:
-        return 2.0 + sum(alone[f] * (1 + 0.3 * (f - leader - 1)) for f in followers)
+        return 2.0 + rise(leader, followers)
 
     everything = {span: 2.0 - loss(*span) for span in candidate_spans(layers, most, skip)}
     for followers in (1, 3, 6):
@@ -197,10 +204,7 @@ def test_a_part_of_the_text_spares_measurements(seed: int) -> None:
     """It says what a span costs within a factor of two: the best of all, from fewer."""
     draw = random.Random(seed)
     layers, most, skip = 20, 3, (4,)
-    alone = [draw.random() for _ in range(layers)]
-
-    def rise(leader: int, followers: tuple[int, ...]) -> float:
-        return sum(alone[f] * (1 + 0.3 * (f - leader - 1)) for f in followers)
+    rise = growing_rises(draw, layers)
 
     factors = {span: draw.uniform(0.5, 1.99) for span in candidate_spans(layers, most, skip)}
     asked: list[SpanChoice] = []
@@ -233,10 +237,10 @@ def test_spans_that_cost_too_much_are_given_up(seed: int) -> None:
     than the best take."""
     draw = random.Random(seed)
     layers, most = 12, 4
-    alone = [draw.random() for _ in range(layers)]
+    rise = growing_rises(draw, layers)
 
     def loss(leader: int, followers: tuple[int, ...]) -> float:
-        return 2.0 + sum(alone[f] * (1 + 0.3 * (f - leader - 1)) for f in followers)
+        return 2.0 + rise(leader, followers)
 
     def measured(limit: float) -> tuple[list[SpanChoice] | None, int]:
         spans = MeasuredSpans(loss, 2.0, layers, most)
@@ -244,10 +248,10 @@ def test_spans_that_cost_too_much_are_given_up(seed: int) -> None:
 
     best, needed = measured(inf)
     assert best is not None
-    rise = sum(loss(*span) - 2.0 for span in best)
-    assert measured(rise + 1e-9) == (best, needed)
-    assert measured(rise - 1e-9)[0] is None
-    given_up, few = measured(rise / 2)
+    least = sum(loss(*span) - 2.0 for span in best)
+    assert measured(least + 1e-9) == (best, needed)
+    assert measured(least - 1e-9)[0] is None
+    given_up, few = measured(least / 2)
     assert given_up is None
     assert layers - 1 <= few < needed  # every span of one follower
 
