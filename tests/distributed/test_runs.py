@@ -65,12 +65,25 @@ def assert_same_curve(folder: Path, single: Path, penalized: bool, steps: int = 
     assert last == pytest.approx(wanted, rel=1e-4)
 
 
+def assert_same_weight(own: torch.Tensor, expected: torch.Tensor, name: str) -> None:
+    """Equal within 1e-5 of the norm, but for one entry in 4,000.
+
+    Adam moves an entry by the learning rate however small its gradient is: where the terms of a
+    gradient cancel, the order of an fp32 sum decides the entry's sign. Such an entry is at most
+    two steps of 1e-3 away on either side.
+    """
+    apart = (own - expected).abs().flatten()
+    assert float(apart.max()) <= 4e-3, name
+    alike = apart.sort().values[: apart.numel() - apart.numel() // 4000]
+    assert float(alike.norm()) <= 1e-5 * float(expected.norm()), name
+
+
 def assert_same_results(folder: Path, single: Path) -> None:
     own = load_file(folder / "weights" / "model.safetensors")
     expected = load_file(single / "weights" / "model.safetensors")
     assert own.keys() == expected.keys()
     for name, value in expected.items():
-        assert float((own[name] - value).norm()) <= 1e-4 * float(value.norm()), name
+        assert_same_weight(own[name], value, name)
     summary, wanted = (json.loads((f / "summary.json").read_text()) for f in (folder, single))
     for name, value in wanted["perplexity"].items():
         found = summary["perplexity"][name]
@@ -109,7 +122,7 @@ def assert_healed_alike(folder: Path, single: Path) -> None:
     before = load_file(single / "weights" / "model.safetensors")
     moved = 0.0
     for name, value in one.items():
-        assert float((two[name] - value).norm()) <= 1e-4 * float(value.norm()), name
+        assert_same_weight(two[name], value, name)
         if value.shape == before[name].shape:
             moved += float((value - before[name]).norm())
     assert moved > 0.1

@@ -385,7 +385,7 @@ def test_instructions_with_spans_that_are_found(home: Path, tmp_path: Path) -> N
 
     def loss(plan: SharingPlan, validation: bool, count: int) -> float:
         blocks = Run(made, start(made)).blocks[validation]
-        some = [blocks[i] for i in range(count)]
+        some = [blocks[i * len(blocks) // count] for i in range(count)]  # at equal distances
         tokens, labels, positions = (
             torch.stack([block[name] for block in some])
             for name in ("input_ids", "labels", "position_ids")
