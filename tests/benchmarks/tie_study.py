@@ -6,8 +6,9 @@ tie_study.yaml says what is tried. A round takes what the one before has kept, w
 the axes that it adds, trains each for its tokens and keeps those of the lowest held-out perplexity.
 Ties of one set of projections are searched once: every plan is the beginning of that path, as long
 as it takes to save what is asked for, residuals counted. Every training is one line of
-docs/ties-smollm2.jsonl, from which tie_tables.py makes the tables of docs/ties.md; a second start
-goes on with what is missing. FOLDER keeps small files alone. One thread.
+docs/ties-smollm2.jsonl, from which tie_tables.py makes the tables of docs/ties.md, and every path
+one of docs/ties-smollm2-paths.jsonl; a second start goes on with what is missing, also in another
+FOLDER, which keeps small files alone. One thread.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from sa_models.heads import HeadLayout
 from sa_models.materialize.residual_shapes import residual_parameters
 from sa_models.plan import SharingPlan
 from sa_models.search.actions import Action, as_plan
-from train.common.run_files import BLOCKS_FILE, PLAN_FILE, SEARCH_FILE, SUMMARY_FILE
+from train.common.run_files import BLOCKS_FILE, SEARCH_FILE, SUMMARY_FILE
 from train.models.base_model import base_folder
 from train.recipe.recovery import STEPS
 from train.recipe.sections.inputs import ModelSection
@@ -92,7 +93,7 @@ class Study:
 
     Attributes:
         settings: tie_study.yaml as read.
-        lines: file of the finished trainings.
+        lines: file of the finished trainings; that of the searches' paths lies beside it.
         folder: of the searches and runs.
     """
 
@@ -102,9 +103,11 @@ class Study:
 
     def read(self) -> list[Line]:
         """The trainings that have finished."""
-        if not self.lines.is_file():
-            return []
-        return [json.loads(line) for line in self.lines.read_text(encoding="utf-8").splitlines()]
+        return read_lines(self.lines)
+
+    @property
+    def paths(self) -> Path:
+        return self.lines.with_stem(f"{self.lines.stem}-paths")
 
     # --- what is tried ----------------------------------------------------------------------------
 
@@ -226,6 +229,13 @@ def _trains(arm: Arm) -> bool:
     return (arm["heal"], arm["pull"]) != ("none", "none")
 
 
+def read_lines(file: Path) -> list[Line]:
+    """Of a file of lines; none where there is no file."""
+    if not file.is_file():
+        return []
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
 # --- plans ----------------------------------------------------------------------------------------
 
 
@@ -258,16 +268,26 @@ def first_of_path(path: list[dict[str, Any]], config: Any, needed: int, rank: in
     raise PostshareError(f"the path of {len(taken)} actions saves less than {needed:,} parameters")
 
 
+def found_path(study: Study, name: str, recipe: dict[str, Any]) -> list[dict[str, Any]]:
+    """The path of a search, kept as a line for all folders; searches, where nobody has."""
+    known = {line["name"]: line["path"] for line in read_lines(study.paths)}
+    if name in known:
+        return known[name]
+    start("plan", recipe, study.folder / f"search-{name}.yaml")
+    searched = Path(recipe["output_dir"], SEARCH_FILE)
+    path = json.loads(searched.read_text(encoding="utf-8"))["path"]
+    with study.paths.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"name": name, "path": path}) + "\n")
+    return path
+
+
 def write_plan(study: Study, job: Job) -> None:
     """The plan file of a training; searches first, where nobody has."""
     file = study.plan_file(job)
     if file.is_file():
         return
     recipe = study.search_recipe(job.arm["share"], job.size)
-    searched = Path(recipe["output_dir"])
-    if not (searched / PLAN_FILE).is_file():
-        start("plan", recipe, study.folder / f"{searched.name}.yaml")
-    path = json.loads((searched / SEARCH_FILE).read_text(encoding="utf-8"))["path"]
+    path = found_path(study, f"{job.arm['share']}-{job.size}", recipe)
     residual = study.settings["axes"]["residual"][job.arm["residual"]]
     rank = residual.get("recipe", {}).get("residual", {}).get("rank", 0)
     needed = study.settings["sizes"][job.size]

@@ -223,6 +223,17 @@ def test_trainings_share_a_search_and_what_was_measured(
     assert "**10 % (9 of 90 KV groups), 64 tokens**" in table
     assert "| qkvo, heal, rank2 | 1 | " in table
     assert [*made.go_on(study, ["10"])] == []
+    # In another folder no path is searched again.
+    other = made.Study(small, study.lines, tmp_path / "other")
+    other.folder.mkdir()
+    study.lines.write_text("\n".join(study.lines.read_text().splitlines()[:-2]) + "\n")
+    started.clear()
+    with pictures.unrendered():
+        again = [job.name for job in made.go_on(other, ["10"])]
+    assert started == [f"run {name}" for name in again]
+    assert again
+    found = {line["name"]: line["nats"] for line in other.read()}
+    assert found == {name: line["nats"] for name, line in lines.items()}
 
 
 def test_an_interval_stands_beside_what_lies_above_continued(made: ModuleType) -> None:
