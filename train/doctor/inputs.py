@@ -45,12 +45,13 @@ def check_start(recipe: Recipe, world: int) -> Iterator[Finding]:
     from train.tracking.wandb_run import check_wandb
     from train.training.optimizer import check_optimizer
 
+    on_gpu = torch.cuda.is_available()
     refusals: tuple[tuple[str, Callable[[], object]], ...] = (
         ("launch", lambda: engine.check_launch(recipe, engine.launched_stage())),
         ("launch", lambda: recipe.accumulation(world)),
-        ("lora", lambda: check_gpu(recipe)),
-        ("kernels", lambda: check_kernels(recipe)),
-        ("optimizer", lambda: check_optimizer(recipe.train, torch.cuda.is_available())),
+        ("lora", lambda: check_gpu(recipe, on_gpu)),
+        ("kernels", lambda: check_kernels(recipe, on_gpu)),
+        ("optimizer", lambda: check_optimizer(recipe.train, on_gpu)),
         ("run folder", lambda: limited(lambda: check_folder(recipe), LIMIT)),
         ("run folder", lambda: limited(lambda: require_free(recipe.folder), LIMIT)),
         ("wandb", lambda: check_wandb(recipe.wandb)),

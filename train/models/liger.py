@@ -33,11 +33,15 @@ ROTATION = "apply_rotary_pos_emb"
 """The function that transformers' attention calls."""
 
 
-def check_kernels(recipe: Recipe) -> None:
-    """Refuse kernels that cannot run here. Raises PostshareError: no GPU, or no liger-kernel."""
+def check_kernels(recipe: Recipe, on_gpu: bool) -> None:
+    """Refuse kernels that cannot run here. Raises PostshareError: no GPU, or no liger-kernel.
+
+    Args:
+        on_gpu: whether the training is one on a CUDA GPU; a launch may leave one idle.
+    """
     if recipe.train.kernels != "liger":
         return
-    if not torch.cuda.is_available():
+    if not on_gpu:
         raise PostshareError(
             "train.kernels liger needs an NVIDIA GPU, for which its kernels are compiled; use "
             "train.kernels=torch"

@@ -72,9 +72,13 @@ def adapt(model: LlamaForCausalLM, recipe: Recipe) -> LlamaForCausalLM:
     return model
 
 
-def check_gpu(recipe: Recipe) -> None:
-    """Refuse 4 bits where no GPU reads them. Raises PostshareError."""
-    if recipe.lora is not None and recipe.lora.base == "nf4" and not torch.cuda.is_available():
+def check_gpu(recipe: Recipe, on_gpu: bool) -> None:
+    """Refuse 4 bits where no GPU reads them. Raises PostshareError.
+
+    Args:
+        on_gpu: whether the training is one on a CUDA GPU; a launch may leave one idle.
+    """
+    if recipe.lora is not None and recipe.lora.base == "nf4" and not on_gpu:
         raise PostshareError(
             "lora.base nf4 needs a CUDA GPU; set lora.base=bf16 with train.precision=bf16, or "
             "lora.base=fp32"

@@ -98,9 +98,10 @@ def _check(
 ) -> None:
     recipe = current.recipe
     if trains:
-        check_gpu(recipe)
-        check_kernels(recipe)
-        check_optimizer(recipe.train, current.ranks.device.type == "cuda")
+        on_gpu = current.ranks.device.type == "cuda"
+        check_gpu(recipe, on_gpu)
+        check_kernels(recipe, on_gpu)
+        check_optimizer(recipe.train, on_gpu)
     current.on_main(lambda: check_wandb(recipe.wandb))
     current.on_main(current.lock_existing)
     current.on_main(lambda: check_folder(recipe))

@@ -82,9 +82,10 @@ def train(job: TrainJob, recipe: Recipe) -> TrainResult:
     if earlier is not None:
         return earlier
     check_wandb(recipe.wandb)
-    check_kernels(recipe)
     engine = start(recipe)
-    check_optimizer(recipe.train, engine.device.type == "cuda")
+    on_gpu = engine.device.type == "cuda"
+    check_kernels(recipe, on_gpu)
+    check_optimizer(recipe.train, on_gpu)
     if engine.streams and (source := job.source()) is not None:
         job = replace(job, load=lambda: engine.build(source))
     lessons = None

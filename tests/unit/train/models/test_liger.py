@@ -198,7 +198,7 @@ def anywhere(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """A training with the stand-in, where there is no GPU."""
     module, counted = stand_in()
     monkeypatch.setitem(sys.modules, FUNCTIONS, module)
-    monkeypatch.setattr(loop, "check_kernels", lambda recipe: None)
+    monkeypatch.setattr(loop, "check_kernels", lambda recipe, on_gpu: None)
     return counted
 
 
@@ -258,7 +258,7 @@ def test_losses_of_a_teacher_are_by_chunks(anywhere: Counter[str], tmp_path: Pat
 
 
 def test_it_says_what_it_needs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    check_kernels(tiny.recipe(tmp_path))
+    check_kernels(tiny.recipe(tmp_path), on_gpu=False)
     asked = tiny.recipe(tmp_path / "run", kernels="liger")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     without = r"needs an NVIDIA GPU.*use train.kernels=torch"
@@ -268,10 +268,13 @@ def test_it_says_what_it_needs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
         loop.train(tiny.job(asked), asked)
     assert not asked.folder.exists()
     assert any("NVIDIA GPU" in finding.found + finding.cure for finding in check_start(asked, 1))
+    # The training's device decides, not the machine's.
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(PostshareError, match=without):
+        check_kernels(asked, on_gpu=False)
     monkeypatch.setitem(sys.modules, FUNCTIONS, None)
     with pytest.raises(PostshareError, match=r"needs liger-kernel.*pip install 'postshare.gpu.'"):
-        check_kernels(asked)
+        check_kernels(asked, on_gpu=True)
 
 
 def test_an_activation_that_it_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

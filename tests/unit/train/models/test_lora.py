@@ -31,7 +31,7 @@ from train.estimate import parameters
 from train.estimate.gpu_memory import memory_per_gpu
 from train.estimate.llama_shapes import LlamaShape
 from train.models.base_model import base_folder
-from train.models.lora import TRAINABLE, adapt, merged
+from train.models.lora import TRAINABLE, adapt, check_gpu, merged
 from train.penalty.distances import distance
 from train.penalty.lora import LoraPenalty
 from train.recipe.recipe import Recipe, validate
@@ -389,11 +389,19 @@ def test_with_a_stand_in_for_four_bits_the_penalty_reads_what_they_stand_for(
     engine.close()
 
 
-def test_four_bits_are_refused_without_a_gpu_before_anything_is_loaded(tmp_path: Path) -> None:
+def test_four_bits_are_refused_without_a_gpu_before_anything_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     made = recipe(tmp_path / "run", {"rank": 2, "base": "nf4"}, precision="bf16")
-    with pytest.raises(PostshareError, match=r"nf4 needs a CUDA GPU; set lora\.base=bf16"):
+    without = r"nf4 needs a CUDA GPU; set lora\.base=bf16"
+    with monkeypatch.context() as idle:  # a GPU that the launch leaves idle
+        idle.setattr(torch.cuda, "is_available", lambda: True)
+        with pytest.raises(PostshareError, match=without):
+            check_gpu(made, on_gpu=False)
+        check_gpu(made, on_gpu=True)
+    with pytest.raises(PostshareError, match=without):
         run(made)  # its model is no folder: that would be the error of loading it
     assert not made.folder.exists()
 
