@@ -31,7 +31,7 @@ import method_tables
 import yaml
 from method_tables import BASES, Base
 
-from train.common.run_files import SEARCH_CACHE
+from train.common.run_files import BLOCKS_FILE, SEARCH_CACHE
 
 SEEDED = ("0", "30")
 """The sizes at which a row has all its seeds; elsewhere one."""
@@ -178,7 +178,7 @@ def _summary(run: Path) -> dict[str, Any]:
 
 
 def _share_measurements(folder: Path, output: Path) -> None:
-    """Give a run what the searches of others have measured: every line names what it is of.
+    """Give a run what others have measured, in searches and of the base: all says what it is of.
 
     One search of mixed7M takes longer than the training, and rows differ in little.
     """
@@ -193,6 +193,10 @@ def _share_measurements(folder: Path, output: Path) -> None:
     }
     output.mkdir(exist_ok=True)
     cache.write_text("".join(sorted(lines)), encoding="utf-8")
+    for path in sorted(folder.glob(f"*/{BLOCKS_FILE}")):
+        if base := json.loads(path.read_text(encoding="utf-8")).get("base"):
+            (output / BLOCKS_FILE).write_text(json.dumps({"base": base}), encoding="utf-8")
+            break
 
 
 def main() -> None:
