@@ -10,7 +10,7 @@ from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel
 
 from sa_models.calibration import logit_chunks
 from sa_models.calibration.logit_chunks import in_place_of
-from sa_models.calibration.token_losses import IGNORED, row_losses
+from sa_models.calibration.token_losses import IGNORED, head_losses, row_losses
 from tests.support import tiny
 
 WORDS = 50
@@ -77,6 +77,23 @@ def test_are_those_of_whole_logits(make, rows: int) -> None:  # type: ignore[no-
     assert found[2] == 0
     assert found[0] > 10
     assert max(calls) == (33 if rows == 100 else rows)
+
+
+def test_small_probabilities_are_not_lost() -> None:
+    """Of many words each is little beside the sum: fp32 sums of them may be too small.
+
+    Also at -100, where nothing is predicted, and with words of no probability at all.
+    """
+    words = 49_152
+    logits = torch.randn(64, words, generator=torch.manual_seed(3)) * 2.5
+    logits[:, :50] += 8
+    logits[:, 50:90] = -torch.inf
+    targets = torch.randint(90, words, (1, 64))
+    targets[0, 60:] = IGNORED
+    exact = -logits.double().log_softmax(-1)[:60].gather(1, targets[0, :60, None]).sum()
+    rows = torch.arange(64).float()[None, :, None]  # in place of what enters lm_head
+    (found,) = head_losses(lambda row: logits[row[..., 0].long()], words, rows, targets)
+    assert abs(float(found - exact)) < 60 * 3e-7
 
 
 def test_a_stand_in_leaves_the_module_as_it_was() -> None:
