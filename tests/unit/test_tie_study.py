@@ -20,6 +20,7 @@ from train.recipe.recipe import validate
 from train.stages.pipeline import plan, run
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
+MERGES = ("least_squares", "weighted_mean")
 UNIT = 4 * 8 * 32
 """Parameters of a unit of the small base: q, k, v and o."""
 
@@ -49,30 +50,34 @@ def test_a_round_goes_on_with_the_best_of_the_one_before(
     study = made.Study(settings, tmp_path / "lines.jsonl", tmp_path)
     first = study.next_jobs("10")
     names = [job.name for job in first]
-    assert names[:2] == ["qkvo-heal-10-4096-0", "qkvo-least_squares-heal-10-4096-0"]
+    assert names[:2] == ["qkvo-heal-10-4096-0", "qk-heal-10-4096-0"]
     assert names[-2:] == ["removed-heal-10-4096-0", "removed-heal-teacher-10-4096-0"]
-    assert len(first) == 4 * 3 + 2
-    assert len(study.next_jobs("30")) == 3 * 3 + 2  # k and v alone cannot save so much
-    add_lines(study, first[:3], {})
+    assert len(first) == 4 + 2
+    assert len(study.next_jobs("30")) == 3 + 2  # k and v alone cannot save so much
+    add_lines(study, first[:3], {"vo heal": 30.0})
     assert study.next_jobs("10") == first[3:]  # what was stopped goes on
-    best = {"vo heal": 30.0, "qk weighted_mean heal": 31.0}
-    add_lines(study, first[3:], best | {"removed heal": 20.0})
+    add_lines(study, first[3:], {"kv heal": 32.0, "removed heal": 20.0})
+    merges = study.next_jobs("10")
+    assert {job.arm.name for job in merges} == {
+        f"{share} {merge} heal" for share in ("vo", "kv") for merge in MERGES
+    }
+    add_lines(study, merges, {"kv weighted_mean heal": 31.0})
     second = study.next_jobs("10")
     found = {job.arm.name for job in second}
-    assert {arm.split()[0] for arm in found} == {"qk", "vo"}  # no control is kept
+    assert {arm.split()[0] for arm in found} == {"kv", "vo"}  # no control is kept
     # 6 ways to pull or not, healed or not; "heal" alone is known
     assert sum(name.startswith("vo") for name in found) == 6 * 2 - 1
-    assert sum(name.startswith("qk weighted_mean") for name in found) == 6 * 2 - 1
+    assert sum(name.startswith("kv weighted_mean") for name in found) == 6 * 2 - 1
     untrained = next(job for job in second if job.arm.name == "vo")
     assert untrained.name == "vo-10-0-0"
-    pulls = ("vo heal progressive", "vo heal penalty", "qk weighted_mean heal decoupled")
+    pulls = ("vo heal progressive", "vo heal penalty", "kv weighted_mean heal decoupled")
     add_lines(study, second, dict.fromkeys(pulls, 10.0))
     third = study.next_jobs("10")
     # 3 residuals, with or without a teacher, of which neither is known; with a residual units are
     # copied.
     assert len(third) == 3 * (3 * 2 - 1)
     names = {job.arm.name for job in third}
-    assert {"qk heal decoupled rank4", "qk weighted_mean heal decoupled teacher"} <= names
+    assert {"kv heal decoupled rank4", "kv weighted_mean heal decoupled teacher"} <= names
     assert {job.tokens for job in third} == {4096}
     add_lines(study, third, {"vo heal penalty rank4": 9.0, "vo heal penalty teacher": 8.0})
     fourth = study.next_jobs("10")
@@ -94,10 +99,10 @@ def test_every_training_of_a_round_has_a_valid_recipe(
 ) -> None:
     study = made.Study(settings, tmp_path / "lines.jsonl", tmp_path)
     jobs = study.next_jobs("10")
-    add_lines(study, jobs, {"vo heal": 30.0, "qkvo least_squares heal": 31.0})
-    for pulled in ("vo heal decoupled", "none"):
+    add_lines(study, jobs, {"vo heal": 30.0, "qkvo heal": 31.0})
+    for better in ("qkvo least_squares heal", "vo heal decoupled", "none"):
         more = study.next_jobs("10")
-        add_lines(study, more, {pulled: 29.0})
+        add_lines(study, more, {better: 29.0})
         jobs += more
     recipes = {job.arm.name: validate(study.recipe(job)) for job in jobs}
     pulled = recipes["vo heal decoupled rank16 teacher"]
