@@ -61,8 +61,8 @@ def _sum(logits: Tensor, targets: Tensor) -> Tensor:
     """float64 scalar: of (at least length, words) logits, one fp32 copy of which is made.
 
     `cross_entropy` is not exact enough here: torch's fp32 log_softmax on a CPU adds up the words so
-    that what is small beside the sum is lost, and losses come out too low: by 7e-6 nats for 49,152
-    words, 1.2e-5 for 128,256, another amount on other processors. `logsumexp` is within 2e-7.
+    that what is small beside the sum is lost. Losses of SmolLM2-135M (49,152 words) come out 1.7e-5
+    nats too low, and by another amount on another processor; `logsumexp` is within 4e-8.
     """
     logits = logits[: len(targets)].float()
     chosen = logits.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
