@@ -84,6 +84,7 @@ def assert_same_results(folder: Path, single: Path) -> None:
     assert own.keys() == expected.keys()
     for name, value in expected.items():
         assert_same_weight(own[name], value, name)
+        assert float((own[name] - value).norm()) <= 1e-4 * float(value.norm()), name
     summary, wanted = (json.loads((f / "summary.json").read_text()) for f in (folder, single))
     for name, value in wanted["perplexity"].items():
         found = summary["perplexity"][name]
