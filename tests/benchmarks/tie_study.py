@@ -103,7 +103,7 @@ class Study:
 
     def read(self) -> list[Line]:
         """The trainings that have finished."""
-        return read_lines(self.lines)
+        return tie_tables.read_lines(self.lines)
 
     @property
     def paths(self) -> Path:
@@ -229,13 +229,6 @@ def _trains(arm: Arm) -> bool:
     return (arm["heal"], arm["pull"]) != ("none", "none")
 
 
-def read_lines(file: Path) -> list[Line]:
-    """Of a file of lines; none where there is no file."""
-    if not file.is_file():
-        return []
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-
-
 # --- plans ----------------------------------------------------------------------------------------
 
 
@@ -270,7 +263,7 @@ def first_of_path(path: list[dict[str, Any]], config: Any, needed: int, rank: in
 
 def found_path(study: Study, name: str, recipe: dict[str, Any]) -> list[dict[str, Any]]:
     """The path of a search, kept as a line for all folders; searches, where nobody has."""
-    known = {line["name"]: line["path"] for line in read_lines(study.paths)}
+    known = {line["name"]: line["path"] for line in tie_tables.read_lines(study.paths)}
     if name in known:
         return known[name]
     start("plan", recipe, study.folder / f"search-{name}.yaml")

@@ -90,18 +90,18 @@ def above(lines: list[Line], continued: list[Line]) -> str:
     return f"{mean} % ({low} to {high})"
 
 
-def read() -> list[Line]:
-    """The trainings that have finished."""
-    if not LINES.is_file():
+def read_lines(file: Path) -> list[Line]:
+    """Of a file of lines; none where there is no file."""
+    if not file.is_file():
         return []
-    return [json.loads(line) for line in LINES.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 def filled(page: str) -> str:
     """The text of the page with the tables between their marks."""
     begin, end = MARKS
     before, rest = page.split(begin)
-    return f"{before}{begin}\n\n{tables(read())}\n\n{end}{rest.split(end, 1)[1]}"
+    return f"{before}{begin}\n\n{tables(read_lines(LINES))}\n\n{end}{rest.split(end, 1)[1]}"
 
 
 def write() -> None:
