@@ -7,6 +7,7 @@ that is split up as it is read) speaks of the same model.
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import json
 import math
@@ -32,6 +33,8 @@ KINDS: dict[str, type[LlamaConfig]] = {
 }
 UNREAD = (QUANTIZATION, "transformers_weights", "fusion_config")
 """Keys by which transformers would read other files, or build other modules, than a Llama's."""
+UNBUILT = ("sharing", "architectures", "auto_map")
+"""Keys that change nothing in a layer."""
 SIZES = (
     "vocab_size",
     "hidden_size",
@@ -118,8 +121,9 @@ def read_config(folder: str | os.PathLike[str], model_type: str = "llama") -> Ll
         kind = KINDS[found]
         _check_values(values, kind)
         kind = kind if values is written else UnevenLlamaConfig
+        layer = json.dumps({k: v for k, v in values.items() if k not in UNBUILT})
         config = kind.from_dict(values, name_or_path=str(folder))
-        _check_buildable(config)
+        _check_buildable(kind, layer)
     except REFUSALS as error:
         raise PostshareError(
             f"{Path(folder) / CONFIG} is not a valid Llama config ({_reason(error)}); repair it"
@@ -199,8 +203,12 @@ def _is_number(value: object) -> bool:
     return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
 
 
-def _check_buildable(config: LlamaConfig) -> None:
+@functools.lru_cache(maxsize=64)  # a run reads the configs of its few models again and again
+def _check_buildable(kind: type[LlamaConfig], values: str) -> None:
     """Build one layer without weights, and the rotary table, and ask them for two tokens.
+
+    Args:
+        values: of the config, as JSON.
 
     Raises:
         ValueError: a rotary table of which no model computes; or whatever Llama's classes raise.
@@ -209,11 +217,12 @@ def _check_buildable(config: LlamaConfig) -> None:
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
     from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaRotaryEmbedding
 
+    config = kind.from_dict(json.loads(values))
     rope: Any = config.rope_parameters
-    kind = rope["rope_type"]
-    if kind != "default" and kind not in ROPE_INIT_FUNCTIONS:
+    rotation = rope["rope_type"]
+    if rotation != "default" and rotation not in ROPE_INIT_FUNCTIONS:
         known = ", ".join(("default", *ROPE_INIT_FUNCTIONS))
-        raise ValueError(f"rope_type is {kind!r}; transformers has {known}")
+        raise ValueError(f"rope_type is {rotation!r}; transformers has {known}")
     rotary = LlamaRotaryEmbedding(config)
     table, scaling = rotary.inv_freq, rotary.attention_scaling
     if table.ndim != 1 or 2 * len(table) != config.head_dim:
