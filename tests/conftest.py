@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import gc
 import os
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 from xdist.scheduler import LoadScopeScheduling
 
 from tests.support import REPOSITORY
+from tests.support.garbage import keep_what_is_imported
 
 # Threads that wait for each other between tiny operations take longer than the operations.
 torch.set_num_threads(1)
@@ -29,9 +29,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What has been imported stays: a run's `gc.collect()` need not walk through it each time."""
-    gc.collect()
-    gc.freeze()
+    keep_what_is_imported()
 
 
 LAUNCHING = ("tests/distributed/", "tests/faults/test_kills")

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from tests.distributed.runs import RUNS
+from tests.support.garbage import keep_what_is_imported
 from tests.support.pictures import unrendered
 from train.distributed.engines.start import shutdown
 from train.stages.pipeline import stages
@@ -16,6 +17,7 @@ from train.stages.pipeline import stages
 
 def main() -> None:
     folder, *names = sys.argv[1:]
+    keep_what_is_imported()
     for name in names:
         print(f"run {name}")
         with unrendered():

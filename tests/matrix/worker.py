@@ -23,6 +23,7 @@ from sa_models.errors import PostshareError
 from sa_models.heads import PROJECTIONS
 from sa_models.materialize.ties import unit
 from tests.matrix.cells import CELLS, PROGRESSIVE, RESUMED
+from tests.support.garbage import keep_what_is_imported
 from tests.support.training import MODELS, VOCABULARY, Setting, build, train
 from train.distributed.engines.base import Engine
 from train.distributed.engines.start import start
@@ -185,6 +186,7 @@ def run_all(names: list[str], folder: Path) -> None:
 
 def main() -> None:
     folder, *names = sys.argv[1:]
+    keep_what_is_imported()
     run_all(names, Path(folder))
     check_divergence()
 
