@@ -8,7 +8,7 @@ import pytest
 
 from tests.distributed.runs import RUNS, by_run, names_of
 from tests.support.launcher import run
-from tests.support.pictures import unrendered
+from tests.support.outputs import sketched
 from train.stages.pipeline import stages
 
 WORKER = Path(__file__).with_name("runs_worker.py")
@@ -27,7 +27,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Alone:
 
     @functools.cache
     def done(name: str) -> Path:
-        with unrendered():
+        with sketched():
             stages(RUNS[name].resolved(folder / name))
         return folder / name
 

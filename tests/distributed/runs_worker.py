@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tests.distributed.runs import RUNS
 from tests.support.garbage import keep_what_is_imported
-from tests.support.pictures import unrendered
+from tests.support.outputs import sketched
 from train.distributed.engines.start import shutdown
 from train.stages.pipeline import stages
 
@@ -20,7 +20,7 @@ def main() -> None:
     keep_what_is_imported()
     for name in names:
         print(f"run {name}")
-        with unrendered():
+        with sketched():
             stages(RUNS[name].resolved(Path(folder) / name))
     shutdown()
 

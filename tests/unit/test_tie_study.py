@@ -14,7 +14,7 @@ import yaml
 
 from sa_models.heads import PROJECTIONS
 from sa_models.plan import SharingPlan
-from tests.support import pictures
+from tests.support import outputs
 from tests.support.spans_base import recipe, write_base, write_text
 from train.recipe.recipe import validate
 from train.stages.pipeline import plan, run
@@ -197,7 +197,7 @@ def test_trainings_share_a_search_and_what_was_measured(
     monkeypatch.setattr(made, "start", start)
     study = made.Study(small, tmp_path / "lines.jsonl", tmp_path / "runs")
     study.folder.mkdir()
-    with pictures.unrendered():
+    with outputs.sketched():
         done = [job.name for job in made.go_on(study, ["10"])]
     assert done[:4] == [
         "qkvo-heal-10-64-0",
@@ -233,7 +233,7 @@ def test_trainings_share_a_search_and_what_was_measured(
     other.folder.mkdir()
     study.lines.write_text("\n".join(study.lines.read_text().splitlines()[:-2]) + "\n")
     started.clear()
-    with pictures.unrendered():
+    with outputs.sketched():
         again = [job.name for job in made.go_on(other, ["10"])]
     assert started == [f"run {name}" for name in again]
     assert again

@@ -6,7 +6,7 @@ from pathlib import Path
 import datasets
 import pytest
 
-from tests.support import pictures, spans_base
+from tests.support import outputs, spans_base
 
 
 @pytest.fixture(scope="session")
@@ -28,14 +28,14 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
 
 
 @pytest.fixture(scope="module")
-def unrendered() -> Iterator[None]:
-    """For tests of runs, which look at no picture."""
-    with pictures.unrendered():
+def sketched() -> Iterator[None]:
+    """For tests of runs, which look at no picture and at no sample."""
+    with outputs.sketched():
         yield
 
 
 @pytest.fixture
-def rendered(unrendered: None) -> Iterator[None]:
+def rendered(sketched: None) -> Iterator[None]:
     """For the one among them that does."""
-    with pictures.rendered():
+    with outputs.rendered():
         yield

@@ -42,7 +42,7 @@ from train.training.job import TrainJob
 from train.training.loop import prepare, train
 from train.training.optimizer import learning_rate_factor, select_trainable
 
-pytestmark = pytest.mark.usefixtures("unrendered")
+pytestmark = pytest.mark.usefixtures("sketched")
 
 torch.set_num_threads(1)
 ALL = ("q", "k", "v", "o")

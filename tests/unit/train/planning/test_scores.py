@@ -32,7 +32,7 @@ from tests.support.spans_base import (
 )
 from train.stages import pipeline
 
-pytestmark = pytest.mark.usefixtures("unrendered")
+pytestmark = pytest.mark.usefixtures("sketched")
 
 
 def planned(home: Path, folder: Path, **plan) -> tuple[SharingPlan, dict]:

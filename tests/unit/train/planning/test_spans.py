@@ -37,7 +37,7 @@ from train.planning.spans import SpanFinder, spans_table
 from train.stages.pipeline import plan, run
 from train.stages.run import Run
 
-pytestmark = pytest.mark.usefixtures("unrendered")
+pytestmark = pytest.mark.usefixtures("sketched")
 
 BLOCKS = 3
 """Calibration blocks."""

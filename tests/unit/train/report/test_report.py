@@ -40,7 +40,7 @@ from train.report.svg import DARK, themed
 from train.report.tables import pairs
 from train.stages.provenance import command, record_start
 
-pytestmark = pytest.mark.usefixtures("unrendered")
+pytestmark = pytest.mark.usefixtures("sketched")
 
 
 class Page(HTMLParser):

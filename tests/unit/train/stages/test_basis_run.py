@@ -31,7 +31,7 @@ from train.report.tables import basis as basis_table
 from train.stages.pipeline import export, run
 from train.tracking.metrics_log import read_rows
 
-pytestmark = pytest.mark.usefixtures("unrendered")
+pytestmark = pytest.mark.usefixtures("sketched")
 
 torch.set_num_threads(1)
 

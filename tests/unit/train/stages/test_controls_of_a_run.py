@@ -23,7 +23,7 @@ from train.recipe.recipe import Recipe
 from train.stages.pipeline import evaluate, plan, run
 from train.stages.run import Run
 
-pytestmark = pytest.mark.usefixtures("unrendered")
+pytestmark = pytest.mark.usefixtures("sketched")
 
 SPAN = [{"leader": 2, "followers": [3], "share": "attention"}]
 UNIT = 3 * spans_base.HEAD_DIM * spans_base.HIDDEN

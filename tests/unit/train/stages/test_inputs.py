@@ -22,7 +22,7 @@ from train.stages.pipeline import plan, run
 from train.stages.start import begin
 from train.tracking.metrics_log import read_rows
 
-pytestmark = pytest.mark.usefixtures("unrendered")
+pytestmark = pytest.mark.usefixtures("sketched")
 
 WORDS = np.array(["the", "same", "words", "in", "another", "order", "make", "another", "text"])
 

@@ -31,7 +31,7 @@ from train.stages.pipeline import export, run
 from train.stages.run import base_of
 from train.stages.start import begin
 
-pytestmark = pytest.mark.usefixtures("unrendered")
+pytestmark = pytest.mark.usefixtures("sketched")
 
 torch.set_num_threads(1)
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from sa_models.atomic_files import beside
 from sa_models.errors import PostshareError
 from sa_models.plan import HeadTie, SharingPlan
-from tests.support import pictures
+from tests.support import outputs
 from tests.support.interruption import KilledError, kill
 from train.demo import demo_base_path
 from train.distributed.engines.start import start
@@ -29,7 +29,7 @@ from train.stages.run import Run
 from train.stages.start import begin
 from train.tracking.metrics_log import read_rows
 
-pytestmark = pytest.mark.usefixtures("unrendered")
+pytestmark = pytest.mark.usefixtures("sketched")
 
 torch.set_num_threads(1)
 
@@ -77,7 +77,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Recipe:
     """One run of the demo base with healing, and with pictures."""
     folder = tmp_path_factory.mktemp("finished") / "run"
     made = recipe(folder, "demo-base", text, materialize={"heal_steps": 2, "merge": "mean"})
-    with pictures.rendered():
+    with outputs.rendered():
         run(made)
     return made
 

@@ -38,7 +38,7 @@ from train.stages.run import Run
 from train.tracking.metrics_log import read_rows
 from train.training.loop import TrainingStopped
 
-pytestmark = pytest.mark.usefixtures("unrendered")
+pytestmark = pytest.mark.usefixtures("sketched")
 
 SA = [{"leader": 2, "followers": [3, 4], "share": "attention"}]
 CLA = [

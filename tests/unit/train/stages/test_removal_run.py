@@ -35,7 +35,7 @@ from train.stages.pipeline import run
 from train.stages.run import Run, print_whole
 from train.tracking.metrics_log import read_rows
 
-pytestmark = pytest.mark.usefixtures("unrendered")
+pytestmark = pytest.mark.usefixtures("sketched")
 
 torch.set_num_threads(1)
 

@@ -37,7 +37,7 @@ from train.stages.start import begin
 from train.training.loop import train
 from train.training.optimizer import parameter_groups, select_trainable
 
-pytestmark = pytest.mark.usefixtures("unrendered")
+pytestmark = pytest.mark.usefixtures("sketched")
 
 torch.set_num_threads(1)
 DOCS = REPOSITORY / "docs" / "residuals.md"

@@ -21,7 +21,7 @@ from train.models.base_model import load_dense, read_through
 from train.stages.pipeline import plan, prepare, run
 from train.stages.start import begin
 
-pytestmark = pytest.mark.usefixtures("unrendered", "own_cache")
+pytestmark = pytest.mark.usefixtures("sketched", "own_cache")
 BROKEN = "model.layers.4.mlp.down_proj.weight"
 
 

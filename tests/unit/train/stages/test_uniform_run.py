@@ -41,7 +41,7 @@ from train.recipe.sections.plan import PlanSection
 from train.stages.pipeline import plan, run
 from train.stages.run import Run
 
-pytestmark = pytest.mark.usefixtures("unrendered")
+pytestmark = pytest.mark.usefixtures("sketched")
 
 UNIFORM: dict[str, Any] = {
     "strategy": "loss",

@@ -24,7 +24,7 @@ from train.recipe.recipe import Recipe
 from train.stages import precision
 from train.tracking.metrics_log import read_rows
 
-pytestmark = pytest.mark.usefixtures("unrendered")
+pytestmark = pytest.mark.usefixtures("sketched")
 
 torch.set_num_threads(1)
 

@@ -59,7 +59,7 @@ from train.stages.pipeline import plan, run
 from train.stages.run import Run
 from train.stages.start import begin
 
-pytestmark = pytest.mark.usefixtures("unrendered")
+pytestmark = pytest.mark.usefixtures("sketched")
 
 BLOCKS = 3
 UNIT = 4 * 8 * 32  # of q, k, v and o

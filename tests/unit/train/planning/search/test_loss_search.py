@@ -43,7 +43,7 @@ from train.recipe.sections.plan import PlanSection
 from train.stages.pipeline import plan, run
 from train.stages.run import Run
 
-pytestmark = pytest.mark.usefixtures("unrendered")
+pytestmark = pytest.mark.usefixtures("sketched")
 
 BLOCKS = 3
 LOSS = {"strategy": "loss", "budget": {"ratio": 0.2}, "calibration_blocks": BLOCKS}

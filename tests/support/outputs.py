@@ -1,4 +1,7 @@
-"""Pictures that are made but not rendered: two thirds of a short run are matplotlib's rendering."""
+"""Outputs of a run, sketched: pictures not rendered, samples of text of a few tokens.
+
+Rendering is two thirds of a short run, samples are a seventh of the rest.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,8 @@ from unittest.mock import patch
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
+
+from train.models import samples
 
 _PNG, _SVG = FigureCanvasAgg.print_png, FigureCanvasSVG.print_svg
 PIXEL = base64.b64decode(
@@ -26,9 +31,10 @@ def _writes(content: Any) -> Callable[..., None]:
 
 
 @contextmanager
-def unrendered() -> Iterator[None]:
-    """Inside, figures are made as always, and their files hold a pixel or nothing."""
+def sketched() -> Iterator[None]:
+    """Inside, files of figures hold a pixel or nothing, and models add 4 tokens to a passage."""
     with (
+        patch.object(samples, "ADDED", 4),
         patch.object(FigureCanvasAgg, "print_png", _writes(PIXEL)),
         patch.object(FigureCanvasSVG, "print_svg", _writes(DRAWING)),
     ):
@@ -37,7 +43,7 @@ def unrendered() -> Iterator[None]:
 
 @contextmanager
 def rendered() -> Iterator[None]:
-    """Inside `unrendered`: real files again."""
+    """Inside `sketched`: real pictures again."""
     with (
         patch.object(FigureCanvasAgg, "print_png", _PNG),
         patch.object(FigureCanvasSVG, "print_svg", _SVG),
