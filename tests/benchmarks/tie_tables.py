@@ -19,6 +19,8 @@ PAGE, LINES = DOCS / "ties.md", DOCS / "ties-smollm2.jsonl"
 MARKS = ("<!-- tables: made by tie_tables.py -->", "<!-- /tables -->")
 SIZES = {"10": "9 of 90 KV groups", "30": "27 of 90 KV groups"}
 """Whose parameters are saved."""
+LEFT_OUT = {"merge": "copy", "pull": "none", "residual": "none", "teacher": "none"}
+"""The ways to bring quality back, and what stands where one is left out."""
 
 Line = dict[str, Any]
 
@@ -32,6 +34,8 @@ def tables(lines: list[Line]) -> str:
             found = [line for line in of_size if line["tokens"] == tokens]
             title = f"{tokens:,} tokens" if tokens else "nothing trained"
             parts.append(f"**{size} % ({what}), {title}**\n\n{_table(found, lines, tokens)}")
+            if changes := _changes(found):
+                parts.append(f"**{size} %, {title}: what one change does**\n\n{changes}")
     return "\n\n".join(parts) or "No training has finished yet."
 
 
@@ -56,6 +60,26 @@ def _table(found: list[Line], every: list[Line], tokens: int) -> str:
     return "\n".join(out)
 
 
+def _changes(found: list[Line]) -> str:
+    """Each arm against the one that differs from it in one way to bring quality back, left out."""
+    arms: dict[str, list[Line]] = {}
+    for line in found:
+        arms.setdefault(json.dumps(line["arm"]), []).append(line)
+    out = []
+    for axis, left_out in LEFT_OUT.items():
+        for lines in sorted(arms.values(), key=trained):
+            value = lines[0]["arm"].get(axis, left_out)
+            without = arms.get(json.dumps(lines[0]["arm"] | {axis: left_out}), [])
+            if value != left_out and without:
+                cells = (value, name_of(without[0]), f"{trained(without):.2f}",
+                         f"{trained(lines):.2f}", change(lines, without))  # fmt: skip
+                out.append(f"| {' | '.join(cells)} |")
+    if not out:
+        return ""
+    head = "| with | what | without it | with it | change (95 %) |\n| --- | --- | --- | --- | --- |"
+    return "\n".join([head, *out])
+
+
 def name_of(line: Line) -> str:
     """The values of the axes that are neither none nor what changes nothing."""
     arm = line["arm"]
@@ -69,19 +93,23 @@ def trained(lines: list[Line]) -> float:
 
 
 def above(lines: list[Line], continued: list[Line]) -> str:
-    """How far perplexity lies above that of *continued* with as good a teacher, in percent, with
-    its interval over blocks and seeds; nothing where that is not known."""
+    """:func:`change` from *continued* with as good a teacher."""
+    if lines[0]["size"] == "0":
+        return ""
+    teacher = lines[0]["arm"]["teacher"]
+    return change(lines, [line for line in continued if line["arm"]["teacher"] == teacher])
+
+
+def change(lines: list[Line], control: list[Line]) -> str:
+    """How far perplexity lies above that of a control of the same seeds, in percent, with its
+    interval over blocks and seeds; nothing where the control lacks one of the seeds."""
     ours = {line["seed"]: line for line in lines}
-    control = {
-        line["seed"]: line
-        for line in continued
-        if line["arm"]["teacher"] == lines[0]["arm"]["teacher"] and line["seed"] in ours
-    }
-    if lines[0]["size"] == "0" or not control or control.keys() != ours.keys():
+    theirs = {line["seed"]: line for line in control if line["seed"] in ours}
+    if not theirs or theirs.keys() != ours.keys():
         return ""
     runs, reference = (
         [BlockLosses(tuple(of[seed]["nats"]), tuple(of[seed]["predicted"])) for seed in sorted(of)]
-        for of in (ours, control)
+        for of in (ours, theirs)
     )
     middle = statistics.fmean(r.perplexity.loss for r in runs)
     middle -= statistics.fmean(r.perplexity.loss for r in reference)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import json
+import math
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -259,6 +260,31 @@ def test_an_interval_stands_beside_what_lies_above_continued(made: ModuleType) -
     assert tables.above([line("qkvo", 0, [30.2, 32.2], "teacher")], continued) == ""
     spread = tables.above([line("qkvo", 0, [30.0, 32.4])], continued)
     assert spread == "2.02 % (0.00 to 4.08)"
+
+
+def test_an_arm_is_compared_with_the_one_that_leaves_one_thing_out(made: ModuleType) -> None:
+    def line(nats: float, **changed: str) -> dict[str, Any]:
+        arm = {"share": "qk", "merge": "copy", "heal": "heal", "pull": "none", "residual": "none"}
+        arm |= {"teacher": "none"} | changed
+        perplexity = {"untrained": 30.0, "trained": math.exp(nats / 10)}
+        return {
+            "arm": arm, "seed": 0, "nats": [nats, nats], "predicted": [10, 10], "size": "10",
+            "tokens": 64, "perplexity": perplexity, "bytes": 1,
+        }  # fmt: skip
+
+    lines = [
+        line(30.0),
+        line(30.2, pull="penalty"),
+        line(29.8, residual="rank4"),
+        line(29.7, residual="rank4", teacher="teacher"),
+        line(31.0, share="vo", teacher="teacher"),  # nobody has left its teacher out
+    ]
+    table = importlib.import_module("tie_tables").tables(lines)
+    assert table.split("what one change does**\n\n")[1].splitlines()[2:] == [
+        "| penalty | qk, heal | 20.09 | 20.49 | 2.02 % (2.02 to 2.02) |",
+        "| rank4 | qk, heal | 20.09 | 19.69 | -1.98 % (-1.98 to -1.98) |",
+        "| teacher | qk, heal, rank4 | 19.69 | 19.49 | -1.00 % (-1.00 to -1.00) |",
+    ]
 
 
 def test_the_page_has_the_tables_of_its_lines(made: ModuleType) -> None:
