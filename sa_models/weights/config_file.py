@@ -204,11 +204,12 @@ def _is_number(value: object) -> bool:
 
 
 @functools.lru_cache(maxsize=64)  # a run reads the configs of its few models again and again
-def _check_buildable(kind: type[LlamaConfig], values: str) -> None:
+def _check_buildable(kind: Any, values: str) -> None:
     """Build one layer without weights, and the rotary table, and ask them for two tokens.
 
     Args:
-        values: of the config, as JSON.
+        kind: class of the config (mypy takes none of transformers' for hashable).
+        values: its values, as JSON.
 
     Raises:
         ValueError: a rotary table of which no model computes; or whatever Llama's classes raise.
@@ -217,7 +218,7 @@ def _check_buildable(kind: type[LlamaConfig], values: str) -> None:
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
     from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaRotaryEmbedding
 
-    config = kind.from_dict(json.loads(values))
+    config: LlamaConfig = kind.from_dict(json.loads(values))
     rope: Any = config.rope_parameters
     rotation = rope["rope_type"]
     if rotation != "default" and rotation not in ROPE_INIT_FUNCTIONS:
