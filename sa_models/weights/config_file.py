@@ -22,7 +22,7 @@ from transformers import GenerationConfig, LlamaConfig
 from sa_models.configuration import SharedLlamaConfig
 from sa_models.errors import PostshareError
 from sa_models.heads import HeadLayout
-from sa_models.weights.uneven_heads import UnevenLlamaConfig, as_llama
+from sa_models.weights.uneven_heads import UnevenLlamaConfig, as_llama, config_class
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
@@ -123,7 +123,7 @@ def read_config(folder: str | os.PathLike[str], model_type: str = "llama") -> Ll
         kind = kind if values is written else UnevenLlamaConfig
         layer = json.dumps({k: v for k, v in values.items() if k not in UNBUILT})
         config = kind.from_dict(values, name_or_path=str(folder))
-        _check_buildable(kind, layer)
+        _check_buildable(layer)
     except REFUSALS as error:
         raise PostshareError(
             f"{Path(folder) / CONFIG} is not a valid Llama config ({_reason(error)}); repair it"
@@ -204,12 +204,11 @@ def _is_number(value: object) -> bool:
 
 
 @functools.lru_cache(maxsize=64)  # a run reads the configs of its few models again and again
-def _check_buildable(kind: Any, values: str) -> None:
+def _check_buildable(written: str) -> None:
     """Build one layer without weights, and the rotary table, and ask them for two tokens.
 
     Args:
-        kind: class of the config (mypy takes none of transformers' for hashable).
-        values: its values, as JSON.
+        written: the values of a config that transformers takes, as JSON.
 
     Raises:
         ValueError: a rotary table of which no model computes; or whatever Llama's classes raise.
@@ -218,7 +217,9 @@ def _check_buildable(kind: Any, values: str) -> None:
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
     from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaRotaryEmbedding
 
-    config: LlamaConfig = kind.from_dict(json.loads(values))
+    values = json.loads(written)
+    kind = KINDS[values["model_type"]]
+    config = (config_class(values) if kind is LlamaConfig else kind).from_dict(values)
     rope: Any = config.rope_parameters
     rotation = rope["rope_type"]
     if rotation != "default" and rotation not in ROPE_INIT_FUNCTIONS:
