@@ -1,6 +1,7 @@
-"""Outputs of a run, sketched: pictures not rendered, samples of text of a few tokens.
+"""Outputs of a run, sketched: pictures not rendered, few tokens of samples and of timings.
 
-Rendering is two thirds of a short run, samples are a seventh of the rest.
+Rendering is two thirds of a short run, samples are a seventh of the rest; timings of decoding are a
+third of a short search.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from unittest.mock import patch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 
+from train.evaluation import decode_time
 from train.models import samples
 
 _PNG, _SVG = FigureCanvasAgg.print_png, FigureCanvasSVG.print_svg
@@ -32,9 +34,11 @@ def _writes(content: Any) -> Callable[..., None]:
 
 @contextmanager
 def sketched() -> Iterator[None]:
-    """Inside, files of figures hold a pixel or nothing, and models add 4 tokens to a passage."""
+    """Inside, files of figures hold a pixel or nothing, models add 4 tokens to a passage, and plans
+    are timed with 5."""
     with (
         patch.object(samples, "ADDED", 4),
+        patch.object(decode_time, "ROUNDS", (5, 5)),
         patch.object(FigureCanvasAgg, "print_png", _writes(PIXEL)),
         patch.object(FigureCanvasSVG, "print_svg", _writes(DRAWING)),
     ):
