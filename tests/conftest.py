@@ -19,8 +19,16 @@ torch.set_num_threads(1)
 # start of another one builds again.
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
 
-# No test pulls the plug: what is written need not be on the disk before it is read.
-os.fsync = lambda descriptor: None
+
+def _not_synced(descriptor: int) -> None:
+    """No test pulls the plug: what is written need not be on the disk before it is read.
+
+    Raises OSError for what is no open file, as the real one.
+    """
+    os.fstat(descriptor)
+
+
+os.fsync = _not_synced
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -6,7 +6,6 @@ that is split up as it is read) speaks of the same model.
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
 import json
@@ -22,7 +21,7 @@ from transformers import GenerationConfig, LlamaConfig
 from sa_models.configuration import SharedLlamaConfig
 from sa_models.errors import PostshareError
 from sa_models.heads import HeadLayout
-from sa_models.weights.uneven_heads import UnevenLlamaConfig, as_llama, config_class
+from sa_models.weights.uneven_heads import UnevenLlamaConfig, as_llama
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
@@ -33,8 +32,8 @@ KINDS: dict[str, type[LlamaConfig]] = {
 }
 UNREAD = (QUANTIZATION, "transformers_weights", "fusion_config")
 """Keys by which transformers would read other files, or build other modules, than a Llama's."""
-UNBUILT = ("sharing", "architectures", "auto_map")
-"""Keys that change nothing in a layer."""
+UNBUILT = ("model_type", "architectures", "auto_map", "sharing", "reuse_rows", "packed")
+"""Keys that change nothing in a stock layer."""
 SIZES = (
     "vocab_size",
     "hidden_size",
@@ -217,9 +216,7 @@ def _check_buildable(written: str) -> None:
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
     from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaRotaryEmbedding
 
-    values = json.loads(written)
-    kind = KINDS[values["model_type"]]
-    config = (config_class(values) if kind is LlamaConfig else kind).from_dict(values)
+    config = UnevenLlamaConfig.from_dict(json.loads(written))  # a stock Llama, whatever its heads
     rope: Any = config.rope_parameters
     rotation = rope["rope_type"]
     if rotation != "default" and rotation not in ROPE_INIT_FUNCTIONS:
@@ -235,9 +232,8 @@ def _check_buildable(written: str) -> None:
     if not (float(table.min()) >= 0 and 0 < float(table.max()) < math.inf and _is_number(scaling)):
         raise ValueError(f"no rotation comes of rope_parameters {rope}")
     HeadLayout.from_config(config)
-    one = copy.deepcopy(config)
-    one.num_hidden_layers = 1
-    one.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}  # others read values
-    one._attn_implementation = "sdpa"
+    config.num_hidden_layers = 1
+    config.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}  # others read values
+    config._attn_implementation = "sdpa"
     with torch.device("meta"), torch.no_grad():
-        LlamaForCausalLM(one)(torch.zeros(1, 2, dtype=torch.long), use_cache=True)
+        LlamaForCausalLM(config)(torch.zeros(1, 2, dtype=torch.long), use_cache=True)

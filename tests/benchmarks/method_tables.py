@@ -66,9 +66,14 @@ class Base:
 
     def read(self) -> list[Line]:
         """The trainings that have finished."""
-        if not self.results.is_file():
-            return []
-        return [json.loads(line) for line in self.results.read_text(encoding="utf-8").splitlines()]
+        return read_lines(self.results)
+
+
+def read_lines(file: Path) -> list[Line]:
+    """Of a file of lines; none where there is no file."""
+    if not file.is_file():
+        return []
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 BASES = {

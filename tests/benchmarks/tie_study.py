@@ -30,6 +30,7 @@ from typing import Any
 
 import tie_tables
 import yaml
+from method_tables import Line, read_lines
 from transformers import AutoConfig
 
 from sa_models.errors import PostshareError
@@ -46,8 +47,6 @@ HERE = Path(__file__).parent
 SETTINGS = HERE / "tie_study.yaml"
 KNOWN = "known-losses.json"
 """Losses of base and *direct* that several trainings share, by what they are of."""
-
-Line = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,7 @@ class Study:
 
     def read(self) -> list[Line]:
         """The trainings that have finished."""
-        return tie_tables.read_lines(self.lines)
+        return read_lines(self.lines)
 
     @property
     def paths(self) -> Path:
@@ -263,7 +262,7 @@ def first_of_path(path: list[dict[str, Any]], config: Any, needed: int, rank: in
 
 def found_path(study: Study, name: str, recipe: dict[str, Any]) -> list[dict[str, Any]]:
     """The path of a search, kept as a line for all folders; searches, where nobody has."""
-    known = {line["name"]: line["path"] for line in tie_tables.read_lines(study.paths)}
+    known = {line["name"]: line["path"] for line in read_lines(study.paths)}
     if name in known:
         return known[name]
     start("plan", recipe, study.folder / f"search-{name}.yaml")

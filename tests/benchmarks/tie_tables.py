@@ -5,11 +5,11 @@ python tests/benchmarks/tie_tables.py
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from pathlib import Path
-from typing import Any
+
+from method_tables import Line, read_lines
 
 from train.evaluation.bootstrap import interval
 from train.evaluation.perplexity import BlockLosses
@@ -21,8 +21,6 @@ SIZES = {"10": "9 of 90 KV groups", "30": "27 of 90 KV groups"}
 """Whose parameters are saved."""
 LEFT_OUT = {"merge": "copy", "pull": "none", "residual": "none", "teacher": "none"}
 """The ways to bring quality back, and what stands where one is left out."""
-
-Line = dict[str, Any]
 
 
 def tables(lines: list[Line]) -> str:
@@ -41,9 +39,7 @@ def tables(lines: list[Line]) -> str:
 
 def _table(found: list[Line], every: list[Line], tokens: int) -> str:
     continued = [line for line in every if line["size"] == "0" and line["tokens"] == tokens]
-    arms: dict[str, list[Line]] = {}
-    for line in [*continued, *found]:
-        arms.setdefault(name_of(line), []).append(line)
+    arms = _by_name([*continued, *found])
     out = ["| what | seeds | untrained | trained | above *continued* (95 %) | bytes |"]
     out.append("| --- | --- | --- | --- | --- | --- |")
     for name, lines in sorted(arms.items(), key=lambda item: trained(item[1])):
@@ -62,22 +58,29 @@ def _table(found: list[Line], every: list[Line], tokens: int) -> str:
 
 def _changes(found: list[Line]) -> str:
     """Each arm against the one that differs from it in one way to bring quality back, left out."""
-    arms: dict[str, list[Line]] = {}
-    for line in found:
-        arms.setdefault(json.dumps(line["arm"]), []).append(line)
+    arms = _by_name(found)
     out = []
     for axis, left_out in LEFT_OUT.items():
         for lines in sorted(arms.values(), key=trained):
-            value = lines[0]["arm"].get(axis, left_out)
-            without = arms.get(json.dumps(lines[0]["arm"] | {axis: left_out}), [])
-            if value != left_out and without:
-                cells = (value, name_of(without[0]), f"{trained(without):.2f}",
-                         f"{trained(lines):.2f}", change(lines, without))  # fmt: skip
+            arm = lines[0]["arm"]
+            value = arm.get(axis, left_out)
+            other = name_of({"arm": arm | {axis: left_out}})
+            if value != left_out and other in arms:
+                cells = (value, other, f"{trained(arms[other]):.2f}", f"{trained(lines):.2f}",
+                         change(lines, arms[other]))  # fmt: skip
                 out.append(f"| {' | '.join(cells)} |")
     if not out:
         return ""
     head = "| with | what | without it | with it | change (95 %) |\n| --- | --- | --- | --- | --- |"
     return "\n".join([head, *out])
+
+
+def _by_name(lines: list[Line]) -> dict[str, list[Line]]:
+    """The seeds of each arm."""
+    arms: dict[str, list[Line]] = {}
+    for line in lines:
+        arms.setdefault(name_of(line), []).append(line)
+    return arms
 
 
 def name_of(line: Line) -> str:
@@ -116,13 +119,6 @@ def change(lines: list[Line], control: list[Line]) -> str:
     values = (middle, *interval(runs, reference))
     mean, low, high = (f"{100 * math.expm1(value):.2f}" for value in values)
     return f"{mean} % ({low} to {high})"
-
-
-def read_lines(file: Path) -> list[Line]:
-    """Of a file of lines; none where there is no file."""
-    if not file.is_file():
-        return []
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 def filled(page: str) -> str:

@@ -29,7 +29,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
 
 @pytest.fixture(scope="module")
 def sketched() -> Iterator[None]:
-    """For tests of runs, which look at no picture and at no sample."""
+    """For tests of runs, which look at no picture, no sample and no time."""
     with outputs.sketched():
         yield
 
