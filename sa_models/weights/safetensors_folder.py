@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import time
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -38,6 +39,8 @@ ADAPTER = "adapter_config.json"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 COMPARED = 1 << 24
 """Elements of two tensors that are compared at a time."""
+SETTLED_NS = 2_000_000_000
+"""Age of a file in nanoseconds from which its time stamp tells it from the one before it."""
 
 
 class WeightsFolder:
@@ -210,8 +213,11 @@ Place = tuple[Path, str]
 
 def same_values(one: Place, other: Place) -> bool:
     """Whether two tensors of one shape hold the same values, in whatever dtypes."""
-    stamps = [(path, name, path.stat().st_mtime_ns) for path, name in (one, other)]
-    return _same_values(*stamps)
+    changed = [path.stat().st_ctime_ns for path, _ in (one, other)]
+    stamped = [(*place, stamp) for place, stamp in zip((one, other), changed, strict=True)]
+    # A file may be written twice in one tick of its file system's clock: only later is a stamp one.
+    settled = time.time_ns() - max(changed) > SETTLED_NS
+    return (_same_values if settled else _same_values.__wrapped__)(*stamped)
 
 
 @lru_cache(maxsize=16)

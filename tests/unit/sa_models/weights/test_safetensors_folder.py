@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -350,6 +351,20 @@ def test_a_tensor_in_two_shards_is_refused_unless_it_is_the_same(tmp_path: Path)
     assert torch.equal(WeightsFolder(tmp_path).read(name), tensor)
     save_file(load_file(second) | {name: tensor + 1}, second)
     assert name in refused(tmp_path, "with other values, in .*download the index and the shards")
+
+
+def test_shards_are_compared_again_once_one_is_written_again(tmp_path: Path) -> None:
+    """The second may be as long as the first, and written in the same tick of the clock."""
+    save_llama(tmp_path, 3000)
+    first, second = sorted(tmp_path.glob("*.safetensors"))[:2]
+    name, tensor = next(iter(load_file(first).items()))
+    now = time.time_ns()
+    for added in (0, 1):
+        save_file(load_file(second) | {name: tensor + added}, second)
+        os.utime(second, ns=(now, now))
+        if not added:
+            assert torch.equal(WeightsFolder(tmp_path).read(name), tensor)
+    assert name in refused(tmp_path, "with other values")
 
 
 def test_a_snapshot_of_links_reads_like_its_files(tmp_path: Path) -> None:
