@@ -166,6 +166,9 @@ class Study:
     def _can_be(self, arm: Arm, size: str) -> bool:
         if size not in self.settings["axes"]["share"][arm["share"]]["heads"]:
             return False
+        only = self.settings.get("only", {}).get(size, {})
+        if any(arm[axis] not in values for axis, values in only.items()):
+            return False
         return _trains(arm) or arm["teacher"] == "none"
 
     def job(self, arm: Arm, size: str, tokens: int, seed: int) -> Job:

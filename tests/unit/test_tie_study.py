@@ -54,9 +54,16 @@ def test_a_round_goes_on_with_the_best_of_the_one_before(
     assert names[:2] == ["qkvo-heal-10-4096-0", "qk-heal-10-4096-0"]
     assert names[-2:] == ["removed-heal-10-4096-0", "removed-heal-teacher-10-4096-0"]
     assert len(first) == 4 + 2
-    assert len(study.next_jobs("30")) == 3 + 2  # k and v alone cannot save so much
+    assert len(study.next_jobs("30")) == 1 + 2  # what ended last at 10 % is left out
     add_lines(study, first[:3], {"vo heal": 30.0})
     assert study.next_jobs("10") == first[3:]  # what was stopped goes on
+    larger = study.next_jobs("30")
+    add_lines(study, larger, {"qkvo heal": 30.0})
+    pulls = {job.arm.name for job in study.next_jobs("30")}  # and copies alone: no round for merges
+    kinds = ("none", "penalty-30", "decoupled-400", "progressive")
+    assert pulls == {"qkvo" + ("" if kind == "none" else f" {kind}") for kind in kinds} | {
+        f"qkvo heal {kind}" for kind in kinds[1:]
+    }
     add_lines(study, first[3:], {"kv heal": 32.0, "removed heal": 20.0})
     merges = study.next_jobs("10")
     assert {job.arm.name for job in merges} == {
