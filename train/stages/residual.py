@@ -3,7 +3,7 @@
 In the run folder:
 
 residual/               what healing starts from, as a PEFT adapter; in fit.json, which share of
-                        what was lost each residual leaves
+                        what was lost each residual leaves, and what they do to the tied model
 heal/weights/adapter/   what healing leaves
 """
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from sa_models.calibration.input_moments import Where, input_moments
 from sa_models.errors import PostshareError
 from sa_models.export.peft_adapter import (
     Pairs,
+    insert_,
     load_adapter,
     parameter_names,
     save_adapter,
@@ -30,15 +31,20 @@ from sa_models.export.peft_adapter import (
 from sa_models.materialize.low_rank_residual import Pair, lost, low_rank, share_left
 from sa_models.materialize.reader import MaterializedReader
 from sa_models.materialize.residual_shapes import residual_shapes
+from sa_models.modeling import SharedLlamaForCausalLM
 from sa_models.weights.structure import convert
 from sa_models.weights.whole_model import ParameterReader
 from train.common.progress import bar
 from train.common.run_files import ADAPTER_FOLDER
-from train.data.calibration import calibration_inputs
+from train.data.calibration import calibration_inputs, spread_indices
+from train.evaluation.perplexity import block_losses
 from train.models.base_model import load_model
 from train.models.sharded_source import Source, dense_weights
+from train.stages.materialize import tied
 
 if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
+
     from train.data.blocks import Blocks
     from train.recipe.recipe import Recipe
     from train.stages.run import Run
@@ -54,6 +60,9 @@ _PATTERNS = ("*.lora_A.*", "*.lora_B.*")
 def fit_residual(current: Run, weights: Path) -> None:
     """Fit the residuals to what the plan's ties lose, unless the run folder has them.
 
+    Where calibration text is read, what they do to its perplexity is measured too: the outputs of
+    single projections come closer to what they were in any case, those of the model need not.
+
     Args:
         weights: folder of the weights into which the ties will be written.
     """
@@ -65,32 +74,44 @@ def fit_residual(current: Run, weights: Path) -> None:
     def work() -> None:
         folder = current.folder / RESIDUAL_FOLDER
         if not (folder / FIT_FILE).is_file():
-            _fit(current, weights, None if blocks is None else _moments(current, weights, blocks))
-        left = json.loads((folder / FIT_FILE).read_text(encoding="utf-8"))["left"].values()
+            _fit(current, weights, blocks)
+        fit = json.loads((folder / FIT_FILE).read_text(encoding="utf-8"))
+        left = fit["left"].values()
         current.say(
             f"residual  rank {section.rank} of {len(left)} projections: of what the ties lose "
             f"{1 - sum(left) / len(left):.1%} is back, on average"
         )
+        if found := fit.get("perplexity"):
+            current.say(_effect(found["tied"], found["corrected"]))
 
     current.on_main(work)
 
 
-def _moments(current: Run, weights: Path, blocks: Blocks) -> dict[Where, Tensor]:
-    """Of the inputs of every projection that has tied units, before they are tied."""
-    section, plan = current.recipe.residual, current.plan
-    assert section is not None
-    model = load_model(weights, current.recipe.model.attention)
-    model = convert(model, plan.structure(), current.leaders)
-    model.to(current.ranks.device)  # type: ignore[arg-type]  # transformers' decorator hides it
-    inputs = calibration_inputs(blocks, section.calibration_blocks, current.ranks.device)
-    with bar("inputs of projections") as advance:
-        return input_moments(model, inputs, residual_shapes(plan, current.config), advance)
+def _effect(tied: float, corrected: float) -> str:
+    """What residuals do before any training, in a sentence."""
+    what = f"perplexity of the calibration text {tied:.2f} tied, {corrected:.2f} with residuals"
+    if corrected <= tied:
+        return f"residual  {what}, untrained"
+    return (
+        f"residual  warning: {what}, untrained: they do harm here; compare with a run without "
+        "`residual`, which also stores less (docs/residuals.md)"
+    )
 
 
-def _fit(current: Run, weights: Path, moments: dict[Where, Tensor] | None) -> None:
-    """Projection by projection, read from the files."""
+def _fit(current: Run, weights: Path, blocks: Blocks | None) -> None:
+    """Projection by projection, read from the files.
+
+    Args:
+        blocks: where text is measured: the model is then held once.
+    """
     section, plan = current.recipe.residual, current.plan
     assert section is not None
+    model = moments = None
+    if blocks is not None:
+        model = load_model(weights, current.recipe.model.attention)
+        model = convert(model, plan.structure(), current.leaders)
+        model.to(current.ranks.device)  # type: ignore[arg-type]  # transformers' decorator hides it
+        moments = _moments(current, model, blocks)
     before = dense_weights(weights, plan, current.leaders)
     after = MaterializedReader(before, plan, current.recipe.materialize.merge)
     generator = torch.Generator().manual_seed(current.recipe.seed)
@@ -102,9 +123,37 @@ def _fit(current: Run, weights: Path, moments: dict[Where, Tensor] | None) -> No
         wanted = missing if section.init == "svd" else torch.zeros_like(missing)
         pairs[where] = low_rank(wanted, section.rank, known, generator)
         left["{}.{}".format(*where)] = share_left(missing, pairs[where], known)
+    fit: dict[str, Any] = {"rank": section.rank, "left": left}
+    if model is not None and blocks is not None:
+        fit["perplexity"] = _measured(current, tied(current, model), pairs, blocks)
     with new_folder(current.folder / RESIDUAL_FOLDER) as folder:
         save_adapter(folder, pairs)
-        write_json(folder / FIT_FILE, {"rank": section.rank, "left": left})
+        write_json(folder / FIT_FILE, fit)
+
+
+def _moments(current: Run, model: LlamaForCausalLM, blocks: Blocks) -> dict[Where, Tensor]:
+    """Of the inputs of every projection that has tied units, before they are tied."""
+    section = current.recipe.residual
+    assert section is not None
+    inputs = calibration_inputs(blocks, section.calibration_blocks, current.ranks.device)
+    shapes = residual_shapes(current.plan, current.config)
+    with bar("inputs of projections") as advance:
+        return input_moments(model, inputs, shapes, advance)
+
+
+def _measured(
+    current: Run, model: LlamaForCausalLM, pairs: Pairs, blocks: Blocks
+) -> dict[str, float]:
+    """Perplexities of the calibration text: of a tied model, and corrected, which it then is."""
+    section = current.recipe.residual
+    assert section is not None
+    text = [blocks[i] for i in spread_indices(len(blocks), section.calibration_blocks)]
+    compact = SharedLlamaForCausalLM.from_materialized(model, current.plan)
+    size = current.recipe.evaluate.batch_size
+    before = block_losses(compact, text, size, name="tied").perplexity
+    insert_(compact, pairs)
+    after = block_losses(compact, text, size, name="with residuals").perplexity
+    return {"tied": before.perplexity, "corrected": after.perplexity}
 
 
 # --- in a training --------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from sa_models.errors import PostshareError
 from sa_models.export.peft_adapter import insert_, load_adapter, plain_name
-from sa_models.materialize.low_rank_residual import low_rank
+from sa_models.materialize.low_rank_residual import Pair, low_rank
 from sa_models.materialize.residual_shapes import residual_parameters, residual_shapes
 from sa_models.materialize.ties import materialize_
 from sa_models.modeling import SharedLlamaForCausalLM
@@ -26,7 +26,7 @@ from tests.support.interruption import KilledError, at_step
 from train.commands.compare.controls import Target
 from train.estimate import parameters as estimate
 from train.estimate.llama_shapes import find_shape
-from train.evaluation.perplexity import perplexity
+from train.evaluation.perplexity import block_losses, perplexity
 from train.models.base_model import base_folder
 from train.planning.problem import PlanProblem
 from train.recipe.recipe import Recipe
@@ -127,8 +127,10 @@ def test_what_is_stored_is_counted(healed: Recipe) -> None:
     assert count <= expected == 3 * 256 * 3 * 7
 
 
-def test_without_any_training_it_brings_back_what_ties_lose(tmp_path: Path) -> None:
-    found = {}
+def test_without_any_training_it_brings_back_what_ties_lose(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found, measured = {}, {}
     for rank in (2, 8):
         made = recipe(tmp_path / f"rank-{rank}", residual={"rank": rank})
         run(made)
@@ -136,9 +138,38 @@ def test_without_any_training_it_brings_back_what_ties_lose(tmp_path: Path) -> N
         found[rank] = summary["perplexity"]
         fit = json.loads((made.folder / "residual/fit.json").read_text())
         assert all(0 < left < 1 for left in fit["left"].values())
+        measured[rank] = fit["perplexity"]
     base, direct = found[2]["base"], found[2]["direct"]
     large, small = (abs(found[rank]["post"] / base - 1) for rank in (8, 2))
     assert large < 0.5 * small < 0.25 * (direct / base - 1)
+    # The same models on the calibration text, as they are loaded from the export.
+    model = AutoModelForCausalLM.from_pretrained(made.folder / "export/compact")
+    blocks = begin(made).blocks[0]
+    text = [blocks[len(blocks) * i // 8] for i in range(8)]
+    tied = block_losses(model, text, 4).perplexity.perplexity
+    assert measured[8]["tied"] == measured[2]["tied"] == pytest.approx(tied, rel=1e-6)
+    insert_(model, load_adapter(made.folder / "residual"))
+    corrected = block_losses(model, text, 4).perplexity.perplexity
+    assert measured[8]["corrected"] == pytest.approx(corrected, rel=1e-6)
+    said = capsys.readouterr().out
+    for one in measured.values():
+        assert f"{one['tied']:.2f} tied, {one['corrected']:.2f} with residuals, untrained\n" in said
+
+
+def test_residuals_that_do_harm_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Corrections of the wrong sign; on SmolLM2 the right ones do (docs/residuals.md)."""
+
+    def harmful(*arguments: Any) -> Pair:
+        pair = low_rank(*arguments)
+        return pair._replace(b=-4 * pair.b)
+
+    monkeypatch.setattr("train.stages.residual.low_rank", harmful)
+    run(recipe(tmp_path / "run"))
+    fit = json.loads((tmp_path / "run/residual/fit.json").read_text())["perplexity"]
+    assert fit["corrected"] > fit["tied"]
+    assert "they do harm here; compare with a run without `residual`" in capsys.readouterr().out
 
 
 def test_trained_alone_nothing_else_moves(tmp_path: Path) -> None:
