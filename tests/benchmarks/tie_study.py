@@ -111,25 +111,29 @@ class Study:
     # --- what is tried ----------------------------------------------------------------------------
 
     @property
-    def controls(self) -> list[Arm]:
+    def first(self) -> Arm:
+        """The first value of every axis."""
         axes = self.settings["axes"]
-        first = Arm(tuple((axis, next(iter(values))) for axis, values in axes.items()))
+        return Arm(tuple((axis, next(iter(values))) for axis, values in axes.items()))
+
+    def controls(self, arms: list[Arm]) -> list[Arm]:
+        """With and without a teacher, as some of the arms are."""
         return [
-            first.with_values(("share", "teacher"), (name, teacher))
+            self.first.with_values(("share", "teacher"), (name, teacher))
             for name in self.settings["controls"]
-            for teacher in axes["teacher"]
+            for teacher in self.settings["axes"]["teacher"]
+            if any(arm["teacher"] == teacher for arm in arms)
         ]
 
     def next_jobs(self, size: str) -> list[Job]:
         """What is missing of the first round that has not finished."""
-        axes = self.settings["axes"]
-        kept = [Arm(tuple((axis, next(iter(values))) for axis, values in axes.items()))]
+        kept = [self.first]
         for number, round_ in enumerate(self.settings["rounds"]):
             arms = self._varied(kept, tuple(round_.get("vary", ())), size)
             jobs = [
                 self.job(arm, size, round_["tokens"], seed)
                 for seed in range(round_.get("seeds", 1))
-                for arm in [*arms, *self.controls]
+                for arm in [*arms, *self.controls(arms)]
             ]
             done = {line["name"]: line for line in self.read()}
             if missing := [job for job in dict.fromkeys(jobs) if job.name not in done]:
@@ -159,8 +163,7 @@ class Study:
             arm if arm["residual"] == "none" else arm.with_values(("merge",), ("copy",))
             for arm in found
         ]
-        first = {axis: next(iter(values)) for axis, values in axes.items()}
-        found.sort(key=lambda arm: sum(arm[axis] != first[axis] for axis in vary))
+        found.sort(key=lambda arm: sum(arm[axis] != self.first[axis] for axis in vary))
         return [arm for arm in dict.fromkeys(found) if self._can_be(arm, size)]
 
     def _can_be(self, arm: Arm, size: str) -> bool:
@@ -169,6 +172,8 @@ class Study:
         only = self.settings.get("only", {}).get(size, {})
         if any(arm[axis] not in values for axis, values in only.items()):
             return False
+        if arm["reconstruct"] != "none" and (arm["merge"], arm["residual"]) != ("copy", "none"):
+            return False  # a recipe refuses both
         return _trains(arm) or arm["teacher"] == "none"
 
     def job(self, arm: Arm, size: str, tokens: int, seed: int) -> Job:
@@ -192,7 +197,7 @@ class Study:
         recipe["output_dir"] = str(self.folder / job.name)
         recipe["train"] = base["train"] | {"steps": self._steps(job.tokens)}
         recovery: set[str] = set()
-        for axis in ("merge", "heal", "pull", "residual", "teacher"):
+        for axis in ("merge", "heal", "pull", "residual", "teacher", "reconstruct"):
             value = self.settings["axes"][axis][arm[axis]]
             recovery |= {*value.get("recovery", ())}
             for section, keys in value.get("recipe", {}).items():

@@ -19,7 +19,7 @@ PAGE, LINES = DOCS / "ties.md", DOCS / "ties-smollm2.jsonl"
 MARKS = ("<!-- tables: made by tie_tables.py -->", "<!-- /tables -->")
 SIZES = {"10": "9 of 90 KV groups", "30": "27 of 90 KV groups"}
 """Whose parameters are saved."""
-LEFT_OUT = {"merge": "copy", "pull": "none", "residual": "none", "teacher": "none"}
+LEFT_OUT = {"merge": "copy"} | dict.fromkeys(("pull", "residual", "teacher", "reconstruct"), "none")
 """The ways to bring quality back, and what stands where one is left out."""
 
 

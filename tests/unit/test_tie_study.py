@@ -52,9 +52,9 @@ def test_a_round_goes_on_with_the_best_of_the_one_before(
     first = study.next_jobs("10")
     names = [job.name for job in first]
     assert names[:2] == ["qkvo-heal-10-4096-0", "qk-heal-10-4096-0"]
-    assert names[-2:] == ["removed-heal-10-4096-0", "removed-heal-teacher-10-4096-0"]
-    assert len(first) == 4 + 2
-    assert len(study.next_jobs("30")) == 1 + 2  # what ended last at 10 % is left out
+    assert names[-1] == "removed-heal-10-4096-0"
+    assert len(first) == 4 + 1
+    assert len(study.next_jobs("30")) == 1 + 1  # what ended last at 10 % is left out
     add_lines(study, first[:3], {"vo heal": 30.0})
     assert study.next_jobs("10") == first[3:]  # what was stopped goes on
     larger = study.next_jobs("30")
@@ -83,7 +83,7 @@ def test_a_round_goes_on_with_the_best_of_the_one_before(
     third = study.next_jobs("10")
     # 3 residuals, with or without a teacher, of which neither is known; with a residual units are
     # copied.
-    assert len(third) == 3 * (3 * 2 - 1)
+    assert len(third) == 3 * (3 * 2 - 1) + 1  # and the control with a teacher
     names = {job.arm.name for job in third}
     assert {"kv heal decoupled rank4", "kv weighted_mean heal decoupled teacher"} <= names
     assert {job.tokens for job in third} == {4096}
@@ -95,9 +95,14 @@ def test_a_round_goes_on_with_the_best_of_the_one_before(
         "vo heal penalty teacher",
         "vo heal penalty rank4",
     ]
-    add_lines(study, fourth, {"vo heal penalty rank4": 7.0})
+    add_lines(study, fourth, {"vo heal penalty rank4": 7.0, "vo heal penalty teacher": 8.0})
+    fifth = study.next_jobs("10")  # o cannot make up for what a residual brings back
+    assert [job.arm.name for job in fifth] == ["vo heal penalty teacher reconstruct"]
+    add_lines(study, fifth, {"vo heal penalty teacher reconstruct": 6.0})
     last = study.next_jobs("10")
     assert {job.seed for job in last} == {0, 1, 2}
+    names = {job.arm.name for job in last}
+    assert names == {"vo heal penalty teacher reconstruct", "removed heal teacher"}
     add_lines(study, last, {})
     assert study.next_jobs("10") == []
 
@@ -108,11 +113,14 @@ def test_every_training_of_a_round_has_a_valid_recipe(
     study = made.Study(settings, tmp_path / "lines.jsonl", tmp_path)
     jobs = study.next_jobs("10")
     add_lines(study, jobs, {"vo heal": 30.0, "qkvo heal": 31.0})
-    for better in ("qkvo least_squares heal", "vo heal decoupled", "none"):
+    kept = {"vo heal teacher": 10.0, "qkvo least_squares heal": 11.0}
+    rounds = ({"qkvo least_squares heal": 29.0}, {"vo heal decoupled": 29.0}, kept, kept, {})
+    for better in rounds:
         more = study.next_jobs("10")
-        add_lines(study, more, {better: 29.0})
+        add_lines(study, more, better)
         jobs += more
-    recipes = {job.arm.name: validate(study.recipe(job)) for job in jobs}
+    shortest = {job.arm.name: job for job in reversed(jobs)}
+    recipes = {name: validate(study.recipe(job)) for name, job in shortest.items()}
     pulled = recipes["vo heal decoupled rank16 teacher"]
     assert (pulled.train.steps, pulled.materialize.heal_steps) == (4, 4)
     assert (pulled.penalty.mode, pulled.penalty.coefficient) == ("decoupled", 12)
@@ -123,6 +131,9 @@ def test_every_training_of_a_round_has_a_valid_recipe(
     healed = recipes["qkvo least_squares heal"]
     assert (healed.materialize.merge, healed.materialize.heal_steps) == ("least_squares", 8)
     assert recipes["removed heal teacher"].distill is not None
+    rebuilt = recipes["vo heal teacher reconstruct"]
+    assert (rebuilt.materialize.reconstruct, rebuilt.materialize.calibration_blocks) == (True, 32)
+    assert "qkvo least_squares heal reconstruct" not in recipes
     assert recipes["vo"].steps == 0
     for share, size in (("qkvo", "10"), ("kv", "10"), ("removed", "30")):
         searched = validate(study.search_recipe(share, size))
@@ -190,7 +201,7 @@ def test_trainings_share_a_search_and_what_was_measured(
         "none": {},
         "rank2": {"recovery": ["residual"], "recipe": {"residual": {"rank": 2}}},
     }
-    small["axes"]["teacher"] = {"none": {}}
+    small["axes"]["teacher"] = small["axes"]["reconstruct"] = {"none": {}}
     small["controls"] = {"removed": {"plan": {"action": "remove"}, "heads": {"10": 2}}}
     small["rounds"] = [
         {"tokens": 64, "vary": ["heal", "residual"], "keep": 1},
