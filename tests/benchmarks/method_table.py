@@ -6,7 +6,9 @@ methods_smollm2.yaml lists the rows of a really pretrained Llama, methods.yaml t
 methods_52m.yaml those of a larger one, which is trained first by base_52m.yaml. Every training is a
 run folder below FOLDER and one line of docs/methods*.jsonl, from which the tables and pictures of
 docs/methods.md are made (method_tables.py, method_picture.py). A second start goes on with what is
-missing, and the rows are read again before every training, so that one may be added meanwhile.
+missing, and the rows are read again before every training, so that one may be added meanwhile. The
+plan of a training is a line of docs/methods*-plans.jsonl: no search is made twice, also in another
+FOLDER.
 Every worker has one thread. A row of `rounds` scores the export of another row, rounded
 (score_export.py); one with `hellaswag` answers the first questions of ../shared/eval/hellaswag too.
 """
@@ -29,9 +31,9 @@ from typing import Any
 import method_picture
 import method_tables
 import yaml
-from method_tables import BASES, Base
+from method_tables import BASES, Base, read_lines
 
-from train.common.run_files import BLOCKS_FILE, SEARCH_CACHE
+from train.common.run_files import BLOCKS_FILE, PLAN_FILE, SEARCH_CACHE
 
 SEEDED = ("0", "30")
 """The sizes at which a row has all its seeds; elsewhere one."""
@@ -109,12 +111,17 @@ def finished(base: Base) -> set[str]:
     return {f"{line['row']}-{line['size']}-{line['seed']}" for line in base.read()}
 
 
+def plans_of(base: Base) -> Path:
+    """The file of the plans that have been found, a line each."""
+    return base.results.with_stem(f"{base.results.stem}-plans")
+
+
 def run(base: Base, job: Job, folder: Path) -> None:
     """Train, and add the line. Raises CalledProcessError; FOLDER/<name>.log has the reason."""
     trained = job.rounds or job
     export = folder / trained.name / "export"
     if trained is job or not export.is_dir():
-        _train(trained, folder)
+        _train(base, trained, folder)
     line = {"row": job.row, "size": job.size, "seed": job.seed, "perplexity": {}}
     line |= _summary(folder / trained.name)
     summarized = "bytes" in line and job.to is None
@@ -131,12 +138,22 @@ def run(base: Base, job: Job, folder: Path) -> None:
     method_picture.draw(base)
 
 
-def _train(job: Job, folder: Path) -> None:
+def _train(base: Base, job: Job, folder: Path) -> None:
     recipe = folder / f"{job.name}.yaml"
     recipe.write_text(yaml.safe_dump(job.recipe, sort_keys=False), encoding="utf-8")
     _share_measurements(folder, folder / job.name)
+    plan, known = folder / job.name / PLAN_FILE, read_lines(plans_of(base))
+    found = next((line["plan"] for line in known if line["name"] == job.name), None)
+    if found is not None and not plan.is_file():
+        plan.write_text(json.dumps(found), encoding="utf-8")
     command = ["-m", "train", "run", str(recipe), f"output_dir={folder / job.name}"]
-    _start([*command, *job.overrides], folder / f"{job.name}.log")
+    try:
+        _start([*command, *job.overrides], folder / f"{job.name}.log")
+    finally:  # what was stopped in its training has been searched
+        if found is None and plan.is_file():
+            line = {"name": job.name, "plan": json.loads(plan.read_text(encoding="utf-8"))}
+            with plans_of(base).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
 
 
 def _score(job: Job, folder: Path) -> dict[str, Any]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from sa_models.plan import SharingPlan
 from tests.support import small_models
 from train.evaluation.models import open_folder
 from train.models.base_model import load_model
@@ -165,6 +168,33 @@ def test_an_export_is_rounded_when_its_training_has_ended(monkeypatch: pytest.Mo
     assert [job.name for job in table.to_do(every, running, running)] == names[2:]
     left = table.to_do(every, running, set())
     assert [job.name for job in left] == names[1:]
+
+
+def test_a_plan_is_searched_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Also where the training was stopped, and in another folder."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    table = importlib.import_module("method_table")
+    base = replace(table.BASES["smollm2"], results=tmp_path / "lines.jsonl")
+    (job,) = (j for j in table.jobs(base, ["pruned-loss"]) if j.size == "30")
+    plans: list[SharingPlan] = []
+
+    def start(command: list[str], log: Path) -> None:
+        """A pipeline that is stopped once it has a plan."""
+        file = log.with_suffix("") / "plan.json"
+        if not file.is_file():
+            assert not plans, "searched again"
+            SharingPlan(removed=((5, 1), (7, 0))).save(file)
+        plans.append(SharingPlan.load(file))
+        raise subprocess.CalledProcessError(130, command)
+
+    monkeypatch.setattr(table, "_start", start)
+    for name in ("one", "one", "other"):
+        (tmp_path / name).mkdir(exist_ok=True)
+        with pytest.raises(subprocess.CalledProcessError):
+            table.run(base, job, tmp_path / name)
+    assert plans == [SharingPlan(removed=((5, 1), (7, 0)))] * 3
+    assert [line["name"] for line in table.read_lines(table.plans_of(base))] == ["pruned-loss-30-0"]
+    assert base.read() == []
 
 
 # --- trainers side by side ------------------------------------------------------------------------
