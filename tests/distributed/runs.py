@@ -50,9 +50,15 @@ class ShortRun:
 
 RUNS = {
     "post": ShortRun("demo_postshare.yaml", (), ("ddp", "zero2", "zero3", "fsdp2")),
-    # Most of the search is on 64 tokens a block.
+    # Most of the search is on 64 tokens a block; a pull before healing takes every stage.
     "demo": ShortRun(
-        "demo.yaml", ("plan.calibration_blocks=2", "spans.calibration_blocks=1"), ("zero3",)
+        "demo.yaml",
+        (
+            "recovery=[penalty, heal, distill]",
+            "plan.calibration_blocks=2",
+            "spans.calibration_blocks=1",
+        ),
+        ("zero3",),
     ),
     # Chosen by the published rule: nothing is measured but one block's maps.
     "attention-spans": ShortRun(
