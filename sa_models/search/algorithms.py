@@ -78,7 +78,7 @@ class SearchResult:
     """What a search found.
 
     Attributes:
-        state: meets the budget.
+        state: meets the budget, unless the search was given up.
         loss, base_loss: measured, with this state and with none.
         path: from nothing to the state; every loss is measured.
         rises: the rise of the loss, without the slope, that an action of the state had where it
@@ -162,11 +162,13 @@ def greedy(
     ranking: Ranking,
     options: GreedyOptions | None = None,
     progress: Progress | None = None,
+    is_hopeless: Callable[[int, float], bool] | None = None,
 ) -> SearchResult:
     """Take the best of the shortlist, again and again, until the budget is met.
 
     Args:
         progress: called with (saved, needed) in the space's units after every round.
+        is_hopeless: called with (saved, loss) before every round: whether to give the search up.
     """
     options = options or GreedyOptions()
     state: State = frozenset()
@@ -181,6 +183,8 @@ def greedy(
     per_round = options.per_round(space.largest)
     count = options.measured(per_round)
     while not space.is_met(state):
+        if is_hopeless is not None and is_hopeless(space.saved(state), current):
+            break
         loss.rebase(state)
         candidates = _cheapest(space, state, known, count)
         short = len(candidates) < count and not complete

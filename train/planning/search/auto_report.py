@@ -229,12 +229,13 @@ def factored_note(factored: Factored, other: SharingPlan, config: LlamaConfig) -
 
 
 def left_out_note(searched: AutoResult) -> str | None:
-    """The structures that were not measured, and why, in a sentence."""
-    if not searched.left_out:
+    """The structures that were not measured or not searched to the end, and why, in a sentence."""
+    named = [*searched.left_out, *(f"{name} (given up)" for name in searched.given_up)]
+    if not named:
         return None
     return (
         "Left out, as their parts alone are expected to cost what the best plan does: "
-        f"{', '.join(searched.left_out)}."
+        f"{', '.join(named)}."
     )
 
 
@@ -295,6 +296,7 @@ def save_auto(
         "factored": None if searched.factored is None else _factored_dict(searched.factored),
         "structures": [point_dict(p, config, size) for p in searched.structures],
         "structures_left_out": searched.left_out,
+        "searches_given_up": searched.given_up,
         "front": [point_dict(p, config, size) for p in on_front],
         "decoding": [
             {

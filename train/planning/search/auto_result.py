@@ -108,6 +108,7 @@ class AutoResult:
             one; with the recipe's own structure, which is reconstructed then.
         factored: Basis Sharing beside them, see :mod:`train.planning.search.auto_rebuild`.
         left_out: structures that were not measured, as their parts cost as much as the best plan.
+        given_up: searches in a structure that were not finished, for the same reason.
     """
 
     base: Point
@@ -121,6 +122,7 @@ class AutoResult:
     base_rebuilt: float | None = None
     factored: Factored | None = None
     left_out: tuple[str, ...] = ()
+    given_up: tuple[str, ...] = ()
 
     @property
     def plan(self) -> SharingPlan:

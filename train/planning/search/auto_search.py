@@ -3,7 +3,8 @@
 Units are searched among removals; where the objective is bytes alone, among ties of several sets
 of projections as well, and, as controls, among what strategy loss offers. Then structures are
 measured (spans, fewer KV heads), and units are searched in the few that promise most; a structure
-is left out as soon as its parts are expected to cost what the best plan does. Whatever costs least
+is left out, and the search in one given up, as soon as its parts are expected to cost what the best
+plan does. Whatever costs least
 wins (:mod:`train.planning.search.objective`): a control too. Where the recipe reconstructs, the
 best are then compared after it (:mod:`train.planning.search.auto_rebuild`).
 
@@ -14,7 +15,7 @@ All losses are measured on one text, and of all of them the slope of the whole c
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from math import inf
@@ -42,6 +43,9 @@ from train.planning.search.objective import cost, most_rise, saved_share
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
+
+IsHopeless = Callable[[int, float], bool]
+"""Called with what a search has saved and its loss: whether it is to be given up."""
 
 
 def search_auto(
@@ -92,6 +96,7 @@ def search_auto(
         auto_space.auto_passes(problem),
         time.perf_counter() - started,
         left_out=tuple(search.left_out),
+        given_up=tuple(search.given_up),
     )
 
 
@@ -124,6 +129,8 @@ class _Search:
     """On a part of the text, see :meth:`_on_part`."""
     left_out: list[str] = field(default_factory=list)
     """Structures that were not measured, as their parts cost too much."""
+    given_up: list[str] = field(default_factory=list)
+    """Searches in a structure that fell behind."""
 
     def __post_init__(self) -> None:
         self.own = self._place(self.problem.structure, self.measured)
@@ -135,16 +142,24 @@ class _Search:
         self.places.append(place)
         return place
 
-    def units(self, place: _Place, spaces: dict[str, Space]) -> list[Candidate]:
-        """A greedy search in every space."""
+    def units(
+        self, place: _Place, spaces: dict[str, Space], is_hopeless: IsHopeless | None = None
+    ) -> list[Candidate]:
+        """A greedy search in every space; without those that were given up."""
         searched: list[tuple[str, SearchResult, Agreement | None]] = []
         for name, space in spaces.items():
             ranking = EstimatedRanking(
                 space, place.measured, place.structure.leader_of(), place.estimator
             )
-            with bar(f"searching {name}{place.name}") as advance:
-                found = greedy(space, place.measured, ranking, progress=advance)
-            searched.append((f"{name}{place.name}", found, ranking.agreement))
+            title = f"{name}{place.name}"
+            with bar(f"searching {title}") as advance:
+                found = greedy(
+                    space, place.measured, ranking, progress=advance, is_hopeless=is_hopeless
+                )
+            if space.is_met(found.state):
+                searched.append((title, found, ranking.agreement))
+            else:
+                self.given_up.append(title)
         place.measured.restore()
         paths = [_states(found) for _, found, _ in searched]
         known = self.slopes([(place, state) for path in paths for state in path])
@@ -251,14 +266,18 @@ class _Search:
         best = min(cost(problem, c.plan, c.expected - base) for c in every)
         path = found[0].points if found else ()
         left = problem.within(structure).remaining.needed
-        share, rest = saved_share(problem, structure), 0.0
-        if left > 0:
-            rest = plan_structures.rise_at(
-                [(0, 0.0), *((point.saved, point.expected - base) for point in path)], left
-            )
-            enough = next((point.plan for point in path if point.saved >= left), None)
-            share = 1.0 if enough is None else min(1.0, share + saved_share(problem, enough))
-        return most_rise(best, share) - rest
+        rest = plan_structures.rise_at(
+            [(0, 0.0), *((point.saved, point.expected - base) for point in path)], left
+        )
+        return most_rise(best, self._share_with(structure, path, left)) - rest
+
+    def _share_with(self, structure: SharingPlan, path: Sequence[Point], left: int) -> float:
+        """What a structure saves of the objective, with as much of a path as it leaves to units."""
+        share = saved_share(self.problem, structure)
+        if left <= 0:
+            return share
+        enough = next((point.plan for point in path if point.saved >= left), None)
+        return 1.0 if enough is None else min(1.0, share + saved_share(self.problem, enough))
 
     def _on_part(self) -> MeasuredLoss:
         """The model on a part of the text, which says what need not be measured on all of it."""
@@ -296,19 +315,51 @@ class _Search:
         }
         promising = sorted((p for p in margins if margins[p] > 0), key=lambda p: -margins[p])
         searched: list[Candidate] = []
+        tries = 0
         for point in promising:
             space = auto_space.full_space(within[point.plan])
-            if len(searched) == STRUCTURES_SEARCHED or space.most() < space.needed:
+            if tries == STRUCTURES_SEARCHED or space.most() < space.needed:
                 continue
-            searched += self._inside(point.plan, space)
+            tries += 1
+            behind = self._is_behind(point.plan, space, candidates, every)
+            searched += self._inside(point.plan, space, behind)
         return alone + searched
 
-    def _inside(self, structure: SharingPlan, space: Space) -> list[Candidate]:
+    def _is_behind(
+        self,
+        structure: SharingPlan,
+        space: Space,
+        found: Sequence[Candidate],
+        every: Sequence[Candidate],
+    ) -> IsHopeless | None:
+        """Whether a search of units in a structure costs too much so far: what it has lost, and
+        what the rest cost the first search of units, come to what the best plan lost.
+
+        Slopes are left in: those of a search are known when it has ended.
+        """
+        if not found:
+            return None
+        problem, base = self.problem, self.measured(frozenset())
+        points = found[0].points
+        path = [(0, 0.0), *((point.saved, point.loss - base) for point in points)]
+        best = min(cost(problem, c.plan, c.points[-1].loss - base) for c in every)
+        limit = most_rise(best, self._share_with(structure, points, space.needed))
+        whole = plan_structures.rise_at(path, space.needed)
+
+        def is_behind(saved: int, loss: float) -> bool:
+            rest = whole - plan_structures.rise_at(path, saved)
+            return loss - base + rest >= limit
+
+        return is_behind
+
+    def _inside(
+        self, structure: SharingPlan, space: Space, is_hopeless: IsHopeless | None
+    ) -> list[Candidate]:
         model = self._converted(structure)
         file = self.measured.cache.path
         measured = MeasuredLoss(model, self.measured.batches, file)
         place = self._place(structure, measured, f" in {_name(structure)}")
-        return self.units(place, {FULL if space.targets else REMOVALS: space})
+        return self.units(place, {FULL if space.targets else REMOVALS: space}, is_hopeless)
 
     # --- slopes -----------------------------------------------------------------------------------
 

@@ -168,6 +168,22 @@ def test_a_short_list_is_measured_and_estimates_are_made_anew() -> None:
     assert len(set(table.asked)) <= bound.forward
 
 
+def test_a_search_is_given_up_once_it_is_hopeless() -> None:
+    among = space(("tie",), needed=4)
+    table = Table(among)
+    whole = greedy(among, table, table.ranking(among))
+    asked: list[tuple[int, float]] = []
+
+    def is_hopeless(saved: int, loss: float) -> bool:
+        asked.append((saved, loss))
+        return saved == 2
+
+    found = greedy(among, table, table.ranking(among), is_hopeless=is_hopeless)
+    assert found.path == whole.path[:2]
+    assert asked == [(0, 2.0), *((step.saved, step.loss) for step in found.path)]
+    assert not among.is_met(found.state)
+
+
 def test_many_units_are_taken_in_few_rounds() -> None:
     options = GreedyOptions(shortlist=4, rounds=2)
     among = space(("tie",), needed=5)

@@ -487,11 +487,18 @@ def test_structures_that_are_left_out_would_not_win(
     text = calibration_batches(blocks, 8, of.evaluate.batch_size, model.device)
     fewer = search_auto(problem, model, text, tmp_path / "fewer")
     monkeypatch.setattr(auto_search._Search, "_most_rise", lambda *_: math.inf)
+    begun = search_auto(problem, model, text, tmp_path / "begun")
+    monkeypatch.setattr(auto_search._Search, "_is_behind", lambda *_: None)
     every = search_auto(problem, model, text, tmp_path / "every")
-    assert fewer.chosen == every.chosen
+    assert fewer.chosen == begun.chosen == every.chosen
+    names = {c.name for c in begun.candidates}
+    assert {c.name for c in every.candidates} == names | set(begun.given_up)
+    assert begun.given_up
+    assert begun.passes < every.passes
+    assert f"{begun.given_up[0]} (given up)" in str(left_out_note(begun))
     assert fewer.base.loss + 0.01 < fewer.chosen.expected < every.candidates[-1].expected
     assert fewer.passes < 0.8 * every.passes
-    assert every.left_out == ()
+    assert every.left_out == every.given_up == ()
     assert len(every.structures) == len(fewer.structures) + len(fewer.left_out)
     measured = {point.plan: point for point in every.structures}
     assert all(measured[point.plan] == point for point in fewer.structures)
