@@ -31,7 +31,7 @@ from typing import Any
 import method_picture
 import method_tables
 import yaml
-from method_tables import BASES, Base, read_lines
+from method_tables import BASES, Base, add_lines, read_lines
 
 from train.common.run_files import BLOCKS_FILE, PLAN_FILE, SEARCH_CACHE
 
@@ -111,11 +111,6 @@ def finished(base: Base) -> set[str]:
     return {f"{line['row']}-{line['size']}-{line['seed']}" for line in base.read()}
 
 
-def plans_of(base: Base) -> Path:
-    """The file of the plans that have been found, a line each."""
-    return base.results.with_stem(f"{base.results.stem}-plans")
-
-
 def run(base: Base, job: Job, folder: Path) -> None:
     """Train, and add the line. Raises CalledProcessError; FOLDER/<name>.log has the reason."""
     trained = job.rounds or job
@@ -132,8 +127,7 @@ def run(base: Base, job: Job, folder: Path) -> None:
             line |= {"bytes": scores["bytes"], "cache": scores["cache"]}
         line |= {"margins": scores["margins"]} if "margins" in scores else {}
     line["date"] = date.today().isoformat()
-    with base.results.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+    add_lines(base.results, line)
     method_tables.write()
     method_picture.draw(base)
 
@@ -142,7 +136,7 @@ def _train(base: Base, job: Job, folder: Path) -> None:
     recipe = folder / f"{job.name}.yaml"
     recipe.write_text(yaml.safe_dump(job.recipe, sort_keys=False), encoding="utf-8")
     _share_measurements(folder, folder / job.name)
-    plan, known = folder / job.name / PLAN_FILE, read_lines(plans_of(base))
+    plan, known = folder / job.name / PLAN_FILE, read_lines(base.plans)
     found = next((line["plan"] for line in known if line["name"] == job.name), None)
     if found is not None and not plan.is_file():
         plan.write_text(json.dumps(found), encoding="utf-8")
@@ -152,8 +146,7 @@ def _train(base: Base, job: Job, folder: Path) -> None:
     finally:  # what was stopped in its training has been searched
         if found is None and plan.is_file():
             line = {"name": job.name, "plan": json.loads(plan.read_text(encoding="utf-8"))}
-            with plans_of(base).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            add_lines(base.plans, line)
 
 
 def _score(job: Job, folder: Path) -> dict[str, Any]:

@@ -53,6 +53,11 @@ class Base:
         return self.results.with_suffix(".svg")
 
     @property
+    def plans(self) -> Path:
+        """The plans that have been found, a line each."""
+        return self.results.with_stem(f"{self.results.stem}-plans")
+
+    @property
     def marks(self) -> tuple[str, str]:
         """Around its tables in the page."""
         return f"<!-- tables of {self.name}: made by method_tables.py -->", "<!-- /tables -->"
@@ -74,6 +79,12 @@ def read_lines(file: Path) -> list[Line]:
     if not file.is_file():
         return []
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def add_lines(file: Path, *lines: Line) -> None:
+    """Append to a file of lines, at once."""
+    with file.open("a", encoding="utf-8") as opened:
+        opened.write("".join(json.dumps(line) + "\n" for line in lines))
 
 
 BASES = {

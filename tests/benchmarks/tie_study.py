@@ -30,7 +30,7 @@ from typing import Any
 
 import tie_tables
 import yaml
-from method_tables import Line, read_lines
+from method_tables import Line, add_lines, read_lines
 from transformers import AutoConfig
 
 from sa_models.errors import PostshareError
@@ -276,8 +276,7 @@ def found_path(study: Study, name: str, recipe: dict[str, Any]) -> list[dict[str
     start("plan", recipe, study.folder / f"search-{name}.yaml")
     searched = Path(recipe["output_dir"], SEARCH_FILE)
     path = json.loads(searched.read_text(encoding="utf-8"))["path"]
-    with study.paths.open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"name": name, "path": path}) + "\n")
+    add_lines(study.paths, {"name": name, "path": path})
     return path
 
 
@@ -318,8 +317,7 @@ def run(study: Study, job: Job) -> None:
     start("run", recipe, study.folder / f"{job.name}.yaml")
     seconds = round(time.monotonic() - began)
     lines = [line_of(one, folder) | {"seconds": seconds} for one in (job, continued) if one]
-    with study.lines.open("a", encoding="utf-8") as file:
-        file.write("".join(json.dumps(line) + "\n" for line in lines))
+    add_lines(study.lines, *lines)
     keep_losses(study, job, folder)
     for child in folder.iterdir():
         if child.is_dir():  # weights of half a gigabyte

@@ -193,7 +193,7 @@ def test_a_plan_is_searched_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         with pytest.raises(subprocess.CalledProcessError):
             table.run(base, job, tmp_path / name)
     assert plans == [SharingPlan(removed=((5, 1), (7, 0)))] * 3
-    assert [line["name"] for line in table.read_lines(table.plans_of(base))] == ["pruned-loss-30-0"]
+    assert [line["name"] for line in table.read_lines(base.plans)] == ["pruned-loss-30-0"]
     assert base.read() == []
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from sa_models.calibration.partial_forward import Batch
-from train.data.blocks import Blocks
+from train.data.blocks import Block, Blocks
 from train.data.reader import read_batches
 
 MAP_LENGTH = 512
@@ -23,6 +23,11 @@ def spread_indices(total: int, count: int) -> list[int]:
     """``count`` indices (or as many as there are) at equal distances."""
     count = min(count, total)
     return [index * total // count for index in range(count)]
+
+
+def spread_blocks(blocks: Blocks, count: int) -> list[Block]:
+    """The blocks of :func:`spread_indices`."""
+    return [blocks[index] for index in spread_indices(len(blocks), count)]
 
 
 def calibration_inputs(

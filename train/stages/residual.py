@@ -36,7 +36,7 @@ from sa_models.weights.structure import convert
 from sa_models.weights.whole_model import ParameterReader
 from train.common.progress import bar
 from train.common.run_files import ADAPTER_FOLDER
-from train.data.calibration import calibration_inputs, spread_indices
+from train.data.calibration import calibration_inputs, spread_blocks
 from train.evaluation.perplexity import block_losses
 from train.models.base_model import load_model
 from train.models.sharded_source import Source, dense_weights
@@ -87,10 +87,10 @@ def fit_residual(current: Run, weights: Path) -> None:
     current.on_main(work)
 
 
-def _effect(tied: float, corrected: float) -> str:
+def _effect(before: float, after: float) -> str:
     """What residuals do before any training, in a sentence."""
-    what = f"perplexity of the calibration text {tied:.2f} tied, {corrected:.2f} with residuals"
-    if corrected <= tied:
+    what = f"perplexity of the calibration text {before:.2f} tied, {after:.2f} with residuals"
+    if after <= before:
         return f"residual  {what}, untrained"
     return (
         f"residual  warning: {what}, untrained: they do harm here; compare with a run without "
@@ -147,7 +147,7 @@ def _measured(
     """Perplexities of the calibration text: of a tied model, and corrected, which it then is."""
     section = current.recipe.residual
     assert section is not None
-    text = [blocks[i] for i in spread_indices(len(blocks), section.calibration_blocks)]
+    text = spread_blocks(blocks, section.calibration_blocks)
     compact = SharedLlamaForCausalLM.from_materialized(model, current.plan)
     size = current.recipe.evaluate.batch_size
     before = block_losses(compact, text, size, name="tied").perplexity

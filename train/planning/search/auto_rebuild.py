@@ -21,7 +21,7 @@ from sa_models.plan import SharingPlan
 from sa_models.search.measured_loss import Cache, identity
 from train.common.run_files import SEARCH_CACHE
 from train.data.blocks import Blocks
-from train.data.calibration import calibration_batches, spread_indices
+from train.data.calibration import calibration_batches, spread_blocks
 from train.evaluation.bootstrap import interval
 from train.evaluation.perplexity import BlockLosses, block_losses
 from train.models.materialize import on_text
@@ -79,7 +79,7 @@ def compare_rebuilt(
         if plan != SharingPlan():
             model = on_text(recipe, plan, model, blocks, device)
         model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides it
-        measured = [blocks[i] for i in spread_indices(len(blocks), section.calibration_blocks)]
+        measured = spread_blocks(blocks, section.calibration_blocks)
         losses = block_losses(model, measured, recipe.evaluate.batch_size, progress=False)
         del model
         gc.collect()  # the projections of a compact model refer to each other

@@ -4,9 +4,9 @@ Units are searched among removals; where the objective is bytes alone, among tie
 of projections as well, and, as controls, among what strategy loss offers. Then structures are
 measured (spans, fewer KV heads), and units are searched in the few that promise most; a structure
 is left out, and the search in one given up, as soon as its parts are expected to cost what the best
-plan does. Whatever costs least
-wins (:mod:`train.planning.search.objective`): a control too. Where the recipe reconstructs, the
-best are then compared after it (:mod:`train.planning.search.auto_rebuild`).
+plan does. Whatever costs least wins (:mod:`train.planning.search.objective`): a control too. Where
+the recipe reconstructs, the best are then compared after it
+(:mod:`train.planning.search.auto_rebuild`).
 
 All losses are measured on one text, and of all of them the slope of the whole change is taken off
 (:mod:`sa_models.scores.slope`), structures included, which are charged with it and never credited.
