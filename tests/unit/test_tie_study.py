@@ -54,13 +54,13 @@ def test_a_round_goes_on_with_the_best_of_the_one_before(
     assert names[:2] == ["qkvo-heal-10-4096-0", "qk-heal-10-4096-0"]
     assert names[-1] == "removed-heal-10-4096-0"
     assert len(first) == 4 + 1
-    assert len(study.next_jobs("30")) == 1 + 1  # what ended last at 10 % is left out
+    assert len(study.next_jobs("30")) == 1 + 1  # what came first at 10 % alone
     add_lines(study, first[:3], {"vo heal": 30.0})
     assert study.next_jobs("10") == first[3:]  # what was stopped goes on
     larger = study.next_jobs("30")
     add_lines(study, larger, {"qkvo heal": 30.0})
     pulls = {job.arm.name for job in study.next_jobs("30")}  # and copies alone: no round for merges
-    kinds = ("none", "penalty-30", "decoupled-400", "progressive")
+    kinds = ("none", "decoupled-400", "progressive")
     assert pulls == {"qkvo" + ("" if kind == "none" else f" {kind}") for kind in kinds} | {
         f"qkvo heal {kind}" for kind in kinds[1:]
     }
