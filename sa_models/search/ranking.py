@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 
 from sa_models.calibration.partial_forward import Batch, rows_of
-from sa_models.calibration.progress import Progress
+from sa_models.calibration.progress import Progress, ProgressBar
 from sa_models.errors import PostshareError
 from sa_models.scores.fisher import Rise, Sensitivity, combined, estimate_sensitivity
 from sa_models.search.actions import WHOLE, Action, Projections, Space, State, ordered
@@ -69,7 +70,7 @@ class Estimator:
     Args:
         shares: the sets of projections that ties of any of the searches share.
         without: layers that are neither changed nor sources.
-        progress: called with (done, total) blocks, at every estimate.
+        bar: of each estimate, which is told (done, total) blocks.
 
     Attributes:
         made: estimates so far.
@@ -83,10 +84,10 @@ class Estimator:
         measured: MeasuredLoss,
         shares: Iterable[Projections] = (),
         without: Iterable[int] = (),
-        progress: Progress | None = None,
+        bar: ProgressBar = lambda: nullcontext(lambda done, total: None),
     ) -> None:
         self.measured, self.shares = measured, tuple(shares)
-        self.without, self.progress = tuple(sorted(without)), progress
+        self.without, self.bar = tuple(sorted(without)), bar
         self.made = 0
         self._halves = halves(measured.batches)
         self._first: list[Sensitivity] = []
@@ -99,18 +100,18 @@ class Estimator:
         self.measured.rebase(state)
         model = self.measured.at_base()
         wanted = tuple(shares) if state else self.shares
-        total = sum(map(len, self._halves))
         parts: list[Sensitivity] = []
-        for half in self._halves:
-            report = self._report(total - len(half) if parts else 0, total)
-            parts.append(estimate_sensitivity(model, half, wanted, self.without, report, REACH))
+        with self.bar() as show:
+            for half in self._halves:
+                report = self._report(show, len(self._halves[0]) if parts else 0)
+                parts.append(estimate_sensitivity(model, half, wanted, self.without, report, REACH))
         if not state:
             self._first = parts
         return parts
 
-    def _report(self, before: int, total: int) -> Progress | None:
-        show = self.progress
-        return None if show is None else lambda done, _: show(before + done, total)
+    def _report(self, show: Progress, before: int) -> Progress:
+        total = sum(map(len, self._halves))
+        return lambda done, _: show(before + done, total)
 
 
 class EstimatedRanking:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from math import inf
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,6 +40,7 @@ from train.planning.problem import PlanProblem
 from train.planning.search import auto_space
 from train.planning.search.auto_result import AutoResult, Candidate, Point
 from train.planning.search.auto_space import FULL, PART, REMOVALS, STRUCTURES_SEARCHED
+from train.planning.search.loss_search import estimate_bar
 from train.planning.search.objective import cost, most_rise, saved_share
 
 if TYPE_CHECKING:
@@ -137,7 +139,7 @@ class _Search:
 
     def _place(self, structure: SharingPlan, measured: MeasuredLoss, name: str = "") -> _Place:
         shares = auto_space.tied_shares(self.problem)
-        estimator = Estimator(measured, shares, structure.leader_of())
+        estimator = Estimator(measured, shares, structure.leader_of(), estimate_bar)
         place = _Place(structure, measured, estimator, name)
         self.places.append(place)
         return place
@@ -262,22 +264,41 @@ class _Search:
         """
         if not every:
             return inf
-        problem, base = self.problem, self.measured(frozenset())
-        best = min(cost(problem, c.plan, c.expected - base) for c in every)
-        path = found[0].points if found else ()
-        left = problem.within(structure).remaining.needed
-        rest = plan_structures.rise_at(
-            [(0, 0.0), *((point.saved, point.expected - base) for point in path)], left
-        )
-        return most_rise(best, self._share_with(structure, path, left)) - rest
+        left, of = self.problem.within(structure).remaining.needed, attrgetter("expected")
+        limit = self._same_cost(structure, left, found, every, of)
+        return limit - plan_structures.rise_at(self._first_path(found, of), left)
 
-    def _share_with(self, structure: SharingPlan, path: Sequence[Point], left: int) -> float:
-        """What a structure saves of the objective, with as much of a path as it leaves to units."""
+    def _same_cost(
+        self,
+        structure: SharingPlan,
+        left: int,
+        found: Sequence[Candidate],
+        every: Sequence[Candidate],
+        of: Callable[[Point], float],
+    ) -> float:
+        """The rise of the loss at which a structure with its units costs what the best plan does.
+
+        Args:
+            left: what the structure leaves to units, in what the budget counts.
+            of: the loss of a point, with or without its slope.
+        """
+        base = self.measured(frozenset())
+        best = min(cost(self.problem, c.plan, of(c.points[-1]) - base) for c in every)
         share = saved_share(self.problem, structure)
-        if left <= 0:
-            return share
-        enough = next((point.plan for point in path if point.saved >= left), None)
-        return 1.0 if enough is None else min(1.0, share + saved_share(self.problem, enough))
+        if left > 0:  # with as much of the first search as the structure leaves
+            points = found[0].points if found else ()
+            enough = next((point.plan for point in points if point.saved >= left), None)
+            units = 1.0 if enough is None else saved_share(self.problem, enough)
+            share = min(1.0, share + units)
+        return most_rise(best, share)
+
+    def _first_path(
+        self, found: Sequence[Candidate], of: Callable[[Point], float]
+    ) -> list[tuple[int, float]]:
+        """What the first search of units had saved, and lost, from its beginning on."""
+        base = self.measured(frozenset())
+        points = found[0].points if found else ()
+        return [(0, 0.0), *((point.saved, of(point) - base) for point in points)]
 
     def _on_part(self) -> MeasuredLoss:
         """The model on a part of the text, which says what need not be measured on all of it."""
@@ -339,11 +360,9 @@ class _Search:
         """
         if not found:
             return None
-        problem, base = self.problem, self.measured(frozenset())
-        points = found[0].points
-        path = [(0, 0.0), *((point.saved, point.loss - base) for point in points)]
-        best = min(cost(problem, c.plan, c.points[-1].loss - base) for c in every)
-        limit = most_rise(best, self._share_with(structure, points, space.needed))
+        base, of = self.measured(frozenset()), attrgetter("loss")
+        limit = self._same_cost(structure, space.needed, found, every, of)
+        path = self._first_path(found, of)
         whole = plan_structures.rise_at(path, space.needed)
 
         def is_behind(saved: int, loss: float) -> bool:

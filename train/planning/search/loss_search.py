@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
@@ -34,7 +35,7 @@ from sa_models.search.algorithms import (
     greedy_passes,
 )
 from sa_models.search.measured_loss import MeasuredLoss
-from sa_models.search.ranking import STABLE, Agreement, EstimatedRanking
+from sa_models.search.ranking import STABLE, Agreement, EstimatedRanking, Estimator
 from train.common.progress import bar, clock
 from train.common.run_files import PARETO_PICTURE, SEARCH_CACHE, SEARCH_FILE
 from train.planning.problem import PlanProblem, least_important_of
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
 
 UNLIKE = 1.25
 """Ratio of the base's losses on two texts above which they are of different kinds."""
+estimate_bar = partial(bar, "estimating the cost of every unit")
+"""Of each estimate of a search: with much text, or pairs of many layers, it takes minutes."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,9 @@ def search_plan(
     started = time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
     measured = MeasuredLoss(model, batches, folder / SEARCH_CACHE)
-    ranking = EstimatedRanking(space, measured, structure.leader_of())
+    shares = space.shares if space.targets else ()
+    estimator = Estimator(measured, shares, structure.leader_of(), estimate_bar)
+    ranking = EstimatedRanking(space, measured, structure.leader_of(), estimator)
     with bar(f"searching ({section.search})") as advance:
         if section.search == "greedy":
             bound = greedy_passes(space.largest)

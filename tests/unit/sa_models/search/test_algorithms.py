@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 
+from sa_models.calibration.progress import Progress
 from sa_models.errors import PostshareError
 from sa_models.heads import HeadLayout
 from sa_models.search.actions import Action, Space, State, as_plan, make_space
@@ -25,7 +27,7 @@ from sa_models.search.algorithms import (
     greedy_passes,
 )
 from sa_models.search.measured_loss import MeasuredLoss, state_key
-from sa_models.search.ranking import Agreement, EstimatedRanking, agreement, spearman
+from sa_models.search.ranking import Agreement, EstimatedRanking, Estimator, agreement, spearman
 from tests.support.reference import VOCABULARY, dense
 
 LAYOUT = HeadLayout(layers=4, hidden_size=8, heads=2, kv_heads=2, head_dim=4)
@@ -431,6 +433,22 @@ def test_a_cache_that_is_none_is_refused(tmp_path: Path) -> None:
     file.write_text('{"key": 1}\n')
     with pytest.raises(PostshareError, match=r"line 1 is no measurement; delete the file"):
         searched(file)
+
+
+def test_every_estimate_has_a_bar_over_both_halves() -> None:
+    told: list[list[tuple[int, int]]] = []
+
+    @contextmanager
+    def bar() -> Iterator[Progress]:
+        told.append([])
+        yield lambda done, total: told[-1].append((done, total))
+
+    odd = [{"input_ids": batch["input_ids"][:3]} for batch in batches()]
+    estimator = Estimator(MeasuredLoss(dense("gqa"), odd), bar=bar)
+    estimator.at(frozenset(), ())
+    estimator.at(frozenset(), ())  # known
+    estimator.at(frozenset({Action((2, 0))}), ())
+    assert told == [[(1, 3), (2, 3), (3, 3)]] * 2
 
 
 def test_names_of_states_are_canonical() -> None:
