@@ -398,9 +398,10 @@ class Passes:
 def greedy_passes(actions: int, options: GreedyOptions | None = None) -> Passes:
     """A bound for a greedy search that takes ``actions`` actions.
 
-    ``rounds * (shortlist + 2) + 1`` forward passes whatever the model: a Llama-2-7B at 30 % (307 of
-    1,024 heads) takes 31 rounds of 10 heads, 683 passes at most. About half of the layers are
-    computed in the mean.
+    ``rounds * (shortlist + 1) + 1`` forward passes where a round takes one action, and
+    ``rounds * (shortlist + 2) + 1`` where it takes several, whatever the model: a Llama-2-7B at
+    30 % (307 of 1,024 heads) takes 31 rounds of 10 heads, 683 passes at most. About half of the
+    layers are computed in the mean.
     """
     options = options or GreedyOptions()
     per_round = options.per_round(actions)

@@ -100,7 +100,8 @@ DType = Annotated[
 ]
 Results = Annotated[Path | None, typer.Option(help="Also write the results, as JSON.")]
 Cache = Annotated[
-    Path | None, typer.Option(help="Folder of kept results (default: ~/.cache/postshare).")
+    Path | None,
+    typer.Option(help="Folder of kept results (default: ~/.cache/postshare/evaluations)."),
 ]
 
 # --- of analyze -----------------------------------------------------------------------------------

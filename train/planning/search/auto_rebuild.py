@@ -1,7 +1,7 @@
 """Strategy auto, where the recipe reconstructs: the best plans are compared after it.
 
-Untrained, a tie costs less than a removal. Reconstruction, which solves the columns of o that are a
-layer's own, makes up for a removal better: it leaves all other columns free, a tie of o does not.
+Reconstruction, which solves the columns of o that are a layer's own, makes up for a removal better
+than for a tie: it leaves all other columns free, a tie of o does not. So the two may change places.
 """
 
 from __future__ import annotations
