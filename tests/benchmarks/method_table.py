@@ -39,6 +39,8 @@ SEEDED = ("0", "30")
 """The sizes at which a row has all its seeds; elsewhere one."""
 HELLASWAG = Path(__file__).parents[2].with_name("shared") / "eval" / "hellaswag"
 QUESTIONS = 400
+SEARCHED = ("auto", "loss")
+"""Strategies that may choose the plan of another row."""
 
 
 @dataclass(frozen=True)
@@ -108,13 +110,20 @@ def to_do(every: list[Job], begun: set[str], busy: set[str]) -> list[Job]:
 
 def finished(base: Base) -> set[str]:
     """Names of the trainings that have a line."""
-    return {f"{line['row']}-{line['size']}-{line['seed']}" for line in base.read()}
+    return {_name_of(line) for line in base.read()}
+
+
+def _name_of(line: method_tables.Line) -> str:
+    return f"{line['row']}-{line['size']}-{line['seed']}"
 
 
 def run(base: Base, job: Job, folder: Path) -> None:
     """Train, and add the line. Raises CalledProcessError; FOLDER/<name>.log has the reason."""
     trained = job.rounds or job
     export = folder / trained.name / "export"
+    if trained is job and (line := as_another(base, job, plan_of(base, job, folder))) is not None:
+        add_line(base, line)
+        return
     if trained is job or not export.is_dir():
         _train(base, trained, folder)
     line = {"row": job.row, "size": job.size, "seed": job.seed, "perplexity": {}}
@@ -126,13 +135,56 @@ def run(base: Base, job: Job, folder: Path) -> None:
             line["perplexity"] |= {"post": scores["perplexity"]}
             line |= {"bytes": scores["bytes"], "cache": scores["cache"]}
         line |= {"margins": scores["margins"]} if "margins" in scores else {}
-    line["date"] = date.today().isoformat()
-    add_lines(base.results, line)
+    add_line(base, line)
+
+
+def add_line(base: Base, line: method_tables.Line) -> None:
+    """Of today, and what is made of the lines."""
+    add_lines(base.results, line | {"date": date.today().isoformat()})
     method_tables.write()
     method_picture.draw(base)
 
 
+def as_another(base: Base, job: Job, plan: dict[str, Any] | None) -> method_tables.Line | None:
+    """The line of a training with the same plan, seed and recipe but for what chose the plan."""
+    if plan is None:
+        return None
+    plans = {line["name"]: line["plan"] for line in read_lines(base.plans)}
+    others = {
+        other.name: other
+        for other in jobs(base)
+        if other.rounds is None
+        and plans.get(other.name) == plan
+        and _but_for_the_plan(other) == _but_for_the_plan(job)
+    }
+    for line in base.read():
+        other = others.get(_name_of(line))
+        if other is None or "same_as" in line or (job.hellaswag and "margins" not in line):
+            continue
+        kept = {key: value for key, value in line.items() if job.hellaswag or key != "margins"}
+        return kept | {"row": job.row, "size": job.size, "same_as": other.row}
+    return None
+
+
+def _but_for_the_plan(job: Job) -> tuple[dict[str, Any], list[str]]:
+    recipe = {key: value for key, value in job.recipe.items() if key != "plan"}
+    return recipe, [one for one in job.overrides if not one.startswith("plan.")]
+
+
+def plan_of(base: Base, job: Job, folder: Path) -> dict[str, Any] | None:
+    """The plan of a training that searches one, which is searched where nobody has; or None."""
+    if job.recipe.get("plan", {}).get("strategy") not in SEARCHED or "spans" in job.recipe:
+        return None
+    _start_training(base, job, folder, "plan")
+    return json.loads((folder / job.name / PLAN_FILE).read_text(encoding="utf-8"))
+
+
 def _train(base: Base, job: Job, folder: Path) -> None:
+    _start_training(base, job, folder, "run")
+
+
+def _start_training(base: Base, job: Job, folder: Path, command: str) -> None:
+    """`postshare plan` or `run` of a row; a plan that was found is kept as a line."""
     recipe = folder / f"{job.name}.yaml"
     recipe.write_text(yaml.safe_dump(job.recipe, sort_keys=False), encoding="utf-8")
     _share_measurements(folder, folder / job.name)
@@ -140,9 +192,11 @@ def _train(base: Base, job: Job, folder: Path) -> None:
     found = next((line["plan"] for line in known if line["name"] == job.name), None)
     if found is not None and not plan.is_file():
         plan.write_text(json.dumps(found), encoding="utf-8")
-    command = ["-m", "train", "run", str(recipe), f"output_dir={folder / job.name}"]
+    if found is not None and command == "plan":
+        return
+    arguments = ["-m", "train", command, str(recipe), f"output_dir={folder / job.name}"]
     try:
-        _start([*command, *job.overrides], folder / f"{job.name}.log")
+        _start([*arguments, *job.overrides], folder / f"{job.name}.log")
     finally:  # what was stopped in its training has been searched
         if found is None and plan.is_file():
             line = {"name": job.name, "plan": json.loads(plan.read_text(encoding="utf-8"))}

@@ -168,13 +168,13 @@ def _table(lines: list[Line], every: list[Line], rows: Rows) -> str:
         if of_seed and distilled in used and not any(map(is_control, recipes)):
             name = "*continued*, distilled" if distilled else "*continued*"
             out.append(_row([name, len(of_seed), "", _spread(of_seed.values()), "", *dense]))
-    for name, row in rows.items():
+    for name in rows:
         found = _lines_of(lines, name)
         if not found:
             continue
         control = controls["distill" in recipe_of(rows, name)]
         cells = [
-            row["what"],
+            _what(rows, name, found),
             len(found),
             _spread(
                 line["perplexity"]["direct"] for line in found if "direct" in line["perplexity"]
@@ -189,6 +189,13 @@ def _table(lines: list[Line], every: list[Line], rows: Rows) -> str:
     return "\n".join(out)
 
 
+def _what(rows: Rows, name: str, found: list[Line]) -> str:
+    """What a row is; of one that chose the plan of another, which was not trained again, both."""
+    others = {line.get("same_as") for line in found} - {None}
+    what = rows[name]["what"]
+    return what if not others else f"{what}: chose *{rows[min(others)]['what']}*"
+
+
 def _foretold(lines: list[Line], every: list[Line], rows: Rows) -> str:
     """How well the untrained loss of the plans of one size ranks them as they are when trained."""
     controls = controls_of(every, rows)
@@ -196,6 +203,7 @@ def _foretold(lines: list[Line], every: list[Line], rows: Rows) -> str:
         (line["perplexity"]["direct"], *above([line], controls["distill" in recipe]))
         for line in lines
         if "direct" in line["perplexity"]
+        and "same_as" not in line
         and line["seed"] in controls["distill" in (recipe := recipe_of(rows, line["row"]))]
     ]
     if len(pairs) < FEWEST_PLANS:

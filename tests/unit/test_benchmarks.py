@@ -197,6 +197,42 @@ def test_a_plan_is_searched_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert base.read() == []
 
 
+def test_a_training_is_not_repeated_for_the_same_plan(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    table = importlib.import_module("method_table")
+    monkeypatch.setattr(table.method_tables, "write", lambda: None)
+    monkeypatch.setattr(table.method_picture, "draw", lambda base: None)
+    base = replace(table.BASES["smollm2"], results=tmp_path / "lines.jsonl")
+    plan, other_plan = (SharingPlan(removed=((5, unit),)) for unit in range(2))
+    every = {job.name: job for job in table.jobs(base)}
+    # The first of these does not reconstruct, so it is another training.
+    for row, post in (("pruned-loss-distilled", 2.0), ("pruned-reconstructed", 3.0)):
+        known = {"perplexity": {"post": post}, "margins": [0.5]}
+        table.add_lines(base.results, {"row": row, "size": "30", "seed": 0} | known)
+        line = {"name": f"{row}-30-0", "plan": plan.to_dict()}
+        table.add_lines(base.plans, line)
+    started: list[str] = []
+
+    def start(command: list[str], log: Path) -> None:
+        started.append(command[2])
+        assert command[2] == "plan", "trained"
+        found = other_plan if log.stem == "auto-speed-30-0" else plan
+        found.save(log.with_suffix("") / "plan.json")
+
+    monkeypatch.setattr(table, "_start", start)
+    table.run(base, every["auto-cache-30-0"], tmp_path)
+    found = base.read()[-1]
+    assert found["same_as"] == "pruned-reconstructed"
+    assert (found["row"], found["size"], found["perplexity"]) == ("auto-cache", "30", {"post": 3.0})
+    assert "margins" not in found  # nobody asked for the questions of this row
+    with pytest.raises(AssertionError, match="trained"):
+        table.run(base, every["auto-speed-30-0"], tmp_path)
+    assert started == ["plan", "plan", "run"]
+    assert len(base.read()) == 3
+
+
 # --- trainers side by side ------------------------------------------------------------------------
 
 
