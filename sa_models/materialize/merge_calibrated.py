@@ -68,7 +68,8 @@ def merge_on_text_(
 
     Args:
         model: with the plan's structure; gradients, modes and what trains are as before after it.
-        plan: validated; a ``released`` plan is reduced to its effective ties.
+        plan: validated; a ``released`` plan is reduced to its effective ties. Without ties there
+            is nothing to do.
         merge: ``weighted_mean`` or ``least_squares``.
         batches: calibration text, see :data:`~sa_models.calibration.partial_forward.Batch`; taken a
         row at a time.
@@ -79,6 +80,8 @@ def merge_on_text_(
             nothing on it to weigh a unit by.
     """
     check_merge(plan, merge)
+    if not plan.ties:
+        return
     layout, parameters = HeadLayout.from_config(model.config), dict(model.named_parameters())
 
     def read(projection: str, at: Unit) -> torch.Tensor:

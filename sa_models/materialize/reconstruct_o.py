@@ -34,6 +34,7 @@ from sa_models.calibration.partial_forward import Batch, Entered, Handed, enter,
 from sa_models.calibration.progress import Progress
 from sa_models.errors import PostshareError
 from sa_models.heads import HeadLayout
+from sa_models.materialize.registry import KEEPS_SOURCES, Merge
 from sa_models.plan import SharingPlan
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ def reconstruct_(
     batches: Iterable[Batch],
     ridge: float | None = None,
     progress: Progress | None = None,
+    merge: Merge = "copy",
 ) -> list[Rebuilt]:
     """Solve o of every layer from the first changed one on, in place.
 
@@ -80,6 +82,7 @@ def reconstruct_(
         batches: calibration text, see :data:`~sa_models.calibration.partial_forward.Batch`.
         ridge: of all layers; None: each layer's own is chosen.
         progress: called with (done, total) layers.
+        merge: how ties were made; by most, sources have changed too.
 
     Returns:
         one entry for every layer that was solved.
@@ -90,7 +93,7 @@ def reconstruct_(
     texts = [_Text.begin(model, reference, batch) for batch in batches]
     _set_folds(texts)
     layout = HeadLayout.from_config(model.config)
-    own = own_columns(plan, layout)
+    own = own_columns(plan, layout, merge)
     tokens = sum(text.changed.shape[:-1].numel() for text in texts)
     most = max((len(columns) for columns in own.values()), default=0)
     if tokens < most:
@@ -111,7 +114,9 @@ def reconstruct_(
     return found
 
 
-def own_columns(plan: SharingPlan, layout: HeadLayout) -> dict[int, torch.Tensor]:
+def own_columns(
+    plan: SharingPlan, layout: HeadLayout, merge: Merge = "copy"
+) -> dict[int, torch.Tensor]:
     """{layer: columns of o that no other unit shares}, of the layers from the first changed one on.
 
     A layer of which no column is its own is left out.
@@ -121,7 +126,7 @@ def own_columns(plan: SharingPlan, layout: HeadLayout) -> dict[int, torch.Tensor
     left_out = {*plan.removed, *(t.target for t in tied), *(t.source for t in tied)}
     width = layout.width("o")
     columns = {}
-    for layer in range(_first_changed(effective), layout.layers):
+    for layer in range(_first_changed(effective, merge), layout.layers):
         units = [unit for unit in range(layout.units) if (layer, unit) not in left_out]
         if units:
             starts = torch.tensor(units)[:, None] * width
@@ -129,10 +134,12 @@ def own_columns(plan: SharingPlan, layout: HeadLayout) -> dict[int, torch.Tensor
     return columns
 
 
-def _first_changed(plan: SharingPlan) -> int:
+def _first_changed(plan: SharingPlan, merge: Merge) -> int:
     if plan.kv_heads is not None:
         return 0
     changed = [unit[0] for unit in plan.removed] + [tie.target[0] for tie in plan.ties]
+    if merge not in KEEPS_SOURCES:
+        changed += [tie.source[0] for tie in plan.ties]
     for span in plan.spans:  # a kv span's leader takes the mean of keys and values
         changed.append(span.leader if span.share == "kv" else min(span.followers))
     return min(changed)

@@ -24,6 +24,8 @@ MEASURED = {
 """Classes that need calibration text, see :mod:`sa_models.materialize.merge_calibrated`."""
 IN_GAUGE = (*GAUGED, *MEASURED)
 """Merges that bring units into their source's gauge first."""
+KEEPS_SOURCES = ("copy", "absorb")
+"""Merges that leave the source of a tie as it is."""
 if TYPE_CHECKING:
     Merge = str
 else:

@@ -194,7 +194,7 @@ class Space:
         total += len(whole) * self.drop_saves
         for layer in {unit[0] for unit in tied | gone} - whole:
             here = [unit for unit in tied | gone if unit[0] == layer and unit not in fixed]
-            room = self.room - removed[layer]
+            room = max(0, self.room - removed[layer])  # a dropped layer may have lost more
             removals = min(room, sum(unit in gone for unit in here))
             ties = sum(unit in tied for unit in here)
             # No removal saves less than a tie: as many removals as there may be, ties otherwise.

@@ -195,7 +195,8 @@ def greedy(
             wanted = len(space.removable) if space.uniform else count * (1 + options.estimate_every)
             ranked = ranking(state, wanted)
             complete = len(ranked) < wanted or bool(space.uniform)
-            known = {r.action: r.rise for r in ranked} | {a: known[a] for a in rises}
+            # What a round took beyond its shortlist is in the state and was never measured.
+            known = {r.action: r.rise for r in ranked} | {a: known[a] for a in (*rises, *state)}
             slopes = {r.action: r.slope for r in ranked} | slopes
             removals |= _removals(state, ranked)
             last_rank = len(path)

@@ -137,7 +137,7 @@ class EstimatedRanking:
     ) -> None:
         self.space, self.measured, self.without = space, measured, tuple(sorted(without))
         self.agreement: Agreement | None = None
-        self._shares = tuple(space.shares) if space.targets else ()
+        self._shares = self._every = tuple(space.shares) if space.targets else ()
         self._estimator = estimator or Estimator(measured, self._shares, without)
 
     @property
@@ -146,6 +146,16 @@ class EstimatedRanking:
         return self._estimator.made
 
     def __call__(self, state: State, count: int) -> list[Ranked]:
+        ranked = self._ranked(state, count)
+        if len(ranked) < count and self._shares != self._every:
+            self._shares = self._every  # what is left may be of ties that were far
+            ranked = self._ranked(state, count)
+        # Ties that are far from being taken are not estimated again, which takes most of the time.
+        near = {r.action.projections for r in ranked[:count]}
+        self._shares = tuple(share for share in self._shares if share in near)
+        return ranked
+
+    def _ranked(self, state: State, count: int) -> list[Ranked]:
         space = self.space
         shares = list(space.shares)
         about = [
@@ -167,11 +177,7 @@ class EstimatedRanking:
         value = self.measured.cache.get(key, lambda: self._estimate(state, count))
         if self.agreement is None:
             self.agreement = Agreement(*value["agreement"])
-        ranked = [Ranked(Action.from_list(a), *numbers) for a, *numbers in value["actions"]]
-        # Ties that are far from being taken are not estimated again, which takes most of the time.
-        near = {r.action.projections for r in ranked[:count]}
-        self._shares = tuple(share for share in self._shares if share in near)
-        return ranked
+        return [Ranked(Action.from_list(a), *numbers) for a, *numbers in value["actions"]]
 
     def _estimate(self, state: State, count: int) -> dict[str, Any]:
         parts = self._estimator.at(state, self._shares)

@@ -60,7 +60,7 @@ def on_text(
         reference.to(device)
         model = tie_model(model, plan, recipe, section.merge).eval()
         with bar("reconstructing") as advance:
-            reconstruct_(model, reference, plan, batches, progress=advance)
+            reconstruct_(model, reference, plan, batches, progress=advance, merge=section.merge)
     model.to("cpu")  # type: ignore[arg-type]
     return model
 

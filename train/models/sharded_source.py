@@ -135,6 +135,22 @@ def dense_weights(folder: Path, plan: SharingPlan, leaders: Leaders) -> DenseRea
     return converted(open_weights(folder) if spans else Fp32Folder(folder), plan, leaders)
 
 
+def exported_weights(folder: Path, dtype: torch.dtype) -> DenseReader:
+    """The dense weights of which an export of that dtype is made.
+
+    Means of an fp32 export are those of the evaluation, also where the base was not trained and has
+    fewer bits.
+
+    Raises:
+        PostshareError: as `open_weights`.
+    """
+    reader = open_weights(folder)
+    wider = any(reader.dtype(name) != dtype for name in reader.names())
+    if dtype != torch.float32 or not wider or not isinstance(reader, WeightsFolder):
+        return reader
+    return Fp32Folder(folder)
+
+
 def _for_training(config: Any, section: ModelSection) -> Any:
     config.dtype = torch.float32
     config._attn_implementation = section.attention

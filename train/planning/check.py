@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from sa_models.errors import PostshareError
 from sa_models.heads import HeadLayout
 from sa_models.materialize.residual_shapes import check_rank
 from sa_models.plan import SharingPlan
@@ -28,7 +29,7 @@ def check_plan(recipe: Recipe, weights: WeightsFolder) -> None:
     Raises:
         PostshareError: what is wrong, see :func:`~train.planning.basis.basis_plan`,
             :func:`sa_models.search.pairs.check_count`,
-            :func:`expected_spans` and
+            :func:`expected_spans`, :func:`check_use` and
             :func:`~train.recipe.rules.check_structure`; or a residual larger than the
             head.
     """
@@ -36,7 +37,9 @@ def check_plan(recipe: Recipe, weights: WeightsFolder) -> None:
     if recipe.residual is not None:
         check_rank(recipe.residual.rank, HeadLayout.from_config(config))
     if section.strategy == "file":
-        check_structure(recipe, SharingPlan.load(section.path or ""), config)
+        plan = SharingPlan.load(section.path or "")
+        check_structure(recipe, plan, config)
+        check_use(recipe, plan)
         return
     structure = listed_structure(recipe.heads, recipe.spans)
     check_structure(recipe, structure, config)
@@ -45,6 +48,28 @@ def check_plan(recipe: Recipe, weights: WeightsFolder) -> None:
     if section.strategy != "none" and (recipe.spans is None or recipe.spans.spans is not None):
         # Of spans that are still to be found, nobody knows yet which units they leave.
         check_budget(PlanProblem(section, config, structure))
+
+
+def check_use(recipe: Recipe, plan: SharingPlan) -> None:
+    """Refuse what a plan file leaves without effect.
+
+    Raises:
+        PostshareError: a merge without ties; or a shared basis, and a merge, a reconstruction or
+            alternatives.
+    """
+    section, path = recipe.materialize, recipe.plan.path
+    if section.merge != "copy" and not plan.ties:
+        raise PostshareError(
+            f"materialize.merge: {path} ties no units, nothing is merged; remove it"
+        )
+    if plan.basis is None:
+        return
+    for key, is_set in (
+        ("materialize.reconstruct", section.reconstruct),
+        ("plan.alternatives", recipe.plan.alternatives),
+    ):
+        if is_set:
+            raise PostshareError(f"{key} does not go with the shared basis of {path}; remove it")
 
 
 def expected_spans(section: SpansSection, layers: int) -> list[SpanChoice]:

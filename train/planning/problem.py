@@ -154,8 +154,21 @@ class PlanProblem:
         if not self.section.uniform:
             return
         self.required.check_each_layer(self.layout)
-        left = self.layout.with_units(self.layout.units - self.in_each_layer)
-        if left.hidden_size % left.heads and getattr(self.config, "mlp_bias", False):
+        self.check_stock_heads()
+
+    @property
+    def has_stock_heads(self) -> bool:
+        """Whether a stock config takes the heads that `plan.uniform` leaves."""
+        units = self.layout.units - self.in_each_layer
+        if units < 1 or not getattr(self.config, "mlp_bias", False):
+            return True
+        return self.layout.hidden_size % self.layout.with_units(units).heads == 0
+
+    def check_stock_heads(self) -> None:
+        """Raises PostshareError, with `plan.uniform`: no stock config takes as many heads as are
+        left."""
+        if self.section.uniform and not self.has_stock_heads:
+            left = self.layout.with_units(self.layout.units - self.in_each_layer)
             raise PostshareError(
                 f"plan.uniform: {left.heads} heads do not divide hidden_size {left.hidden_size}, "
                 "which no stock config takes of a Llama with mlp_bias; choose a budget that leaves "

@@ -79,6 +79,8 @@ def _nothing_is_tied(recipe: RecipeFields) -> Iterator[str]:
         why = f"plan.action is {recipe.plan.action}"
     elif recipe.plan.strategy == "basis":
         why = "plan.strategy is basis"
+    elif recipe.plan.strategy == "auto" and not recipe.plan.may_tie:
+        why = "plan.strategy auto ties units with plan.objective=bytes alone"
     else:
         return
     if recipe.penalty != PenaltySection():

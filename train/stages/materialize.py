@@ -14,7 +14,8 @@ from torch import Tensor
 
 from sa_models.heads import HeadLayout, unit_view
 from sa_models.materialize.registry import Merge
-from train.common.run_files import MERGED
+from sa_models.plan import SharingPlan
+from train.common.run_files import MERGED, PLAN_FILE
 from train.models.base_model import load_dense, load_model, tie_model
 from train.models.materialize import on_text, write_model
 from train.models.sharded_source import dense_weights
@@ -22,6 +23,8 @@ from train.stages.run import Run, base_of
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
+
+    from train.recipe.recipe import Recipe
 
 
 def trained_folder(current: Run) -> Path:
@@ -37,6 +40,15 @@ def merged_folder(current: Run) -> Path:
 def reads_text(current: Run) -> bool:
     """Whether the plan is materialized on calibration text."""
     return current.recipe.materialize.measures or current.plan.basis is not None
+
+
+def awaits_text(recipe: Recipe) -> bool:
+    """Whether what a run has trained is still to be materialized on calibration text."""
+    if (recipe.folder / MERGED).is_dir():
+        return False
+    file = recipe.folder / PLAN_FILE
+    factored = file.is_file() and SharingPlan.load(file).basis is not None
+    return recipe.materialize.measures or factored
 
 
 def materialize_on_text(current: Run) -> None:

@@ -17,7 +17,6 @@ from sa_models.export import export as exporting
 from sa_models.export.peft_adapter import insert_
 from sa_models.modeling import SharedLlamaForCausalLM
 from sa_models.plan import SharingPlan
-from sa_models.weights.compact_folder import open_weights
 from sa_models.weights.structure import convert
 from train.common.progress import bar
 from train.common.run_files import (
@@ -31,9 +30,15 @@ from train.distributed.engines import start as engines
 from train.models.base_model import load_base, load_model
 from train.models.lora import TRAINABLE as ADAPTERS
 from train.models.lora import adapt
-from train.models.sharded_source import Source, base_source, compact_source, factored_source
+from train.models.sharded_source import (
+    Source,
+    base_source,
+    compact_source,
+    exported_weights,
+    factored_source,
+)
 from train.recipe.recipe import Recipe
-from train.recipe.rules import unfinished
+from train.recipe.rules import check_structure, unfinished
 from train.stages.evaluation import (
     export_formats,
     planned_figures,
@@ -41,6 +46,7 @@ from train.stages.evaluation import (
     shipped,
 )
 from train.stages.materialize import (
+    awaits_text,
     materialize_on_text,
     merged_folder,
     report_merged,
@@ -123,8 +129,10 @@ def plan(recipe: Recipe) -> None:
 
 def export(recipe: Recipe) -> None:
     """`postshare export`: the exports of a finished training."""
-    with begin(recipe, needs_data=False, requires=require_trained) as current:
-        materialize_on_text(current)
+    text = awaits_text(recipe)
+    with begin(recipe, needs_data=text, requires=require_trained) as current:
+        if text:
+            materialize_on_text(current)
         write_exports(current)
 
 
@@ -277,7 +285,7 @@ def write_exports(current: Run) -> None:
         ):
             shows = {"write": write, "verify": verify}
             exporting.export_model(
-                open_weights(weights),
+                exported_weights(weights, current.export_dtype),
                 current.plan,
                 current.folder / "export",
                 formats=export_formats(current),
@@ -326,7 +334,7 @@ def require_trained(current: Run) -> None:
             raise PostshareError(
                 f"{training} holds no finished training; start it with `postshare run`"
             )
-    _ = current.plan
+    check_structure(recipe, current.plan, current.config)  # formats may be asked for later
     if recipe.residual is not None and not heals:
         fitted(current)
 

@@ -54,6 +54,7 @@ from train.planning.search.auto_report import (
 )
 from train.planning.search.auto_result import AutoResult, Timed
 from train.planning.search.auto_search import search_auto
+from train.planning.search.auto_space import check_auto
 from train.planning.search.loss_search import (
     LossSearch,
     bound_sentence,
@@ -69,6 +70,7 @@ from train.planning.search.loss_search import (
 from train.planning.search.objective import objective_sentence
 from train.planning.search_page import add_to_page, cost_line
 from train.planning.spans import SpanFinder, save_spans, spans_table
+from train.recipe.rules import check_structure
 from train.recipe.sections.structure import listed_structure
 from train.recipe.warnings import recipe_warnings
 from train.stages.evaluation import directshare_of, residual_parameters
@@ -106,9 +108,14 @@ def make_plan(current: Run) -> None:
                     PlanProblem(section, current.config, structure), WeightsFolder(base), text
                 )
             check_merge(found, current.recipe.materialize.merge)
+            merges = current.recipe.materialize.merge != "copy"
+            if merges and found.basis is None and not found.ties:
+                note("note: the plan ties no units, so materialize.merge changes nothing")
             draw_plan(found, scores, found.layout(current.config), section, current.folder)
             save_chances(section, base, found, text, current.folder)
             found.save(file)
+        # The formats may be others than those that it was found for.
+        check_structure(current.recipe, current.plan, current.config)
         if current.recipe.evaluate.directshare:
             directshare_of(current)  # what cannot be met is said before the training
         if section.alternatives:
@@ -206,6 +213,7 @@ def find_by_auto(current: Run, base: Path, problem: PlanProblem, blocks: Blocks)
 
     Searching, comparing and timing load the base anew, so that none holds what another needed.
     """
+    check_auto(problem)  # spans that were found may meet the budget alone
     recipe, config, size = current.recipe, current.config, current.export_dtype.itemsize
     device, spans = current.ranks.device, recipe.export.allows_spans
     model = measured_model(current, base, problem.structure)

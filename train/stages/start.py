@@ -201,7 +201,8 @@ def claim(current: Run, teacher: Path | None = None) -> None:
         replaced = _plan_file_changed(current)
         if other or (replaced and not has_started(folder)):
             for stale in PLAN_OUTPUTS:
-                (folder / stale).unlink(missing_ok=True)
+                if not _is_given(current.recipe, folder / stale):
+                    (folder / stale).unlink(missing_ok=True)
         elif replaced:
             current.say(
                 f"note: {current.recipe.plan.path} has changed since; the run keeps the plan that "
@@ -210,6 +211,12 @@ def claim(current: Run, teacher: Path | None = None) -> None:
     current.recipe.save(file)
     write_json(folder / INPUTS_FILE, {**known, **stamp})
     record_start(folder, current.config, current.ranks.world, current.ranks.device)
+
+
+def _is_given(recipe: Recipe, file: Path) -> bool:
+    """Whether the recipe takes its plan from this file."""
+    section = recipe.plan
+    return section.strategy == "file" and Path(section.path or "").resolve() == file.resolve()
 
 
 def _plan_file_changed(current: Run) -> bool:

@@ -129,7 +129,7 @@ def possible_structures(problem: PlanProblem) -> list[PlanProblem]:
 
 def tried_structures(problem: PlanProblem, spans: structures.Spans | None) -> list[PlanProblem]:
     """The problem within each structure of :func:`sa_models.search.structures.structures`; without
-    those that save nothing."""
+    those that save nothing, or with `plan.uniform` have no stock form."""
     found = structures.structures(
         problem.config,
         problem.section.skipped,
@@ -137,7 +137,7 @@ def tried_structures(problem: PlanProblem, spans: structures.Spans | None) -> li
         lambda plan: problem.within(plan).remaining.needed <= 0,
     )
     within = [problem.within(plan) for plan in found]
-    return [inside for inside in within if inside.remaining.given > 0]
+    return [inside for inside in within if inside.remaining.given > 0 and inside.has_stock_heads]
 
 
 def may_have_spans(problem: PlanProblem) -> bool:
@@ -148,6 +148,7 @@ def may_have_spans(problem: PlanProblem) -> bool:
 
 def check_auto(problem: PlanProblem) -> None:
     """Raises PostshareError when the budget cannot be met, with the nearest that can."""
+    problem.check_stock_heads()
     asked = problem.remaining
     spaces = [full_space(problem), *layer_spaces(problem).values()]
     most = max(space.most() for space in spaces)

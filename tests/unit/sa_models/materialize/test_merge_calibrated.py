@@ -246,3 +246,12 @@ def test_what_is_refused(merge: str) -> None:
             silent.model.layers[at].input_layernorm.weight.zero_()
     with pytest.raises(PostshareError, match="says nothing finite about"):
         merge_on_text_(silent, plan, merge, batches(tokens()))
+
+
+@pytest.mark.parametrize("merge", MEASURED)
+def test_a_plan_without_ties_leaves_nothing_to_merge(merge: str) -> None:
+    model = tiny(kv_heads=4)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    merge_on_text_(model, SharingPlan(removed=((1, 0),)), merge, batches(tokens(2, 8)))
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name

@@ -195,3 +195,18 @@ def test_too_little_text() -> None:
     model = changed(reference, plan).eval()
     with pytest.raises(PostshareError, match=r"solves for \d+ columns of o and has 8 tokens"):
         reconstruct_(model, reference, plan, [{"input_ids": tokens(1, 8)}])
+
+
+@pytest.mark.parametrize("merge", ["copy", "mean"])
+@torch.no_grad()
+def test_sources_that_a_merge_has_changed_are_made_up_for_as_well(merge: str) -> None:
+    reference, ids = tiny(kv_heads=4), tokens(6, 24)
+    layout = HeadLayout.from_config(reference.config)
+    plan = SharingPlan((tie((2, 0), (0, 1), "qkv"),))
+    model = copy.deepcopy(reference)
+    materialize_(dict(model.named_parameters()), layout, plan, merge)
+    found = reconstruct_(model, reference, plan, [{"input_ids": ids}], merge=merge)
+    first = 0 if merge == "mean" else 2
+    assert [at.layer for at in found] == list(range(first, layout.layers))
+    for at in found[:1]:
+        assert 0 < at.after < at.before

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,16 @@ import torch
 from sa_models.calibration.progress import Progress
 from sa_models.errors import PostshareError
 from sa_models.heads import HeadLayout
-from sa_models.search.actions import Action, Space, State, as_plan, make_space
+from sa_models.search.actions import (
+    WHOLE,
+    Action,
+    Projections,
+    Space,
+    State,
+    as_plan,
+    make_full_space,
+    make_space,
+)
 from sa_models.search.algorithms import (
     EvolutionOptions,
     GreedyOptions,
@@ -131,6 +141,19 @@ def test_no_choice_leads_into_a_dead_end(kinds: tuple[str, ...]) -> None:
             state |= {allowed[int(torch.randint(len(allowed), (), generator=generator))]}
 
 
+def test_layers_of_one_unit_are_dropped_one_after_the_other() -> None:
+    """Their unit cannot be removed: a layer keeps one, unless it is dropped."""
+    layout = HeadLayout(layers=4, hidden_size=8, heads=2, kv_heads=1, head_dim=4)
+    units = [(layer, 0) for layer in range(1, 4)]
+    among = make_space(layout, ("remove", "drop"), (), (), units, (), (0, 2), 9, (1, 2, 3), 3)
+    state: State = frozenset()
+    for layer in (1, 2, 3):
+        assert among.most(state) == 9
+        assert among.allows(state, Action((layer, WHOLE)))
+        state |= {Action((layer, WHOLE))}
+    assert among.is_met(state)
+
+
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("kinds", [("tie",), ("remove",), ("tie", "remove")])
 def test_greedy_takes_the_best_at_every_step(seed: int, kinds: tuple[str, ...]) -> None:
@@ -197,6 +220,65 @@ def test_many_units_are_taken_in_few_rounds() -> None:
     assert greedy_passes(307).forward == 683  # Llama-2-7B at 30 %
     assert greedy_passes(19).forward == 172
     assert evolution_passes(19).forward == 1 + 16 * 21 + 38
+
+
+def test_what_a_round_takes_beyond_its_shortlist_survives_new_estimates() -> None:
+    """The cheapest ties of a layer have the same units of the layer below as sources, which no two
+    layers in a row can have: a round of several takes what it has not measured."""
+    layers, units = 16, 4
+    layout = HeadLayout(layers, units * 8, units, units, 8)
+    targets = [(layer, unit) for layer in range(1, layers) for unit in range(units)]
+    share = ("q", "k", "v")
+    among = make_space(layout, ("tie",), share, targets, targets, (), (1, 1), 24)
+
+    def cost(action: Action) -> float:
+        (layer, unit), source = action.target, action.source
+        assert source is not None
+        other = 0.01 * (unit != source[1])
+        return 1e-3 * unit + 1e-5 * layer + 1e-6 * (layer - source[0]) + other
+
+    def loss(state: State) -> float:
+        return 3.0 + sum(map(cost, state))
+
+    loss.rebase = loss.hold = lambda state: None  # type: ignore[attr-defined]
+
+    def ranking(state: State, count: int) -> list[Ranked]:
+        found = [
+            Ranked(action, cost(action), 0.0, 0.5)
+            for layer, unit in targets
+            for source in itertools.product(range(max(0, layer - 3), layer), range(units))
+            if among.allows(state, action := Action((layer, unit), source, share))
+        ]
+        return sorted(found, key=lambda r: (r.rise, r.action.key))[:count]
+
+    options = GreedyOptions(shortlist=2, rounds=4, estimate_every=1)
+    found = greedy(among, loss, ranking, options)
+    assert among.saved(found.state) == 24
+    assert found.rises.keys() == found.state
+    assert found.loss == pytest.approx(loss(found.state))
+
+
+def test_ties_that_were_far_come_back_when_the_others_run_out() -> None:
+    model = dense("mha")
+    layout = HeadLayout.from_config(model.config)
+    units = [(layer, unit) for layer in range(1, 6) for unit in range(layout.units)]
+    shares = {("q", "k"): 2, ("v", "o"): 2}
+    among = make_full_space(layout, shares, units, (), (), 2, 4, twice=True)
+    ranking = EstimatedRanking(among, MeasuredLoss(model, batches()))
+    asked: list[tuple[Projections, ...]] = []
+
+    def estimate(state: State, count: int) -> dict[str, Any]:
+        asked.append(ranking._shares)
+        share = ("q", "k") if not state else ("v", "o")
+        left = [Action(unit, (0, 0), share) for unit in units] if share in ranking._shares else []
+        actions = [[action.to_list(), 0.1, 0.0, 0.2] for action in left[:count]]
+        return {"actions": actions, "agreement": [1, 1, 1.0]}
+
+    ranking._estimate = estimate  # type: ignore[method-assign]
+    assert {r.action.projections for r in ranking(frozenset(), 3)} == {("q", "k")}
+    state = frozenset({Action((5, 0), (0, 0), ("q", "k"))})
+    assert {r.action.projections for r in ranking(state, 3)} == {("v", "o")}
+    assert asked == [(("q", "k"), ("v", "o")), (("q", "k"),), (("q", "k"), ("v", "o"))]
 
 
 def test_an_action_that_saves_more_may_cost_more() -> None:

@@ -13,10 +13,11 @@ from sa_models.materialize.ties import materialize_
 from sa_models.modeling import SharedLlamaForCausalLM
 from sa_models.plan import HeadTie, SharingPlan
 from sa_models.spans import AttentionSpan
-from sa_models.weights.structure import convert
+from sa_models.weights.safetensors_folder import WeightsFolder
+from sa_models.weights.structure import convert, converted
 from tests.support import tiny
 from train.models.base_model import load_dense
-from train.models.sharded_source import Source, base_source, compact_source
+from train.models.sharded_source import Source, base_source, compact_source, exported_weights
 from train.recipe.recipe import ModelSection
 
 SPANS = (AttentionSpan(0, (1,), "kv"), AttentionSpan(2, (3,), "attention"))
@@ -131,3 +132,18 @@ def test_a_missing_tensor_is_an_error_by_name(folder: Path) -> None:
     save_file(tensors, file)
     with pytest.raises(PostshareError, match=gone.replace(".", r"\.")):
         base_source(section(folder), SharingPlan())
+
+
+def test_an_fp32_export_has_the_means_of_the_fp32_model(folder: Path) -> None:
+    """Also of a base with fewer bits, whose own dtype would round them."""
+    plan = SharingPlan(kv_heads=2)
+    model = convert(load_dense(folder, "eager"), plan)
+    reader = converted(exported_weights(folder, torch.float32), plan)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(reader.read(name), parameter), name
+    same = exported_weights(folder, torch.bfloat16)
+    assert {same.read(name).dtype for name in same.names()} == {stored_dtype(folder)}
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    return WeightsFolder(folder).dtype("model.norm.weight")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -11,6 +12,7 @@ from sa_models.errors import PostshareError
 from sa_models.plan import SharingPlan
 from sa_models.spans import AttentionSpan
 from train.estimate.llama_shapes import LlamaShape
+from train.planning.check import check_budget
 from train.planning.problem import PlanProblem
 from train.recipe.sections import plan
 from train.recipe.sections.plan import Budget, PlanSection
@@ -72,3 +74,18 @@ def test_a_budget_that_was_read_equals_one_that_was_not() -> None:
     assert used.counted == "cache"
     assert used == fresh
     assert hash(used) == hash(fresh)
+
+
+@pytest.mark.parametrize("strategy", ["loss", "auto", "magnitude"])
+def test_heads_that_no_stock_config_takes_are_refused_by_every_strategy(strategy: str) -> None:
+    """Five heads of six beside biases of the MLP; four are a stock Llama."""
+    shape = replace(LlamaShape(97, 48, 64, 4, 6, 6, 8, 128), mlp_bias=True)
+    action = {} if strategy == "auto" else {"action": "remove"}
+
+    def check(cache: str) -> None:
+        section = {"strategy": strategy, "uniform": True, "budget": {"cache": cache}, **action}
+        check_budget(PlanProblem(PlanSection.model_validate(section), shape))
+
+    with pytest.raises(PostshareError, match="5 heads do not divide hidden_size 48"):
+        check("-16%")
+    check("-33%")

@@ -16,9 +16,10 @@ from sa_models.errors import PostshareError
 from tests.support.demo_runs import recipe
 from train.demo import demo_base_path
 from train.recipe.recipe import Recipe
-from train.stages import inputs
+from train.stages import inputs, pipeline
 from train.stages.inputs import INPUTS_FILE, changed, stamp_weights
-from train.stages.pipeline import plan, run
+from train.stages.pipeline import export, plan, run
+from train.stages.run import Run
 from train.stages.start import begin
 from train.tracking.metrics_log import read_rows
 
@@ -184,3 +185,39 @@ def test_a_file_in_the_hubs_cache_is_known_by_its_name(tmp_path: Path) -> None:
     stamp = stamp_weights(snapshot, {})
     assert stamp["files"]["model.safetensors"]["sha256"] == digest
     assert changed({"model": stamp_weights(base, {})}, {"model": stamp}) == {}
+
+
+def test_an_export_that_still_has_to_read_text_reads_that_of_the_run(
+    inputs_of: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run was stopped before it merged: another text is refused, as a run refuses it. What
+    was merged needs no text any more."""
+    text, base = Path(inputs_of.data.train[0].path), Path(inputs_of.model.path)
+    data = {"train": str(text), "validation": str(text), "sequence_length": 64}
+    made = recipe(
+        inputs_of.folder,
+        model={"path": str(base)},
+        data=data,
+        plan={"strategy": "random", "share": ["q", "k"], "budget": {"ratio": 0.1}},
+        materialize={"merge": "least_squares", "calibration_blocks": 4},
+        train={"steps": 1, "batch_size": 2, "micro_batch_size": 2, "learning_rate": 1e-3},
+    )
+
+    def stop(current: Run) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as stopped:
+        stopped.setattr(pipeline, "materialize_on_text", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(made)
+    write_text(text, first=3)
+    for command in (run, export):
+        with pytest.raises(PostshareError, match="began with other inputs"):
+            command(made)
+    assert not (made.folder / "export").exists()
+    write_text(text)
+    export(made)
+    shutil.rmtree(made.folder / "export")
+    text.unlink()
+    export(made)
+    assert (made.folder / "export" / "compact").is_dir()

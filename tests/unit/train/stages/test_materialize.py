@@ -133,7 +133,7 @@ def test_the_stages_read_what_was_reconstructed(
     trained = load_dense(made.folder / "weights" if steps else base_of(current), "sdpa")
     expected = tied(current, copy.deepcopy(trained), merge)
     text = calibration_batches(current.blocks[0], 5, 1, torch.device("cpu"))
-    solved = reconstruct_(expected, trained, current.plan, text)
+    solved = reconstruct_(expected, trained, current.plan, text, merge=merge)
     assert all(at.after < at.before for at in solved)
     merged = WeightsFolder(made.folder / "merged")
     for name, parameter in expected.named_parameters():

@@ -1,4 +1,4 @@
-"""What the plan stage holds in memory."""
+"""The plan stage: what it holds in memory, and plans that are there already."""
 
 from __future__ import annotations
 
@@ -10,11 +10,17 @@ from typing import Any
 import pytest
 from transformers import LlamaForCausalLM
 
+from sa_models import SharingPlan
+from sa_models.basis import basis_of
+from sa_models.errors import PostshareError
+from sa_models.heads import HeadLayout
 from sa_models.savings import llama_parameters
+from sa_models.spans import AttentionSpan
 from tests.support.spans_base import base_model, recipe, write_base, write_text
 from train.planning.search import auto_report
+from train.recipe.recipe import Recipe
 from train.stages import plan as stage
-from train.stages.pipeline import plan
+from train.stages.pipeline import export, plan
 
 
 def living() -> int:
@@ -71,3 +77,60 @@ def test_no_model_is_held_that_is_not_needed(
         "time_front": {1},
         "decode_time": {1},
     }
+
+
+def planned(home: Path, folder: Path, **sections: Any) -> Recipe:
+    """Two removed units, untrained."""
+    plan = {"strategy": "loss", "action": "remove", "budget": {"heads": 2}}
+    made = {"plan": plan | {"calibration_blocks": 2}, "train": {"steps": 0}} | sections
+    return recipe(home, folder, **made)
+
+
+def test_a_run_keeps_the_plan_file_that_it_is_given_in_its_own_folder(
+    home: Path, tmp_path: Path
+) -> None:
+    made = planned(home, tmp_path / "run")
+    plan(made)
+    file = made.folder / "plan.json"
+    found = file.read_bytes()
+    given = planned(home, tmp_path / "run", plan={"strategy": "file", "path": str(file)})
+    plan(given)
+    assert file.read_bytes() == found
+    assert not (made.folder / "plan-search.json").exists()  # that was of the other recipe
+
+
+def test_formats_that_a_plan_found_earlier_cannot_have_are_refused(
+    home: Path, tmp_path: Path
+) -> None:
+    made = planned(home, tmp_path / "run")
+    plan(made)
+    SharingPlan(spans=(AttentionSpan(2, (3, 4)),)).save(made.folder / "plan.json")  # as auto may
+    dense = planned(home, tmp_path / "run", export={"formats": ["dense"]})
+    for command in (plan, export):
+        with pytest.raises(PostshareError, match="spans have no dense form"):
+            command(dense)
+    plan(made)
+
+
+FILES = {
+    "merge": (SharingPlan(removed=((1, 0),)), {"materialize": {"merge": "mean"}}),
+    "reconstruct": (None, {"materialize": {"reconstruct": True}}),
+    "alternatives": (None, {"plan": {"alternatives": True}}),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_what_a_plan_file_leaves_without_effect_is_refused(
+    home: Path, tmp_path: Path, name: str
+) -> None:
+    found, sections = FILES[name]
+    file = tmp_path / "plan.json"
+    if found is None:
+        layout = HeadLayout.from_config(base_model(home).config)
+        found = SharingPlan(basis=basis_of(layout, 2, 6000))
+    found.save(file)
+    of_file = {"strategy": "file", "path": str(file)} | sections.get("plan", {})
+    made = planned(home, tmp_path / "run", **{**sections, "plan": of_file})
+    with pytest.raises(PostshareError, match=name):
+        plan(made)
+    assert not made.folder.exists()

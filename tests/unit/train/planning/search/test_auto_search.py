@@ -667,3 +667,20 @@ def test_the_dry_run_states_the_passes(
     said = " ".join(capsys.readouterr().out.split())
     assert "over 3 blocks then 3 reconstructions" in said
     assert "3 reconstructions and one factorization" in said
+
+
+def test_spans_that_are_found_and_meet_the_budget_alone_are_said(
+    home: Path, tmp_path: Path
+) -> None:
+    """Before they were found nobody could know."""
+    made = recipe(
+        home,
+        tmp_path / "run",
+        plan={"strategy": "auto", "budget": {"cache": "-5%"}, "calibration_blocks": 2},
+        spans={"strategy": "loss", "layers": 1, "share": "kv", "calibration_blocks": 2},
+        train={"steps": 0},
+        export={"formats": ["compact"]},
+    )
+    with pytest.raises(PostshareError, match=r"spans and KV heads alone save 16\.67%"):
+        plan(made)
+    assert not (made.folder / "plan.json").exists()
