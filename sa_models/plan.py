@@ -132,14 +132,16 @@ class SharingPlan:
     def load(cls, path: str | os.PathLike[str]) -> SharingPlan:
         """Read a plan file. Raises PostshareError when it is missing or is not a plan."""
         try:
-            value = json.loads(Path(path).read_text(encoding="utf-8"))
+            text = Path(path).read_text(encoding="utf-8")
+            value = json.loads(text, parse_constant=_no_number)
         except FileNotFoundError:
             raise PostshareError(
                 f"the plan {path} does not exist; make one with `postshare plan RECIPE`"
             ) from None
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, RecursionError) as error:
             raise PostshareError(
-                f"the plan {path} cannot be read ({error}); make it again with `postshare plan`"
+                f"the plan {path} cannot be read ({error}); delete it, and make it again with "
+                "`postshare plan`"
             ) from None
         return cls.from_dict(value)
 
@@ -355,6 +357,11 @@ class SharingPlan:
         assert self.basis is not None
         _, dense = parameter_range(layout, self.basis.layers)
         return dense - self.basis.parameters(layout)
+
+
+def _no_number(constant: str) -> float:
+    """JSON has neither NaN nor infinity; Python reads them."""
+    raise ValueError(f"{constant} is no number")
 
 
 def _list(value: dict[str, Any], key: str) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from pathlib import Path
@@ -77,6 +78,8 @@ def run(
     """Run all stages: plan, train, export, evaluate, report. Finished stages are skipped."""
     if gpus is not None and not dry_run:
         raise typer.BadParameter("--gpus goes with --dry-run; accelerate launch sets the processes")
+    if speed is not None and chip is not None:
+        raise typer.BadParameter("--speed is of your machine, --chip of another; give one of them")
     if not dry_run and (full or (speed, chip, mfu) != (None, None, None)):
         raise typer.BadParameter("--full, --speed, --chip and --mfu go with --dry-run")
     loaded = _load(recipe, overrides)
@@ -451,6 +454,9 @@ def _run(arguments: list[str] | None) -> ExitCode:
                 f"error: rank {rank} has lost another rank ({lost}); {START_AGAIN}", err=True
             )
             return ExitCode.RANK_LOST
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            _say(f"error: no space is left ({error}); free some, and give the same command again")
+            return ExitCode.BAD_INPUT
         if not isinstance(error, PostshareError):
             raise
         _say(f"error: {error}")

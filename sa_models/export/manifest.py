@@ -157,8 +157,10 @@ def update_notes(folder: str | os.PathLike[str], notes: Mapping[str, Any]) -> No
     write_json(folder / MANIFEST, manifest)
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Raises PostshareError when the folder is no finished export."""
+def read_manifest(
+    folder: Path, cure: str = "give the folder of one, such as RUN/export/compact"
+) -> dict[str, Any]:
+    """Raises PostshareError, with the cure, when the folder is no finished export."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         if manifest["version"] == VERSION:
@@ -166,9 +168,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         reason = f"manifest version {manifest['version']!r}"
     except (OSError, ValueError, KeyError, TypeError):
         reason = f"it has no readable {MANIFEST}"
-    raise PostshareError(
-        f"{folder} is no finished export ({reason}); choose another folder or delete it"
-    )
+    raise PostshareError(f"{folder} is no finished export ({reason}); {cure}")
 
 
 def recognize(folder: Path, identity: Identity, source_shards: list[Path]) -> bool:
@@ -180,7 +180,7 @@ def recognize(folder: Path, identity: Identity, source_shards: list[Path]) -> bo
         PostshareError: the folder is no finished export, one of another plan, merge, dtype or
             shard size, or a file of it is gone.
     """
-    manifest = read_manifest(folder)
+    manifest = read_manifest(folder, "choose another folder or delete it")
     for key, value in asdict(identity).items():
         if manifest.get(key) != value:
             raise PostshareError(

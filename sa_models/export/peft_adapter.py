@@ -136,11 +136,13 @@ def save_adapter(folder: Path, pairs: Pairs) -> None:
     write_adapter(folder, lora_config(rank_of(pairs), pairs), tensors)
 
 
-def load_adapter(folder: str | os.PathLike[str]) -> dict[Where, Pair]:
+def load_adapter(
+    folder: str | os.PathLike[str], cure: str = "delete it and start again"
+) -> dict[Where, Pair]:
     """The residuals of an adapter that :func:`save_adapter` or a training has written.
 
     Raises:
-        PostshareError: it cannot be read, or is another kind of adapter.
+        PostshareError: it cannot be read (with the cure), or is another kind of adapter.
     """
     folder = Path(folder)
     try:
@@ -149,7 +151,7 @@ def load_adapter(folder: str | os.PathLike[str]) -> dict[Where, Pair]:
     except (OSError, ValueError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise PostshareError(
-            f"{folder} holds no readable PEFT adapter ({reason}); delete it and start again"
+            f"{folder} holds no readable PEFT adapter ({reason}); {cure}"
         ) from None
     pairs = {}
     for name in list(tensors):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -63,8 +64,8 @@ def check_count(
     if not 1 <= count <= eligible:
         raise PostshareError(
             f"plan.budget asks for {count} of {units} units, possible are 1 to {eligible} "
-            f"(layers {sorted({0, *skip_layers})} are never targets); set plan.budget.ratio "
-            f"between {1 / units:.4f} and {eligible / units:.4f}"
+            f"(layers {sorted({0, *skip_layers})} are never targets); give a ratio between "
+            f"{math.ceil(10_000 / units) / 10_000:.4f} and {eligible / units:.4f}"
         )
 
 

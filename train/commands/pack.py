@@ -24,7 +24,7 @@ def pack_folder(adapter: Path, output: Path, size: str) -> str:
     Raises:
         PostshareError: a size that is none or too small; an adapter or a folder that will not do.
     """
-    pairs = load_adapter(adapter)
+    pairs = load_adapter(adapter, "give the folder of one, such as RUN/export/adapter")
     whole = (adapter / ADAPTER_WEIGHTS).stat().st_size
     budget = _bytes(size, whole)
     _write(adapter, output, lambda folder: pack(pairs, folder, budget))

@@ -19,6 +19,8 @@ def quantize_model(model: str, output: Path, to: str, group_size: int | None) ->
     Raises:
         PostshareError: see :func:`~sa_models.export.quantize.quantize_folder`; or MODEL is a run.
     """
+    if not model:
+        raise PostshareError("MODEL is empty; give a folder or a hub name")
     source = base_folder(ModelSection(path=model), "model")
     if (source / RECIPE_FILE).is_file():
         raise PostshareError(

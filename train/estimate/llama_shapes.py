@@ -183,10 +183,14 @@ def _cached(model: ModelSection) -> str | None:
 def _probe(model: ModelSection) -> tuple[str | None, str]:
     """The config's text from the hub, or None and why not; one try, as a dry run takes seconds."""
     from huggingface_hub import constants, get_token, hf_hub_url
+    from huggingface_hub.errors import HFValidationError
 
     if constants.HF_HUB_OFFLINE:
         return None, "HF_HUB_OFFLINE is set"
-    url = hf_hub_url(model.path, "config.json", revision=model.revision)
+    try:
+        url = hf_hub_url(model.path, "config.json", revision=model.revision)
+    except HFValidationError:
+        return None, "is no hub name (owner/name)"
     token = get_token()
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     request = urllib.request.Request(url, headers=headers)

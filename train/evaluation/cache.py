@@ -28,16 +28,15 @@ class ResultCache:
     """One JSON file for each (model, task): all that decides the result, and the result.
 
     Args:
-        folder: made when something is written first.
+        folder: made when something is written first; None keeps nothing.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path | None) -> None:
         self.folder = folder
 
     def read(self, key: dict[str, Any]) -> list[Score] | None:
         """The scores of this very key; None where there are none, or the file is damaged."""
-        file = self._file(key)
-        if not file.is_file():
+        if self.folder is None or not (file := self._file(self.folder, key)).is_file():
             return None
         try:
             value = json.loads(file.read_text(encoding="utf-8"))
@@ -47,13 +46,17 @@ class ResultCache:
 
     def write(self, key: dict[str, Any], scores: Sequence[Score]) -> None:
         """Raises PostshareError when the folder cannot be written to."""
+        if self.folder is None:
+            return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(self._file(key), {"key": key, "scores": [asdict(s) for s in scores]})
+            write_json(
+                self._file(self.folder, key), {"key": key, "scores": [asdict(s) for s in scores]}
+            )
         except OSError as error:
             raise PostshareError(
                 f"{self.folder} cannot be written to ({error.strerror}); pass --cache FOLDER"
             ) from None
 
-    def _file(self, key: dict[str, Any]) -> Path:
-        return self.folder / f"{identity_hash({'version': VERSION, **key})}.json"
+    def _file(self, folder: Path, key: dict[str, Any]) -> Path:
+        return folder / f"{identity_hash({'version': VERSION, **key})}.json"

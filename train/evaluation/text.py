@@ -64,9 +64,15 @@ def _file_text(file: Path) -> EvaluationText:
         name = "Python's standard library, validation modules"
         return EvaluationText(name, tuple(load_documents(source)["text"]))
     if not file.is_file():
-        raise PostshareError(f"--text {file}: no such file; correct the path")
+        what = "is a folder; give a file" if file.is_dir() else "no such file; correct the path"
+        raise PostshareError(f"--text {file}: {what}")
     source = DataSource(path=str(file))
-    return EvaluationText(file.name, tuple(text for text in stream_documents(source) if text))
+    texts = tuple(text for text in stream_documents(source) if text)
+    if not any(map(str.strip, texts)):
+        raise PostshareError(
+            f"--text {file}: holds no text; give a .txt, or a .jsonl whose rows have `text`"
+        )
+    return EvaluationText(file.name, texts)
 
 
 def _held_out(recipe: Recipe) -> EvaluationText:

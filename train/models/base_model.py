@@ -32,13 +32,16 @@ def base_folder(model: ModelSection, key: str = "model.path") -> Path:
         key: the recipe's name for the path, for messages.
 
     Raises:
-        PostshareError: it exists neither here nor on the hub, is gated, or cannot be reached; or
-            see :func:`named_base`.
+        PostshareError: it exists neither here nor on the hub, is gated, or cannot be reached; a
+            revision of what lies here; or see :func:`named_base`.
     """
-    if (named := named_base(model.path)) is not None:
-        return named
-    local = Path(model.path).expanduser()
+    local = named_base(model.path) or Path(model.path).expanduser()
     if local.is_dir():
+        if model.revision is not None:
+            raise PostshareError(
+                f"model.revision {model.revision}: {model.path} lies here, and the hub has "
+                "revisions; remove it"
+            )
         return local
     if model.path.startswith(("/", ".", "~")) or model.path.count("/") != 1:
         raise PostshareError(

@@ -54,10 +54,12 @@ def check_use(recipe: Recipe, plan: SharingPlan) -> None:
     """Refuse what a plan file leaves without effect.
 
     Raises:
-        PostshareError: a merge without ties; or a shared basis, and a merge, a reconstruction or
-            alternatives.
+        PostshareError: the plan changes nothing; a merge without ties; or a shared basis, and a
+            merge, a reconstruction or alternatives.
     """
     section, path = recipe.materialize, recipe.plan.path
+    if plan == SharingPlan():
+        raise PostshareError(f"plan.path: {path} shares and removes nothing; give another plan")
     if section.merge != "copy" and not plan.ties:
         raise PostshareError(
             f"materialize.merge: {path} ties no units, nothing is merged; remove it"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,19 +46,36 @@ def locate(path_or_name: str | Path) -> Path:
         return shipped[name]
     if is_path and name == text:
         raise PostshareError(f"{text}: no such recipe file; `postshare recipes` lists the shipped")
-    nearest = difflib.get_close_matches(name, shipped, n=1)
+    if path.is_file():
+        raise PostshareError(f"{text}: the name of a recipe file ends in .yaml; rename it")
+    nearest = [str(file) for file in _beside(path) if file.is_file()]
+    nearest += difflib.get_close_matches(name, shipped, n=1)
     hint = f"did you mean {nearest[0]}?" if nearest else "`postshare recipes` lists them"
     raise PostshareError(f"no recipe {text!r}, neither a .yaml file nor a shipped name; {hint}")
+
+
+def _beside(path: Path) -> Iterator[Path]:
+    """Recipes that may be meant by a path that is none: without its ending, or of a run folder."""
+    if path.name:
+        yield from (path.with_name(path.name + suffix) for suffix in SUFFIXES)
+    yield path / RECIPE_FILE
 
 
 def text_of(path_or_name: str | Path) -> str:
     """A recipe as it is written, without the line that leads an editor to our schema.
 
     Raises:
-        PostshareError: not found.
+        PostshareError: not found, or unreadable.
     """
-    lines = locate(path_or_name).read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = _text(locate(path_or_name)).splitlines(keepends=True)
     return "".join(line for line in lines if not line.startswith("# yaml-language-server:"))
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PostshareError(f"{file}: cannot be read ({error}); give a YAML text file") from None
 
 
 def copy_recipe(path_or_name: str | Path, file: Path) -> None:
@@ -84,10 +102,7 @@ def read(path_or_name: str | Path) -> dict[str, Any]:
         PostshareError: not found, unreadable, not YAML, or not a mapping.
     """
     file = locate(path_or_name)
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise PostshareError(f"{file}: cannot be read ({error}); give a YAML text file") from None
+    text = _text(file)
     data = yaml12.parse(text, str(file))
     if not isinstance(data, dict):
         raise PostshareError(f"{file}: a recipe is a mapping of keys to values; see recipes/demo")
@@ -152,7 +167,7 @@ def _set(node: Any, key: str, value: Any, path: str) -> None:
 def _index(node: Any, key: str, path: str) -> int:
     if not isinstance(node, list):
         raise PostshareError(f"override {path}: {key!r} lies below a plain value; check the path")
-    if not key.isdigit() or int(key) > len(node):
+    if not (key.isascii() and key.isdigit()) or int(key) > len(node):
         raise PostshareError(
             f"override {path}: {key!r} is no index into {len(node)} entries; "
             f"use 0 to {len(node)} ({len(node)} adds one)"

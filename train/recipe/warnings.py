@@ -24,6 +24,14 @@ def recipe_warnings(
             f"data.sequence_length {recipe.data.sequence_length} exceeds the {positions} positions "
             "that the model was made for, which costs quality; lower it"
         )
+    data = recipe.data
+    seen = {(source.path, source.subset, source.split) for source in data.train}
+    for source in data.validation or ():
+        if (source.path, source.subset, source.split) in seen:
+            lines.append(
+                f"data.validation: {source.path} is training text too, so its perplexity says "
+                "nothing of other text; set data.validation_fraction in its place"
+            )
     plan, penalty = recipe.plan, recipe.penalty
     if plan.strategy == "none":
         return lines

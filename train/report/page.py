@@ -47,6 +47,8 @@ def write_report(folders: Sequence[Path], output: Path | None = None) -> Path:
         target, page = output or folders[0] / REPORT_FILE, run_page(read_run(folders[0]))
     else:
         target, page = output or Path(REPORT_FILE), runs_page([read_run(f) for f in folders])
+    if not target.name or target.is_dir():
+        raise PostshareError(f"--output: {target} is a folder; give a file, such as report.html")
     try:
         write_text(target, page)
     except OSError as error:

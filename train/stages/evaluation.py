@@ -133,7 +133,7 @@ def require_exports(current: Run) -> None:
         folder = current.folder / "export" / kind
         if not folder.is_dir():
             raise PostshareError(f"{folder} is not there; run `postshare export` first")
-        read_manifest(folder)
+        read_manifest(folder, "delete it, and run `postshare export`")
 
 
 def shipped(current: Run) -> str:

@@ -201,5 +201,8 @@ def test_missing_and_broken_files(tmp_path: Path) -> None:
     with pytest.raises(PostshareError, match="does not exist"):
         SharingPlan.load(tmp_path / "none.json")
     (tmp_path / "broken.json").write_text('{"version": 1,')
-    with pytest.raises(PostshareError, match="cannot be read"):
-        SharingPlan.load(tmp_path / "broken.json")
+    (tmp_path / "nan.json").write_text('{"version": 1, "ties": [], "scores": [NaN]}')
+    (tmp_path / "deep.json").write_text(100_000 * "[")
+    for name in ("broken", "nan", "deep"):
+        with pytest.raises(PostshareError, match=r"cannot be read .*; delete it, and"):
+            SharingPlan.load(tmp_path / f"{name}.json")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import subprocess
@@ -181,6 +182,15 @@ def test_a_dry_run_needs_no_network_and_writes_nothing(
     assert (pipeline.calls, list(tmp_path.iterdir())) == ([], [])
 
 
+def test_a_full_disk_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    install(monkeypatch, FakePipeline(OSError(errno.ENOSPC, "No space left on device", "run.log")))
+    assert exit_code("run", "demo") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: no space is left ([Errno 28] No space left on device: 'run.log'")
+
+
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
@@ -190,6 +200,10 @@ def test_a_dry_run_needs_no_network_and_writes_nothing(
         (["run", "demo", "--dry-run", "--gpus", "0"], "--gpus"),
         (["run", "demo", "--full"], "--full, --speed, --chip and --mfu go with --dry-run"),
         (["run", "demo", "--fast"], "--fast"),
+        (["run", "demo", "--dry-run", "--chip", "H100", "--speed", "5"], "give one of them"),
+        (["run", "demo", "model.path=my model", "--dry-run"], "is no hub name (owner/name)"),
+        (["quantize", "", "--output", "q"], "MODEL is empty"),
+        (["pack", "nope", "p", "--bytes", "9"], "give the folder of one, such as RUN/export/ad"),
     ],
 )
 def test_misuse_is_exit_code_2(
@@ -221,10 +235,16 @@ def test_a_recipe_is_printed_and_copied(tmp_path: Path, capsys: pytest.CaptureFi
     assert exit_code("recipes", "demo", "--copy", str(mine)) == 0
     assert mine.read_text(encoding="utf-8") == printed
     assert str(mine) in capsys.readouterr().out
+    latin, plain = tmp_path / "latin.yaml", tmp_path / "plain"
+    latin.write_bytes("# für\n".encode("latin-1"))
+    plain.write_text(printed)
     for arguments, said in (
         (("demo", "--copy", str(mine)), "exists; choose another name"),
         (("demo", "--copy", str(tmp_path / "no" / "mine.yaml")), "cannot be written (No such file"),
         (("demp",), "did you mean demo?"),
+        ((str(mine)[:-5],), f"did you mean {mine}?"),
+        ((str(latin),), "cannot be read ('utf-8' codec"),
+        ((str(plain),), "the name of a recipe file ends in .yaml; rename it"),
         (("--copy", str(mine)), "name the recipe"),
     ):
         assert exit_code("recipes", *arguments) == 2

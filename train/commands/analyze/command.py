@@ -24,6 +24,7 @@ from sa_models.scores.significance_text import MIN_BLOCKS
 from train.commands.analyze.measures import Analysis, analyze_model, score_section
 from train.commands.analyze.model import Weights, cut_blocks, find_model, load_expanded
 from train.common.console import plain_console
+from train.common.files import check_writable
 from train.common.run_files import RECIPE_FILE
 from train.data.calibration import MAP_LENGTH
 from train.evaluation.models import Judged, read_device
@@ -61,8 +62,7 @@ def analyze(argument: str, options: AnalyzeOptions) -> None:
     text = _text(argument, options)
     batches = _blocks(judged, weights, text, options)
     folder = options.output or Path("analysis") / _folder_name(argument)
-    if folder.exists() and not folder.is_dir():
-        raise PostshareError(f"--output {folder} is a file; give a folder")
+    check_writable(folder, "--output")
     model = load_expanded(weights, judged.folder).to(device)  # type: ignore[arg-type]
     found = analyze_model(model, weights, batches, options.score, options.sensitivity)
     facts = {

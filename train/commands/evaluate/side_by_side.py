@@ -7,6 +7,7 @@ measured last, of all models in turn, and never cached.
 
 from __future__ import annotations
 
+import difflib
 import gc
 import os
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,7 @@ from train.commands.evaluate.lm_eval_data import data_hash
 from train.commands.evaluate.lm_eval_tasks import Harness, HarnessSettings, TaskSet, require_harness
 from train.commands.evaluate.table import save_json, table
 from train.common.console import plain_console
+from train.common.files import check_writable
 from train.common.progress import bar, note
 from train.common.run_files import RECIPE_FILE
 from train.evaluation import sliding_perplexity
@@ -136,7 +138,7 @@ class Comparison:
         if SPEED in self.options.tasks:
             _ = self.speed
             refuse_quantized(self.models)
-        cache = ResultCache(self.options.cache or default_folder())
+        cache = self._cache()
         results: dict[tuple[str, str], list[Score]] = {}
         keys = {(m.name, t): k for m in self.models for t, k in self._keys(m).items()}
         for at, key in keys.items():
@@ -163,6 +165,17 @@ class Comparison:
         if SPEED in self.options.tasks:
             self._measure_speed(results)
         self._conclude(results, cached, len(keys))
+
+    def _cache(self) -> ResultCache:
+        """Of the option; results are not worth losing for a default folder that nobody can use."""
+        if self.options.cache is not None:
+            return ResultCache(self.options.cache)
+        try:
+            check_writable(folder := default_folder(), "the cache")
+        except PostshareError as error:
+            note(f"warning: {error}, or pass --cache FOLDER; results are not kept")
+            return ResultCache(None)
+        return ResultCache(folder)
 
     def _keys(self, model: Judged) -> dict[str, dict[str, Any]]:
         """Of each task but speed: all that decides this model's result."""
@@ -312,6 +325,11 @@ def read_options(given: Mapping[str, Any]) -> EvaluateOptions:
 def check_options(options: EvaluateOptions) -> None:
     """Refuse options that would have no effect. Raises PostshareError."""
     tasks = options.tasks
+    for task in tasks:
+        meant = difflib.get_close_matches(task, (PERPLEXITY, SPEED), n=1, cutoff=0.75)
+        if not task or (meant and task not in meant):
+            hint = f"did you mean {meant[0]}?" if meant else "name one, such as perplexity"
+            raise PostshareError(f"--tasks: there is no task {task!r}; {hint}")
     if not tasks or len(set(tasks)) < len(tasks):
         raise PostshareError("--tasks: name each task once, separated by commas")
     others = [task for task in tasks if task not in (PERPLEXITY, SPEED)]
@@ -331,8 +349,14 @@ def check_options(options: EvaluateOptions) -> None:
     data = options.harness.data
     if data is not None and not data.is_dir():
         raise PostshareError(f"--data {data}: no such folder; correct the path")
-    if options.output is not None and not options.output.parent.is_dir():
-        raise PostshareError(f"--output: there is no folder {options.output.parent}; make it first")
+    if (file := options.output) is not None:
+        if file.is_dir():
+            raise PostshareError(f"--output: {file} is a folder; give a file, such as scores.json")
+        if not file.parent.is_dir():
+            raise PostshareError(f"--output: there is no folder {file.parent}; make it first")
+        check_writable(file.parent, "--output")
+    if options.cache is not None:
+        check_writable(options.cache, "--cache")
 
 
 def refuse_quantized(models: Sequence[Judged]) -> None:

@@ -27,14 +27,23 @@ def distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
     return values
 
 
+LONGEST = 255
+"""Bytes of the name of a file or folder, on Linux."""
+
+
 def expanded(path: str) -> str:
     """A path with `~` and variables such as $SCRATCH in the place of which a shell puts folders.
 
     What exists under the name as it is written stays: its `$` and `~` are characters.
 
     Raises:
-        ValueError: a variable is not set, or a user is not known.
+        ValueError: a variable is not set, a user is not known, or no file can have the name.
     """
+    if "\0" in path or any(len(os.fsencode(part)) > LONGEST for part in path.split("/")):
+        raise ValueError(
+            f"{path[:40]!r}...: a name of more than {LONGEST} bytes, or with a zero byte, is no "
+            "file's; shorten it"
+        )
     if os.path.lexists(path):
         return path
     for name in re.findall(r"\$(?:\{([^}]*)\}|(\w+))", path):

@@ -123,4 +123,9 @@ class DataSection(Section):
             if source.text != "text":
                 yield f"format {self.format} reads {fields}; remove text: {source.text}"
 
-    rules = (_validation_text, _documents, _whole, _template, _columns)
+    def _subsets(self) -> Iterator[str]:
+        for source in (*self.train, *(self.validation or ())):
+            if source.subset is not None and source.path == "stdlib":
+                yield f"stdlib has no subsets; remove subset: {source.subset}"
+
+    rules = (_validation_text, _documents, _whole, _template, _columns, _subsets)

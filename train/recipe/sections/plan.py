@@ -127,7 +127,7 @@ class PlanSection(Section):
     say what it would choose and what that costs untrained; nothing else is made of it."""
     path: PathName | None = None
     """Plan JSON, for strategy file."""
-    seed: Count = 0
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
     """Seed of strategy random, of the evolutionary search, and of the scrambled pairs that chosen
     ones are compared with."""
     fold_norm: bool = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from math import nan
 
 import pytest
@@ -167,6 +168,14 @@ def test_a_ratio_that_cannot_be_met_names_the_highest_that_can() -> None:
         check_count(13, layout)
     with pytest.raises(PostshareError, match="asks for 0 of 16"):
         check_count(units_of_ratio(0.05, layout), layout)
+    many = HeadLayout(layers=30, hidden_size=12, heads=3, kv_heads=3, head_dim=4)
+    for each in (layout, many):  # 1 / 90 = 0.01111, of which 0.0111 would be no unit
+        with pytest.raises(PostshareError, match="asks for 0 of") as caught:
+            check_count(0, each)
+        said = re.search(r"ratio between ([\d.]+) and ([\d.]+)", str(caught.value))
+        assert said is not None
+        assert units_of_ratio(float(said[1]), each) == 1
+        check_count(units_of_ratio(float(said[2]), each), each)
     with pytest.raises(PostshareError, match="layer 9"):
         check_count(1, layout, skip_layers=(9,))
 

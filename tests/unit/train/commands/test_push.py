@@ -193,7 +193,9 @@ def test_other_refusals(
     assert "is no repository name" in refused(str(run), "a/b/c")
     assert "there is no folder" in refused(str(tmp_path / "none"), "me/small")
     assert f"did you mean {run / 'export' / 'compact'}?" in refused(str(run / "export"), "me/x")
-    assert "is no finished export" in refused(str(run.parent / "base"), "me/small")
+    lines = refused(str(run.parent / "base"), "me/small")
+    assert "is no finished export" in lines
+    assert "delete" not in lines  # it is somebody's model
 
 
 def test_only_a_name_of_the_hub_is_a_base_of_the_card(run: Path) -> None:

@@ -107,6 +107,8 @@ def test_what_is_named_with_a_dollar_or_a_tilde_is_found(home: Path, tmp_path: P
         ("$NOT_SET/runs", "the variable NOT_SET is not set"),
         ("${NOT_SET}/runs", "the variable NOT_SET is not set"),
         ("~nobody-of-this-name/runs", "~nobody-of-this-name is no user's folder here"),
+        ("runs/" + 256 * "a", "a name of more than 255 bytes"),
+        ("runs/a\0b", "with a zero byte"),
     ],
 )
 def test_what_cannot_be_expanded_is_refused(path: str, reason: str, home: Path) -> None:

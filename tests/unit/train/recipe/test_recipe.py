@@ -217,7 +217,10 @@ def test_overrides_reach_every_level(minimal: Path) -> None:
         ("penalty.ramp_steps=5", ["schedule (linear or cosine) and ramp_steps"]),
         ("penalty.schedule=linear", ["schedule (linear or cosine) and ramp_steps"]),
         ("materialize.heal_learning_rate=1e-4", ["set materialize.heal_steps"]),
+        ("plan.seed=4294967296", ["plan.seed is 4294967296", "<= 4294967295"]),
+        ("data.train.0.subset=en", ["stdlib has no subsets; remove subset: en"]),
         # Overrides that are none.
+        ("data.train.\N{SUPERSCRIPT TWO}.path=x", ["is no index into 1 entries"]),
         ("train.steps", ["'train.steps' is no override"]),
         ("=3", ["'=3' is no override"]),
         ("train..steps=3", ["is no override"]),
@@ -537,6 +540,15 @@ def test_a_sequence_longer_than_the_model_is_warned_about(minimal: Path) -> None
     assert recipe_warnings(recipe, positions=length) == before
     (line,) = set(recipe_warnings(recipe, positions=length - 1)) - set(before)
     assert f"data.sequence_length {length} exceeds the {length - 1} positions" in line
+
+
+def test_held_out_text_that_is_trained_on_is_warned_about(minimal: Path) -> None:
+    other = ["data.validation_fraction=0", "data.validation.0.path=stdlib"]
+    assert (
+        recipe_warnings(load_recipe(minimal, [*other, "data.validation.0.split=validation"])) == []
+    )
+    (line,) = recipe_warnings(load_recipe(minimal, other))
+    assert line.startswith("data.validation: stdlib is training text too")
 
 
 def test_ramps_longer_than_the_training_are_warned_about(minimal: Path) -> None:

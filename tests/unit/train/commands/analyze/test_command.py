@@ -189,6 +189,7 @@ def test_followers_have_their_leaders_maps_and_no_scores(models: Path) -> None:
         (["RUN", "--text", "TEXT"], "has no export yet"),
         (["SPANS", "--text", "TEXT", "--score", "output"], "models without spans"),
         (["./nothing", "--text", "TEXT"], "'./nothing' is no folder here"),
+        (["BASE", "--text", "TEXT", "--output", "TEXT"], "text.txt is a file, no folder"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(

@@ -270,12 +270,21 @@ def test_resident_memory_is_that_of_the_model(tmp_path: Path) -> None:
         (["BASE", "--text", "TEXT", "--dtype", "int8"], "--dtype int8: unknown"),
         (["BASE", "--text", "TEXT", "--device", "nowhere"], "--device nowhere"),
         (["BASE", "--tasks", "rte", "--data", "nothing"], "--data nothing: no such folder"),
+        (["BASE", "--tasks", "perplexty"], "no task 'perplexty'; did you mean perplexity?"),
+        (["BASE", "--tasks", "speed,"], "no task ''; name one, such as perplexity"),
+        (["BASE", "--text", "TEXT", "--output", "BASE"], "is a folder; give a file"),
+        (["BASE", "--text", "TEXT", "--cache", "TEXT"], "text.txt is a file, no folder"),
+        (["BASE", "--text", "BASE"], "base: is a folder; give a file"),
+        (["BASE", "--text", "BLANK"], "blank.jsonl: holds no text"),
     ],
 )
 def test_bad_arguments_are_one_line(
     run: Path, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    blank = run.parent / "blank.jsonl"
+    blank.write_text('{"text": null}\n{"text": " "}\n')
     known = {"BASE": str(run.parent / "base"), "TEXT": str(run.parent / "text.txt")}
+    known["BLANK"] = str(blank)
     assert evaluate(*[known.get(a, a) for a in arguments]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -320,6 +329,19 @@ def test_a_damaged_result_is_computed_again(run: Path, tmp_path: Path) -> None:
     (file,) = (tmp_path / "cache").iterdir()
     file.write_text(file.read_text()[:-30])
     assert compare(output, base, "--text", text) == first
+
+
+def test_results_are_told_where_the_default_cache_cannot_be_used(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    text, base = str(run.parent / "text.txt"), str(run.parent / "base")
+    assert evaluate(base, "--text", text, "--context", "64") == 0
+    captured = capsys.readouterr()
+    assert "perplexity" in captured.out
+    assert "file is a file, no folder" in captured.err
+    assert "pass --cache FOLDER; results are not kept" in captured.err
 
 
 def test_options_that_name_no_task_are_refused() -> None:
