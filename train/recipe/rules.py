@@ -130,15 +130,20 @@ def _one_row_for_flash_attention(recipe: RecipeFields) -> Iterator[str]:
     if not recipe.data.document_mask or recipe.model.attention != "flash_attention_2":
         return
     # transformers passes it no mask; it finds the borders in the positions, of one row only.
-    for key, rows in (
-        ("train.micro_batch_size", recipe.train.micro_batch_size),
-        ("evaluate.batch_size", recipe.evaluate.batch_size),
-    ):
-        if rows > 1:
-            yield (
-                f"{key}: flash_attention_2 sees the borders of documents only in a batch of "
-                f"one; set {key}=1, or model.attention=sdpa or flex_attention"
-            )
+    if recipe.train.micro_batch_size > 1:
+        yield (
+            "train.micro_batch_size: flash_attention_2 sees the borders of documents only in a "
+            "batch of one; set train.micro_batch_size=1, or model.attention=sdpa or flex_attention"
+        )
+
+
+def _flash_attention_in_bf16(recipe: RecipeFields) -> Iterator[str]:
+    flash = recipe.model.attention == "flash_attention_2"
+    if flash and recipe.steps != 0 and recipe.train.precision != "bf16":
+        yield (
+            "train.precision: flash_attention_2 computes in bf16 only; set train.precision=bf16, "
+            "or model.attention=sdpa"
+        )
 
 
 def _distill(recipe: RecipeFields) -> Iterator[str]:
@@ -283,6 +288,7 @@ RULES = (
     _penalty_mode,
     _stream_length,
     _one_row_for_flash_attention,
+    _flash_attention_in_bf16,
     _distill,
     _residual,
     _lora,

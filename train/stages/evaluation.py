@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 def evaluated_models(current: Run) -> dict[str, EvaluatedModel]:
     """Base, *continued*, *direct* and *post*, as far as the run has them."""
     recipe, base, dtype = current.recipe, base_of(current), current.export_dtype
-    attention = recipe.model.attention
+    attention = recipe.model.fp32_attention
     common = {"attention": attention}
     of_base = {**common, "weights": weight_hashes(base)}
     models = {"base": EvaluatedModel(partial(load_dense, base, attention), of_base)}
@@ -69,7 +69,7 @@ def directshare_of(current: Run) -> SharingPlan:
 
 def load_directshare(current: Run, plan: SharingPlan) -> LlamaForCausalLM:
     """The base with the plan of DirectShare as published, untrained."""
-    model = load_dense(base_of(current), current.recipe.model.attention)
+    model = load_dense(base_of(current), current.recipe.model.fp32_attention)
     return tie_model(model, plan, current.recipe, "copy")
 
 
@@ -145,7 +145,7 @@ def load_export(current: Run) -> LlamaForCausalLM:
     """The model that is shipped, with fp32 parameters."""
     kind = shipped(current)
     folder = current.folder / "export" / kind
-    model = load_model(folder, current.recipe.model.attention)
+    model = load_model(folder, current.recipe.model.fp32_attention)
     if kind == "compact" and current.recipe.residual is not None:
         insert_(model, load_adapter(folder.with_name("adapter")))
     return model

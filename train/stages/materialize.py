@@ -65,7 +65,7 @@ def materialize_on_text(current: Run) -> None:
     def work() -> None:
         if folder.is_dir():  # asked of one process: the others may come when it is there already
             return
-        model = load_model(trained_folder(current), current.recipe.model.attention)
+        model = load_model(trained_folder(current), current.recipe.model.fp32_attention)
         made = on_text(current.recipe, current.plan, model, blocks, current.ranks.device)
         write_model(folder, made, current.recipe.export.shard_bytes)
 
@@ -81,7 +81,7 @@ def untrained_folder(current: Run) -> Path:
 
 def tied_base(current: Run) -> LlamaForCausalLM:
     """The base with the plan materialized, untrained; with text to read, `blocks` must be there."""
-    attention, folder = current.recipe.model.attention, untrained_folder(current)
+    attention, folder = current.recipe.model.fp32_attention, untrained_folder(current)
     if folder != base_of(current):
         return tied(current, load_model(folder, attention))
     model = load_dense(folder, attention)

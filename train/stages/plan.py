@@ -145,7 +145,7 @@ def find_structure(current: Run, base: Path, blocks: Blocks | None) -> SharingPl
 
 def measured_model(current: Run, base: Path, structure: SharingPlan) -> LlamaForCausalLM:
     """The base with KV heads and spans of a plan, ready to be measured on calibration text."""
-    model = load_dense(base, current.recipe.model.attention)
+    model = load_dense(base, current.recipe.model.fp32_attention)
     model = convert(model, structure, current.leaders)
     model.to(current.ranks.device)  # type: ignore[arg-type]  # transformers' decorator hides it
     return model.eval()
@@ -224,7 +224,7 @@ def find_by_auto(current: Run, base: Path, problem: PlanProblem, blocks: Blocks)
     del model
     gc.collect()  # the projections of models with spans refer to each other
     if recipe.materialize.reconstruct:
-        load = partial(load_dense, base, recipe.model.attention)
+        load = partial(load_dense, base, recipe.model.fp32_attention)
         searched = compare_rebuilt(searched, recipe, problem, load, blocks, device, current.folder)
     model = measured_model(current, base, SharingPlan())
     prompt = blocks[0]["input_ids"][None].to(device)

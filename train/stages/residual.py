@@ -108,7 +108,7 @@ def _fit(current: Run, weights: Path, blocks: Blocks | None) -> None:
     assert section is not None
     model = moments = None
     if blocks is not None:
-        model = load_model(weights, current.recipe.model.attention)
+        model = load_model(weights, current.recipe.model.fp32_attention)
         model = convert(model, plan.structure(), current.leaders)
         model.to(current.ranks.device)  # type: ignore[arg-type]  # transformers' decorator hides it
         moments = _moments(current, model, blocks)

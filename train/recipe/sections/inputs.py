@@ -24,11 +24,17 @@ class ModelSection(Section):
     revision: Name | None = None
     """Hub revision (branch, tag or commit)."""
     attention: Literal["eager", "sdpa", "flash_attention_2", "flex_attention"] = "sdpa"
-    """Attention implementation of transformers."""
+    """Attention implementation of transformers. What is measured and evaluated is in fp32, which
+    flash_attention_2 does not compute: there sdpa stands in for it."""
     config: dict[str, Any] | None = None
     """LlamaConfig fields: start from random weights of this shape instead of a checkpoint."""
     tokenizer: PathName | None = None
     """Folder or hub name of the tokenizer (default: model.path)."""
+
+    @property
+    def fp32_attention(self) -> str:
+        """The implementation outside of trainings, where models compute in fp32."""
+        return "sdpa" if self.attention == "flash_attention_2" else self.attention
 
 
 def as_sources(value: Any) -> Any:

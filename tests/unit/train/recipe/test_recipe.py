@@ -219,6 +219,7 @@ def test_overrides_reach_every_level(minimal: Path) -> None:
         ("materialize.heal_learning_rate=1e-4", ["set materialize.heal_steps"]),
         ("plan.seed=4294967296", ["plan.seed is 4294967296", "<= 4294967295"]),
         ("data.train.0.subset=en", ["stdlib has no subsets; remove subset: en"]),
+        ("model.attention=flash_attention_2", ["flash_attention_2 computes in bf16 only"]),
         # Overrides that are none.
         ("data.train.\N{SUPERSCRIPT TWO}.path=x", ["is no index into 1 entries"]),
         ("train.steps", ["'train.steps' is no override"]),

@@ -16,11 +16,11 @@ from sa_models.errors import PostshareError
 from sa_models.heads import HeadLayout
 from sa_models.savings import llama_parameters
 from sa_models.spans import AttentionSpan
-from tests.support.spans_base import base_model, recipe, write_base, write_text
+from tests.support.spans_base import base_model, read, recipe, write_base, write_text
 from train.planning.search import auto_report
 from train.recipe.recipe import Recipe
 from train.stages import plan as stage
-from train.stages.pipeline import export, plan
+from train.stages.pipeline import export, plan, run
 
 
 def living() -> int:
@@ -134,3 +134,18 @@ def test_what_a_plan_file_leaves_without_effect_is_refused(
     with pytest.raises(PostshareError, match=name):
         plan(made)
     assert not made.folder.exists()
+
+
+@pytest.mark.usefixtures("sketched")
+def test_without_training_flash_attention_is_not_asked_for(home: Path, tmp_path: Path) -> None:
+    """It computes no fp32, and is not even installed here."""
+    model = {"attention": "flash_attention_2"}
+    section = {"reconstruct": True, "calibration_blocks": 4}
+    made = planned(home, tmp_path / "run", model=model, materialize=section)
+    run(made)
+    plain = planned(home, tmp_path / "plain", materialize=section)
+    run(plain)
+    folders = (made.folder, plain.folder)
+    first, second = (read(folder, "evaluation-blocks.json") for folder in folders)
+    assert {"base", "direct"} <= first.keys() == second.keys()
+    assert all(first[name]["nats"] == second[name]["nats"] for name in first)
