@@ -165,7 +165,7 @@ class MeasuredSpans:
         loss_of, base_loss: the loss with one span, and of the model without spans, on the same
             text.
         layers, max_followers, skip_layers: see :func:`candidate_spans`.
-        progress: called with (measured, candidates) after every measurement.
+        progress: called with (measured at all, candidates) after every measurement.
         part: the same of a part of the text, which takes less time. Every span of one follower is
             measured on it, or without it on the whole text.
 
@@ -236,12 +236,10 @@ class MeasuredSpans:
                 f"the calibration loss is {loss} with {span} and {base} without; load the model "
                 "in float32, or choose spans by isotropy"
             )
-        if on_part:
-            self._on_part[span] = base - loss
-            return
-        self.scores[span] = base - loss
+        (self._on_part if on_part else self.scores)[span] = base - loss
         if self._progress is not None:
-            self._progress(len(self.scores), len(self._candidates))
+            known = self.scores.keys() | self._on_part.keys()
+            self._progress(len(known), len(self._candidates))
 
     def _expected(self, span: SpanChoice) -> float:
         """The score, or one that it is expected not to exceed."""

@@ -236,7 +236,8 @@ class _Search:
 
             return loss_of, on(frozenset())
 
-        with bar(f"measuring spans ({share}, {followers} followers)") as advance:
+        many = "1 follower" if followers == 1 else f"{followers} followers"
+        with bar(f"measuring spans ({share}, {many})") as advance:
             measured = MeasuredSpans(
                 *losses(self.measured),
                 layers,

@@ -218,11 +218,18 @@ def test_a_part_of_the_text_spares_measurements(seed: int) -> None:
     for followers in (1, 2, 5):
         asked.clear()
         limits = layers, most, skip
-        spans = MeasuredSpans(lambda *at: rise(*at) + 2.0, 2.0, *limits, part=(on_part, 1.5))
+        told: list[tuple[int, int]] = []
+
+        def tell(done: int, total: int, told: list[tuple[int, int]] = told) -> None:
+            told.append((done, total))
+
+        spans = MeasuredSpans(lambda *at: rise(*at) + 2.0, 2.0, *limits, tell, (on_part, 1.5))
         without = MeasuredSpans(lambda *at: rise(*at) + 2.0, 2.0, *limits)
         best = best_spans(everything, layers, followers, most, skip)
         assert spans.best(followers) == without.best(followers) == best
         assert len(asked) == len(set(asked))
+        assert len(told) == len(asked) + len(spans.scores)  # each measurement moves the bar
+        assert told[-1] == (len(set(asked)), len(factors))
         assert set(spans.scores) <= set(asked)
         assert {s for s in factors if len(s.followers) == 1} <= set(asked)
         if followers == 1:
