@@ -105,9 +105,10 @@ def test_what_would_have_no_effect_is_refused(sections: dict[str, Any], says: st
 
 
 def test_nothing_is_pulled_and_training_before_removing_is_warned_about() -> None:
-    made = recipe(Path("unused"), "demo-base", "stdlib")
+    held_out = {"validation": {"path": "stdlib", "split": "validation"}}
+    made = recipe(Path("unused"), "demo-base", "stdlib", data=held_out)
     assert (made.penalized, recipe_warnings(made)) == (False, [])
-    trained = recipe(Path("unused"), "demo-base", "stdlib", train={"steps": 5})
+    trained = recipe(Path("unused"), "demo-base", "stdlib", data=held_out, train={"steps": 5})
     assert not trained.penalized
     (line,) = recipe_warnings(trained)
     assert "set materialize.heal_steps" in line
