@@ -77,12 +77,10 @@ def read_header(path: Path) -> dict[str, Stored]:
         raise unreadable(path, error) from None
 
 
-CURE = "download or copy it again (what a run has written: delete its folder, and start again)"
-
-
 def unreadable(path: Path, error: Exception) -> PostshareError:
     """What is wrong with a file that safetensors does not read."""
-    reason, cure = " ".join(str(error).split()), CURE
+    reason = " ".join(str(error).split())
+    cure = "download or copy it again (what a run has written: delete its folder, and start again)"
     try:
         with path.open("rb") as file:
             begin = file.read(len(POINTER))

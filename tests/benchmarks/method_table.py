@@ -125,7 +125,7 @@ def run(base: Base, job: Job, folder: Path) -> None:
         add_line(base, line)
         return
     if trained is job or not export.is_dir():
-        _train(base, trained, folder)
+        _start_training(base, trained, folder, "run")
     line = {"row": job.row, "size": job.size, "seed": job.seed, "perplexity": {}}
     line |= _summary(folder / trained.name)
     summarized = "bytes" in line and job.to is None
@@ -177,10 +177,6 @@ def plan_of(base: Base, job: Job, folder: Path) -> dict[str, Any] | None:
         return None
     _start_training(base, job, folder, "plan")
     return json.loads((folder / job.name / PLAN_FILE).read_text(encoding="utf-8"))
-
-
-def _train(base: Base, job: Job, folder: Path) -> None:
-    _start_training(base, job, folder, "run")
 
 
 def _start_training(base: Base, job: Job, folder: Path, command: str) -> None:

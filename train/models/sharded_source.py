@@ -145,10 +145,10 @@ def exported_weights(folder: Path, dtype: torch.dtype) -> DenseReader:
         PostshareError: as `open_weights`.
     """
     reader = open_weights(folder)
-    wider = any(reader.dtype(name) != dtype for name in reader.names())
-    if dtype != torch.float32 or not wider or not isinstance(reader, WeightsFolder):
+    if dtype != torch.float32 or not isinstance(reader, WeightsFolder):
         return reader
-    return Fp32Folder(folder)
+    is_wider = any(reader.dtype(name) != dtype for name in reader.names())
+    return Fp32Folder(folder) if is_wider else reader
 
 
 def _for_training(config: Any, section: ModelSection) -> Any:

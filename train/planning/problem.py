@@ -160,14 +160,14 @@ class PlanProblem:
     def has_stock_heads(self) -> bool:
         """Whether a stock config takes the heads that `plan.uniform` leaves."""
         units = self.layout.units - self.in_each_layer
-        if units < 1 or not getattr(self.config, "mlp_bias", False):
+        if not self.section.uniform or units < 1 or not getattr(self.config, "mlp_bias", False):
             return True
         return self.layout.hidden_size % self.layout.with_units(units).heads == 0
 
     def check_stock_heads(self) -> None:
         """Raises PostshareError, with `plan.uniform`: no stock config takes as many heads as are
         left."""
-        if self.section.uniform and not self.has_stock_heads:
+        if not self.has_stock_heads:
             left = self.layout.with_units(self.layout.units - self.in_each_layer)
             raise PostshareError(
                 f"plan.uniform: {left.heads} heads do not divide hidden_size {left.hidden_size}, "

@@ -14,6 +14,7 @@ from sa_models.spans import AttentionSpan
 from train.estimate.llama_shapes import LlamaShape
 from train.planning.check import check_budget
 from train.planning.problem import PlanProblem
+from train.planning.search.auto_space import possible_structures
 from train.recipe.sections import plan
 from train.recipe.sections.plan import Budget, PlanSection
 
@@ -89,3 +90,14 @@ def test_heads_that_no_stock_config_takes_are_refused_by_every_strategy(strategy
     with pytest.raises(PostshareError, match="5 heads do not divide hidden_size 48"):
         check("-16%")
     check("-33%")
+
+
+def test_structures_of_such_heads_are_tried_where_layers_may_differ() -> None:
+    """Five heads of 8 do not divide 48 in the base itself, which nobody asked to be stock."""
+    shape = LlamaShape(97, 48, 64, 4, 5, 5, 8, 128)
+    section = PlanSection(strategy="auto", budget=Budget(cache="-30%"))
+    found = [
+        len(possible_structures(PlanProblem(section, replace(shape, mlp_bias=bias))))
+        for bias in (False, True)
+    ]
+    assert found[0] == found[1] > 0

@@ -544,11 +544,10 @@ def test_a_sequence_longer_than_the_model_is_warned_about(minimal: Path) -> None
 
 
 def test_held_out_text_that_is_trained_on_is_warned_about(minimal: Path) -> None:
-    other = ["data.validation_fraction=0", "data.validation.0.path=stdlib"]
-    assert (
-        recipe_warnings(load_recipe(minimal, [*other, "data.validation.0.split=validation"])) == []
-    )
-    (line,) = recipe_warnings(load_recipe(minimal, other))
+    same = ["data.validation_fraction=0", "data.validation.0.path=stdlib"]
+    other = [*same, "data.validation.0.split=validation"]
+    assert recipe_warnings(load_recipe(minimal, other)) == []
+    (line,) = recipe_warnings(load_recipe(minimal, same))
     assert line.startswith("data.validation: stdlib is training text too")
 
 
