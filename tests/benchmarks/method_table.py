@@ -33,7 +33,7 @@ import method_tables
 import yaml
 from method_tables import BASES, Base, add_lines, read_lines
 
-from train.common.run_files import BLOCKS_FILE, PLAN_FILE, SEARCH_CACHE
+from train.common.run_files import BLOCKS_FILE, PLAN_FILE, RECIPE_FILE, SEARCH_CACHE
 
 SEEDED = ("0", "30")
 """The sizes at which a row has all its seeds; elsewhere one."""
@@ -68,6 +68,12 @@ class Job:
     def name(self) -> str:
         return f"{self.row}-{self.size}-{self.seed}"
 
+    @property
+    def plan_name(self) -> str:
+        """Of the training that searches the plan: only what is drawn differs from seed to seed."""
+        drawn = any(one.startswith("plan.seed=") for one in self.overrides)
+        return self.name if drawn else f"{self.row}-{self.size}-0"
+
 
 def jobs(base: Base, only: list[str] | None = None) -> list[Job]:
     """All trainings, the most telling ones first: 30 %, then other sizes, then other seeds."""
@@ -96,7 +102,8 @@ def _jobs_of(name: str, row: dict[str, Any], config: dict[str, Any]) -> Iterator
             more = [f"seed={seed}"] + ([f"plan.seed={seed}"] if row.get("draws") else [])
             if size not in SEEDED:  # that of 30 % is the same training
                 more.append("evaluate.continued=false")
-            yield Job(name, size, seed, recipe, (*overrides, *more), hellaswag=hellaswag)
+            asked = hellaswag and seed == 0  # its table has one seed
+            yield Job(name, size, seed, recipe, (*overrides, *more), hellaswag=asked)
 
 
 def to_do(every: list[Job], begun: set[str], busy: set[str]) -> list[Job]:
@@ -154,7 +161,7 @@ def as_another(base: Base, job: Job, plan: dict[str, Any] | None) -> method_tabl
         other.name: other
         for other in jobs(base)
         if other.rounds is None
-        and plans.get(other.name) == plan
+        and plans.get(other.plan_name) == plan
         and _but_for_the_plan(other) == _but_for_the_plan(job)
     }
     for line in base.read():
@@ -175,27 +182,39 @@ def plan_of(base: Base, job: Job, folder: Path) -> dict[str, Any] | None:
     """The plan of a training that searches one, which is searched where nobody has; or None."""
     if job.recipe.get("plan", {}).get("strategy") not in SEARCHED or "spans" in job.recipe:
         return None
-    _start_training(base, job, folder, "plan")
-    return json.loads((folder / job.name / PLAN_FILE).read_text(encoding="utf-8"))
+    if (known := known_plan(base, job)) is None:
+        _start_training(base, job, folder, "plan")
+        known = json.loads((folder / job.name / PLAN_FILE).read_text(encoding="utf-8"))
+    return known
+
+
+def known_plan(base: Base, job: Job) -> dict[str, Any] | None:
+    """The plan that a training of this row has found before, here or on another machine."""
+    lines = read_lines(base.plans)
+    return next((line["plan"] for line in lines if line["name"] == job.plan_name), None)
 
 
 def _start_training(base: Base, job: Job, folder: Path, command: str) -> None:
-    """`postshare plan` or `run` of a row; a plan that was found is kept as a line."""
-    recipe = folder / f"{job.name}.yaml"
-    recipe.write_text(yaml.safe_dump(job.recipe, sort_keys=False), encoding="utf-8")
-    _share_measurements(folder, folder / job.name)
-    plan, known = folder / job.name / PLAN_FILE, read_lines(base.plans)
-    found = next((line["plan"] for line in known if line["name"] == job.name), None)
-    if found is not None and not plan.is_file():
-        plan.write_text(json.dumps(found), encoding="utf-8")
-    if found is not None and command == "plan":
-        return
-    arguments = ["-m", "train", command, str(recipe), f"output_dir={folder / job.name}"]
+    """`postshare plan` or `run` of a row; a plan that was found is kept as a line.
+
+    A run that has not begun where its plan is found already takes it from a file.
+    """
+    output, given = folder / job.name, folder / f"{job.name}-plan.json"
+    recipe, overrides, known = job.recipe, job.overrides, known_plan(base, job)
+    if known is not None and (given.is_file() or not (output / RECIPE_FILE).is_file()):
+        given.write_text(json.dumps(known), encoding="utf-8")
+        recipe = recipe | {"plan": {"strategy": "file", "path": str(given.absolute())}}
+        overrides = tuple(one for one in overrides if not one.startswith("plan."))
+    file = folder / f"{job.name}.yaml"
+    file.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+    _share_measurements(folder, output)
+    arguments = ["-m", "train", command, str(file), f"output_dir={output}", *overrides]
+    plan = output / PLAN_FILE
     try:
-        _start([*arguments, *job.overrides], folder / f"{job.name}.log")
+        _start(arguments, folder / f"{job.name}.log")
     finally:  # what was stopped in its training has been searched
-        if found is None and plan.is_file():
-            line = {"name": job.name, "plan": json.loads(plan.read_text(encoding="utf-8"))}
+        if known is None and plan.is_file():
+            line = {"name": job.plan_name, "plan": json.loads(plan.read_text(encoding="utf-8"))}
             add_lines(base.plans, line)
 
 

@@ -14,9 +14,12 @@ import torch
 
 from sa_models.plan import SharingPlan
 from tests.support import small_models
+from train.common.run_files import RECIPE_FILE
 from train.evaluation.models import open_folder
 from train.models.base_model import load_model
 from train.models.tokenizer import load_tokenizer
+from train.recipe.recipe import load_recipe
+from train.stages.start import check_folder
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 
@@ -175,24 +178,30 @@ def test_a_plan_is_searched_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     monkeypatch.syspath_prepend(str(FOLDER))
     table = importlib.import_module("method_table")
     base = replace(table.BASES["smollm2"], results=tmp_path / "lines.jsonl")
-    (job,) = (j for j in table.jobs(base, ["pruned-loss"]) if j.size == "30")
-    plans: list[SharingPlan] = []
+    every = {job.name: job for job in table.jobs(base, ["pruned-loss"])}
+    plans: list[tuple[str, SharingPlan]] = []
 
     def start(command: list[str], log: Path) -> None:
-        """A pipeline that is stopped once it has a plan."""
-        file = log.with_suffix("") / "plan.json"
-        if not file.is_file():
+        """A pipeline that is stopped once it has a plan; a folder is refused as a run refuses it."""
+        recipe = load_recipe(Path(command[3]), command[4:])
+        check_folder(recipe)
+        (recipe.folder / RECIPE_FILE).write_text(Path(command[3]).read_text("utf-8"), "utf-8")
+        file = recipe.folder / "plan.json"
+        if recipe.plan.path is not None:
+            SharingPlan.load(Path(recipe.plan.path)).save(file)
+        elif not file.is_file():
             assert not plans, "searched again"
             SharingPlan(removed=((5, 1), (7, 0))).save(file)
-        plans.append(SharingPlan.load(file))
+        plans.append((recipe.plan.strategy, SharingPlan.load(file)))
         raise subprocess.CalledProcessError(130, command)
 
     monkeypatch.setattr(table, "_start", start)
-    for name in ("one", "one", "other"):
-        (tmp_path / name).mkdir(exist_ok=True)
+    for folder, seed in (("one", 0), ("one", 0), ("other", 0), ("other", 0), ("other", 1)):
+        (tmp_path / folder).mkdir(exist_ok=True)
         with pytest.raises(subprocess.CalledProcessError):
-            table.run(base, job, tmp_path / name)
-    assert plans == [SharingPlan(removed=((5, 1), (7, 0)))] * 3
+            table.run(base, every[f"pruned-loss-30-{seed}"], tmp_path / folder)
+    plan = SharingPlan(removed=((5, 1), (7, 0)))
+    assert plans == [(strategy, plan) for strategy in ("loss", "loss", "file", "file", "file")]
     assert [line["name"] for line in table.read_lines(base.plans)] == ["pruned-loss-30-0"]
     assert base.read() == []
 
