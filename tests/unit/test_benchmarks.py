@@ -182,7 +182,7 @@ def test_a_plan_is_searched_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     plans: list[tuple[str, SharingPlan]] = []
 
     def start(command: list[str], log: Path) -> None:
-        """A pipeline that is stopped once it has a plan; a folder is refused as a run refuses it."""
+        """A pipeline that is stopped once it has a plan; a run refuses a folder likewise."""
         recipe = load_recipe(Path(command[3]), command[4:])
         check_folder(recipe)
         (recipe.folder / RECIPE_FILE).write_text(Path(command[3]).read_text("utf-8"), "utf-8")
