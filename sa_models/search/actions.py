@@ -103,7 +103,8 @@ class Space:
 
     Attributes:
         targets: units that may be tied.
-        removable: units that may be removed; every layer that is not dropped keeps at least one.
+        removable: units that may be removed; a layer that is neither droppable nor emptiable keeps
+            at least one.
         sources: units that may be sources, of targets in later layers.
         shares: the sets of projections that a tie may share, and what it saves then, in whatever
             the budget counts.
@@ -111,7 +112,9 @@ class Space:
         needed: what a state has to save at least.
         twice: whether a tied unit may be tied again, for projections that it still has.
         droppable: layers that may be dropped, from which nothing else is taken.
-        drop_saves: what that saves, no less than anything else that is done to the layer's units.
+        drop_saves: what a layer without attention saves, no less than anything else that is done to
+            its units.
+        emptiable: layers that may lose all their units, one after the other.
         uniform: units that every layer loses in a state that meets the budget, one after the other
             (:meth:`in_turn`), where all lose as many; 0: layers may differ.
     """
@@ -127,6 +130,7 @@ class Space:
     droppable: tuple[int, ...] = ()
     drop_saves: int = 0
     uniform: int = 0
+    emptiable: frozenset[int] = frozenset()
     _most: dict[State, int] = field(default_factory=dict, compare=False, repr=False)
     _left: dict[Projections, int] = field(default_factory=dict, compare=False, repr=False)
 
@@ -147,7 +151,15 @@ class Space:
         return self.shares[action.projections] if action.kind == "tie" else self.removal_saves
 
     def saved(self, state: Iterable[Action]) -> int:
-        return sum(map(self.saves, state))
+        state = [*state]
+        gone = Counter(a.target[0] for a in state if a.source is None and a.target[1] != WHOLE)
+        emptied = sum(gone[layer] == self.layout.units for layer in self.emptiable)
+        return sum(map(self.saves, state)) + emptied * self.emptied_saves
+
+    @property
+    def emptied_saves(self) -> int:
+        """What the last unit of an emptied layer saves beyond :meth:`saves`: its norm goes too."""
+        return self.drop_saves - self.layout.units * self.removal_saves if self.emptiable else 0
 
     def is_met(self, state: Iterable[Action]) -> bool:
         return self.saved(state) >= self.needed
@@ -157,9 +169,10 @@ class Space:
         """Actions of a state that meets the budget, at most."""
         return math.ceil(self.needed / self.least)
 
-    @property
-    def room(self) -> int:
+    def room(self, layer: int) -> int:
         """Units that a layer loses at most, unless it is dropped."""
+        if layer in self.emptiable:
+            return self.layout.units
         return min(self.uniform or self.layout.units, self.layout.units - 1)
 
     def most(self, state: State = frozenset()) -> int:
@@ -194,8 +207,10 @@ class Space:
         total += len(whole) * self.drop_saves
         for layer in {unit[0] for unit in tied | gone} - whole:
             here = [unit for unit in tied | gone if unit[0] == layer and unit not in fixed]
-            room = max(0, self.room - removed[layer])  # a dropped layer may have lost more
+            room = max(0, self.room(layer) - removed[layer])  # a dropped layer may have lost more
             removals = min(room, sum(unit in gone for unit in here))
+            if 0 < removals == self.layout.units - removed[layer]:
+                total += self.emptied_saves
             ties = sum(unit in tied for unit in here)
             # No removal saves less than a tie: as many removals as there may be, ties otherwise.
             total += removals * self.removal_saves
@@ -219,7 +234,7 @@ class Space:
             return False
         if action.source is None:
             gone = sum(a.source is None and a.target[0] == action.target[0] for a in state)
-            if action.target not in self.removable or gone >= self.room:
+            if action.target not in self.removable or gone >= self.room(action.target[0]):
                 return False
         elif (
             action.source in changed
@@ -229,8 +244,9 @@ class Space:
         ):
             return False
         # It takes no more than two units, its target and its source, away from what can be saved
-        # (or their layers, where these might be dropped).
-        largest = max(self.tie_saves, self.removal_saves, self.drop_saves if self.droppable else 0)
+        # (or their layers, where these might be dropped or emptied).
+        whole = self.drop_saves if self.droppable or self.emptiable else 0
+        largest = max(self.tie_saves, self.removal_saves, whole)
         if self.most(state) - 2 * largest >= self.needed:
             return True
         return self.most(state | {action}) >= self.needed
@@ -279,6 +295,7 @@ def make_space(
     droppable: Iterable[int] = (),
     drop_saves: int = 0,
     uniform: int = 0,
+    emptiable: Iterable[int] = (),
 ) -> Space:
     """A space with ties of one set of projections, removals, drops of layers, or some of them.
 
@@ -289,7 +306,7 @@ def make_space(
         unit_saves: what a tie and a removal save.
         needed: more than :meth:`Space.most` can never be met.
         droppable, drop_saves: layers, and what a drop saves.
-        uniform: see :class:`Space`.
+        uniform, emptiable: see :class:`Space`.
     """
     kinds, saved = {*kinds}, unit_saves[0]
     shared = tuple(p for p in PROJECTIONS if p in set(share))
@@ -303,8 +320,9 @@ def make_space(
         removal_saves=0 if kinds == {"drop"} else unit_saves[1],
         needed=needed,
         droppable=tuple(sorted(droppable)) if "drop" in kinds else (),
-        drop_saves=drop_saves if "drop" in kinds else 0,
+        drop_saves=drop_saves if "drop" in kinds or emptiable else 0,
         uniform=uniform,
+        emptiable=frozenset(emptiable),
     )
 
 
@@ -318,13 +336,15 @@ def make_full_space(
     needed: int,
     twice: bool,
     uniform: int = 0,
+    emptiable: Iterable[int] = (),
+    drop_saves: int = 0,
 ) -> Space:
     """A space with ties of several sets of projections, and removals.
 
     Args:
         shares: of them, those that save something count.
         twice: whether what two ties of a unit save adds up.
-        targets, removable, without, needed: see :func:`make_space`.
+        targets, removable, without, needed, emptiable, drop_saves: see :func:`make_space`.
     """
     saving = {share: saved for share, saved in shares.items() if saved}
     return Space(
@@ -336,7 +356,9 @@ def make_full_space(
         removal_saves=removal_saves,
         needed=needed,
         twice=twice,
+        drop_saves=drop_saves if emptiable else 0,
         uniform=uniform,
+        emptiable=frozenset(emptiable),
     )
 
 

@@ -197,14 +197,19 @@ def _what(rows: Rows, name: str, found: list[Line]) -> str:
 
 
 def _foretold(lines: list[Line], every: list[Line], rows: Rows) -> str:
-    """How well the untrained loss of the plans of one size ranks them as they are when trained."""
+    """How well the untrained loss of the plans of one size ranks them as they are when trained.
+
+    Of every plan one training counts, as it is: not rounded, and of seed 0.
+    """
     controls = controls_of(every, rows)
     pairs = [
         (line["perplexity"]["direct"], *above([line], controls["distill" in recipe]))
         for line in lines
         if "direct" in line["perplexity"]
         and "same_as" not in line
-        and line["seed"] in controls["distill" in (recipe := recipe_of(rows, line["row"]))]
+        and "rounds" not in rows[line["row"]]
+        and line["seed"] == 0
+        and 0 in controls["distill" in (recipe := recipe_of(rows, line["row"]))]
     ]
     if len(pairs) < FEWEST_PLANS:
         return ""
@@ -288,8 +293,8 @@ def _spread(values: Iterable[float], show: Callable[[float], str] = "{:.2f}".for
     found = list(values)
     if not found:
         return ""
-    mean = show(statistics.fmean(found))
-    return mean if len(found) == 1 else f"{mean} ({show(min(found))} to {show(max(found))})"
+    mean, low, high = map(show, (statistics.fmean(found), min(found), max(found)))
+    return mean if low == high else f"{mean} ({low} to {high})"
 
 
 def filled(page: str) -> str:

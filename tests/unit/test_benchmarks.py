@@ -56,7 +56,7 @@ def test_the_tables_of_methods_are_those_of_their_lines(monkeypatch: pytest.Monk
         rows,
     )
     assert "| the model, not trained on | | 60.00 | | | 1,000 |" in table
-    assert "| *continued*, distilled | 2 | | 50.00 (50.00 to 50.00) | | 1,000 |" in table
+    assert "| *continued*, distilled | 2 | | 50.00 | | 1,000 |" in table
     ours = "| ours | 2 | 71.00 (70.00 to 72.00) | 51.75 (51.00 to 52.50) | "
     assert ours + "3.50 % (2.00 % to 5.00 %) | 950 |" in table
     assert "| plain | 1 | | 55.00 | | 900 |" in table  # no *continued* of its own objective

@@ -41,7 +41,7 @@ from train.planning.search.auto_result import (
 from train.planning.search.loss_search import (
     dearer_list,
     halves_dict,
-    parameters_of,
+    parameters_along,
     rises_list,
     search_table,
     step_dict,
@@ -336,11 +336,9 @@ def _candidate_dict(candidate: Candidate, config: LlamaConfig) -> dict[str, Any]
         "reconstructed_loss": candidate.rebuilt,
     }
     if found is not None:
-        layout, saved = point.plan.layout(config), 0
-        value["path"] = []
-        for step in found.path:
-            saved += parameters_of(step.actions, layout)
-            value["path"].append(step_dict(step, saved))
+        along = parameters_along(found.path, point.plan.layout(config))
+        steps = zip(found.path, along, strict=True)
+        value["path"] = [step_dict(step, saved) for step, saved in steps]
         value["loss_rises"] = rises_list(found)
         value["states_measured"] = found.measured
     if candidate.agreement is not None:

@@ -108,7 +108,8 @@ class AutoResult:
             one; with the recipe's own structure, which is reconstructed then.
         factored: Basis Sharing beside them, see :mod:`train.planning.search.auto_rebuild`.
         left_out: structures that were not measured, as their parts cost as much as the best plan.
-        given_up: searches in a structure that were not finished, for the same reason.
+        given_up: searches, of whole layers or in a structure, that were not finished, for the same
+            reason.
     """
 
     base: Point

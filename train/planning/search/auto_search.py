@@ -1,12 +1,12 @@
 """Strategy auto: the plan that costs least, whatever it is made of, under one budget.
 
-Units are searched among removals; where the objective is bytes alone, among ties of several sets
-of projections as well, and, as controls, among what strategy loss offers. Then structures are
-measured (spans, fewer KV heads), and units are searched in the few that promise most; a structure
-is left out, and the search in one given up, as soon as its parts are expected to cost what the best
-plan does. Whatever costs least wins (:mod:`train.planning.search.objective`): a control too. Where
-the recipe reconstructs, the best are then compared after it
-(:mod:`train.planning.search.auto_rebuild`).
+Units are searched among removals, which may empty a layer, and among whole layers; where the
+objective is bytes alone, among ties of several sets of projections as well, and, as controls, among
+what strategy loss offers. Then structures are measured (spans, fewer KV heads), and units are
+searched in the few that promise most; a structure is left out, and the search in one given up, as
+soon as its parts are expected to cost what the best plan does. Whatever costs least wins
+(:mod:`train.planning.search.objective`): a control too. Where the recipe reconstructs, the best are
+then compared after it (:mod:`train.planning.search.auto_rebuild`).
 
 All losses are measured on one text, and of all of them the slope of the whole change is taken off
 (:mod:`sa_models.scores.slope`), structures included, which are charged with it and never credited.
@@ -73,6 +73,7 @@ def search_auto(
     folder.mkdir(parents=True, exist_ok=True)
     search = _Search(problem, MeasuredLoss(model, batches, folder / SEARCH_CACHE), spans)
     candidates = search.units(search.own, auto_space.unit_spaces(problem))
+    candidates += search.layers(candidates)
     tried: list[Point] = []
     if auto_space.has_structures(problem):
         tried = search.structures(candidates)
@@ -132,7 +133,7 @@ class _Search:
     left_out: list[str] = field(default_factory=list)
     """Structures that were not measured, as their parts cost too much."""
     given_up: list[str] = field(default_factory=list)
-    """Searches in a structure that fell behind."""
+    """Searches of whole layers, or in a structure, that fell behind."""
 
     def __post_init__(self) -> None:
         self.own = self._place(self.problem.structure, self.measured)
@@ -177,6 +178,19 @@ class _Search:
             )
             for (name, found, agreement), path in zip(searched, paths, strict=True)
         ]
+
+    def layers(self, candidates: Sequence[Candidate]) -> list[Candidate]:
+        """The search of whole layers, given up where it falls far behind that of units.
+
+        Args:
+            candidates: of the searches of units.
+        """
+        found: list[Candidate] = []
+        for name, space in auto_space.layer_spaces(self.problem).items():
+            own = self.problem.structure
+            behind = self._is_behind(own, space, candidates, candidates, auto_space.SLACK)
+            found += self.units(self.own, {name: space}, behind)
+        return found
 
     def point(self, origin: str, place: _Place, state: State, loss: float, slope: float) -> Point:
         layout = place.structure.layout(self.problem.config)
@@ -353,16 +367,21 @@ class _Search:
         space: Space,
         found: Sequence[Candidate],
         every: Sequence[Candidate],
+        slack: float = 0.0,
     ) -> IsHopeless | None:
-        """Whether a search of units in a structure costs too much so far: what it has lost, and
-        what the rest cost the first search of units, come to what the best plan lost.
+        """Whether a search in a structure costs too much so far: what it has lost, and what the
+        rest cost the first search of units, come to what the best plan lost.
 
         Slopes are left in: those of a search are known when it has ended.
+
+        Args:
+            slack: how much more that may be, as a share of it.
         """
         if not found:
             return None
         base, of = self.measured(frozenset()), attrgetter("loss")
         limit = self._same_cost(structure, space.needed, found, every, of)
+        limit += slack * abs(limit)
         path = self._first_path(found, of)
         whole = plan_structures.rise_at(path, space.needed)
 

@@ -21,7 +21,9 @@ SHARES = (("q", "k", "v", "o"), PAPER, ("q", "k"), ("v", "o"))
 STRUCTURES_SEARCHED = 2
 """Structures in which units are searched too: those that promise most."""
 FULL, REMOVALS, ANY = "ties and removals", "removals alone", "ties of q, k, v and removals"
-LAYERS, WITH_LAYERS = "whole layers alone", "removals and whole layers"
+LAYERS = "whole layers alone"
+SLACK = 0.1
+"""Of what the best plan lost: how far behind the first search that of whole layers may fall."""
 PART = 4
 """Spans are measured on every so many-th block of the calibration text first."""
 REBUILT = 3
@@ -52,14 +54,22 @@ def full_space(problem: PlanProblem) -> Space:
         problem.needed_of(asked),
         twice=asked.counted != "units",
         uniform=problem.in_each_layer,
+        emptiable=_emptiable(problem),
+        drop_saves=asked.drop_saves,
     )
 
 
-def unit_spaces(problem: PlanProblem) -> dict[str, Space]:
-    """The searches of units that are compared: of everything and the two of strategy loss, or where
-    nothing is tied of removals alone; and those that may drop whole layers of attention.
+def _emptiable(problem: PlanProblem) -> list[int]:
+    """Layers that may lose all their units one by one; none where all layers keep as many."""
+    return [] if problem.section.uniform else problem.droppable
 
-    Those that cannot meet the budget are left out, and a control that is the same search.
+
+def unit_spaces(problem: PlanProblem) -> dict[str, Space]:
+    """The searches of units that are compared: of everything and of removals alone; where ties are
+    allowed, of ties as strategy loss offers them as well.
+
+    A layer may lose all its units. Spaces that cannot meet the budget are left out, and a control
+    that is the same search.
     """
     asked, layout, allowed = problem.remaining, problem.layout, problem.allowed
     saved = tie_saves(asked.counted, layout, PAPER), asked.removal_saves
@@ -76,42 +86,43 @@ def unit_spaces(problem: PlanProblem) -> dict[str, Space]:
             allowed.followers,
             saved,
             problem.needed_of(asked),
+            drop_saves=asked.drop_saves,
             uniform=problem.in_each_layer,
+            emptiable=_emptiable(problem),
         )
     if not spaces[FULL].targets:
         del spaces[FULL]
-    spaces |= layer_spaces(problem)
-    return {name: space for name, space in spaces.items() if space.most() >= space.needed}
+    return _possible(spaces)
 
 
 def layer_spaces(problem: PlanProblem) -> dict[str, Space]:
-    """Whole layers alone, and beside removals of single units.
+    """The search that drops whole layers at once.
 
-    Counted in units only the first, where they come to whole layers: no more may change than the
-    budget asks for. None where all layers lose as many.
+    None where a number of units is asked for that does not come to whole layers, where all layers
+    lose as many, and where a layer has one unit, so that the search of removals is the same.
     """
-    if problem.section.uniform:
+    asked = problem.remaining
+    splits = asked.counted == "units" and asked.needed % asked.drop_saves
+    if problem.section.uniform or splits or problem.layout.units == 1:
         return {}
-    asked, allowed = problem.remaining, problem.allowed
-    counts_units = asked.counted == "units"
-    if counts_units and asked.needed % asked.drop_saves:
-        return {}
-    return {
-        name: make_space(
-            problem.layout,
-            kinds,
-            PAPER,
-            (),
-            allowed.removable,
-            (),
-            (0, asked.removal_saves),
-            asked.needed,
-            problem.droppable,
-            asked.drop_saves,
-        )
-        for name, kinds in ((LAYERS, ("drop",)), (WITH_LAYERS, ("remove", "drop")))
-        if not (counts_units and name == WITH_LAYERS)
-    }
+    space = make_space(
+        problem.layout,
+        ("drop",),
+        PAPER,
+        (),
+        (),
+        (),
+        (0, 0),
+        asked.needed,
+        problem.droppable,
+        asked.drop_saves,
+    )
+    return _possible({LAYERS: space})
+
+
+def _possible(spaces: dict[str, Space]) -> dict[str, Space]:
+    """Those that can meet the budget."""
+    return {name: space for name, space in spaces.items() if space.most() >= space.needed}
 
 
 def has_structures(problem: PlanProblem) -> bool:
@@ -150,8 +161,7 @@ def check_auto(problem: PlanProblem) -> None:
     """Raises PostshareError when the budget cannot be met, with the nearest that can."""
     problem.check_stock_heads()
     asked = problem.remaining
-    spaces = [full_space(problem), *layer_spaces(problem).values()]
-    most = max(space.most() for space in spaces)
+    most = full_space(problem).most()
     what = "ties, removals" if problem.section.may_tie else "removals (ties: plan.objective=bytes)"
     what = "as many removals in every layer" if problem.section.uniform else what
     if has_structures(problem):
@@ -171,7 +181,8 @@ def auto_passes(problem: PlanProblem, options: GreedyOptions | None = None) -> P
     and backward pass that all of them share.
     """
     config, section = problem.config, problem.section
-    passes = [greedy_passes(space.largest, options) for space in unit_spaces(problem).values()]
+    spaces = unit_spaces(problem) | layer_spaces(problem)
+    passes = [greedy_passes(space.largest, options) for space in spaces.values()]
     forward, backward = 0, 1
     if has_structures(problem):
         spans = structures.candidates(config.num_hidden_layers, section.skipped)

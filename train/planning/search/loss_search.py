@@ -22,6 +22,7 @@ from sa_models.atomic_files import write_json
 from sa_models.calibration.partial_forward import Batch
 from sa_models.heads import PROJECTIONS, HeadLayout
 from sa_models.plan import SharingPlan
+from sa_models.removal import dropped_layers
 from sa_models.scores.registry import IMPORTANCES_OF_TEXT
 from sa_models.search.actions import WHOLE, Action, as_plan, ordered
 from sa_models.search.algorithms import (
@@ -36,6 +37,7 @@ from sa_models.search.algorithms import (
 )
 from sa_models.search.measured_loss import MeasuredLoss
 from sa_models.search.ranking import STABLE, Agreement, EstimatedRanking, Estimator
+from sa_models.ties import Unit
 from train.common.progress import bar, clock
 from train.common.run_files import PARETO_PICTURE, SEARCH_CACHE, SEARCH_FILE
 from train.planning.problem import PlanProblem, least_important_of
@@ -180,15 +182,13 @@ def search_table(
         layout: with the plan's KV heads.
         start: what the search began with.
     """
-    saved = 0
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column(title)
     for column in ("loss", "perplexity, untrained", "vs dense", "parameters saved"):
         table.add_column(column, justify="right")
     base = math.exp(found.base_loss)
     table.add_row(start, f"{found.base_loss:.4f}", f"{base:.2f}", "", "")
-    for step in found.path:
-        saved += parameters_of(step.actions, layout)
+    for step, saved in zip(found.path, parameters_along(found.path, layout), strict=True):
         more = f" and {len(step.actions) - 1} more" if len(step.actions) > 1 else ""
         table.add_row(
             f"{step.actions[0]}{more}",
@@ -213,14 +213,16 @@ def bound_sentence(bound: Passes) -> str:
     return f"At most {bound.forward:,} forward passes and {bound.backward:,} estimates."
 
 
-def parameters_of(actions: Iterable[Action], layout: HeadLayout) -> int:
-    """Parameters that actions save; with a layer's attention goes its norm."""
-    saved = 0
-    for action in actions:
-        unit = sum(map(layout.unit_parameters, action.projections or PROJECTIONS))
-        saved += len(action.units(layout)) * unit
-        saved += layout.hidden_size if action.kind == "drop" else 0
-    return saved
+def parameters_along(path: Iterable[Step], layout: HeadLayout) -> list[int]:
+    """Parameters saved after each step of a path; with the attention of a layer goes its norm."""
+    saved, removed, along = 0, set[Unit](), list[int]()
+    for step in path:
+        for action in step.actions:
+            unit = sum(map(layout.unit_parameters, action.projections or PROJECTIONS))
+            saved += len(action.units(layout)) * unit
+            removed |= set(action.units(layout)) if action.source is None else set()
+        along.append(saved + layout.hidden_size * len(dropped_layers(removed, layout)))
+    return along
 
 
 def save_search(
@@ -237,10 +239,7 @@ def save_search(
     from train.planning.search.front_plot import save_pareto
 
     found, section = searched.found, problem.section
-    removed, so_far = [0], 0
-    for step in found.path:
-        so_far += parameters_of(step.actions, problem.layout)
-        removed.append(so_far)
+    removed = [0, *parameters_along(found.path, problem.layout)]
     value = {
         "search": section.search,
         "action": section.action,

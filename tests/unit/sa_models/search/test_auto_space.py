@@ -34,7 +34,10 @@ def space(
     needed: int = 1,
     counted: str = "parameters",
     shares: tuple[tuple[str, ...], ...] = (QKVO, QKV, QK, VO),
+    emptiable: tuple[int, ...] = (),
 ) -> Space:
+    removal = 1 if counted == "units" else tie_saves("parameters", layout, QKVO)
+    norm = 0 if counted == "units" else layout.hidden_size
     units = [(layer, unit) for layer in range(1, 3) for unit in range(layout.units)]
     return make_full_space(
         layout,
@@ -42,9 +45,11 @@ def space(
         units,
         units,
         (),
-        1 if counted == "units" else tie_saves("parameters", layout, QKVO),
+        removal,
         needed,
         twice=counted != "units",
+        emptiable=emptiable,
+        drop_saves=layout.units * removal + norm,
     )
 
 
@@ -65,20 +70,24 @@ def valid_states(among: Space) -> set[State]:
         state = frozenset(action for part in parts for action in part)
         targets, sources = {a.target for a in state}, {a.source for a in state if a.source}
         gone = [a.target[0] for a in state if a.source is None]
-        if not targets & sources and all(gone.count(i) < among.layout.units for i in gone):
+        kept = {layer for layer in gone if gone.count(layer) < among.layout.units}
+        if not targets & sources and kept | among.emptiable >= {*gone}:
             found.add(state)
     return found
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("counted", ["parameters", "units"])
-def test_most_and_allowed_are_those_of_brute_force(shape: str, counted: str) -> None:
-    among = space(SHAPES[shape], counted=counted, shares=(QKV, QK, VO))
+@pytest.mark.parametrize("emptiable", [(), (1,)])
+def test_most_and_allowed_are_those_of_brute_force(
+    shape: str, counted: str, emptiable: tuple[int, ...]
+) -> None:
+    among = space(SHAPES[shape], 1, counted, (QKV, QK, VO), emptiable)
     every = valid_states(among)
     best = max(among.saved(state) for state in every)
     assert among.most() == best
     assert among.largest == -(-1 // min(*among.shares.values(), among.removal_saves))
-    tight = space(SHAPES[shape], needed=best, counted=counted, shares=(QKV, QK, VO))
+    tight = space(SHAPES[shape], best, counted, (QKV, QK, VO), emptiable)
     reachable: dict[State, int] = {}
     for state in every:
         for size in range(len(state) + 1):
@@ -97,8 +106,9 @@ def test_most_and_allowed_are_those_of_brute_force(shape: str, counted: str) -> 
             assert tight.allows(state, action) == (valid and reachable[with_it] >= best)
 
 
+@pytest.mark.parametrize("emptiable", [(), (2, 3, 5)])
 @pytest.mark.parametrize("shape", ["mha", "gqa", "mqa", "odd"])
-def test_what_is_saved_is_what_the_plan_says(shape: str) -> None:
+def test_what_is_saved_is_what_the_plan_says(shape: str, emptiable: tuple[int, ...]) -> None:
     config = dense(shape).config
     layout = HeadLayout.from_config(config)
     units = [(layer, unit) for layer in range(1, 6) for unit in range(layout.units)]
@@ -111,19 +121,24 @@ def test_what_is_saved_is_what_the_plan_says(shape: str) -> None:
         tie_saves("bytes", layout, QKVO),
         1,
         twice=True,
+        emptiable=emptiable,
+        drop_saves=layout.units * tie_saves("bytes", layout, QKVO) + layout.hidden_size,
     )
     generator = torch.Generator().manual_seed(0)
-    for _ in range(10):
+    dropped: set[int] = set()
+    for draw in range(10):
         state: State = frozenset()
-        allowed = list(among.actions())
+        allowed = [a for a in among.actions() if draw % 2 or a.source is None]
         for at in torch.randperm(len(allowed), generator=generator).tolist()[:40]:
             if among.allows(state, allowed[at]):
                 state |= {allowed[at]}
         plan = as_plan(state, layout)
         plan.validate(config)
         assert among.saved(state) == plan.savings(config).removed_parameters
+        dropped |= plan.dropped(layout)
         per_unit = {t.target for t in plan.ties} | set(plan.removed)
         assert len(per_unit) <= layout.units * 5
+    assert dropped == {*emptiable}
 
 
 def test_two_ties_to_one_source_are_one() -> None:
