@@ -108,6 +108,9 @@ class MeasuredLoss:
         model: a Llama with the structure of the plan, in evaluation mode.
         batches: calibration text.
         path: of the cache.
+
+    Raises:
+        PostshareError: of a call: the loss of the state is not finite.
     """
 
     def __init__(
@@ -131,7 +134,7 @@ class MeasuredLoss:
         return 0.0 if self._restart is None else self._restart.passes
 
     def __call__(self, state: State) -> float:
-        return float(self.cache.get(state_key(state), lambda: self._measure(state)))
+        return float(self.cache.get(state_key(state), lambda: self._finite(state)))
 
     def rebase(self, state: State) -> None:
         """The state from which later measurements start."""
@@ -173,6 +176,16 @@ class MeasuredLoss:
     def restore(self) -> None:
         """Undo all changes of the weights."""
         self._apply(frozenset())
+
+    def _finite(self, state: State) -> float:
+        if not math.isfinite(loss := self._measure(state)):
+            first, *others = [f"with '{action}'" for action in ordered(state)] or ["of the model"]
+            more = f" and {len(others)} more" if others else ""
+            raise PostshareError(
+                f"the calibration loss {first}{more} is {loss}; check that the weights of "
+                "model.path are finite"
+            )
+        return loss
 
     def _measure(self, state: State) -> float:
         if self._restart is None:

@@ -517,6 +517,19 @@ def test_a_cache_that_is_none_is_refused(tmp_path: Path) -> None:
         searched(file)
 
 
+def test_a_loss_that_is_not_finite_is_one_line_and_not_kept(tmp_path: Path) -> None:
+    model = dense("gqa")
+    with torch.no_grad():
+        model.model.layers[2].self_attn.o_proj.weight[0, 0] = math.nan
+    measured = MeasuredLoss(model, batches(), tmp_path / "cache.jsonl")
+    with pytest.raises(PostshareError, match=r"^the calibration loss of the model is nan; check"):
+        measured(frozenset())
+    two = frozenset({Action((3, 1)), Action((4, 0))})
+    with pytest.raises(PostshareError, match=r"loss with 'remove \[3, 1\]' and 1 more is nan;"):
+        measured(two)
+    assert not (tmp_path / "cache.jsonl").exists()
+
+
 def test_every_estimate_has_a_bar_over_both_halves() -> None:
     told: list[list[tuple[int, int]]] = []
 
