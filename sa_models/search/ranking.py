@@ -172,6 +172,8 @@ class EstimatedRanking:
             about.append([space.droppable, space.drop_saves])
         if space.uniform:
             about.append(space.uniform)
+        if space.emptiable:
+            about.append(["emptied", sorted(space.emptiable), space.drop_saves])
         text = json.dumps(about, separators=(",", ":"))
         key = f"rank {hashlib.sha256(text.encode()).hexdigest()}"
         value = self.measured.cache.get(key, lambda: self._estimate(state, count))

@@ -517,6 +517,23 @@ def test_a_cache_that_is_none_is_refused(tmp_path: Path) -> None:
         searched(file)
 
 
+def test_a_search_that_may_empty_layers_has_rankings_of_its_own(tmp_path: Path) -> None:
+    model = dense("gqa")
+    layout = HeadLayout.from_config(model.config)
+    units = [(layer, unit) for layer in range(1, 6) for unit in range(layout.units)]
+    state = frozenset(Action((2, unit)) for unit in range(layout.units - 1))
+    last = (2, layout.units - 1)
+    for emptiable in ((), (1, 2)):
+        among = make_space(
+            layout, ("remove",), "qkvo", (), units, (), (0, 1), 5,
+            drop_saves=layout.units, emptiable=emptiable,
+        )  # fmt: skip
+        measured = MeasuredLoss(model, batches(), tmp_path / "cache.jsonl")
+        measured.rebase(state)
+        ranked = EstimatedRanking(among, measured)(state, len(units))
+        assert (last in {r.action.target for r in ranked}) == bool(emptiable)
+
+
 def test_a_loss_that_is_not_finite_is_one_line_and_not_kept(tmp_path: Path) -> None:
     model = dense("gqa")
     with torch.no_grad():
