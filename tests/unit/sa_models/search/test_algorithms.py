@@ -531,6 +531,7 @@ def test_a_search_that_may_empty_layers_has_rankings_of_its_own(tmp_path: Path) 
         measured = MeasuredLoss(model, batches(), tmp_path / "cache.jsonl")
         measured.rebase(state)
         ranked = EstimatedRanking(among, measured)(state, len(units))
+        measured.restore()
         assert (last in {r.action.target for r in ranked}) == bool(emptiable)
 
 
