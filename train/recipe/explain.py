@@ -175,7 +175,7 @@ def _nearest(schema: Schema, loc: tuple[int | str, ...]) -> tuple[tuple[str, ...
     by_leaf: dict[str, str] = {}
     for path in _paths(schema, schema):
         by_leaf.setdefault(path.rsplit(".", 1)[-1], path)
-    if close := difflib.get_close_matches(wrong, by_leaf, n=1, cutoff=0.6):
+    if close := difflib.get_close_matches(wrong, by_leaf, n=1, cutoff=0.8):
         path = by_leaf[close[0]]
         return tuple(path.split(".")), f"did you mean {path}?"
     where = f"valid in {prefix[:-1]}" if parents else "valid at the top"

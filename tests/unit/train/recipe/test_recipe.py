@@ -355,6 +355,11 @@ def test_what_cannot_be_compiled_is_refused(minimal: Path) -> None:
     load_recipe(minimal, ["train.compile=true", "distill={hidden_weight: 0.1}"])
 
 
+def test_a_key_of_another_section_is_meant_only_where_it_is_nearly_the_same(minimal: Path) -> None:
+    assert message(minimal, "learning_rat=3").endswith("did you mean train.learning_rate?")
+    assert "valid in plan.budget: ratio, heads," in message(minimal, "plan.budget={units: 3}")
+
+
 def test_a_rule_that_reads_what_is_not_known_says_nothing(minimal: Path) -> None:
     """Each of these would be refused if the key had its default."""
     for override in ("plan.budgt={ratio: 0.3}", "plan.budget={ratio: x}", "plan.budget=3"):
