@@ -55,7 +55,7 @@ def compare_rebuilt(
 
     The loss is that of the text of the reconstruction, ``materialize.calibration_blocks``. One
     reconstruction of the base each: two models are held. What has been measured stays in the run
-    folder's cache.
+    folder's cache. Where nothing is left to compare, nothing is reconstructed.
 
     Basis Sharing at as many parameters as the chosen one is measured beside them, where it is a
     rival, and taken where it is better: `factored` of the result.
@@ -69,6 +69,9 @@ def compare_rebuilt(
         text.
     """
     started, section = time.perf_counter(), recipe.materialize
+    plans = _promising(searched, problem)
+    if len(plans) == 1 and rival(recipe, plans[0], problem.config) is None:
+        return searched
     text = calibration_batches(blocks, section.calibration_blocks, 1, torch.device("cpu"))
     base = load()
     cache, config = Cache(folder / SEARCH_CACHE, identity(base, text)), base.config
@@ -91,7 +94,6 @@ def compare_rebuilt(
         found = cache.get(key, partial(measure, plan))
         return BlockLosses(tuple(found["nats"]), tuple(found["tokens"]))
 
-    plans = _promising(searched, problem)
     tried = {plan: losses_of(plan) for plan in plans}
     base_loss = losses_of(searched.base.plan).perplexity.loss
     shares = [saved_share(problem, plan) for plan in tried]

@@ -206,7 +206,9 @@ def chosen_lines(searched: AutoResult) -> list[str]:
     else:
         name = searched.chosen.name
         cost = cost_line(searched.chosen.expected, searched.base.expected)
-    return [f"chosen    {name}, of {len(searched.candidates)} candidates{rebuilt}", cost]
+    of = len(searched.candidates)
+    many = "the only candidate" if of == 1 else f"of {of} candidates"
+    return [f"chosen    {name}, {many}{rebuilt}", cost]
 
 
 def factored_note(factored: Factored, other: SharingPlan, config: LlamaConfig) -> str:

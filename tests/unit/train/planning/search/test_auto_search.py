@@ -219,6 +219,24 @@ def check_front(search: dict, of: Recipe) -> None:
     assert picture[..., :3].std() > 0.05
 
 
+def test_where_one_plan_is_left_nothing_is_reconstructed(
+    home: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Three units are no whole layer, and of a number of units no structure is tried."""
+    monkeypatch.setattr(auto_rebuild, "on_text", lambda *_: pytest.fail("reconstructed"))
+    section = {"strategy": "auto", "budget": {"heads": 3}, "calibration_blocks": BLOCKS}
+    materialize = {"reconstruct": True, "calibration_blocks": 4}
+    of = recipe(home, tmp_path, plan=section, materialize=materialize, train={"steps": 0})
+    plan(of)
+    assert f"chosen    {REMOVALS}, the only candidate\n" in capsys.readouterr().out
+    search = read(of.folder, "plan-search.json")
+    assert search["base_reconstructed_loss"] is None
+    assert [c["reconstructed_loss"] for c in search["candidates"]] == [None]
+
+
 @pytest.mark.more
 def test_plans_are_compared_after_reconstruction(
     home: Path,
