@@ -156,12 +156,11 @@ def as_another(base: Base, job: Job, plan: dict[str, Any] | None) -> method_tabl
     """The line of a training with the same plan, seed and recipe but for what chose the plan."""
     if plan is None:
         return None
-    plans = {line["name"]: line["plan"] for line in read_lines(base.plans)}
     others = {
         other.name: other
         for other in jobs(base)
         if other.rounds is None
-        and plans.get(other.plan_name) == plan
+        and known_plan(base, other) == plan
         and _but_for_the_plan(other) == _but_for_the_plan(job)
     }
     for line in base.read():
