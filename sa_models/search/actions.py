@@ -1,8 +1,8 @@
 """Actions of a search: a unit is tied to a source or removed, a layer dropped; and what they save.
 
-A state is a set of actions: each unit is removed, or tied, perhaps twice (q and k to one source, v
-and o to another), or goes with its layer, of which then nothing else is changed. Sources are units
-that are themselves not changed, so that a state is a valid plan without any chain to resolve.
+A state is a set of actions: layers that are dropped; or units, of which each is removed, or tied,
+perhaps twice (q and k to one source, v and o to another). Sources are units that are themselves not
+changed, so that a state is a valid plan without any chain to resolve.
 """
 
 from __future__ import annotations
@@ -103,20 +103,22 @@ class Space:
 
     Attributes:
         targets: units that may be tied.
-        removable: units that may be removed; a layer that is neither droppable nor emptiable keeps
-            at least one.
+        removable: units that may be removed; a layer that is not emptiable keeps at least one.
         sources: units that may be sources, of targets in later layers.
         shares: the sets of projections that a tie may share, and what it saves then, in whatever
             the budget counts.
         removal_saves: what a removal saves; no less than the ties of a unit.
         needed: what a state has to save at least.
         twice: whether a tied unit may be tied again, for projections that it still has.
-        droppable: layers that may be dropped, from which nothing else is taken.
+        droppable: layers that may be dropped, where no single units are changed.
         drop_saves: what a layer without attention saves, no less than anything else that is done to
             its units.
         emptiable: layers that may lose all their units, one after the other.
         uniform: units that every layer loses in a state that meets the budget, one after the other
             (:meth:`in_turn`), where all lose as many; 0: layers may differ.
+
+    Raises:
+        ValueError: layers to drop beside single units.
     """
 
     layout: HeadLayout
@@ -133,6 +135,10 @@ class Space:
     emptiable: frozenset[int] = frozenset()
     _most: dict[State, int] = field(default_factory=dict, compare=False, repr=False)
     _left: dict[Projections, int] = field(default_factory=dict, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.droppable and (self.targets or self.removable):
+            raise ValueError("a space drops layers or changes single units, not both")
 
     @property
     def tie_saves(self) -> int:
@@ -152,7 +158,7 @@ class Space:
 
     def saved(self, state: Iterable[Action]) -> int:
         state = [*state]
-        gone = Counter(a.target[0] for a in state if a.source is None and a.target[1] != WHOLE)
+        gone = Counter(a.target[0] for a in state if a.source is None)
         emptied = sum(gone[layer] == self.layout.units for layer in self.emptiable)
         return sum(map(self.saves, state)) + emptied * self.emptied_saves
 
@@ -170,7 +176,7 @@ class Space:
         return math.ceil(self.needed / self.least)
 
     def room(self, layer: int) -> int:
-        """Units that a layer loses at most, unless it is dropped."""
+        """Units that a layer loses at most, one after the other."""
         if layer in self.emptiable:
             return self.layout.units
         return min(self.uniform or self.layout.units, self.layout.units - 1)
@@ -196,19 +202,17 @@ class Space:
         return self._left[tied]
 
     def _count_most(self, state: State) -> int:
-        fixed = {u for a in state for u in a.units(self.layout)}
-        fixed |= {a.source for a in state if a.source}
+        if self.droppable:
+            return len(self.droppable) * self.drop_saves
+        fixed = {a.target for a in state} | {a.source for a in state if a.source}
         removed = Counter(a.target[0] for a in state if a.source is None)
         tied, gone = set(self.targets), set(self.removable)
         total = self.saved(state)
         for unit in {a.target for a in state if a.source}:
             total += self._still_saves(tied_projections(state, unit))
-        whole = set(self.droppable) - {unit[0] for unit in fixed}
-        total += len(whole) * self.drop_saves
-        for layer in {unit[0] for unit in tied | gone} - whole:
+        for layer in {unit[0] for unit in tied | gone}:
             here = [unit for unit in tied | gone if unit[0] == layer and unit not in fixed]
-            room = max(0, self.room(layer) - removed[layer])  # a dropped layer may have lost more
-            removals = min(room, sum(unit in gone for unit in here))
+            removals = min(self.room(layer) - removed[layer], sum(unit in gone for unit in here))
             if 0 < removals == self.layout.units - removed[layer]:
                 total += self.emptied_saves
             ties = sum(unit in tied for unit in here)
@@ -219,13 +223,11 @@ class Space:
 
     def allows(self, state: State, action: Action) -> bool:
         """Whether a state with this action is valid, and can still meet the budget."""
-        changed = {u for a in state for u in a.units(self.layout)}
-        sources = {a.source for a in state if a.source}
         if action.kind == "drop":
-            free = action.target[0] not in {unit[0] for unit in changed | sources}
-            if action.target[0] not in self.droppable or not free:
-                return False
-            return self.most(state | {action}) >= self.needed
+            left = action.target[0] in self.droppable and action not in state
+            return left and self.most() >= self.needed
+        changed = {a.target for a in state}
+        sources = {a.source for a in state if a.source}
         if action.target in sources:
             return False
         if action.target in changed and not (
@@ -244,8 +246,8 @@ class Space:
         ):
             return False
         # It takes no more than two units, its target and its source, away from what can be saved
-        # (or their layers, where these might be dropped or emptied).
-        whole = self.drop_saves if self.droppable or self.emptiable else 0
+        # (or their layers, where these might be emptied).
+        whole = self.drop_saves if self.emptiable else 0
         largest = max(self.tie_saves, self.removal_saves, whole)
         if self.most(state) - 2 * largest >= self.needed:
             return True
@@ -265,7 +267,7 @@ class Space:
         return self.twice and bool(tied) and not set(tied) & set(share)
 
     def actions(self) -> Iterator[Action]:
-        """Every action, in canonical order of targets; drops last."""
+        """Every action, in canonical order of targets."""
         for unit in sorted({*self.targets, *self.removable}):
             if unit in self.removable:
                 yield Action(unit)
@@ -297,10 +299,10 @@ def make_space(
     uniform: int = 0,
     emptiable: Iterable[int] = (),
 ) -> Space:
-    """A space with ties of one set of projections, removals, drops of layers, or some of them.
+    """A space with drops of layers; or with ties of one set of projections, removals, or both.
 
     Args:
-        kinds: of tie, remove and drop.
+        kinds: drop alone; or tie, remove, or both.
         targets, removable: units that may be tied, and removed.
         without: layers whose units are no sources.
         unit_saves: what a tie and a removal save.
@@ -317,7 +319,7 @@ def make_space(
         removable=tuple(sorted(removable)) if "remove" in kinds and unit_saves[1] else (),
         sources=_units(layout, without),
         shares={shared: saved} if ties else {},
-        removal_saves=0 if kinds == {"drop"} else unit_saves[1],
+        removal_saves=0 if "drop" in kinds else unit_saves[1],
         needed=needed,
         droppable=tuple(sorted(droppable)) if "drop" in kinds else (),
         drop_saves=drop_saves if "drop" in kinds or emptiable else 0,

@@ -250,17 +250,13 @@ def _ranked(action: Action, rise: torch.Tensor, slope: torch.Tensor, gone: float
 
 
 def agreement(space: Space, first: list[Ranked], second: list[Ranked]) -> tuple[int, int, float]:
-    """See :class:`Agreement`. Where units are changed singly, dropped layers do not count."""
-    singly = bool(space.targets or space.removable)
+    """See :class:`Agreement`."""
     costs: list[dict[Any, float]] = [{}, {}]
     for ranked, cost in zip((first, second), costs, strict=True):
         for action, rise, *_ in ranked:
-            if singly and action.kind == "drop":
-                continue
             cost.setdefault(action.target, price(space, action, rise))
     units = sorted(costs[0].keys() & costs[1].keys())
-    singles = (space.tie_saves, space.removal_saves) if singly else (space.drop_saves,)
-    saves = min(s for s in singles if s > 0)
+    saves = min(s for s in (space.tie_saves, space.removal_saves, space.drop_saves) if s > 0)
     count = min(len(units), math.ceil(space.needed / saves))
     alike = [units]
     if space.uniform:  # each layer chooses for itself

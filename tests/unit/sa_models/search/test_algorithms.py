@@ -17,7 +17,6 @@ from sa_models.calibration.progress import Progress
 from sa_models.errors import PostshareError
 from sa_models.heads import HeadLayout
 from sa_models.search.actions import (
-    WHOLE,
     Action,
     Projections,
     Space,
@@ -44,14 +43,7 @@ LAYOUT = HeadLayout(layers=4, hidden_size=8, heads=2, kv_heads=2, head_dim=4)
 UNITS = [(layer, unit) for layer in range(1, 4) for unit in range(2)]
 
 
-KINDS = [
-    ("tie",),
-    ("remove",),
-    ("tie", "remove"),
-    ("drop",),
-    ("remove", "drop"),
-    ("tie", "remove", "drop"),
-]
+KINDS = [("tie",), ("remove",), ("tie", "remove"), ("drop",)]
 
 
 def space(
@@ -59,6 +51,13 @@ def space(
 ) -> Space:
     """A dropped layer saves a norm beside its two units."""
     return make_space(LAYOUT, kinds, "qkv", UNITS, UNITS, (), saves, needed, (1, 2, 3), 3)
+
+
+def emptied(needed: int) -> Space:
+    """Removals of units; the last of a layer saves a norm as well."""
+    return make_space(
+        LAYOUT, ["remove"], (), (), UNITS, (), (0, 1), needed, drop_saves=3, emptiable=(1, 2, 3)
+    )
 
 
 class Table:
@@ -141,17 +140,9 @@ def test_no_choice_leads_into_a_dead_end(kinds: tuple[str, ...]) -> None:
             state |= {allowed[int(torch.randint(len(allowed), (), generator=generator))]}
 
 
-def test_layers_of_one_unit_are_dropped_one_after_the_other() -> None:
-    """Their unit cannot be removed: a layer keeps one, unless it is dropped."""
-    layout = HeadLayout(layers=4, hidden_size=8, heads=2, kv_heads=1, head_dim=4)
-    units = [(layer, 0) for layer in range(1, 4)]
-    among = make_space(layout, ("remove", "drop"), (), (), units, (), (0, 2), 9, (1, 2, 3), 3)
-    state: State = frozenset()
-    for layer in (1, 2, 3):
-        assert among.most(state) == 9
-        assert among.allows(state, Action((layer, WHOLE)))
-        state |= {Action((layer, WHOLE))}
-    assert among.is_met(state)
+def test_layers_are_not_dropped_beside_single_units() -> None:
+    with pytest.raises(ValueError, match="drops layers or changes single units, not both"):
+        space(("remove", "drop"))
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -355,14 +346,17 @@ def test_evolution_finds_what_brute_force_finds(seed: int) -> None:
 
 @pytest.mark.parametrize("search", [greedy, evolve])
 @pytest.mark.parametrize("seed", range(4))
-def test_layers_and_single_units_compete(search: Callable[..., SearchResult], seed: int) -> None:
-    """A layer saves three, a unit one: two layers, a layer and two units, or more."""
-    among = space(("remove", "drop"), needed=5)
+def test_a_layer_may_lose_all_its_units(search: Callable[..., SearchResult], seed: int) -> None:
+    """A unit saves one, the last of a layer two: four units of which two share a layer, or five."""
+    among = emptied(needed=5)
     table = Table(among, seed)
     found = search(among, table, table.ranking(among))
     plan = as_plan(found.state, LAYOUT)
     assert among.saved(found.state) == len(plan.removed) + len(plan.dropped(LAYOUT)) >= 5
-    every = [s for size in (2, 3) for s in valid_states(among, size) if among.saved(s) >= 5]
+    every = map(
+        frozenset, itertools.chain(*(itertools.combinations(among.actions(), n) for n in (4, 5, 6)))
+    )
+    every = [state for state in every if among.saved(state) >= 5]
     best = min(map(table, every))
     assert found.loss == pytest.approx(best) if search is evolve else found.loss < best + 0.5
 
