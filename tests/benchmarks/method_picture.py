@@ -25,25 +25,28 @@ from train.common.figure_style import (
 )
 
 SHOWN = {
-    "basis": ("Basis Sharing (whole cache), with a teacher", SKY, "P-"),
-    "ours": ("auto without bases, reconstructed, with a teacher", BLUE, "o-"),
-    "auto": ("auto, reconstructed, with a teacher", BLUE, "o-"),
-    "pruned-loss-distilled": ("removed by loss, with a teacher", ORANGE, "s-"),
-    "dropped-distilled": ("whole layers of attention, with a teacher", BLUE, "h-"),
-    "pruned-loss": ("removed by loss, without a teacher", ORANGE, "D--"),
-    "pruned-gradient": ("removed by gradient, without a teacher", GREEN, "p--"),
-    "pruned-magnitude": ("removed by magnitude, without a teacher", MUTED, "d--"),
-    "pruned-random": ("removed at random, without a teacher", MUTED, "v--"),
-    "random": ("tied at random, without a teacher", GREEN, "^--"),
-    "cosine": ("tied by cosine, without a teacher", PURPLE, "<--"),
-    "postshare": ("PostShare as published, without a teacher", VERMILLION, "X--"),
-    "spans-loss-distilled": ("SA, followers by loss, with a teacher", GREEN, ">-"),
-    "spans-kv-distilled": ("CLA, followers by loss, with a teacher", SKY, "*-"),
-    "spans-late": ("SA, late layers, without a teacher", GREEN, "<--"),
-    "pooled": ("one KV head a layer, with a teacher", VERMILLION, "8-"),
-    "continued-int8": ("weights rounded to int8, without a teacher", BLUE, "s--"),
-    "continued-int4": ("weights rounded to int4, without a teacher", BLUE, "X--"),
-    "continued-cache-int8": ("cache rounded to int8, without a teacher", BLUE, "*--"),
+    "basis": ("Basis Sharing (whole cache)", SKY, "P-"),
+    "ours": ("auto without bases, reconstructed", BLUE, "o-"),
+    "auto": ("auto, reconstructed", BLUE, "o-"),
+    "pruned-loss-distilled": ("removed by loss", ORANGE, "s-"),
+    "pruned-loss-int8": ("removed by loss, int8", ORANGE, "*-"),
+    "pruned-loss-int4": ("removed by loss, int4", ORANGE, "X-"),
+    "dropped-distilled": ("whole layers of attention", VERMILLION, "h-"),
+    "pruned-loss": ("removed by loss", ORANGE, "D--"),
+    "pruned-gradient": ("removed by gradient", GREEN, "p--"),
+    "pruned-magnitude": ("removed by magnitude", MUTED, "d--"),
+    "pruned-random": ("removed at random", MUTED, "v--"),
+    "random": ("tied at random", GREEN, "^--"),
+    "tied-loss-distilled": ("tied by loss", PURPLE, "<-"),
+    "cosine": ("tied by cosine", PURPLE, "<--"),
+    "postshare": ("PostShare as published", VERMILLION, "X--"),
+    "spans-loss-distilled": ("SA, followers by loss", GREEN, ">-"),
+    "spans-kv-distilled": ("CLA, followers by loss", SKY, "*-"),
+    "spans-late": ("SA, late layers", GREEN, "<--"),
+    "pooled": ("one KV head a layer", MUTED, "8-"),
+    "continued-int8": ("nothing shared, int8", BLUE, "s--"),
+    "continued-int4": ("nothing shared, int4", BLUE, "X--"),
+    "continued-cache-int8": ("nothing shared, cache in int8", BLUE, "*--"),
 }
 """Rows in the order of the legend: their label, colour and mark. Without a teacher: dashes, and
 hollow marks."""
@@ -119,6 +122,7 @@ def draw(base: Base) -> None:
                 color=color,
                 markerfacecolor=color if taught else "white",
                 label=label,
+                gid=name,
                 markersize=6,
             )
         axes.set_xlabel(f"% of the {counted} saved")
@@ -131,10 +135,12 @@ def draw(base: Base) -> None:
             axes.yaxis.set_major_formatter("{x:g}")
     every[0].set_ylabel("% of perplexity above its $\\it{continued}$")
     figure.suptitle(f"What sharing costs, {base.name}")
-    drawn = {line.get_label(): line for axes in every for line in axes.get_lines()}
-    labels = [label for label, *_ in SHOWN.values() if label in drawn]
-    if labels:
-        figure.legend([drawn[label] for label in labels], labels, loc="outside lower center")
+    drawn = {line.get_gid(): line for axes in every for line in axes.get_lines()}
+    lines = [drawn[name] for name in SHOWN if name in drawn]
+    if lines:
+        labels = [str(line.get_label()) for line in lines]
+        title = "hollow marks, dashes: without a teacher"
+        figure.legend(lines, labels, loc="outside lower center", ncols=2, title=title)
     figure.savefig(base.picture, metadata={"Date": None, "Description": described(base)})
 
 
