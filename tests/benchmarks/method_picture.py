@@ -25,31 +25,31 @@ from train.common.figure_style import (
 )
 
 SHOWN = {
-    "basis": ("Basis Sharing (whole cache)", SKY, "P-"),
-    "ours": ("auto without bases, reconstructed", BLUE, "o-"),
-    "auto": ("auto, reconstructed", BLUE, "o-"),
-    "pruned-loss-distilled": ("removed by loss", ORANGE, "s-"),
-    "pruned-loss-int8": ("removed by loss, int8", ORANGE, "*-"),
-    "pruned-loss-int4": ("removed by loss, int4", ORANGE, "X-"),
-    "dropped-distilled": ("whole layers of attention", VERMILLION, "h-"),
-    "pruned-loss": ("removed by loss", ORANGE, "D--"),
-    "pruned-gradient": ("removed by gradient", GREEN, "p--"),
-    "pruned-magnitude": ("removed by magnitude", MUTED, "d--"),
-    "pruned-random": ("removed at random", MUTED, "v--"),
-    "random": ("tied at random", GREEN, "^--"),
-    "tied-loss-distilled": ("tied by loss", PURPLE, "<-"),
-    "cosine": ("tied by cosine", PURPLE, "<--"),
-    "postshare": ("PostShare as published", VERMILLION, "X--"),
-    "spans-loss-distilled": ("SA, followers by loss", GREEN, ">-"),
-    "spans-kv-distilled": ("CLA, followers by loss", SKY, "*-"),
-    "spans-late": ("SA, late layers", GREEN, "<--"),
-    "pooled": ("one KV head a layer", MUTED, "8-"),
-    "continued-int8": ("nothing shared, int8", BLUE, "s--"),
-    "continued-int4": ("nothing shared, int4", BLUE, "X--"),
-    "continued-cache-int8": ("nothing shared, cache in int8", BLUE, "*--"),
+    "basis": ("Basis Sharing (whole cache)", SKY, "P"),
+    "ours": ("auto without bases, reconstructed", BLUE, "o"),
+    "auto": ("auto, reconstructed", BLUE, "o"),
+    "pruned-loss-distilled": ("removed by loss", ORANGE, "s"),
+    "pruned-loss-int8": ("removed by loss, int8", ORANGE, "*"),
+    "pruned-loss-int4": ("removed by loss, int4", ORANGE, "X"),
+    "dropped-distilled": ("whole layers of attention", VERMILLION, "h"),
+    "pruned-loss": ("removed by loss", ORANGE, "D"),
+    "pruned-gradient": ("removed by gradient", GREEN, "p"),
+    "pruned-magnitude": ("removed by magnitude", MUTED, "d"),
+    "pruned-random": ("removed at random", MUTED, "v"),
+    "random": ("tied at random", GREEN, "^"),
+    "tied-loss-distilled": ("tied by loss", PURPLE, "<"),
+    "cosine": ("tied by cosine", PURPLE, "<"),
+    "postshare": ("PostShare as published", VERMILLION, "X"),
+    "spans-loss-distilled": ("SA, followers by loss", GREEN, ">"),
+    "spans-kv-distilled": ("CLA, followers by loss", SKY, "*"),
+    "spans-late": ("SA, late layers", GREEN, "<"),
+    "pooled": ("one KV head a layer", MUTED, "8"),
+    "continued-int8": ("nothing shared, int8", BLUE, "s"),
+    "continued-int4": ("nothing shared, int4", BLUE, "X"),
+    "continued-cache-int8": ("nothing shared, cache in int8", BLUE, "*"),
 }
-"""Rows in the order of the legend: their label, colour and mark. Without a teacher: dashes, and
-hollow marks."""
+"""Rows in the order of the legend: their label, colour and mark. Those without a teacher are drawn
+with dashes and hollow marks."""
 
 FAR_ABOVE = 100
 """Percent above *continued* from which on costs and savings are drawn by their logarithms."""
@@ -107,18 +107,18 @@ def described(base: Base) -> str:
 @rc_context(FILE_STYLE)
 def draw(base: Base) -> None:
     """Write the picture."""
-    panels = shown(base)
+    panels, rows = shown(base), base.rows()
     figure = Figure(figsize=(WIDTH, 6.0 if len(panels) == 1 else 8.0), layout="constrained")
     every = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     costs = [cost for of in panels.values() for of_row in of.values() for _, cost in of_row]
     for axes, (counted, of_rows) in zip(every, panels.items(), strict=True):
         axes.axhline(0, color=MUTED, linewidth=0.8)
         for name, of_row in of_rows.items():
-            label, color, style = SHOWN[name]
-            taught = not style.endswith("--")
+            label, color, mark = SHOWN[name]
+            taught = "distill" in recipe_of(rows, name)
             axes.plot(
                 *zip(*of_row, strict=True),
-                style,
+                mark + ("-" if taught else "--"),
                 color=color,
                 markerfacecolor=color if taught else "white",
                 label=label,

@@ -85,6 +85,8 @@ def test_the_picture_of_methods_is_of_their_lines(monkeypatch: pytest.MonkeyPatc
         labels = Counter(made.SHOWN[name][0] for name in trained)
         for label, *_ in made.SHOWN.values():
             assert picture.count(f">{label}</text>") == labels[label], (base.name, label)
+        taught = [(name, "distill" in made.recipe_of(base.rows(), name)) for name in trained]
+        assert len({(made.SHOWN[name][1:], with_one) for name, with_one in taught}) == len(trained)
         _, _, axes = picture.partition('<g id="axes_1">')
         inside, _, outside = axes.partition("\n  </g>\n")
         assert "legend" not in inside, f"{base.name}: a line may cross the legend"

@@ -53,13 +53,6 @@ def space(
     return make_space(LAYOUT, kinds, "qkv", UNITS, UNITS, (), saves, needed, (1, 2, 3), 3)
 
 
-def emptied(needed: int) -> Space:
-    """Removals of units; the last of a layer saves a norm as well."""
-    return make_space(
-        LAYOUT, ["remove"], (), (), UNITS, (), (0, 1), needed, drop_saves=3, emptiable=(1, 2, 3)
-    )
-
-
 class Table:
     """A loss that is a sum over actions, with a term for every pair."""
 
@@ -348,7 +341,9 @@ def test_evolution_finds_what_brute_force_finds(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(4))
 def test_a_layer_may_lose_all_its_units(search: Callable[..., SearchResult], seed: int) -> None:
     """A unit saves one, the last of a layer two: four units of which two share a layer, or five."""
-    among = emptied(needed=5)
+    among = make_space(
+        LAYOUT, ["remove"], (), (), UNITS, (), (0, 1), 5, drop_saves=3, emptiable=(1, 2, 3)
+    )
     table = Table(among, seed)
     found = search(among, table, table.ranking(among))
     plan = as_plan(found.state, LAYOUT)
